@@ -1,0 +1,98 @@
+"""Codes to bytes and back (rule P1), in plain NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref.scheme import Scheme, row_bytes
+
+__all__ = ["pack", "unpack"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
+    """Pack codes along the last axis, first channel lowest (rule P1).
+
+    Parameters
+    ----------
+    codes : integer array, shape [..., D]
+        Codes within ``scheme.code_range``.
+    scheme : Scheme
+        Gives the width and the offset.
+
+    Returns
+    -------
+    uint8 array, shape [..., row_bytes]
+        Each row padded to whole bytes with code 0.
+
+    Raises
+    ------
+    ValueError
+        For a code outside the range, naming its index.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pack(np.array([[-7, 7, 1]]), Scheme(bits=4))
+    array([[241, 137]], dtype=uint8)
+    """
+    low, high = scheme.code_range
+    outside = (codes < low) | (codes > high)
+    if outside.any():
+        index = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise ValueError(f"codes{list(index)} is {codes[index]}; codes lie in {low} to {high}")
+    stored = (codes.astype(np.int16) + scheme.code_offset).astype(np.uint8)
+    if scheme.bits == 3:
+        rows = [_pack_row(stored & 3, 2, scheme.code_offset & 3), _pack_row(stored >> 2, 1, scheme.code_offset >> 2)]
+        return np.concatenate(rows, axis=-1)
+    return _pack_row(stored, scheme.bits, scheme.code_offset)
+
+
+def unpack(packed: Bytes, scheme: Scheme, head_dim: int) -> npt.NDArray[np.int16]:
+    """Return the codes of packed rows; the inverse of `pack`.
+
+    Parameters
+    ----------
+    packed : uint8 array, shape [..., row_bytes]
+    scheme : Scheme
+        Gives the width and the offset.
+    head_dim : int
+        Number of channels; what lies beyond in the last byte is padding.
+
+    Returns
+    -------
+    int16 array, shape [..., D]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unpack(np.array([[241, 137]], np.uint8), Scheme(bits=4), head_dim=3)
+    array([[-7,  7,  1]], dtype=int16)
+    """
+    if scheme.bits == 3:
+        split = row_bytes(head_dim, 2)
+        low, high = (_unpack_row(part, bits, head_dim) for part, bits in ((packed[..., :split], 2), (packed[..., split:], 1)))
+        stored = low | high << 2
+    else:
+        stored = _unpack_row(packed, scheme.bits, head_dim)
+    return stored.astype(np.int16) - np.int16(scheme.code_offset)
+
+
+def _pack_row(fields: Bytes, bits: int, padding: int) -> Bytes:
+    per_byte = 8 // bits
+    missing = -fields.shape[-1] % per_byte
+    widths = [(0, 0)] * (fields.ndim - 1) + [(0, missing)]
+    padded = np.pad(fields, widths, constant_values=padding)
+    groups = padded.reshape(*fields.shape[:-1], padded.shape[-1] // per_byte, per_byte)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(groups << shifts, axis=-1)
+
+
+def _unpack_row(packed: Bytes, bits: int, head_dim: int) -> Bytes:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    fields = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return fields.reshape(*packed.shape[:-1], packed.shape[-1] * (8 // bits))[..., :head_dim]

@@ -1,0 +1,139 @@
+"""All rounding that NSQ-1 names beyond single IEEE operations; nothing else rounds.
+
+float32 arithmetic in NumPy rounds each operation once, half to even, which is what the
+specification asks of division, multiplication, addition and subtraction. This module holds
+the three roundings that are not one such operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["least_squares_gain", "narrow", "norm"]
+
+Float32 = npt.NDArray[np.float32]
+_UNIT = 2.0**-53  # relative error of one float64 operation
+_BEYOND_FLOAT32 = 2.0**128  # the value after the largest float32, were there one more
+
+
+def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Round once, half to even, to `dtype`; no negative zero is stored (rules S3, M4, Z1).
+
+    Parameters
+    ----------
+    value : float32 array
+    dtype : numpy dtype
+        float16, bfloat16 or float32.
+
+    Returns
+    -------
+    array of `dtype`
+        Infinity where the value is beyond the range of `dtype`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> narrow(np.float32([1 / 7, -1e-9]), np.dtype(np.float16))
+    array([0.1428, 0.    ], dtype=float16)
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        narrowed = value.astype(dtype)
+        return np.asarray(narrowed + dtype.type(0))
+
+
+def norm(x: Float32) -> Float32:
+    """Return the correctly rounded Euclidean norm over the last axis (rule N1).
+
+    Parameters
+    ----------
+    x : float32 array, shape [..., D]
+        Finite.
+
+    Returns
+    -------
+    float32 array, shape [...]
+        The float32 nearest to the exact root of the exact sum of squares, ties to even;
+        infinity where that is beyond float32.
+
+    Notes
+    -----
+    The square of a float32 is exact in float64. A float64 sum of D of them, in whatever
+    order, is off by at most (D - 1) units of 2**-53; where both ends of that interval round
+    to one float32, that is the answer. The rare others are decided in exact fractions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> norm(np.float32([[3, 4], [1e-30, 0]]))
+    array([5.e+00, 1.e-30], dtype=float32)
+    """
+    root = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=-1))
+    slack = root * ((x.shape[-1] + 8) * _UNIT)
+    lower, upper = _float32(root - slack), _float32(root + slack)
+    for index in zip(*np.nonzero(lower != upper), strict=True):
+        exact = sum(Fraction(float(value)) ** 2 for value in x[index])
+        lower[index] = _nearer(
+            lower[index], upper[index], lambda middle, exact=exact: exact - middle**2
+        )
+    return lower
+
+
+def least_squares_gain(x: Float32, y: Float32) -> Float32:
+    """Return the correctly rounded quotient <x, y> / <y, y> over the last axis (rule M3).
+
+    Parameters
+    ----------
+    x, y : float32 arrays, shape [..., D]
+        The vectors and their dequantized directions, finite.
+
+    Returns
+    -------
+    float32 array, shape [...]
+        The factor that makes ``factor * y`` closest to ``x``; 0 where ``y`` is zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> least_squares_gain(np.float32([[2, 2]]), np.float32([[1, 0.5]]))
+    array([2.4], dtype=float32)
+    """
+    products = np.multiply(x, y, dtype=np.float64)
+    above = np.sum(products, axis=-1)
+    below = np.sum(np.square(y, dtype=np.float64), axis=-1)
+    divisor = np.where(below == 0, np.inf, below)
+    quotient = above / divisor
+    relative = (x.shape[-1] + 8) * _UNIT
+    slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
+    lower, upper = _float32(quotient - slack), _float32(quotient + slack)
+    for index in zip(*np.nonzero(lower != upper), strict=True):
+        pairs = [(Fraction(float(a)), Fraction(float(b))) for a, b in zip(x[index], y[index], strict=True)]
+        exact = sum((a * b for a, b in pairs), Fraction()) / sum(b * b for _, b in pairs)
+        # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.
+        nearest = float(exact) * np.float64([1 - 4 * _UNIT, 1 + 4 * _UNIT])
+        least, greatest = np.sort(_float32(nearest))
+        lower[index] = _nearer(least, greatest, lambda middle, exact=exact: exact - middle)
+    return lower + np.float32(0)
+
+
+def _float32(value: npt.NDArray[np.float64]) -> Float32:
+    with np.errstate(over="ignore", under="ignore"):
+        return value.astype(np.float32)
+
+
+def _nearer(
+    lower: np.float32, upper: np.float32, beyond: Callable[[Fraction], Fraction]
+) -> np.float32:
+    """Choose between two neighbours by the sign of ``beyond`` at their midpoint."""
+    if lower == upper:
+        return lower
+    ends = [float(np.clip(end, -_BEYOND_FLOAT32, _BEYOND_FLOAT32, dtype=np.float64)) for end in (lower, upper)]
+    middle = (ends[0] + ends[1]) / 2  # 25 significant bits: exact in float64
+    sign = beyond(Fraction(middle))
+    if sign == 0:
+        return np.float32(_float32(np.asarray(middle)))  # half to even
+    return upper if sign > 0 else lower

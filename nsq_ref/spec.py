@@ -1,0 +1,223 @@
+"""NSQ-1 in plain NumPy: one block of tokens, one line a rule. docs/spec.md says why.
+
+Everything is float32 and every operation rounds once, half to even. ``x`` is [..., T, D]: the
+tokens of one block (B1), sinks already removed (K1). Speed is the business of `kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref import rounding
+from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+
+Float32 = npt.NDArray[np.float32]
+SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
+
+
+class Block(NamedTuple):
+    """What one block stores; shapes as in `Scheme.layout`, codes not yet packed."""
+
+    codes: npt.NDArray[np.int16]
+    norm: npt.NDArray[Any] | None
+    scale: npt.NDArray[Any]
+    zero: npt.NDArray[Any] | None
+    outlier_index: npt.NDArray[np.int32] | None
+    outliers: npt.NDArray[np.float16] | None
+    collapsed: npt.NDArray[np.bool_]  # non-zero tokens that decode to zero (D2); counted, not stored
+
+
+def encode(x: Float32, scheme: Scheme) -> Block:
+    """Quantize one block ``x[..., T, D]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block = encode(np.float32([[3, 4], [-1.5, 2]]), Scheme())
+    >>> block.codes, block.norm
+    (array([[ 7,  7],
+           [-7,  7]], dtype=int16), array([5. , 2.5], dtype=float16))
+    """
+    norm = rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], np.float32)  # N1
+    direction = x / where_zero(norm, np.inf)[..., None]  # N2
+    index = outlier_channels(np.max(np.abs(direction), axis=-2, keepdims=True), scheme)  # O1
+    coded = ~mark(index, x.shape[-1])
+    low, high = extent(direction, coded, scheme)
+    scale, zero = scale_and_zero(low, high, direction, coded, scheme)  # S1 S2 S3 S4
+    codes = code(direction, scale, zero, scheme)  # Q1 Q2
+    codes = np.where(coded & (norm[..., None] != 0), codes, 0).astype(np.int16)  # N2 O1
+    outliers = rounding.narrow(np.take_along_axis(direction, index, -1), np.dtype(np.float16))
+    y = dequantized_direction(codes, scale, zero, index, outliers)
+    stored = rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])  # M1-M4
+    return Block(
+        codes,
+        stored if scheme.separate_norm else None,
+        scale,
+        None if scheme.symmetric else zero,
+        index[..., 0, :] if scheme.outlier_channels else None,
+        outliers if scheme.outlier_channels else None,
+        collapsed(x, y, stored),
+    )
+
+
+def decode(block: Block, scheme: Scheme) -> Float32:
+    """Reconstruct one block as float32 [..., T, D] (rule D1).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scheme = Scheme()
+    >>> decode(encode(np.float32([[3, 4], [-1.5, 2]]), scheme), scheme)
+    array([[ 3. ,  4. ],
+           [-1.5,  2. ]], dtype=float32)
+    """
+    zero = np.zeros_like(block.scale) if block.zero is None else block.zero
+    shape = (*block.codes.shape[:-1], 0)
+    index = np.zeros(shape, np.int32) if block.outlier_index is None else block.outlier_index[..., None, :]
+    outliers = np.zeros(shape, np.float16) if block.outliers is None else block.outliers
+    y = dequantized_direction(block.codes, block.scale, zero, index, outliers)
+    if block.norm is None:
+        return y
+    if scheme.magnitude == "norm":
+        y = y / where_zero(rounding.norm(y), np.inf)[..., None]
+    return block.norm.astype(np.float32)[..., None] * y
+
+
+def outlier_channels(peak: Float32, scheme: Scheme) -> npt.NDArray[np.int32]:
+    """Return the channels of largest ``peak[..., 1, D]``, ascending, as [..., 1, k] (rule O1)."""
+    largest = np.argsort(-peak, axis=-1, kind="stable")[..., : scheme.outlier_channels]
+    return np.sort(largest, axis=-1).astype(np.int32)
+
+
+def mark(index: npt.NDArray[np.int32], head_dim: int) -> npt.NDArray[np.bool_]:
+    """Return True at the channels of ``index[..., 1, k]``, shape [..., 1, D]."""
+    marked = np.zeros((*index.shape[:-1], head_dim), bool)
+    np.put_along_axis(marked, index, True, -1)
+    return marked
+
+
+def extent(
+    direction: Float32, coded: npt.NDArray[np.bool_], scheme: Scheme
+) -> tuple[Float32, Float32]:
+    """Return the least and greatest coded value of each scale's elements, 0 where it has none."""
+    axis = -2 if scheme.axis == "channel" else -1
+    low = np.min(direction, axis=axis, keepdims=True, where=coded, initial=np.inf)
+    high = np.max(direction, axis=axis, keepdims=True, where=coded, initial=-np.inf)
+    return np.where(low > high, np.float32(0), low), np.where(low > high, np.float32(0), high)
+
+
+def scale_and_zero(
+    low: Float32,
+    high: Float32,
+    direction: Float32,
+    coded: npt.NDArray[np.bool_],
+    scheme: Scheme,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return scale and zero of the full range, or of the best shrunken one (rule S4)."""
+    if scheme.scale_rule == "range":
+        return range_scale(low, high, scheme)
+    scales, zeros = shrunken_scales(low, high, scheme)
+    axis = -2 if scheme.axis == "channel" else -1
+    errors = []
+    for scale, zero in zip(scales, zeros, strict=True):
+        y = dequantize(code(direction, scale, zero, scheme), scale, zero)
+        square = np.square(np.where(coded, direction - y, 0), dtype=np.float64)
+        # Accumulated, not np.sum: S4 names the order, and np.sum has its own.
+        errors.append(np.add.accumulate(square, axis=axis).take([-1], axis=axis))
+    return best_scale(scales, zeros, np.stack(errors))
+
+
+def range_scale(
+    low: Float32, high: Float32, scheme: Scheme
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return scale and zero that make ``[low, high]`` the code range (rules S1, S2, S3)."""
+    dtype = FLOAT_DTYPES[scheme.scale_dtype]
+    if scheme.symmetric:
+        zero = np.zeros_like(low)
+        span = np.maximum(high, -low)
+    else:
+        zero = rounding.narrow(low, dtype).astype(np.float32)
+        span = high - zero
+    levels = np.float32(scheme.code_range[1])
+    return rounding.narrow(span / levels, dtype), zero.astype(dtype)
+
+
+def shrunken_scales(
+    low: Float32, high: Float32, scheme: Scheme
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the candidates of rule S4, widest first, on a new leading axis."""
+    candidates = [range_scale(low, high, scheme)]
+    half = np.float32(0.5)
+    middle, radius = half * high + half * low, half * high - half * low
+    for shrink in SHRINK[1:]:
+        if scheme.symmetric:
+            candidates.append(range_scale(shrink * low, shrink * high, scheme))
+        else:
+            shorter = shrink * radius
+            candidates.append(range_scale(middle - shorter, middle + shorter, scheme))
+    scales, zeros = zip(*candidates, strict=True)
+    return np.stack(scales), np.stack(zeros)
+
+
+def best_scale(
+    scales: npt.NDArray[Any], zeros: npt.NDArray[Any], errors: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Pick the candidate of least error, of equals the widest (rule S4).
+
+    A full range that does not fit the dtype is chosen, and so refused (S5), even where a
+    shrunken one would fit: what is refused does not depend on the scale rule.
+    """
+    fits = np.isfinite(scales[0]) & np.isfinite(zeros[0])
+    best = np.where(fits, np.argmin(errors, axis=0), 0)[None]
+    return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(zeros, best, 0)[0]
+
+
+def code(
+    direction: Float32, scale: npt.NDArray[Any], zero: npt.NDArray[Any], scheme: Scheme
+) -> Float32:
+    """Return ``round_half_even((direction - zero) / scale)``, then clamped (rules Q1, Q2)."""
+    shifted = direction - zero.astype(np.float32)
+    quotient = shifted / where_zero(scale.astype(np.float32), np.inf)
+    return np.clip(np.rint(quotient), *np.float32(scheme.code_range))
+
+
+def dequantize(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any]) -> Float32:
+    """Return ``codes * scale + zero``, two roundings (rule D1)."""
+    product = codes.astype(np.float32) * scale.astype(np.float32)
+    return product + zero.astype(np.float32)
+
+
+def dequantized_direction(
+    codes: npt.NDArray[Any],
+    scale: npt.NDArray[Any],
+    zero: npt.NDArray[Any],
+    index: npt.NDArray[np.int32],
+    outliers: npt.NDArray[np.float16],
+) -> Float32:
+    """Return ``y`` of rule D1: dequantized codes, outlier channels as stored."""
+    y = dequantize(codes, scale, zero)
+    at = np.broadcast_to(index, outliers.shape)
+    np.put_along_axis(y, at, outliers.astype(np.float32), -1)
+    return y
+
+
+def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Float32:
+    """Return the factor of each token before it is narrowed (rules M1, M2, M3)."""
+    if not scheme.separate_norm or scheme.magnitude == "norm":
+        return norm
+    if scheme.magnitude == "gain":
+        return norm / where_zero(rounding.norm(y), np.inf)
+    return rounding.least_squares_gain(x, y)
+
+
+def collapsed(x: Float32, y: Float32, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return the tokens that are not zero but decode to zero (rule D2)."""
+    return np.any(x != 0, axis=-1) & (~np.any(y != 0, axis=-1) | (stored == 0))
+
+
+def where_zero(value: Float32, otherwise: float) -> Float32:
+    """Return `value` with its zeros replaced: dividing by infinity gives the zero we want."""
+    return np.where(value == 0, np.float32(otherwise), value)

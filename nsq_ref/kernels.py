@@ -12,6 +12,8 @@ sums that must be fast are sums of integers, which are exact in any order.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
@@ -32,7 +34,10 @@ SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it sa
 # Adding 1.5 * 2**52 rounds a float64 below 2**51 to an integer that its low bits then hold.
 MAGIC = 1.5 * 2.0**52
 MAGIC_BITS = np.int64(np.float64(MAGIC).view(np.int64))
-SUMMED_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
+MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
+LEAST_SUM = 2.0**48  # what the largest element of a normal row alone adds
+ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
+INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 MAGNITUDE_NORM, MAGNITUDE_GAIN, MAGNITUDE_LSQ = 0, 1, 2
 MAGNITUDES = {"norm": MAGNITUDE_NORM, "gain": MAGNITUDE_GAIN, "lsq": MAGNITUDE_LSQ}
 
@@ -43,133 +48,139 @@ def jit(function: _Function) -> _Function:
     return cast(_Function, decorate(function))
 
 
-# --- one row ----------------------------------------------------------------------------------
+def jit_row(function: _Function) -> _Function:
+    """Compile what works on one row; a call, with its reference counts, costs more than the work."""
+    decorate = numba.njit(error_model="numpy", fastmath=False, forceinline=True)
+    return cast(_Function, decorate(function))
 
 
-@jit
-def largest_bits(bits: Array) -> np.int32:
+# --- one row: ``rows[t]``, indexed and never sliced, since a slice counts references -----------
+
+
+@jit_row
+def largest_bits(bits: Array, t: int) -> np.int32:
     """The largest magnitude of a row, as the bits of a float32 without its sign."""
     largest = np.int32(0)
-    for j in range(bits.shape[0]):
-        largest = max(largest, np.int32(bits[j] & np.int32(0x7FFFFFFF)))
+    for j in range(bits.shape[1]):
+        largest = max(largest, np.int32(bits[t, j] & np.int32(0x7FFFFFFF)))
     return largest
 
 
-@jit
+@jit_row
 def power_of_two(exponent: int) -> float:
     """``2.0 ** exponent`` within the normal range of float64."""
     return np.int64((np.int64(exponent) + 1023) << 52).view(np.float64)
 
 
-@jit
-def lift(largest: np.int32) -> float:
-    """The power of two that brings a row of this magnitude below 2**25."""
-    return power_of_two(24 - ((largest >> np.int32(23)) - 127))
+@jit_row
+def lift(largest: np.int32) -> int:
+    """The exponent of the power of two that brings a row of this magnitude below 2**25."""
+    return 24 - ((largest >> np.int32(23)) - 127)
 
 
-@jit
-def fixed_point_dot(a: Array, b: Array, lift_a: float, lift_b: float) -> float:
-    """Sum of products in units of ``1 / (lift_a * lift_b)``, each rounded to an integer.
+@jit_row
+def fixed_point_dot(a: Array, at: int, b: Array, bt: int, lift_a: int, lift_b: int) -> float:
+    """Sum of products in units of ``2**-(lift_a + lift_b)``, for at most `MOST_CHANNELS`.
 
-    A product of two lifted float32 is exact in float64 and below 2**50. Integers add up exactly
-    in any order, so the compiler may use vectors. Off by at most half a unit a channel, and a
-    float64 rounding of 2**-53 for each run of `SUMMED_CHANNELS`.
+    A product of two lifted float32 is exact in float64; rounded to an integer it is below 2**50,
+    and integers add up exactly in any order, so the compiler may use vectors. Off by at most half
+    a unit a channel.
     """
-    total = 0.0
-    for start in range(0, a.shape[0], SUMMED_CHANNELS):
-        part = np.int64(0)
-        for j in range(start, min(start + SUMMED_CHANNELS, a.shape[0])):
-            product = (np.float64(a[j]) * lift_a) * (np.float64(b[j]) * lift_b)
-            part += np.float64(product + MAGIC).view(np.int64) - MAGIC_BITS
-        total += np.float64(part)
-    return total
+    scale_a, scale_b = power_of_two(lift_a), power_of_two(lift_b)
+    total = np.int64(0)
+    for j in range(a.shape[1]):
+        product = (np.float64(a[at, j]) * scale_a) * (np.float64(b[bt, j]) * scale_b)
+        total += np.float64(product + MAGIC).view(np.int64) - MAGIC_BITS
+    return np.float64(total)
 
 
-@jit
-def norm_of_row(row: Array, bits: Array) -> np.float32:
+@jit_row
+def certain_float32(value: float, error: float, provable: bool) -> np.float32:
+    """The float32 that all of ``value`` plus or minus ``error`` rounds to, or NaN."""
+    lower, upper = np.float32(value - error), np.float32(value + error)
+    return lower if provable and lower == upper else np.float32(np.nan)
+
+
+@jit_row
+def norm_of_row(rows: Array, bits: Array, t: int) -> np.float32:
     """Rule N1, or NaN where this arithmetic cannot tell, or where the row is not finite."""
-    largest = largest_bits(bits)
-    if largest == 0:
-        return np.float32(0)
-    if largest >= 0x7F800000:
-        return np.float32(np.nan)
-    lifted = lift(largest)
-    squares = fixed_point_dot(row, row, lifted, lifted)
-    slack = 2.0 * row.shape[0]
-    lower = np.float32(np.sqrt(max(squares - slack, 0.0)) / lifted)
-    upper = np.float32(np.sqrt(squares + slack) / lifted)
-    return lower if lower == upper else np.float32(np.nan)
+    largest = largest_bits(bits, t)
+    result = np.float32(0)
+    if largest != 0:
+        channels, lifted = rows.shape[1], lift(largest)
+        squares = fixed_point_dot(rows, t, rows, t, lifted, lifted)
+        root = np.sqrt(squares) * power_of_two(-lifted)
+        provable = largest < INFINITY_BITS and channels <= MOST_CHANNELS and squares >= LEAST_SUM
+        # Half a unit a channel in the square is a quarter in the root: taken twofold, and as
+        # ROUNDINGS those of float64 itself.
+        result = certain_float32(root, root * (0.5 * channels / squares + ROUNDINGS), provable)
+    return result
 
 
-@jit
-def gain_of_row(row: Array, bits: Array, y: Array, y_bits: Array) -> np.float32:
-    """Rule M3, or NaN where this arithmetic cannot tell."""
-    largest, y_largest = largest_bits(bits), largest_bits(y_bits)
-    if largest == 0 or y_largest == 0:
-        return np.float32(0)
-    lifted, y_lifted = lift(largest), lift(y_largest)
-    slack = 2.0 * row.shape[0]
-    above = fixed_point_dot(row, y, lifted, y_lifted)
-    below = fixed_point_dot(y, y, y_lifted, y_lifted)
-    if above <= slack or below <= slack:
-        return np.float32(np.nan)
-    ratio = y_lifted / lifted
-    lower = np.float32((above - slack) / (below + slack) * ratio)
-    upper = np.float32((above + slack) / (below - slack) * ratio)
-    return lower if lower == upper else np.float32(np.nan)
+@jit_row
+def gain_of_row(rows: Array, bits: Array, t: int, y: Array, y_bits: Array) -> np.float32:
+    """Rule M3 for ``y[0]``, or NaN where this arithmetic cannot tell."""
+    largest, y_largest = largest_bits(bits, t), largest_bits(y_bits, 0)
+    result = np.float32(0)
+    if largest != 0 and y_largest != 0:
+        channels, lifted, y_lifted = rows.shape[1], lift(largest), lift(y_largest)
+        above = fixed_point_dot(rows, t, y, 0, lifted, y_lifted)
+        below = fixed_point_dot(y, 0, y, 0, y_lifted, y_lifted)
+        unit = power_of_two(y_lifted - lifted)
+        quotient = above / below * unit
+        provable = channels <= MOST_CHANNELS and above >= LEAST_SUM and below >= LEAST_SUM
+        relative = channels / above + channels / below + ROUNDINGS
+        result = certain_float32(quotient, quotient * relative, provable)
+    return result
 
 
-@jit
-def pack_row(codes: Array, head_dim: int, bits: int, out: Array) -> None:
-    """Rule P1 for codes with their offset added, padded to whole words with code 0."""
+@jit_row
+def pack_row(codes: Array, head_dim: int, bits: int, out: Array, t: int) -> None:
+    """Rule P1 for codes with their offset added, padded to a multiple of 8 with code 0."""
     if bits == 8:
         for j in range(head_dim):
-            out[j] = codes[j]
+            out[t, j] = codes[j]
     elif bits == 4:
-        # Two neighbours read as one little-endian 16-bit word: a shift and an or join them.
-        words = codes.view(np.uint16)
         for i in range((head_dim + 1) // 2):
-            out[i] = np.uint8(words[i] | (words[i] >> 4))
+            out[t, i] = codes[2 * i] | (codes[2 * i + 1] << np.uint8(4))
     else:
         quads = (head_dim + 3) // 4
-        words = codes.view(np.uint32)
         for i in range(quads):
-            word = words[i] & np.uint32(0x03030303)
-            word |= word >> np.uint32(6)
-            out[i] = np.uint8((word | (word >> np.uint32(12))) & np.uint32(0xFF))
+            byte = np.uint8(0)
+            for k in range(4):
+                byte |= (codes[4 * i + k] & np.uint8(3)) << np.uint8(2 * k)
+            out[t, i] = byte
         if bits == 3:
-            octets = codes.view(np.uint64)
             for i in range((head_dim + 7) // 8):
-                # The multiplication gathers bit 2 of eight bytes into the top byte.
-                high = (octets[i] >> np.uint64(2)) & np.uint64(0x0101010101010101)
-                out[quads + i] = np.uint8((high * np.uint64(0x0102040810204080)) >> np.uint64(56))
+                byte = np.uint8(0)
+                for k in range(8):
+                    byte |= (codes[8 * i + k] >> np.uint8(2)) << np.uint8(k)
+                out[t, quads + i] = byte
 
 
-@jit
-def unpack_row(packed: Array, head_dim: int, bits: int, codes: Array) -> None:
+@jit_row
+def unpack_row(packed: Array, t: int, head_dim: int, bits: int, codes: Array) -> None:
     """The inverse of `pack_row`; the offset stays added."""
     if bits == 8:
         for j in range(head_dim):
-            codes[j] = packed[j]
+            codes[j] = packed[t, j]
     elif bits == 4:
-        words = codes.view(np.uint16)
         for i in range((head_dim + 1) // 2):
-            byte = np.uint16(packed[i])
-            words[i] = (byte | (byte << np.uint16(4))) & np.uint16(0x0F0F)
+            codes[2 * i] = packed[t, i] & np.uint8(15)
+            codes[2 * i + 1] = packed[t, i] >> np.uint8(4)
     else:
         quads = (head_dim + 3) // 4
-        words = codes.view(np.uint32)
         for i in range(quads):
-            byte = np.uint32(packed[i])
-            byte |= byte << np.uint32(12)
-            words[i] = (byte | (byte << np.uint32(6))) & np.uint32(0x03030303)
+            for k in range(4):
+                codes[4 * i + k] = (packed[t, i] >> np.uint8(2 * k)) & np.uint8(3)
         if bits == 3:
-            for j in range(head_dim):
-                bit = (packed[quads + (j >> 3)] >> np.uint8(j & 7)) & np.uint8(1)
-                codes[j] |= np.uint8(bit << np.uint8(2))
+            for i in range((head_dim + 7) // 8):
+                for k in range(8):
+                    bit = (packed[t, quads + i] >> np.uint8(k)) & np.uint8(1)
+                    codes[8 * i + k] |= bit << np.uint8(2)
 
 
-@jit
+@jit_row
 def fill_scale_row(values: Array, at: int, out: Array) -> None:
     """Copy a row of per-channel values, or spread a token's single one over the channels."""
     if values.shape[1] == out.shape[0]:
@@ -180,7 +191,31 @@ def fill_scale_row(values: Array, at: int, out: Array) -> None:
             out[j] = values[at, 0]
 
 
-@jit
+@jit_row
+def divisor_of(value: np.float32) -> np.float32:
+    """Replace 0 by infinity, which as a divisor gives 0."""
+    return value if value != 0 else np.float32(np.inf)
+
+
+@jit_row
+def code_row(
+    rows: Array,
+    t: int,
+    norm: np.float32,
+    scale: Array,
+    zero: Array,
+    low: np.float32,
+    high: np.float32,
+    codes: Array,
+) -> None:
+    """Rules N2, Q1 and Q2; ``codes`` are float32."""
+    divisor = divisor_of(norm)
+    for j in range(rows.shape[1]):
+        quotient = np.rint((rows[t, j] / divisor - zero[j]) / divisor_of(scale[j]))
+        codes[j] = min(max(quotient, low), high)
+
+
+@jit_row
 def span_of_task(task: int, tokens: int, block_size: int) -> tuple[int, int, int, int]:
     """Return the sequence, its block, and the first and last token of a task.
 
@@ -194,24 +229,6 @@ def span_of_task(task: int, tokens: int, block_size: int) -> tuple[int, int, int
     start = block * block_size + chunk * CHUNK_TOKENS
     stop = min(start + CHUNK_TOKENS, (block + 1) * block_size, tokens)
     return task // (chunks * blocks), block, min(start, stop), stop
-
-
-@jit
-def code_row(
-    row: Array, divisor: np.float32, scale: Array, zero: Array, low: np.float32, high: np.float32, codes: Array
-) -> None:
-    """Rules N2, Q1 and Q2; ``codes`` are float32."""
-    for j in range(row.shape[0]):
-        quotient = np.rint((row[j] / divisor - zero[j]) / scale[j])
-        codes[j] = min(max(quotient, low), high)
-
-
-@jit
-def zeros_to_infinity(values: Array) -> None:
-    """Make 0 a divisor that gives 0."""
-    for j in range(values.shape[0]):
-        if values[j] == 0:
-            values[j] = np.inf
 
 
 # --- many rows: every kernel takes tasks [first, last) -----------------------------------------
@@ -230,27 +247,26 @@ def measure(
     high: Array,
 ) -> None:
     """Norms (N1; 1 without separation) and each channel's extent over the tokens of a task."""
-    bits = x.view(np.int32)
     for task in range(first, last):
         n, _, start, stop = span_of_task(task, x.shape[1], block_size)
+        rows, bits, task_norm = x[n], x[n].view(np.int32), norm[n]
         if with_extent:
-            task_low, task_high = low[task], high[task]
-            task_low[:] = np.inf
-            task_high[:] = -np.inf
+            low[task] = np.inf
+            high[task] = -np.inf
         for t in range(start, stop):
-            row = x[n, t]
             if separate_norm:
-                norm[n, t] = norm_of_row(row, bits[n, t])
+                token_norm = norm_of_row(rows, bits, t)
             else:
-                finite = largest_bits(bits[n, t]) < 0x7F800000
-                norm[n, t] = 1.0 if finite else np.nan
+                finite = largest_bits(bits, t) < INFINITY_BITS
+                token_norm = np.float32(1.0) if finite else np.float32(np.nan)
+            task_norm[t] = token_norm
             if with_extent:
-                divisor = norm[n, t] if norm[n, t] != 0 else np.float32(np.inf)
-                for j in range(row.shape[0]):
-                    direction = row[j] / divisor
+                divisor = divisor_of(token_norm)
+                for j in range(rows.shape[1]):
+                    direction = rows[t, j] / divisor
                     # A NaN divisor leaves the extents as they are; `encode` comes back to it.
-                    task_low[j] = direction if direction < task_low[j] else task_low[j]
-                    task_high[j] = direction if direction > task_high[j] else task_high[j]
+                    low[task, j] = direction if direction < low[task, j] else low[task, j]
+                    high[task, j] = direction if direction > high[task, j] else high[task, j]
 
 
 @jit
@@ -272,7 +288,7 @@ def token_extents(
         for j in outlier_index[n, block]:
             coded[j] = False
         for t in range(start, stop):
-            divisor = norm[n, t] if norm[n, t] != 0 else np.float32(np.inf)
+            divisor = divisor_of(norm[n, t])
             least, greatest = np.float32(np.inf), np.float32(-np.inf)
             for j in range(x.shape[2]):
                 if coded[j]:
@@ -301,31 +317,29 @@ def squared_errors(
     """Rule S4's sums for each candidate, in the order of the tokens or of the channels."""
     head_dim = x.shape[2]
     blocks = outlier_index.shape[1]
-    divisor_row = np.empty(head_dim, np.float32)
     scale_row = np.empty(head_dim, np.float32)
     zero_row = np.empty(head_dim, np.float32)
     codes = np.empty(head_dim, np.float32)
-    coded = np.empty(head_dim, np.bool_)
+    counted = np.empty(head_dim, np.float64)
     for task in range(first, last):  # one task a block: its sums must not be cut
         n, block = task // blocks, task % blocks
-        coded[:] = True
+        rows = x[n]
+        counted[:] = 1
         for j in outlier_index[n, block]:
-            coded[j] = False
+            counted[j] = 0
         for candidate in range(scales.shape[0]):
             sums = errors[candidate, n]
             for t in range(block * block_size, min((block + 1) * block_size, x.shape[1])):
                 at = block if per_channel else t
-                fill_scale_row(scales[candidate, n], at, scale_row)
-                fill_scale_row(zeros[candidate, n], at, zero_row)
-                divisor_row[:] = scale_row
-                zeros_to_infinity(divisor_row)
-                divisor = norm[n, t] if norm[n, t] != 0 else np.float32(np.inf)
-                code_row(x[n, t], divisor, divisor_row, zero_row, low, high, codes)
+                if t == block * block_size or not per_channel:
+                    fill_scale_row(scales[candidate, n], at, scale_row)
+                    fill_scale_row(zeros[candidate, n], at, zero_row)
+                code_row(rows, t, norm[n, t], scale_row, zero_row, low, high, codes)
+                divisor = divisor_of(norm[n, t])
                 for j in range(head_dim):
-                    if coded[j]:
-                        y = codes[j] * scale_row[j] + zero_row[j]
-                        error = np.float64(x[n, t, j] / divisor - y)
-                        sums[at, j if per_channel else 0] += error * error
+                    y = codes[j] * scale_row[j] + zero_row[j]
+                    error = np.float64(rows[t, j] / divisor - y)
+                    sums[at, j if per_channel else 0] += counted[j] * (error * error)
 
 
 @jit
@@ -341,56 +355,58 @@ def encode_rows(
     low: np.float32,
     high: np.float32,
     per_channel: bool,
-    offset: int,
+    offset: np.float32,
     bits: int,
     outlier_index: Array,
     outliers: Array,
     packed: Array,
     factor: Array,
-    lost: Array,
+    collapsed: Array,
 ) -> None:
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3)."""
     head_dim = x.shape[2]
-    x_bits = x.view(np.int32)
-    divisor_row = np.empty(head_dim, np.float32)
     scale_row = np.empty(head_dim, np.float32)
     zero_row = np.empty(head_dim, np.float32)
     values = np.empty(head_dim, np.float32)
-    y = np.empty(head_dim, np.float32)
+    value_bits = values.reshape(1, head_dim).view(np.int32)
+    y = np.empty((1, head_dim), np.float32)
     y_bits = y.view(np.int32)
-    codes = np.full((head_dim + 7) // 8 * 8, offset, np.uint8)
+    codes = np.full((head_dim + 7) // 8 * 8, np.uint8(offset), np.uint8)
+    # Symmetric codes are all zero just where y is: no need of y for rule D2.
+    codes_alone = low < 0 and magnitude == MAGNITUDE_NORM and outliers.shape[2] == 0
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, x.shape[1], block_size)
-        index = outlier_index[n, block]
+        rows, row_bits, packed_rows = x[n], x[n].view(np.int32), packed[n]
         for t in range(start, stop):
             if t == start or not per_channel:
                 at = block if per_channel else t
                 fill_scale_row(scale[n], at, scale_row)
                 fill_scale_row(zero[n], at, zero_row)
-                divisor_row[:] = scale_row
-                zeros_to_infinity(divisor_row)
-            row = x[n, t]
-            if norm[n, t] == 0:
+            token_norm = norm[n, t]
+            code_row(rows, t, token_norm, scale_row, zero_row, low, high, values)
+            if token_norm == 0:
                 values[:] = 0
+            for k in range(outliers.shape[2]):
+                values[outlier_index[n, block, k]] = 0
+            for j in range(head_dim):
+                codes[j] = np.uint8(np.int32(values[j] + offset))
+            pack_row(codes, head_dim, bits, packed_rows, t)
+            if codes_alone:
+                alive = largest_bits(value_bits, 0) != 0
             else:
-                code_row(row, norm[n, t], divisor_row, zero_row, low, high, values)
-            for j in index:
-                values[j] = 0
-            for j in range(head_dim):
-                codes[j] = np.uint8(np.int32(values[j]) + offset)
-            pack_row(codes, head_dim, bits, packed[n, t])
-            factor[n, t] = norm[n, t]
-            for j in range(head_dim):
-                y[j] = values[j] * scale_row[j] + zero_row[j]
-            for k in range(index.shape[0]):
-                y[index[k]] = outliers[n, t, k]
-            if largest_bits(y_bits) == 0 and largest_bits(x_bits[n, t]) != 0:
-                lost[n, t] = True
-            if norm[n, t] != 0 and magnitude == MAGNITUDE_GAIN:
-                length = norm_of_row(y, y_bits)
-                factor[n, t] = norm[n, t] / (length if length != 0 else np.float32(np.inf))
+                for j in range(head_dim):
+                    y[0, j] = values[j] * scale_row[j] + zero_row[j]
+                for k in range(outliers.shape[2]):
+                    y[0, outlier_index[n, block, k]] = outliers[n, t, k]
+                alive = largest_bits(y_bits, 0) != 0
+            if not alive and largest_bits(row_bits, t) != 0:
+                collapsed[n, t] = True
+            if magnitude == MAGNITUDE_GAIN:
+                factor[n, t] = token_norm / divisor_of(norm_of_row(y, y_bits, 0))
             elif magnitude == MAGNITUDE_LSQ:
-                factor[n, t] = gain_of_row(row, x_bits[n, t], y, y_bits)
+                factor[n, t] = gain_of_row(rows, row_bits, t, y, y_bits)
+            else:
+                factor[n, t] = token_norm
 
 
 @jit
@@ -405,7 +421,7 @@ def decode_rows(
     scale: Array,
     zero: Array,
     per_channel: bool,
-    offset: int,
+    offset: np.float32,
     bits: int,
     outlier_index: Array,
     outliers: Array,
@@ -417,35 +433,34 @@ def decode_rows(
     head_dim = out.shape[2]
     scale_row = np.empty(head_dim, np.float32)
     zero_row = np.empty(head_dim, np.float32)
-    y = np.empty(head_dim, np.float32)
+    y = np.empty((1, head_dim), np.float32)
     y_bits = y.view(np.int32)
     codes = np.empty((head_dim + 7) // 8 * 8, np.uint8)
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, packed.shape[1], block_size)
-        index = outlier_index[n, block]
+        packed_rows, out_rows = packed[n], out[n]
         for t in range(start, stop):
             if t == start or not per_channel:
                 at = block if per_channel else t
                 fill_scale_row(scale[n], at, scale_row)
                 fill_scale_row(zero[n], at, zero_row)
-            unpack_row(packed[n, t], head_dim, bits, codes)
+            unpack_row(packed_rows, t, head_dim, bits, codes)
             for j in range(head_dim):
-                y[j] = np.float32(np.int32(codes[j]) - offset) * scale_row[j] + zero_row[j]
-            for k in range(index.shape[0]):
-                y[index[k]] = outliers[n, t, k]
-            row = out[n, sink_tokens + t]
-            if not separate_norm:
-                row[:] = y
-            elif magnitude == MAGNITUDE_NORM:
-                length = norm_of_row(y, y_bits)
-                if np.isnan(length):
-                    undecided[n, t] = True
-                divisor = length if length != 0 else np.float32(np.inf)
+                y[0, j] = (np.float32(codes[j]) - offset) * scale_row[j] + zero_row[j]
+            for k in range(outliers.shape[2]):
+                y[0, outlier_index[n, block, k]] = outliers[n, t, k]
+            row = sink_tokens + t
+            token_factor = factor[n, t]
+            if separate_norm and magnitude == MAGNITUDE_NORM:
+                length = norm_of_row(y, y_bits, 0)
+                undecided[n, t] = np.isnan(length)
+                divisor = divisor_of(length)
                 for j in range(head_dim):
-                    row[j] = factor[n, t] * (y[j] / divisor)
+                    out_rows[row, j] = token_factor * (y[0, j] / divisor)
             else:
+                # Without separation the factor is 1, and a product with 1 is exact.
                 for j in range(head_dim):
-                    row[j] = factor[n, t] * y[j]
+                    out_rows[row, j] = token_factor * y[0, j]
 
 
 # --- a slab, from scales to threads -------------------------------------------------------------
@@ -470,7 +485,7 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
     low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
     high = np.empty_like(low)
     run(measure, tasks, x, block_size, scheme.separate_norm, with_extent, norm, low, high)
-    for n, t in np.argwhere(np.isnan(norm)):
+    for n, t in where(np.isnan(norm)):
         row = x[n, t]
         if not np.isfinite(row).all():
             raise FloatingPointError
@@ -513,15 +528,16 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
         encode_rows, tasks, x, block_size, norm, MAGNITUDES[scheme.magnitude], float32(scale),
-        float32(zero), low_code, high_code, per_channel, scheme.code_offset, scheme.bits, index,
+        float32(zero), low_code, high_code, per_channel, np.float32(scheme.code_offset), scheme.bits, index,
         float32(outliers), packed, factor, collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
-    for n, t in np.argwhere(np.isnan(factor)):
+    for n, t in where(np.isnan(factor)):
         y = direction_of_row(block, n, t, block_size, head_dim, scheme)
         factor[n, t] = spec.factor(x[n, t][None], y, norm[n, t][None], scheme)[0]
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
-    collapsed |= (stored == 0) & (norm != 0)
+    flushed = stored.view(f"u{stored.itemsize}") == 0
+    collapsed |= flushed & (norm != 0)
     return block._replace(norm=stored)
 
 
@@ -541,11 +557,11 @@ def decode(block: spec.Block, scheme: Scheme, out: Array, sink_tokens: int) -> N
     run(
         decode_rows, tasks, packed, block_size, norm, scheme.separate_norm,
         MAGNITUDES[scheme.magnitude], float32(block.scale), float32(zero),
-        scheme.axis == "channel", scheme.code_offset, scheme.bits, index, float32(outliers),
+        scheme.axis == "channel", np.float32(scheme.code_offset), scheme.bits, index, float32(outliers),
         sink_tokens, out, undecided,
     )  # fmt: skip
     whole = block._replace(zero=zero, norm=norm, outlier_index=index, outliers=outliers)
-    for n, t in np.argwhere(undecided):
+    for n, t in where(undecided):
         y = direction_of_row(whole, n, t, block_size, head_dim, scheme)
         length = spec.where_zero(rounding.norm(y), np.inf)[..., None]
         out[n, sink_tokens + t] = (norm[n, t] * (y / length))[0]
@@ -565,6 +581,11 @@ def direction_of_row(
     )
 
 
+def where(mask: Array) -> Array:
+    """``np.argwhere``, quick in the usual case that there is nothing to find."""
+    return np.argwhere(mask) if mask.any() else np.empty((0, mask.ndim), np.intp)
+
+
 def float32(values: Array) -> Array:
     """Widen what is stored; exact."""
     return np.ascontiguousarray(values, np.float32)
@@ -577,5 +598,11 @@ def run(kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
         kernel(0, tasks, *arguments)
         return
     edges = [tasks * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda a, b: kernel(a, b, *arguments), edges[:-1], edges[1:]))
+    shares = [(edges[i], edges[i + 1]) for i in range(threads)]
+    list(threads_of(os.getpid(), threads).map(lambda share: kernel(*share, *arguments), shares))
+
+
+@functools.cache
+def threads_of(_process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads of this process: a fork has the same memory, but not its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="nsq")

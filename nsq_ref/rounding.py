@@ -42,8 +42,10 @@ def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     array([0.1428, 0.    ], dtype=float16)
     """
     with np.errstate(over="ignore", under="ignore"):
-        narrowed = value.astype(dtype)
-        return np.asarray(narrowed + dtype.type(0))
+        narrowed = np.array(value, dtype, ndmin=1)
+    bits = narrowed.view(f"u{dtype.itemsize}")
+    bits[bits == 1 << (8 * dtype.itemsize - 1)] = 0  # all bits but the sign: -0
+    return narrowed.reshape(np.shape(value))
 
 
 def norm(x: Float32) -> Float32:

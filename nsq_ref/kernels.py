@@ -239,6 +239,7 @@ def measure(
     first: int,
     last: int,
     x: Array,
+    sinks: int,
     block_size: int,
     separate_norm: bool,
     with_extent: bool,
@@ -248,8 +249,9 @@ def measure(
 ) -> None:
     """Norms (N1; 1 without separation) and each channel's extent over the tokens of a task."""
     for task in range(first, last):
-        n, _, start, stop = span_of_task(task, x.shape[1], block_size)
-        rows, bits, task_norm = x[n], x[n].view(np.int32), norm[n]
+        n, _, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
+        rows, task_norm = x[n, sinks:], norm[n]
+        bits = rows.view(np.int32)
         if with_extent:
             low[task] = np.inf
             high[task] = -np.inf
@@ -274,6 +276,7 @@ def token_extents(
     first: int,
     last: int,
     x: Array,
+    sinks: int,
     block_size: int,
     norm: Array,
     outlier_index: Array,
@@ -283,7 +286,8 @@ def token_extents(
     """Extent of each token over its coded channels, 0 where it has none."""
     coded = np.empty(x.shape[2], np.bool_)
     for task in range(first, last):
-        n, block, start, stop = span_of_task(task, x.shape[1], block_size)
+        n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
+        rows = x[n, sinks:]
         coded[:] = True
         for j in outlier_index[n, block]:
             coded[j] = False
@@ -292,7 +296,7 @@ def token_extents(
             least, greatest = np.float32(np.inf), np.float32(-np.inf)
             for j in range(x.shape[2]):
                 if coded[j]:
-                    direction = x[n, t, j] / divisor
+                    direction = rows[t, j] / divisor
                     least = min(least, direction)
                     greatest = max(greatest, direction)
             low[n, t, 0] = least if least <= greatest else np.float32(0)
@@ -304,6 +308,7 @@ def squared_errors(
     first: int,
     last: int,
     x: Array,
+    sinks: int,
     block_size: int,
     norm: Array,
     scales: Array,
@@ -323,13 +328,13 @@ def squared_errors(
     counted = np.empty(head_dim, np.float64)
     for task in range(first, last):  # one task a block: its sums must not be cut
         n, block = task // blocks, task % blocks
-        rows = x[n]
+        rows = x[n, sinks:]
         counted[:] = 1
         for j in outlier_index[n, block]:
             counted[j] = 0
         for candidate in range(scales.shape[0]):
             sums = errors[candidate, n]
-            for t in range(block * block_size, min((block + 1) * block_size, x.shape[1])):
+            for t in range(block * block_size, min((block + 1) * block_size, rows.shape[0])):
                 at = block if per_channel else t
                 if t == block * block_size or not per_channel:
                     fill_scale_row(scales[candidate, n], at, scale_row)
@@ -347,6 +352,7 @@ def encode_rows(
     first: int,
     last: int,
     x: Array,
+    sinks: int,
     block_size: int,
     norm: Array,
     magnitude: int,
@@ -375,8 +381,9 @@ def encode_rows(
     # Symmetric codes are all zero just where y is: no need of y for rule D2.
     codes_alone = low < 0 and magnitude == MAGNITUDE_NORM and outliers.shape[2] == 0
     for task in range(first, last):
-        n, block, start, stop = span_of_task(task, x.shape[1], block_size)
-        rows, row_bits, packed_rows = x[n], x[n].view(np.int32), packed[n]
+        n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
+        rows, packed_rows = x[n, sinks:], packed[n]
+        row_bits = rows.view(np.int32)
         for t in range(start, stop):
             if t == start or not per_channel:
                 at = block if per_channel else t
@@ -414,6 +421,7 @@ def decode_rows(
     first: int,
     last: int,
     packed: Array,
+    sinks: int,
     block_size: int,
     factor: Array,
     separate_norm: bool,
@@ -425,7 +433,6 @@ def decode_rows(
     bits: int,
     outlier_index: Array,
     outliers: Array,
-    sink_tokens: int,
     out: Array,
     undecided: Array,
 ) -> None:
@@ -438,7 +445,7 @@ def decode_rows(
     codes = np.empty((head_dim + 7) // 8 * 8, np.uint8)
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, packed.shape[1], block_size)
-        packed_rows, out_rows = packed[n], out[n]
+        packed_rows, out_rows = packed[n], out[n, sinks:]
         for t in range(start, stop):
             if t == start or not per_channel:
                 at = block if per_channel else t
@@ -449,30 +456,29 @@ def decode_rows(
                 y[0, j] = (np.float32(codes[j]) - offset) * scale_row[j] + zero_row[j]
             for k in range(outliers.shape[2]):
                 y[0, outlier_index[n, block, k]] = outliers[n, t, k]
-            row = sink_tokens + t
             token_factor = factor[n, t]
             if separate_norm and magnitude == MAGNITUDE_NORM:
                 length = norm_of_row(y, y_bits, 0)
                 undecided[n, t] = np.isnan(length)
                 divisor = divisor_of(length)
                 for j in range(head_dim):
-                    out_rows[row, j] = token_factor * (y[0, j] / divisor)
+                    out_rows[t, j] = token_factor * (y[0, j] / divisor)
             else:
                 # Without separation the factor is 1, and a product with 1 is exact.
                 for j in range(head_dim):
-                    out_rows[row, j] = token_factor * y[0, j]
+                    out_rows[t, j] = token_factor * y[0, j]
 
 
 # --- a slab, from scales to threads -------------------------------------------------------------
 
 
-def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
-    """Quantize ``x[N, T, D]`` of whole blocks, writing ``packed[N, T, row_bytes]``.
+def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
+    """Quantize ``x[N, sinks + T, D]`` but for its sinks, writing ``packed[N, T, row_bytes]``.
 
     Returns what `spec.encode` does, the codes being in ``packed``, the scales of all blocks along
-    their second axis. Raises FloatingPointError where ``x`` is not finite.
+    their second axis. Raises FloatingPointError where a coded token is not finite.
     """
-    count, tokens, head_dim = x.shape
+    count, tokens, head_dim = x.shape[0], x.shape[1] - sinks, x.shape[2]
     block_size = scheme.tokens_per_block(tokens)
     blocks = -(-tokens // block_size)
     chunks = -(-block_size // CHUNK_TOKENS)
@@ -484,9 +490,9 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
     norm = np.empty((count, tokens), np.float32)
     low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
     high = np.empty_like(low)
-    run(measure, tasks, x, block_size, scheme.separate_norm, with_extent, norm, low, high)
+    run(measure, tasks, x, sinks, block_size, scheme.separate_norm, with_extent, norm, low, high)
     for n, t in where(np.isnan(norm)):
-        row = x[n, t]
+        row = x[n, sinks + t]
         if not np.isfinite(row).all():
             raise FloatingPointError
         norm[n, t] = rounding.norm(row[None])[0]
@@ -504,14 +510,14 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
     if scheme.outlier_channels:
         index = spec.outlier_channels(np.maximum(high, -low)[:, :, None], scheme)[:, :, 0]
         at_token = np.repeat(index, block_size, axis=1)[:, :tokens]
-        kept = np.take_along_axis(x, at_token, -1) / spec.where_zero(norm, np.inf)[..., None]
+        kept = np.take_along_axis(x[:, sinks:], at_token, -1) / spec.where_zero(norm, np.inf)[..., None]
         outliers = rounding.narrow(kept, np.dtype(np.float16))
         np.put_along_axis(low, index, 0, -1)
         np.put_along_axis(high, index, 0, -1)
     if not per_channel:
         low = np.empty((count, tokens, 1), np.float32)
         high = np.empty_like(low)
-        run(token_extents, tasks, x, block_size, norm, index, low, high)
+        run(token_extents, tasks, x, sinks, block_size, norm, index, low, high)
 
     if scheme.scale_rule == "range":
         scale, zero = spec.range_scale(low, high, scheme)
@@ -519,7 +525,7 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
         scales, zeros = spec.shrunken_scales(low, high, scheme)
         errors = np.zeros(scales.shape, np.float64)
         run(
-            squared_errors, count * blocks, x, block_size, norm, float32(scales), float32(zeros),
+            squared_errors, count * blocks, x, sinks, block_size, norm, float32(scales), float32(zeros),
             per_channel, low_code, high_code, index, errors,
         )  # fmt: skip
         scale, zero = spec.best_scale(scales, zeros, errors)
@@ -527,44 +533,38 @@ def encode(x: Array, scheme: Scheme, packed: Array) -> spec.Block:
     factor = np.empty((count, tokens), np.float32)
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
-        encode_rows, tasks, x, block_size, norm, MAGNITUDES[scheme.magnitude], float32(scale),
+        encode_rows, tasks, x, sinks, block_size, norm, MAGNITUDES[scheme.magnitude], float32(scale),
         float32(zero), low_code, high_code, per_channel, np.float32(scheme.code_offset), scheme.bits, index,
         float32(outliers), packed, factor, collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
     for n, t in where(np.isnan(factor)):
         y = direction_of_row(block, n, t, block_size, head_dim, scheme)
-        factor[n, t] = spec.factor(x[n, t][None], y, norm[n, t][None], scheme)[0]
+        factor[n, t] = spec.factor(x[n, sinks + t][None], y, norm[n, t][None], scheme)[0]
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
     flushed = stored.view(f"u{stored.itemsize}") == 0
     collapsed |= flushed & (norm != 0)
     return block._replace(norm=stored)
 
 
-def decode(block: spec.Block, scheme: Scheme, out: Array, sink_tokens: int) -> None:
+def decode(block: spec.Block, sinks: int, scheme: Scheme, out: Array) -> None:
     """Reconstruct into ``out[N, sinks + T, D]`` what `encode` returned (rule D1)."""
     packed = block.codes
     count, tokens, _ = packed.shape
     head_dim = out.shape[2]
     block_size = scheme.tokens_per_block(tokens)
-    blocks = -(-tokens // block_size)
-    tasks = count * blocks * -(-block_size // CHUNK_TOKENS)
-    zero = np.zeros_like(block.scale) if block.zero is None else block.zero
-    norm = np.ones((count, tokens), np.float32) if block.norm is None else float32(block.norm)
-    index = np.zeros((count, blocks, 0), np.int32) if block.outlier_index is None else block.outlier_index
-    outliers = np.zeros((count, tokens, 0), np.float16) if block.outliers is None else block.outliers
+    tasks = count * -(-tokens // block_size) * -(-block_size // CHUNK_TOKENS)
     undecided = np.zeros((count, tokens), np.bool_)
     run(
-        decode_rows, tasks, packed, block_size, norm, scheme.separate_norm,
-        MAGNITUDES[scheme.magnitude], float32(block.scale), float32(zero),
-        scheme.axis == "channel", np.float32(scheme.code_offset), scheme.bits, index, float32(outliers),
-        sink_tokens, out, undecided,
+        decode_rows, tasks, packed, sinks, block_size, float32(block.norm), scheme.separate_norm,
+        MAGNITUDES[scheme.magnitude], float32(block.scale), float32(block.zero),
+        scheme.axis == "channel", np.float32(scheme.code_offset), scheme.bits,
+        block.outlier_index, float32(block.outliers), out, undecided,
     )  # fmt: skip
-    whole = block._replace(zero=zero, norm=norm, outlier_index=index, outliers=outliers)
     for n, t in where(undecided):
-        y = direction_of_row(whole, n, t, block_size, head_dim, scheme)
+        y = direction_of_row(block, n, t, block_size, head_dim, scheme)
         length = spec.where_zero(rounding.norm(y), np.inf)[..., None]
-        out[n, sink_tokens + t] = (norm[n, t] * (y / length))[0]
+        out[n, sinks + t] = (float32(block.norm[n, t]) * (y / length))[0]
 
 
 def direction_of_row(

@@ -75,9 +75,9 @@ def norm(x: Float32) -> Float32:
     array([5.e+00, 1.e-30], dtype=float32)
     """
     root = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=-1))
-    slack = root * ((x.shape[-1] + 8) * _UNIT)
-    lower, upper = _float32(root - slack), _float32(root + slack)
-    for index in zip(*np.nonzero(lower != upper), strict=True):
+    relative = (x.shape[-1] + 8) * _UNIT
+    lower, upper = _float32(root * (1 - relative)), _float32(root * (1 + relative))
+    for index in zip(*np.nonzero(lower < upper), strict=True):
         exact = sum(Fraction(float(value)) ** 2 for value in x[index])
         lower[index] = _nearer(
             lower[index], upper[index], lambda middle, exact=exact: exact - middle**2
@@ -112,7 +112,7 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     relative = (x.shape[-1] + 8) * _UNIT
     slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
     lower, upper = _float32(quotient - slack), _float32(quotient + slack)
-    for index in zip(*np.nonzero(lower != upper), strict=True):
+    for index in zip(*np.nonzero(lower < upper), strict=True):
         pairs = [(Fraction(float(a)), Fraction(float(b))) for a, b in zip(x[index], y[index], strict=True)]
         exact = sum((a * b for a, b in pairs), Fraction()) / sum(b * b for _, b in pairs)
         # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.

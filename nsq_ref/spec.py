@@ -19,15 +19,19 @@ SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest firs
 
 
 class Block(NamedTuple):
-    """What one block stores; shapes as in `Scheme.layout`, codes not yet packed."""
+    """What a block stores, and what it need not store because the scheme implies it.
 
-    codes: npt.NDArray[np.int16]
-    norm: npt.NDArray[Any] | None
-    scale: npt.NDArray[Any]
-    zero: npt.NDArray[Any] | None
-    outlier_index: npt.NDArray[np.int32] | None
-    outliers: npt.NDArray[np.float16] | None
-    collapsed: npt.NDArray[np.bool_]  # non-zero tokens that decode to zero (D2); counted, not stored
+    Without norm separation every norm is 1, without asymmetry every zero is 0, and without
+    outlier channels those arrays have a last axis of length 0.
+    """
+
+    codes: npt.NDArray[Any]  # [..., T, D]
+    norm: npt.NDArray[Any]  # [..., T]
+    scale: npt.NDArray[Any]  # [..., 1, D] or [..., T, 1]
+    zero: npt.NDArray[Any]  # like scale
+    outlier_index: npt.NDArray[np.int32]  # [..., 1, k]
+    outliers: npt.NDArray[np.float16]  # [..., T, k]
+    collapsed: npt.NDArray[np.bool_]  # [..., T], tokens that decode to zero but are not (D2)
 
 
 def encode(x: Float32, scheme: Scheme) -> Block:
@@ -37,9 +41,11 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     --------
     >>> import numpy as np
     >>> block = encode(np.float32([[3, 4], [-1.5, 2]]), Scheme())
-    >>> block.codes, block.norm
-    (array([[ 7,  7],
-           [-7,  7]], dtype=int16), array([5. , 2.5], dtype=float16))
+    >>> block.codes
+    array([[ 7,  7],
+           [-7,  7]], dtype=int16)
+    >>> block.norm
+    array([5. , 2.5], dtype=float16)
     """
     norm = rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], np.float32)  # N1
     direction = x / where_zero(norm, np.inf)[..., None]  # N2
@@ -52,15 +58,7 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     outliers = rounding.narrow(np.take_along_axis(direction, index, -1), np.dtype(np.float16))
     y = dequantized_direction(codes, scale, zero, index, outliers)
     stored = rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])  # M1-M4
-    return Block(
-        codes,
-        stored if scheme.separate_norm else None,
-        scale,
-        None if scheme.symmetric else zero,
-        index[..., 0, :] if scheme.outlier_channels else None,
-        outliers if scheme.outlier_channels else None,
-        collapsed(x, y, stored),
-    )
+    return Block(codes, stored, scale, zero, index, outliers, collapsed(x, y, stored))  # D2
 
 
 def decode(block: Block, scheme: Scheme) -> Float32:
@@ -74,14 +72,8 @@ def decode(block: Block, scheme: Scheme) -> Float32:
     array([[ 3. ,  4. ],
            [-1.5,  2. ]], dtype=float32)
     """
-    zero = np.zeros_like(block.scale) if block.zero is None else block.zero
-    shape = (*block.codes.shape[:-1], 0)
-    index = np.zeros(shape, np.int32) if block.outlier_index is None else block.outlier_index[..., None, :]
-    outliers = np.zeros(shape, np.float16) if block.outliers is None else block.outliers
-    y = dequantized_direction(block.codes, block.scale, zero, index, outliers)
-    if block.norm is None:
-        return y
-    if scheme.magnitude == "norm":
+    y = dequantized_direction(block.codes, block.scale, block.zero, block.outlier_index, block.outliers)
+    if scheme.separate_norm and scheme.magnitude == "norm":
         y = y / where_zero(rounding.norm(y), np.inf)[..., None]
     return block.norm.astype(np.float32)[..., None] * y
 

@@ -1,0 +1,29 @@
+"""The reference for norm-separated quantization of LLM key/value caches (spec NSQ-1).
+
+Examples
+--------
+>>> import numpy as np
+>>> import nsq_ref as nsq
+>>> keys = np.random.default_rng(0).standard_normal((8, 512, 64), dtype=np.float32)
+>>> q = nsq.quantize(keys, nsq.Scheme.named("nsep+pchan4"))
+>>> keys.astype(np.float16).nbytes / q.nbytes
+3.73...
+>>> restored = nsq.dequantize(q)
+"""
+
+from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
+from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
+
+SPEC_VERSION = "NSQ-1"
+__version__ = "0.1.0"
+
+__all__ = [
+    "SPEC_VERSION",
+    "KeyValueSchemes",
+    "Quantized",
+    "RangeError",
+    "Scheme",
+    "dequantize",
+    "quantize",
+    "scheme_names",
+]

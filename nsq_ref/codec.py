@@ -1,0 +1,523 @@
+"""Arrays in, arrays out: validation, sinks, blocks and leading axes around the three backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref import oracle, packing, rounding, spec
+from nsq_ref.scheme import FLOAT_DTYPES, Field, KeyValueSchemes, Scheme
+
+__all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Backend = Literal["numba", "numpy", "oracle"]
+BACKENDS = ("numba", "numpy", "oracle")
+INPUT_DTYPES = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+
+# Work goes slab by slab so that what is needed besides input and output stays small, and a slab
+# read twice is still in cache the second time.
+SLAB_BYTES = 1 << 25
+NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can leave float32
+
+
+class RangeError(ValueError):
+    """A value that the chosen dtype, or float32 itself, cannot hold (rules N1, M4, S5, D3)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized array: every stored part, and the scheme that explains them.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    shape : tuple of int
+        Shape ``[..., T, D]`` of the array that was quantized.
+    dtype : numpy dtype
+        Its dtype (float32 where it was float64).
+    packed : uint8 array, [..., T', row_bytes]
+        Codes of the T' tokens after the sinks (P1).
+    scale : array of ``scheme.scale_dtype``, [..., blocks, D] or [..., T', 1]
+        One scale a channel of each block, or one a token (S1 to S4).
+    norm : array of ``scheme.norm_dtype``, [..., T'], or None
+        The stored factor of each token: norm (M1) or gain (M2, M3).
+    zero : array like ``scale``, or None
+        The value of code 0 of asymmetric schemes (S2).
+    outlier_index : int32 array, [..., blocks, k], or None
+        Channels kept in float16, ascending (O1).
+    outliers : float16 array, [..., T', k], or None
+        Directions of those channels.
+    sinks : array of ``dtype``, [..., sinks, D], or None
+        First tokens, unquantized (K1).
+    collapsed_tokens : int
+        Non-zero tokens that decode to zero (D2); 0 in all but degenerate input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Where a part is missing, is not of the scheme, or has another shape or dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q = quantize(np.float32([[3, 4], [-1.5, 2]]))
+    >>> q.codes
+    array([[ 7,  7],
+           [-7,  7]], dtype=int8)
+    >>> q.norm
+    array([5. , 2.5], dtype=float16)
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    packed: npt.NDArray[np.uint8]
+    scale: Array
+    norm: Array | None = None
+    zero: Array | None = None
+    outlier_index: npt.NDArray[np.int32] | None = None
+    outliers: npt.NDArray[np.float16] | None = None
+    sinks: Array | None = None
+    collapsed_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _require_shape("shape", self.shape)
+        if self.dtype not in INPUT_DTYPES[:3]:
+            raise TypeError(f"dtype={self.dtype} is not float32, float16 or bfloat16")
+        layout = _layout(self.scheme, self.shape, self.dtype)
+        for name in PARTS:
+            part = getattr(self, name)
+            if name not in layout:
+                if part is not None:
+                    raise ValueError(f"{name} is not stored by {self.scheme}; leave it out")
+                continue
+            if not isinstance(part, np.ndarray):
+                raise TypeError(f"{name} must be an array of {layout[name].dtype}, got {part!r:.80}")
+            if (part.shape, part.dtype) != tuple(layout[name]):
+                raise ValueError(
+                    f"{name} is {part.dtype} {list(part.shape)}; the scheme stores "
+                    f"{layout[name].dtype} {list(layout[name].shape)}"
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"Quantized(shape={list(self.shape)}, bits_per_element={self.bits_per_element:.3f}, "
+            f"{self.scheme})"
+        )
+
+    @property
+    def parts(self) -> dict[str, Array]:
+        """The stored arrays by name, those that the scheme has.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> list(quantize(np.ones((2, 4), np.float32)).parts)
+        ['packed', 'scale', 'norm']
+        """
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+
+    @property
+    def codes(self) -> npt.NDArray[np.int8] | npt.NDArray[np.uint8]:
+        """The codes ``[..., T', D]``, unpacked: int8 if symmetric, else uint8.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> quantize(np.float32([[1, -1]]), Scheme(symmetric=False)).codes
+        array([[15,  0]], dtype=uint8)
+        """
+        codes = packing.unpack(self.packed, self.scheme, self.shape[-1])
+        return codes.astype(np.int8) if self.scheme.symmetric else codes.astype(np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> quantize(np.ones((16, 64), np.float32)).nbytes
+        672
+        """
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits over the elements of the input: codes, scales, zeros, norms, sinks.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> quantize(np.ones((16, 64), np.float32)).bits_per_element
+        5.25
+        """
+        return 8 * self.nbytes / int(np.prod(self.shape, dtype=object))
+
+
+PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
+
+
+def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -> Quantized:
+    """Quantize key or value vectors (spec NSQ-1).
+
+    Parameters
+    ----------
+    x : array, shape [..., T, D]
+        Tokens by channels; leading axes (batch, head) are independent. float32, float16,
+        bfloat16, or float64, which is first rounded to float32. NumPy, or whatever speaks DLPack
+        on the CPU, which is not copied.
+    scheme : Scheme, optional
+        The paper's ``nsep+pchan4`` by default.
+    backend : {"numba", "numpy", "oracle"}
+        Compiled kernels, the specification in NumPy, or exact arithmetic in Python integers
+        (slow). All give the same bytes.
+
+    Returns
+    -------
+    Quantized
+
+    Raises
+    ------
+    TypeError
+        For integers, complex, strings, objects, and a `scheme` that is none.
+    ValueError
+        For NaN or infinity (I2), naming the first index; for less than two axes or an empty one.
+    RangeError
+        Where a norm, scale or outlier is beyond its dtype, naming where and what would hold it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((8, 512, 64), dtype=np.float32)
+    >>> q = quantize(x, Scheme.named("nsep+pchan4"))
+    >>> q.bits_per_element
+    4.28125
+    >>> error = np.linalg.norm(x - dequantize(q)) / np.linalg.norm(x)
+    >>> bool(error < 0.12)
+    True
+    """
+    scheme = Scheme() if scheme is None else scheme
+    _require_scheme(scheme)
+    _require_backend(backend)
+    given = _as_float_array(x)
+    shape, kind = given.shape, given.dtype
+    if kind == np.float64:
+        kind = np.dtype(np.float32)
+    count, tokens, head_dim = _flat(shape)
+    layout = scheme.layout(tokens, head_dim, kind)
+    flat = {name: np.empty((count, *part.shape), part.dtype) for name, part in layout.items()}
+    sinks = min(scheme.sink_tokens, tokens)
+    collapsed = 0
+    try:
+        for leads, slab in _slabs(given):
+            if sinks:
+                flat["sinks"][leads] = slab[:, :sinks]
+                if not np.isfinite(slab[:, :sinks]).all():
+                    raise FloatingPointError
+            if sinks == tokens:
+                continue
+            block = _encode(slab, sinks, scheme, backend, flat["packed"][leads])
+            for name in flat.keys() - {"packed", "sinks"}:
+                flat[name][leads] = getattr(block, name)
+            collapsed += int(block.collapsed.sum())
+    except FloatingPointError:
+        raise _not_finite(given) from None
+    parts = {name: part.reshape(shape[:-2] + part.shape[1:]) for name, part in flat.items()}
+    quantized = Quantized(scheme, shape, kind, **parts, collapsed_tokens=collapsed)
+    _require_range(quantized, given)
+    return quantized
+
+
+def dequantize(
+    quantized: Quantized, out: Float32 | None = None, backend: Backend = "numba"
+) -> Float32:
+    """Reconstruct the vectors (rule D1).
+
+    Parameters
+    ----------
+    quantized : Quantized
+    out : float32 array, C-contiguous, of ``quantized.shape``, optional
+        Written and returned, so that memory can be used again.
+    backend : {"numba", "numpy", "oracle"}
+        As in `quantize`; all give the same bytes.
+
+    Returns
+    -------
+    float32 array, shape [..., T, D]
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything but a `Quantized`, and for an `out` of another shape, dtype or layout.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dequantize(quantize(np.float32([[3, 4], [-1.5, 2]])))
+    array([[ 3. ,  4. ],
+           [-1.5,  2. ]], dtype=float32)
+    """
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"quantized must be what quantize returns, got {type(quantized).__name__}")
+    _require_backend(backend)
+    shape, scheme = quantized.shape, quantized.scheme
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
+        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"out must be a float32 array of shape {list(shape)}, got {got}")
+    elif not (out.flags.c_contiguous and out.flags.writeable):
+        raise ValueError("out must be C-contiguous and writeable; pass np.empty(shape, np.float32)")
+    sinks = min(scheme.sink_tokens, shape[-2])
+    flat_out = out.reshape(_flat(shape))
+    if quantized.sinks is not None:
+        flat_out[:, :sinks] = quantized.sinks.reshape(-1, sinks, shape[-1])
+    if sinks < shape[-2]:
+        _decode(_block(quantized), sinks, scheme, backend, flat_out)
+    return out
+
+
+# --- backends: [N, sinks + T, D] at a time ------------------------------------------------------
+
+
+def _encode(
+    slab: Float32, sinks: int, scheme: Scheme, backend: Backend, packed: Array
+) -> spec.Block:
+    """Encode all but the sinks; codes go to ``packed``, the rest into the block returned."""
+    if backend == "numba":
+        from nsq_ref import kernels  # here, because importing Numba takes a while
+
+        return kernels.encode(slab, sinks, scheme, packed)
+    if not np.isfinite(slab).all():
+        raise FloatingPointError
+    if backend == "oracle":
+        encoded = [oracle.encode(rows[sinks:].tolist(), scheme) for rows in slab]
+        return _from_lists(encoded, scheme, packed)
+    size = scheme.tokens_per_block(slab.shape[1] - sinks)
+    with np.errstate(all="ignore"):
+        starts = range(sinks, slab.shape[1], size)
+        blocks = [spec.encode(slab[:, start : start + size], scheme) for start in starts]
+    joined = spec.Block(*(np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True)))
+    packed[...] = packing.pack(joined.codes, scheme)
+    return joined
+
+
+def _decode(block: spec.Block, sinks: int, scheme: Scheme, backend: Backend, out: Float32) -> None:
+    """Decode a block whose codes are packed into ``out`` behind its sinks."""
+    if backend == "numba":
+        from nsq_ref import kernels
+
+        kernels.decode(block, sinks, scheme, out)
+        return
+    if backend == "oracle":
+        for n in range(len(out)):
+            parts = {name: part[n].tolist() for name, part in block._asdict().items()}
+            parts["packed"] = parts.pop("codes")
+            out[n, sinks:] = oracle.decode(parts, out.shape[2], scheme)
+        return
+    codes = packing.unpack(block.codes, scheme, out.shape[2])
+    tokens = codes.shape[1]
+    size = scheme.tokens_per_block(tokens)
+    with np.errstate(all="ignore"):
+        for b, start in enumerate(range(0, tokens, size)):
+            rows = slice(start, min(start + size, tokens))
+            scales = slice(b, b + 1) if scheme.axis == "channel" else rows
+            one = spec.Block(
+                codes[:, rows], block.norm[:, rows], block.scale[:, scales], block.zero[:, scales],
+                block.outlier_index[:, b : b + 1], block.outliers[:, rows], block.collapsed,
+            )  # fmt: skip
+            out[:, sinks + rows.start : sinks + rows.stop] = spec.decode(one, scheme)
+
+
+def _from_lists(
+    encoded: list[dict[str, Any]], scheme: Scheme, packed: Array
+) -> spec.Block:
+    """Turn the oracle's lists into arrays; every value fits its dtype exactly."""
+    scale, norm = FLOAT_DTYPES[scheme.scale_dtype], FLOAT_DTYPES[scheme.norm_dtype]
+
+    def stacked(name: str, dtype: np.dtype[Any]) -> Array:
+        return np.array([parts[name] for parts in encoded], np.float64).astype(dtype)
+
+    packed[...] = stacked("packed", packed.dtype)
+    return spec.Block(
+        packed, stacked("norm", norm), stacked("scale", scale), stacked("zero", scale),
+        stacked("outlier_index", np.dtype(np.int32)), stacked("outliers", np.dtype(np.float16)),
+        stacked("collapsed", np.dtype(np.bool_)),
+    )  # fmt: skip
+
+
+def _block(quantized: Quantized) -> spec.Block:
+    """Flatten the leading axes and fill in what the scheme implies."""
+    scheme, (tokens, _) = quantized.scheme, quantized.packed.shape[-2:]
+    count = _flat(quantized.shape)[0]
+    blocks = -(-tokens // scheme.tokens_per_block(tokens))
+    implied = {
+        "norm": np.ones((count, tokens), np.float32),
+        "zero": np.zeros(quantized.scale.shape, np.float32),
+        "outlier_index": np.zeros((count, blocks, 0), np.int32),
+        "outliers": np.zeros((count, tokens, 0), np.float16),
+    }
+    flat = {}
+    for name, part in {**implied, **quantized.parts}.items():
+        trailing = part.shape[-1:] if name == "norm" else part.shape[-2:]
+        flat[name] = np.ascontiguousarray(part).reshape(count, *trailing)
+    return spec.Block(
+        flat["packed"], flat["norm"], flat["scale"], flat["zero"], flat["outlier_index"],
+        flat["outliers"], np.zeros((count, tokens), np.bool_),
+    )  # fmt: skip
+
+
+# --- arrays -------------------------------------------------------------------------------------
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Merge the leading axes of ``[..., T, D]`` into one."""
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def _layout(scheme: Scheme, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Field]:
+    """`Scheme.layout` with the leading axes of the input."""
+    layout = scheme.layout(shape[-2], shape[-1], dtype)
+    return {name: Field(shape[:-2] + part.shape, part.dtype) for name, part in layout.items()}
+
+
+def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
+    """Cut ``x[..., T, D]`` into runs of whole sequences, C-contiguous float32 ``[n, T, D]``."""
+    count, tokens, head_dim = _flat(x.shape)
+    step = max(1, SLAB_BYTES // (4 * tokens * head_dim))
+    flat = x.reshape(count, tokens, head_dim) if x.flags.c_contiguous else None
+    for start in range(0, count, step):
+        leads = slice(start, min(start + step, count))
+        if flat is not None:
+            part = flat[leads]
+        else:
+            indices = zip(*np.unravel_index(range(leads.start, leads.stop), x.shape[:-2]), strict=True) if x.ndim > 2 else [()]
+            part = np.stack([x[index] for index in indices])
+        with np.errstate(over="ignore"):
+            yield leads, np.ascontiguousarray(part, np.float32)
+
+
+def _as_float_array(x: Any) -> Array:
+    """Take any array of a supported dtype as NumPy's, without a copy where that is possible (I1)."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("x is a masked array and masks are not supported; pass x.filled(0)")
+    given = x if isinstance(x, np.ndarray) else _import(x)
+    if given.dtype.newbyteorder("=") not in INPUT_DTYPES:
+        raise TypeError(
+            f"x has dtype {given.dtype}; pass float32, float16, bfloat16 (ml_dtypes) or float64, "
+            "for example x.astype(np.float32)"
+        )
+    _require_shape("x", given.shape)
+    return given.astype(given.dtype.newbyteorder("="), copy=False)
+
+
+def _import(x: Any) -> Array:
+    reason: Exception
+    if hasattr(x, "__dlpack__"):
+        try:
+            return np.from_dlpack(x)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            reason = error
+    try:
+        return np.asarray(x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = error
+    raise TypeError(
+        f"x cannot be read as an array ({reason}); pass a NumPy array, or a tensor on the CPU of a "
+        "dtype that NumPy has (bfloat16 of torch: x.float(), which is exact)"
+    )
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def _require_scheme(scheme: object) -> None:
+    if isinstance(scheme, KeyValueSchemes):
+        raise TypeError("scheme is a pair for keys and values; pass scheme.key or scheme.value")
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"scheme must be a Scheme, got {scheme!r}; for a name, Scheme.named(name)")
+
+
+def _require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+
+
+def _require_shape(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"{name} has shape {list(shape)}; at least [tokens, head_dim] is needed")
+    if 0 in shape:
+        axis = shape.index(0)
+        raise ValueError(f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out")
+
+
+def _not_finite(x: Array) -> ValueError:
+    """I2: name the first value that is not finite, in the order of the array."""
+    for leads, slab in _slabs(x):
+        found = np.argwhere(~np.isfinite(slab))
+        if len(found):
+            n, t, j = (int(i) for i in found[0])
+            lead = np.unravel_index(leads.start + n, x.shape[:-2]) if x.ndim > 2 else ()
+            index = [*map(int, lead), t, j]
+            value = x[tuple(index)]
+            if np.isfinite(value):
+                return RangeError(f"x{index} is {value}, beyond float32; scale x down")
+            return ValueError(
+                f"x{index} is {value}; nothing was quantized. Mask padding and mend the values "
+                "before quantizing: one such value would spoil the scales of its whole block"
+            )
+    raise RuntimeError("a kernel reported a value that is not finite, but there is none")
+
+
+def _require_range(quantized: Quantized, x: Array) -> None:
+    """N1, M4, S5, O1, D3: refuse what the dtypes cannot hold, naming the first place."""
+    scheme = quantized.scheme
+    for name in ("norm", "scale", "zero", "outliers"):
+        part = getattr(quantized, name)
+        if part is None or np.isfinite(part).all():
+            continue
+        index = [int(i) for i in np.argwhere(~np.isfinite(part))[0]]
+        if name == "outliers":
+            raise RangeError(
+                f"outliers{index} is beyond float16, in which outlier channels are kept; set "
+                "separate_norm=True, which stores directions, or outlier_channels=0"
+            )
+        option = "norm_dtype" if name == "norm" else "scale_dtype"
+        dtype: str = getattr(scheme, option)
+        token = [*index[:-1], index[-1] + scheme.sink_tokens]
+        if name == "norm" and np.isinf(rounding.norm(_float32(x[tuple(token)])[None])[0]):
+            dtype = "float32"
+        remedy = {
+            "float16": f"{option}='bfloat16' or {option}='float32' holds it",
+            "bfloat16": f"{option}='float32' holds more",
+            "float32": "scale x down",
+        }[dtype]
+        subject = f"the {scheme.magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
+        raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
+    if scheme.separate_norm:
+        largest = _largest(quantized.norm)
+    else:
+        largest = _largest(quantized.scale) * 2**scheme.bits + _largest(quantized.zero)
+    if largest > NEAR_OVERFLOW:
+        decoded = dequantize(quantized)
+        if not np.isfinite(decoded).all():
+            index = [int(i) for i in np.argwhere(~np.isfinite(decoded))[0]]
+            raise RangeError(f"x{index} would decode to a value beyond float32; scale x down")
+
+
+def _largest(part: Array | None) -> float:
+    return 0.0 if part is None or not part.size else float(np.max(np.abs(part)))
+
+
+def _float32(values: Array) -> Float32:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)

@@ -1,0 +1,301 @@
+"""NSQ-1 once more, in Python integers and fractions: slow, and obviously right.
+
+It shares no code with `spec`, `rounding`, `packing` and `kernels`, which it judges. A float is
+carried as a Python float, in which every float32, float16 and bfloat16 fits; every operation is
+done exactly on `Fraction` and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from nsq_ref.scheme import Scheme
+
+__all__ = ["decode", "encode"]
+
+
+class Format(NamedTuple):
+    """Significant bits, exponent of the smallest step, and the greatest finite value."""
+
+    digits: int
+    least_exponent: int
+    greatest: Fraction
+
+
+FORMATS = {
+    "float16": Format(11, -24, Fraction(65504)),
+    "bfloat16": Format(8, -133, (2 - Fraction(1, 2**7)) * Fraction(2) ** 127),
+    "float32": Format(24, -149, (2 - Fraction(1, 2**23)) * Fraction(2) ** 127),
+}
+SINGLE = FORMATS["float32"]
+SHRINK = [Fraction(1), Fraction(95, 100), Fraction(9, 10), Fraction(85, 100), Fraction(8, 10), Fraction(7, 10)]
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+def half_even(value: Fraction) -> int:
+    """Round to the nearest integer, ties to even."""
+    below = value.numerator // value.denominator
+    rest = value - below
+    return below + (rest > Fraction(1, 2) or (rest == Fraction(1, 2) and below % 2 == 1))
+
+
+def exponent(value: Fraction) -> int:
+    """The integer e with ``2**e <= value < 2**(e + 1)``, for a positive value."""
+    guess = value.numerator.bit_length() - value.denominator.bit_length()
+    return guess if value >= Fraction(2) ** guess else guess - 1
+
+
+def rounded(value: Fraction, kind: Format, sign: float = 1.0) -> float:
+    """Round an exact value to a format, half to even; ``sign`` is that of a zero result."""
+    if value == 0:
+        return math.copysign(0.0, sign)
+    step = Fraction(2) ** max(exponent(abs(value)) - kind.digits + 1, kind.least_exponent)
+    result = half_even(abs(value) / step) * step
+    size = math.inf if result > kind.greatest else float(result)
+    return math.copysign(size, value)
+
+
+def multiply(a: float, b: float) -> float:
+    if math.isinf(a) or math.isinf(b):
+        return a * b
+    return rounded(Fraction(a) * Fraction(b), SINGLE, math.copysign(1, a) * math.copysign(1, b))
+
+
+def divide(a: float, b: float) -> float:
+    """``a / b``; 0 where b is 0, as the rules have it for zero norms and scales."""
+    if math.isinf(a) or math.isinf(b) or b == 0:
+        return 0.0 if b == 0 else a / b
+    return rounded(Fraction(a) / Fraction(b), SINGLE, math.copysign(1, a) * math.copysign(1, b))
+
+
+def add(a: float, b: float) -> float:
+    if math.isinf(a) or math.isinf(b) or (a == 0 and b == 0):
+        return a + b
+    return rounded(Fraction(a) + Fraction(b), SINGLE)
+
+
+def narrow(value: float, dtype: str) -> float:
+    """S3, M4, Z1: one rounding, and no negative zero."""
+    result = value if math.isinf(value) or math.isnan(value) else rounded(Fraction(value), FORMATS[dtype])
+    return 0.0 if result == 0 else result
+
+
+def exact_norm(row: Sequence[float]) -> float:
+    """N1: the float32 nearest to the root of the exact sum of squares."""
+    total = sum((Fraction(value) ** 2 for value in row), Fraction(0))
+    if total == 0:
+        return 0.0
+    # The root to 32 bits more than float32 has; its remainder tells on which side of a tie.
+    scale = Fraction(2) ** (56 - exponent(total) // 2)
+    square = total * scale**2
+    root = math.isqrt(square.numerator // square.denominator)
+    beyond = Fraction(root) ** 2 != square
+    return rounded((2 * root + beyond) / (2 * scale), SINGLE)
+
+
+# --- encode -------------------------------------------------------------------------------------
+
+
+def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
+    """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
+
+    Returns
+    -------
+    dict
+        Names of `Scheme.layout` to nested lists, and ``collapsed``: a flag for each token.
+
+    Examples
+    --------
+    >>> encode([[3.0, 4.0], [-1.5, 2.0]], Scheme())["norm"]
+    [5.0, 2.5]
+    """
+    size = scheme.block_size or len(x)
+    names = ("packed", "norm", "scale", "zero", "outlier_index", "outliers", "collapsed")
+    whole: dict[str, Any] = {name: [] for name in names}
+    for start in range(0, len(x), size):  # B1
+        block = encode_block(x[start : start + size], scheme)
+        for name in names:
+            whole[name] += block[name]
+    return whole
+
+
+def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
+    tokens, channels = range(len(x)), range(len(x[0]))
+    norms = [exact_norm(row) if scheme.separate_norm else 1.0 for row in x]
+    direction = [[divide(value, norm) for value in row] for row, norm in zip(x, norms, strict=True)]
+    peak = [max(abs(direction[t][j]) for t in tokens) for j in channels]
+    kept = sorted(sorted(channels, key=lambda j: (-peak[j], j))[: scheme.outlier_channels])  # O1
+    coded = [j for j in channels if j not in kept]
+
+    if scheme.axis == "channel":
+        groups = [[(t, j) for t in tokens] if j in coded else [] for j in channels]
+    else:
+        groups = [[(t, j) for j in coded] for t in tokens]
+    pairs = [scale_and_zero([direction[t][j] for t, j in group], scheme) for group in groups]
+
+    def pair(t: int, j: int) -> tuple[float, float]:
+        return pairs[j if scheme.axis == "channel" else t]
+
+    codes = [
+        [code(direction[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0 for j in channels]
+        for t in tokens
+    ]
+    outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
+    stored, collapsed = [], []
+    for t in tokens:
+        y = [dequantized(codes[t][j], *pair(t, j)) for j in channels]
+        for j, value in zip(kept, outliers[t], strict=True):
+            y[j] = value
+        stored.append(narrow(factor(x[t], y, norms[t], scheme), scheme.norm_dtype))
+        lost = all(value == 0 for value in y) or stored[-1] == 0
+        collapsed.append(lost and any(value != 0 for value in x[t]))
+
+    rows = [list(column) for column in zip(*pairs, strict=True)]
+    shape: Callable[[list[float]], Any] = (lambda row: [row]) if scheme.axis == "channel" else (lambda row: [[v] for v in row])
+    return {
+        "packed": [packed(row, scheme) for row in codes],
+        "norm": stored,
+        "scale": shape(rows[0]),
+        "zero": shape(rows[1]),
+        "outlier_index": [kept],
+        "outliers": outliers,
+        "collapsed": collapsed,
+    }
+
+
+def scale_and_zero(values: list[float], scheme: Scheme) -> tuple[float, float]:
+    """S1 to S5 for the direction's values that share a scale."""
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    full = range_scale(low, high, scheme)
+    if scheme.scale_rule == "range" or not all(map(math.isfinite, full)):
+        return full
+    middle = add(multiply(0.5, high), multiply(0.5, low))
+    radius = add(multiply(0.5, high), -multiply(0.5, low))
+    best, least = full, squared_error(values, full, scheme)
+    for ratio in SHRINK[1:]:
+        shrink = rounded(ratio, SINGLE)
+        if scheme.symmetric:
+            pair = range_scale(multiply(shrink, low), multiply(shrink, high), scheme)
+        else:
+            shorter = multiply(shrink, radius)
+            pair = range_scale(add(middle, -shorter), add(middle, shorter), scheme)
+        error = squared_error(values, pair, scheme)
+        if error < least:
+            best, least = pair, error
+    return best
+
+
+def range_scale(low: float, high: float, scheme: Scheme) -> tuple[float, float]:
+    if scheme.symmetric:
+        levels, zero, span = 2 ** (scheme.bits - 1) - 1, 0.0, max(abs(low), abs(high))
+    else:
+        zero = narrow(low, scheme.scale_dtype)
+        levels, span = 2**scheme.bits - 1, add(high, -zero)
+    return narrow(divide(span, float(levels)), scheme.scale_dtype), zero
+
+
+def squared_error(values: list[float], pair: tuple[float, float], scheme: Scheme) -> float:
+    """S4: float64, one value after the other."""
+    total = 0.0
+    for value in values:
+        error = add(value, -dequantized(code(value, *pair, scheme), *pair))
+        total = float(Fraction(total) + Fraction(error) ** 2)
+    return total
+
+
+def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
+    """Q1, Q2: one subtraction, one division, half to even, and only then the clamp."""
+    if scheme.symmetric:
+        low, high = -(2 ** (scheme.bits - 1)) + 1, 2 ** (scheme.bits - 1) - 1
+    else:
+        low, high = 0, 2**scheme.bits - 1
+    if math.isinf(scale) or math.isinf(zero):
+        return 0  # refused later (S5)
+    quotient = divide(add(value, -zero), scale)
+    if math.isinf(quotient):
+        return high if quotient > 0 else low
+    return min(max(half_even(Fraction(quotient)), low), high)
+
+
+def dequantized(code: int, scale: float, zero: float) -> float:
+    """D1: two roundings."""
+    return add(multiply(float(code), scale), zero)
+
+
+def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float:
+    """M1, M2, M3, before the factor is narrowed."""
+    if not scheme.separate_norm or scheme.magnitude == "norm":
+        return norm
+    if scheme.magnitude == "gain":
+        return divide(norm, exact_norm(y))
+    below = sum((Fraction(v) ** 2 for v in y), Fraction(0))
+    above = sum((Fraction(u) * Fraction(v) for u, v in zip(x, y, strict=True)), Fraction(0))
+    return rounded(above / below, SINGLE) if below else 0.0
+
+
+def packed(codes: list[int], scheme: Scheme) -> list[int]:
+    """P1, as bits in a row of integers."""
+    offset = 2 ** (scheme.bits - 1) if scheme.symmetric else 0
+    stored = [value + offset for value in codes]
+    padded = stored + [offset] * 7  # enough for any byte to be filled
+
+    def row(low: int, bits: int) -> list[int]:
+        count = -(-len(stored) * bits // 8)
+        per_byte = 8 // bits
+        fields = [value >> low & (2**bits - 1) for value in padded]
+        return [
+            sum(fields[per_byte * i + k] << (bits * k) for k in range(per_byte)) for i in range(count)
+        ]
+
+    return row(0, 2) + row(2, 1) if scheme.bits == 3 else row(0, scheme.bits)
+
+
+# --- decode -------------------------------------------------------------------------------------
+
+
+def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[float]]:
+    """Reconstruct what `encode` returned, as ``[T][D]`` (rule D1).
+
+    Examples
+    --------
+    >>> scheme = Scheme()
+    >>> decode(encode([[3.0, 4.0]], scheme), 2, scheme)
+    [[3.0, 4.0]]
+    """
+    tokens = len(parts["packed"])
+    size = scheme.block_size or tokens
+    result = []
+    for t in range(tokens):
+        at = t // size if scheme.axis == "channel" else t
+        codes = unpacked(parts["packed"][t], head_dim, scheme)
+        y = []
+        for j in range(head_dim):
+            k = j if scheme.axis == "channel" else 0
+            zero = 0.0 if scheme.symmetric else parts["zero"][at][k]
+            y.append(dequantized(codes[j], parts["scale"][at][k], zero))
+        if scheme.outlier_channels:
+            for j, value in zip(parts["outlier_index"][t // size], parts["outliers"][t], strict=True):
+                y[j] = value
+        if scheme.separate_norm and scheme.magnitude == "norm":
+            length = exact_norm(y)
+            y = [divide(value, length) for value in y]
+        if scheme.separate_norm:
+            y = [multiply(parts["norm"][t], value) for value in y]
+        result.append(y)
+    return result
+
+
+def unpacked(row: Sequence[int], head_dim: int, scheme: Scheme) -> list[int]:
+    def field(first_byte: int, bits: int, j: int) -> int:
+        return row[first_byte + j * bits // 8] >> (j * bits % 8) & (2**bits - 1)
+
+    offset = 2 ** (scheme.bits - 1) if scheme.symmetric else 0
+    if scheme.bits != 3:
+        return [field(0, scheme.bits, j) - offset for j in range(head_dim)]
+    split = (2 * head_dim + 7) // 8
+    return [field(0, 2, j) + 4 * field(split, 1, j) - offset for j in range(head_dim)]

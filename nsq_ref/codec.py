@@ -481,10 +481,11 @@ def _not_finite(x: Array) -> ValueError:
 def _require_range(quantized: Quantized, x: Array) -> None:
     """N1, M4, S5, O1, D3: refuse what the dtypes cannot hold, naming the first place."""
     scheme = quantized.scheme
-    for name in ("norm", "scale", "zero", "outliers"):
-        part = getattr(quantized, name)
-        if part is None or np.isfinite(part).all():
+    largest = {name: _largest(getattr(quantized, name)) for name in ("norm", "scale", "zero", "outliers")}
+    for name, size in largest.items():
+        if np.isfinite(size):
             continue
+        part = getattr(quantized, name)
         index = [int(i) for i in np.argwhere(~np.isfinite(part))[0]]
         if name == "outliers":
             raise RangeError(
@@ -497,17 +498,14 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         if name == "norm" and np.isinf(rounding.norm(_float32(x[tuple(token)])[None])[0]):
             dtype = "float32"
         remedy = {
-            "float16": f"{option}='bfloat16' or {option}='float32' holds it",
+            "float16": f"{option}='float32' holds it, 'bfloat16' too below 3.39e38",
             "bfloat16": f"{option}='float32' holds more",
             "float32": "scale x down",
         }[dtype]
         subject = f"the {scheme.magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
         raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
-    if scheme.separate_norm:
-        largest = _largest(quantized.norm)
-    else:
-        largest = _largest(quantized.scale) * 2**scheme.bits + _largest(quantized.zero)
-    if largest > NEAR_OVERFLOW:
+    reach = largest["scale"] * 2**scheme.bits + largest["zero"]
+    if max(reach, largest["norm"]) > NEAR_OVERFLOW:
         decoded = dequantize(quantized)
         if not np.isfinite(decoded).all():
             index = [int(i) for i in np.argwhere(~np.isfinite(decoded))[0]]
@@ -515,7 +513,8 @@ def _require_range(quantized: Quantized, x: Array) -> None:
 
 
 def _largest(part: Array | None) -> float:
-    return 0.0 if part is None or not part.size else float(np.max(np.abs(part)))
+    """The largest magnitude of a part, in float32: float16 arithmetic is slow on most CPUs."""
+    return 0.0 if part is None or not part.size else float(np.max(np.abs(_float32(part))))
 
 
 def _float32(values: Array) -> Float32:

@@ -1,0 +1,32 @@
+# Two commands: `make demo` and `make test`. Both set up .venv inside this clone by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint types benchmark clean
+
+demo: .venv/demo.done
+	$(BIN)/nsq demo
+
+test: .venv/test.done
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.done
+	$(BIN)/mypy
+
+benchmark: .venv/benchmark.done
+	$(BIN)/python -m benchmarks.codec
+
+.venv/%.done: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Setting up .venv for 'make $*' (once)"
+	@$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis nsq-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

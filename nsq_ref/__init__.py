@@ -12,9 +12,8 @@ Examples
 """
 
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
-from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
+from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
-SPEC_VERSION = "NSQ-1"
 __version__ = "0.1.0"
 
 __all__ = [

@@ -61,27 +61,27 @@ def rounded(value: Fraction, kind: Format, sign: float = 1.0) -> float:
 
 
 def multiply(a: float, b: float) -> float:
-    if math.isinf(a) or math.isinf(b):
+    if not (math.isfinite(a) and math.isfinite(b)):
         return a * b
     return rounded(Fraction(a) * Fraction(b), SINGLE, math.copysign(1, a) * math.copysign(1, b))
 
 
 def divide(a: float, b: float) -> float:
     """``a / b``; 0 where b is 0, as the rules have it for zero norms and scales."""
-    if math.isinf(a) or math.isinf(b) or b == 0:
-        return 0.0 if b == 0 else a / b
+    if b == 0 or not (math.isfinite(a) and math.isfinite(b)):
+        return a / b if b else 0.0
     return rounded(Fraction(a) / Fraction(b), SINGLE, math.copysign(1, a) * math.copysign(1, b))
 
 
 def add(a: float, b: float) -> float:
-    if math.isinf(a) or math.isinf(b) or (a == 0 and b == 0):
+    if a == b == 0 or not (math.isfinite(a) and math.isfinite(b)):
         return a + b
     return rounded(Fraction(a) + Fraction(b), SINGLE)
 
 
 def narrow(value: float, dtype: str) -> float:
     """S3, M4, Z1: one rounding, and no negative zero."""
-    result = value if math.isinf(value) or math.isnan(value) else rounded(Fraction(value), FORMATS[dtype])
+    result = rounded(Fraction(value), FORMATS[dtype]) if math.isfinite(value) else value
     return 0.0 if result == 0 else result
 
 

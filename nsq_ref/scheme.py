@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple, overload
 import ml_dtypes
 import numpy as np
 
-__all__ = ["Field", "KeyValueSchemes", "Scheme", "scheme_names"]
+__all__ = ["SPEC_VERSION", "Field", "KeyValueSchemes", "Scheme", "scheme_names"]
+
+SPEC_VERSION = "NSQ-1"
 
 FloatName = Literal["float16", "bfloat16", "float32"]
 

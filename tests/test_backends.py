@@ -1,0 +1,100 @@
+"""Kernels, specification and oracle agree in every bit, on drawn and on engineered tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+
+from nsq_ref import Quantized, RangeError, Scheme, dequantize, quantize
+from nsq_ref.codec import Backend
+from tests.cases import Case, cases
+from tests.tensors import inputs, schemes
+
+BACKENDS = get_args(Backend)
+CASES = list(cases())
+
+
+def outcome(x: npt.NDArray[Any], scheme: Scheme, backend: Backend) -> Quantized | str:
+    try:
+        return quantize(x, scheme, backend)
+    except RangeError as error:
+        return str(error)
+
+
+def require_equal_bits(x: npt.NDArray[Any], scheme: Scheme) -> None:
+    numba, numpy, oracle = (outcome(x, scheme, backend) for backend in BACKENDS)
+    if isinstance(oracle, str):
+        assert numba == numpy == oracle
+        return
+    for other in (numba, numpy):
+        assert isinstance(other, Quantized)
+        assert other.parts.keys() == oracle.parts.keys()
+        for name, part in oracle.parts.items():
+            got = other.parts[name]
+            assert (got.dtype, got.shape) == (part.dtype, part.shape)
+            assert got.tobytes() == part.tobytes(), name
+        assert other.collapsed_tokens == oracle.collapsed_tokens
+    decoded = [dequantize(oracle, backend=backend).tobytes() for backend in BACKENDS]
+    assert decoded[0] == decoded[1] == decoded[2]
+
+
+@settings(max_examples=600)
+@given(inputs(), schemes())
+def test_any_tensor_any_scheme(x: npt.NDArray[Any], scheme: Scheme) -> None:
+    require_equal_bits(x, scheme)
+
+
+@settings(max_examples=150)
+@given(inputs(), schemes(separate_norm=True, magnitude="lsq"))
+def test_least_squares_gain(x: npt.NDArray[Any], scheme: Scheme) -> None:
+    """M3: the one factor with cancellation."""
+    require_equal_bits(x, scheme)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[name for name, _, _ in CASES])
+def test_engineered_case(case: Case) -> None:
+    """N1 N2 O1 S1 S2 S3 S4 Z1 Q1 Q2 P1 M1 M2 M3 D1 D2 B1 K1, where each is decided."""
+    _, x, scheme = case
+    require_equal_bits(x, scheme)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_float16_alone(bits: int, symmetric: bool) -> None:
+    """I1: each finite float16 as a sequence of one token and one channel, and as a channel."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    for separate_norm in (True, False):
+        scheme = Scheme(bits=bits, symmetric=symmetric, separate_norm=separate_norm)
+        for x in (finite[:, None, None], finite[None, :, None]):
+            numba, numpy = (quantize(x, scheme, backend) for backend in BACKENDS[:2])
+            for name, part in numpy.parts.items():
+                assert numba.parts[name].tobytes() == part.tobytes(), name
+            decoded = [dequantize(numba, backend=backend) for backend in BACKENDS[:2]]
+            assert decoded[0].tobytes() == decoded[1].tobytes()
+
+
+def test_norm_separated_single_channel_is_exact() -> None:
+    """N2 M1 D1: a lone channel has direction 1 or -1, and its norm is itself."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)][:, None, None]
+    for backend in BACKENDS[:2]:
+        decoded = dequantize(quantize(finite, Scheme(), backend), backend=backend)
+        assert np.array_equal(decoded, finite.astype(np.float32))
+
+
+@pytest.mark.parametrize("head_dim", [4096, 4097, 9000])
+def test_head_dim_beyond_the_fast_norm(head_dim: int) -> None:
+    """N1: kernels hand rows that are too wide for their sums to the exact path."""
+    x = np.random.default_rng(0).standard_normal((3, head_dim)).astype(np.float32)
+    for magnitude in ("norm", "gain", "lsq"):
+        scheme = replace(Scheme(), magnitude=magnitude)
+        numba, numpy = (quantize(x, scheme, backend) for backend in BACKENDS[:2])
+        assert numba.packed.tobytes() == numpy.packed.tobytes()
+        assert numba.parts["norm"].tobytes() == numpy.parts["norm"].tobytes()
+        assert dequantize(numba).tobytes() == dequantize(numba, backend="numpy").tobytes()

@@ -82,6 +82,21 @@ def scale_near_ties(count: int = 24) -> Float32:
     return np.float32(columns[:count]).T
 
 
+def float32_scale_ties(count: int = 24) -> Float32:
+    """A float32 scale and values whose quotient is a tie only once it is rounded (Q1)."""
+    rng = np.random.default_rng(5)
+    columns = []
+    while len(columns) < count:
+        top = np.float32(rng.uniform(0.1, 1))
+        scale = top / np.float32(7)
+        code = np.float32(2 * rng.integers(0, 3) + 0.5)
+        value = np.nextafter(code * scale, np.float32(1))
+        exact = np.float64(value) / np.float64(scale)
+        if value / scale == code and exact > code:
+            columns.append([top, value])
+    return np.float32(columns).T
+
+
 def norm_ties() -> Float32:
     """Norms on a float32 midpoint, and off it by less than float64 can see (N1)."""
     rows = []
@@ -130,6 +145,10 @@ def cases() -> Iterator[Case]:
     yield "division near-ties", division_near_ties(), Scheme()
     yield "scale near-ties", scale_near_ties(), Scheme(**plain)
     yield "scale near-ties asymmetric", scale_near_ties(), Scheme(symmetric=False, **plain)
+    exact = Scheme(scale_dtype="float32", **plain)
+    yield "float32 scale ties", float32_scale_ties(), exact
+    wide_asymmetric = Scheme(bits=8, symmetric=False, scale_dtype="float32", norm_dtype="float32")
+    yield "float32 scale and zero", norm_order(16), wide_asymmetric
     for bits, head_dim in ((2, 4), (3, 36), (4, 196), (4, 195)):
         yield f"one-hot {head_dim}", one_hot(head_dim), Scheme(bits=bits, scale_dtype="float32")
     rng = np.random.default_rng(4)

@@ -20,7 +20,9 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Backend = Literal["numba", "numpy", "oracle"]
 BACKENDS = ("numba", "numpy", "oracle")
-INPUT_DTYPES = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+INPUT_DTYPES = tuple(
+    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
+)
 
 # Work goes slab by slab so that what is needed besides input and output stays small, and a slab
 # read twice is still in cache the second time.
@@ -100,7 +102,9 @@ class Quantized:
                     raise ValueError(f"{name} is not stored by {self.scheme}; leave it out")
                 continue
             if not isinstance(part, np.ndarray):
-                raise TypeError(f"{name} must be an array of {layout[name].dtype}, got {part!r:.80}")
+                raise TypeError(
+                    f"{name} must be an array of {layout[name].dtype}, got {part!r:.80}"
+                )
             if (part.shape, part.dtype) != tuple(layout[name]):
                 raise ValueError(
                     f"{name} is {part.dtype} {list(part.shape)}; the scheme stores "
@@ -273,7 +277,9 @@ def dequantize(
     if out is None:
         out = np.empty(shape, np.float32)
     elif not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
-        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        got = (
+            f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        )
         raise ValueError(f"out must be a float32 array of shape {list(shape)}, got {got}")
     elif not (out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("out must be C-contiguous and writeable; pass np.empty(shape, np.float32)")
@@ -338,9 +344,7 @@ def _decode(block: spec.Block, sinks: int, scheme: Scheme, backend: Backend, out
             out[:, sinks + rows.start : sinks + rows.stop] = spec.decode(one, scheme)
 
 
-def _from_lists(
-    encoded: list[dict[str, Any]], scheme: Scheme, packed: Array
-) -> spec.Block:
+def _from_lists(encoded: list[dict[str, Any]], scheme: Scheme, packed: Array) -> spec.Block:
     """Turn the oracle's lists into arrays; every value fits its dtype exactly."""
     scale, norm = FLOAT_DTYPES[scheme.scale_dtype], FLOAT_DTYPES[scheme.norm_dtype]
 
@@ -400,7 +404,11 @@ def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
         if flat is not None:
             part = flat[leads]
         else:
-            indices = zip(*np.unravel_index(range(leads.start, leads.stop), x.shape[:-2]), strict=True) if x.ndim > 2 else [()]
+            indices = (
+                zip(*np.unravel_index(range(leads.start, leads.stop), x.shape[:-2]), strict=True)
+                if x.ndim > 2
+                else [()]
+            )
             part = np.stack([x[index] for index in indices])
         with np.errstate(over="ignore"):
             yield leads, np.ascontiguousarray(part, np.float32)
@@ -457,7 +465,9 @@ def _require_shape(name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {list(shape)}; at least [tokens, head_dim] is needed")
     if 0 in shape:
         axis = shape.index(0)
-        raise ValueError(f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out")
+        raise ValueError(
+            f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out"
+        )
 
 
 def _not_finite(x: Array) -> ValueError:
@@ -481,7 +491,9 @@ def _not_finite(x: Array) -> ValueError:
 def _require_range(quantized: Quantized, x: Array) -> None:
     """N1, M4, S5, O1, D3: refuse what the dtypes cannot hold, naming the first place."""
     scheme = quantized.scheme
-    largest = {name: _largest(getattr(quantized, name)) for name in ("norm", "scale", "zero", "outliers")}
+    largest = {
+        name: _largest(getattr(quantized, name)) for name in ("norm", "scale", "zero", "outliers")
+    }
     for name, size in largest.items():
         if np.isfinite(size):
             continue
@@ -502,7 +514,9 @@ def _require_range(quantized: Quantized, x: Array) -> None:
             "bfloat16": f"{option}='float32' holds more",
             "float32": "scale x down",
         }[dtype]
-        subject = f"the {scheme.magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
+        subject = (
+            f"the {scheme.magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
+        )
         raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
     reach = largest["scale"] * 2**scheme.bits + largest["zero"]
     if max(reach, largest["norm"]) > NEAR_OVERFLOW:

@@ -510,7 +510,10 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
     if scheme.outlier_channels:
         index = spec.outlier_channels(np.maximum(high, -low)[:, :, None], scheme)[:, :, 0]
         at_token = np.repeat(index, block_size, axis=1)[:, :tokens]
-        kept = np.take_along_axis(x[:, sinks:], at_token, -1) / spec.where_zero(norm, np.inf)[..., None]
+        kept = (
+            np.take_along_axis(x[:, sinks:], at_token, -1)
+            / spec.where_zero(norm, np.inf)[..., None]
+        )
         outliers = rounding.narrow(kept, np.dtype(np.float16))
         np.put_along_axis(low, index, 0, -1)
         np.put_along_axis(high, index, 0, -1)

@@ -31,7 +31,14 @@ FORMATS = {
     "float32": Format(24, -149, (2 - Fraction(1, 2**23)) * Fraction(2) ** 127),
 }
 SINGLE = FORMATS["float32"]
-SHRINK = [Fraction(1), Fraction(95, 100), Fraction(9, 10), Fraction(85, 100), Fraction(8, 10), Fraction(7, 10)]
+SHRINK = [
+    Fraction(1),
+    Fraction(95, 100),
+    Fraction(9, 10),
+    Fraction(85, 100),
+    Fraction(8, 10),
+    Fraction(7, 10),
+]
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
@@ -142,7 +149,10 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         return pairs[j if scheme.axis == "channel" else t]
 
     codes = [
-        [code(direction[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0 for j in channels]
+        [
+            code(direction[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0
+            for j in channels
+        ]
         for t in tokens
     ]
     outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
@@ -156,7 +166,9 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         collapsed.append(lost and any(value != 0 for value in x[t]))
 
     rows = [list(column) for column in zip(*pairs, strict=True)]
-    shape: Callable[[list[float]], Any] = (lambda row: [row]) if scheme.axis == "channel" else (lambda row: [[v] for v in row])
+    shape: Callable[[list[float]], Any] = (
+        (lambda row: [row]) if scheme.axis == "channel" else (lambda row: [[v] for v in row])
+    )
     return {
         "packed": [packed(row, scheme) for row in codes],
         "norm": stored,
@@ -249,7 +261,8 @@ def packed(codes: list[int], scheme: Scheme) -> list[int]:
         per_byte = 8 // bits
         fields = [value >> low & (2**bits - 1) for value in padded]
         return [
-            sum(fields[per_byte * i + k] << (bits * k) for k in range(per_byte)) for i in range(count)
+            sum(fields[per_byte * i + k] << (bits * k) for k in range(per_byte))
+            for i in range(count)
         ]
 
     return row(0, 2) + row(2, 1) if scheme.bits == 3 else row(0, scheme.bits)
@@ -279,7 +292,9 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
             zero = 0.0 if scheme.symmetric else parts["zero"][at][k]
             y.append(dequantized(codes[j], parts["scale"][at][k], zero))
         if scheme.outlier_channels:
-            for j, value in zip(parts["outlier_index"][t // size], parts["outliers"][t], strict=True):
+            for j, value in zip(
+                parts["outlier_index"][t // size], parts["outliers"][t], strict=True
+            ):
                 y[j] = value
         if scheme.separate_norm and scheme.magnitude == "norm":
             length = exact_norm(y)

@@ -47,7 +47,10 @@ def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
         raise ValueError(f"codes{list(index)} is {codes[index]}; codes lie in {low} to {high}")
     stored = (codes.astype(np.int16) + scheme.code_offset).astype(np.uint8)
     if scheme.bits == 3:
-        rows = [_pack_row(stored & 3, 2, scheme.code_offset & 3), _pack_row(stored >> 2, 1, scheme.code_offset >> 2)]
+        rows = [
+            _pack_row(stored & 3, 2, scheme.code_offset & 3),
+            _pack_row(stored >> 2, 1, scheme.code_offset >> 2),
+        ]
         return np.concatenate(rows, axis=-1)
     return _pack_row(stored, scheme.bits, scheme.code_offset)
 
@@ -75,7 +78,10 @@ def unpack(packed: Bytes, scheme: Scheme, head_dim: int) -> npt.NDArray[np.int16
     """
     if scheme.bits == 3:
         split = row_bytes(head_dim, 2)
-        low, high = (_unpack_row(part, bits, head_dim) for part, bits in ((packed[..., :split], 2), (packed[..., split:], 1)))
+        low, high = (
+            _unpack_row(part, bits, head_dim)
+            for part, bits in ((packed[..., :split], 2), (packed[..., split:], 1))
+        )
         stored = low | high << 2
     else:
         stored = _unpack_row(packed, scheme.bits, head_dim)

@@ -113,7 +113,10 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
     lower, upper = _float32(quotient - slack), _float32(quotient + slack)
     for index in zip(*np.nonzero(lower < upper), strict=True):
-        pairs = [(Fraction(float(a)), Fraction(float(b))) for a, b in zip(x[index], y[index], strict=True)]
+        pairs = [
+            (Fraction(float(a)), Fraction(float(b)))
+            for a, b in zip(x[index], y[index], strict=True)
+        ]
         exact = sum((a * b for a, b in pairs), Fraction()) / sum(b * b for _, b in pairs)
         # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.
         nearest = float(exact) * np.float64([1 - 4 * _UNIT, 1 + 4 * _UNIT])
@@ -133,7 +136,10 @@ def _nearer(
     """Choose between two neighbours by the sign of ``beyond`` at their midpoint."""
     if lower == upper:
         return lower
-    ends = [float(np.clip(end, -_BEYOND_FLOAT32, _BEYOND_FLOAT32, dtype=np.float64)) for end in (lower, upper)]
+    ends = [
+        float(np.clip(end, -_BEYOND_FLOAT32, _BEYOND_FLOAT32, dtype=np.float64))
+        for end in (lower, upper)
+    ]
     middle = (ends[0] + ends[1]) / 2  # 25 significant bits: exact in float64
     sign = beyond(Fraction(middle))
     if sign == 0:

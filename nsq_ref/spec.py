@@ -72,7 +72,9 @@ def decode(block: Block, scheme: Scheme) -> Float32:
     array([[ 3. ,  4. ],
            [-1.5,  2. ]], dtype=float32)
     """
-    y = dequantized_direction(block.codes, block.scale, block.zero, block.outlier_index, block.outliers)
+    y = dequantized_direction(
+        block.codes, block.scale, block.zero, block.outlier_index, block.outliers
+    )
     if scheme.separate_norm and scheme.magnitude == "norm":
         y = y / where_zero(rounding.norm(y), np.inf)[..., None]
     return block.norm.astype(np.float32)[..., None] * y

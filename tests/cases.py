@@ -42,7 +42,9 @@ def integer_rows() -> Float32:
         head = [28, *np.roll(ties, shift)]
         rest = 4096 - sum(v * v for v in head)
         padding = next(
-            four for four in itertools.product(range(29), repeat=4) if sum(v * v for v in four) == rest
+            four
+            for four in itertools.product(range(29), repeat=4)
+            if sum(v * v for v in four) == rest
         )
         rows.append([sign * v for v in (*head, *padding)])
     return np.float32(rows)
@@ -165,11 +167,19 @@ def cases() -> Iterator[Case]:
     yield "float16 norm ties", half, Scheme()
     constant = np.float32(rng.standard_normal((1, 16)) * 3) * np.ones((4, 1), np.float32)
     yield "constant channels", constant, Scheme(symmetric=False, **plain)
-    yield "one-sided", np.abs(rng.standard_normal((9, 16))).astype(np.float32), Scheme(symmetric=False)
+    yield (
+        "one-sided",
+        np.abs(rng.standard_normal((9, 16))).astype(np.float32),
+        Scheme(symmetric=False),
+    )
     for symmetric in (True, False):
         for axis in ("channel", "token"):
             scheme = Scheme(bits=2, symmetric=symmetric, axis=axis, scale_rule="search")  # type: ignore[arg-type]
-            yield f"search {symmetric} {axis}", rng.standard_normal((40, 8)).astype(np.float32), scheme
+            yield (
+                f"search {symmetric} {axis}",
+                rng.standard_normal((40, 8)).astype(np.float32),
+                scheme,
+            )
     blocks = rng.standard_normal((11, 6)).astype(np.float32)
     for size, sinks in itertools.product((1, 4, 11, 12), (0, 1, 11, 12)):
         yield f"blocks {size} {sinks}", blocks, Scheme(block_size=size, sink_tokens=sinks)

@@ -65,7 +65,11 @@ def norm_with(total: Callable[[Any], Any]) -> Patch:
 def range_scale_with(levels: Callable[[Scheme], float]) -> Patch:
     def range_scale(low: Any, high: Any, scheme: Scheme) -> Any:
         dtype = FLOAT_DTYPES[scheme.scale_dtype]
-        zero = np.zeros_like(low) if scheme.symmetric else rounding.narrow(low, dtype).astype(np.float32)
+        zero = (
+            np.zeros_like(low)
+            if scheme.symmetric
+            else rounding.narrow(low, dtype).astype(np.float32)
+        )
         span = np.maximum(high, -low) if scheme.symmetric else high - zero
         return rounding.narrow(span / np.float32(levels(scheme)), dtype), zero.astype(dtype)
 
@@ -88,7 +92,9 @@ def positive_scale(low: Any, high: Any, scheme: Scheme) -> Any:
 def narrow_truncating(value: Any, dtype: Any) -> Any:
     narrowed = ORIGINAL["narrow"](value, dtype)
     toward = np.nextafter(narrowed, dtype.type(0))
-    return np.where(np.abs(narrowed.astype(np.float64)) > np.abs(value), toward, narrowed).astype(dtype)
+    return np.where(np.abs(narrowed.astype(np.float64)) > np.abs(value), toward, narrowed).astype(
+        dtype
+    )
 
 
 def narrow_flushing(value: Any, dtype: Any) -> Any:
@@ -105,14 +111,18 @@ def narrow_with_sign(value: Any, dtype: Any) -> Any:
 def decode_merged(block: spec.Block, scheme: Scheme) -> Any:
     if not scheme.separate_norm or scheme.magnitude != "norm":
         return ORIGINAL["decode"](block, scheme)
-    y = spec.dequantized_direction(block.codes, block.scale, block.zero, block.outlier_index, block.outliers)
+    y = spec.dequantized_direction(
+        block.codes, block.scale, block.zero, block.outlier_index, block.outliers
+    )
     length = spec.where_zero(rounding.norm(y), np.inf)
     return (block.norm.astype(np.float32) / length)[..., None] * y
 
 
 def decode_plain(block: spec.Block, scheme: Scheme) -> Any:
-    return ORIGINAL["decode"](block, Scheme(**{**scheme.to_dict(), "magnitude": "gain"})
-                              if scheme.separate_norm else scheme)
+    return ORIGINAL["decode"](
+        block,
+        Scheme(**{**scheme.to_dict(), "magnitude": "gain"}) if scheme.separate_norm else scheme,
+    )
 
 
 def decode_fused(codes: Any, scale: Any, zero: Any) -> Any:

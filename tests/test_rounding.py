@@ -64,12 +64,25 @@ def test_narrow_to_float32_keeps_all_but_negative_zero() -> None:
 def nearest_root(total: Fraction) -> float:
     """The float32 nearest to a root, by asking on which side of each midpoint it lies."""
     guess = np.float32(math.sqrt(total))
-    for candidate in (np.nextafter(guess, np.float32(0)), guess, np.nextafter(guess, np.float32(np.inf))):
-        down = (Fraction(float(np.nextafter(candidate, np.float32(-1)))) + Fraction(float(candidate))) / 2
-        up = (Fraction(float(np.nextafter(candidate, np.float32(np.inf)))) + Fraction(float(candidate))) / 2
+    for candidate in (
+        np.nextafter(guess, np.float32(0)),
+        guess,
+        np.nextafter(guess, np.float32(np.inf)),
+    ):
+        down = (
+            Fraction(float(np.nextafter(candidate, np.float32(-1)))) + Fraction(float(candidate))
+        ) / 2
+        up = (
+            Fraction(float(np.nextafter(candidate, np.float32(np.inf))))
+            + Fraction(float(candidate))
+        ) / 2
         even = int(candidate.view(np.uint32)) % 2 == 0
         inside = max(down, Fraction(0)) ** 2 < total < up**2
-        if inside or (even and total in (down**2, up**2)) or total == Fraction(float(candidate)) ** 2:
+        if (
+            inside
+            or (even and total in (down**2, up**2))
+            or total == Fraction(float(candidate)) ** 2
+        ):
             return float(candidate)
     raise AssertionError("no candidate")
 
@@ -121,7 +134,9 @@ def test_norm_at_the_ends_of_float32(value: np.float32) -> None:
 def test_least_squares_gain_is_correctly_rounded(data: st.DataObject, size: int) -> None:
     """M3: also where the products cancel."""
     moderate = float32s.filter(lambda v: v == 0 or 1e-12 < abs(v) < 1e12)
-    rows = st.lists(st.one_of(moderate, st.sampled_from([1.0, -1.0, 3.0])), min_size=size, max_size=size)
+    rows = st.lists(
+        st.one_of(moderate, st.sampled_from([1.0, -1.0, 3.0])), min_size=size, max_size=size
+    )
     x, y = data.draw(rows), data.draw(rows)
     below = sum(Fraction(v) ** 2 for v in y)
     above = sum(Fraction(u) * Fraction(v) for u, v in zip(x, y, strict=True))
@@ -133,7 +148,11 @@ def exact_float32(value: Fraction) -> np.float32:
     """The nearest float32: of three candidates, the one least far away, of equals the even."""
     with np.errstate(over="ignore"):
         guess = np.float32(float(value))
-    candidates = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    candidates = [
+        np.nextafter(guess, np.float32(-np.inf)),
+        guess,
+        np.nextafter(guess, np.float32(np.inf)),
+    ]
     finite = [c for c in candidates if np.isfinite(c)]
     return min(finite, key=lambda c: (abs(Fraction(float(c)) - value), int(c.view(np.uint32)) % 2))
 

@@ -136,8 +136,9 @@ class Quantized:
         Examples
         --------
         >>> import numpy as np
-        >>> quantize(np.float32([[1, -1]]), Scheme(symmetric=False)).codes
-        array([[15,  0]], dtype=uint8)
+        >>> quantize(np.float32([[3, 4], [4, -3]]), Scheme(symmetric=False)).codes
+        array([[ 0, 15],
+               [15,  0]], dtype=uint8)
         """
         codes = packing.unpack(self.packed, self.scheme, self.shape[-1])
         return codes.astype(np.int8) if self.scheme.symmetric else codes.astype(np.uint8)
@@ -206,7 +207,7 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     >>> q.bits_per_element
     4.28125
     >>> error = np.linalg.norm(x - dequantize(q)) / np.linalg.norm(x)
-    >>> bool(error < 0.12)
+    >>> bool(error < 0.15)
     True
     """
     scheme = Scheme() if scheme is None else scheme

@@ -114,7 +114,7 @@ class Scheme:
     >>> Scheme() == Scheme.named("nsep+pchan4")
     True
     >>> Scheme.named("streaming3").bits_per_element(tokens=4096, head_dim=128)
-    3.377807...
+    3.382049560546875
     """
 
     bits: int = 4

@@ -1,0 +1,1 @@
+"""ONNX decoders, tokenizers and fidelity measurements for real language models."""

@@ -1,0 +1,429 @@
+"""Run a decoder of a GGUF file with ONNX Runtime, its key-value cache in NumPy arrays.
+
+The ONNX file is built once for every GGUF file and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import platformdirs
+from numpy.typing import ArrayLike, NDArray
+
+from onnx_export.gguf_file import GGUFFile
+from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx
+
+KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""
+
+_CHUNK = 1 << 20
+
+
+def default_cache_dir() -> Path:
+    """Return the per-user folder where models and ONNX files are kept.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder; it need not exist yet.
+
+    Examples
+    --------
+    >>> default_cache_dir().name
+    'nsq'
+    """
+    return platformdirs.user_cache_path("nsq", appauthor=False)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "empty"
+    ...     _ = path.write_bytes(b"")
+    ...     file_sha256(path)[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cached_onnx(
+    gguf_path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the ONNX decoder of a GGUF file, building it unless an intact one is in the cache.
+
+    The folder's name holds the SHA-256 of the GGUF file and the version of the graph, so another
+    model or a newer graph is never confused with it. It appears under that name only when complete,
+    and its checksums are verified at every call.
+
+    Parameters
+    ----------
+    gguf_path : str or os.PathLike
+        A model of the llama or qwen2 architecture.
+    cache_dir : str or os.PathLike, optional
+        Where to keep it; `default_cache_dir` when not given.
+    progress : callable, optional
+        Called as ``progress(what, done, total)`` while building.
+
+    Returns
+    -------
+    pathlib.Path
+        ``model.onnx``, with its external data beside it.
+
+    Raises
+    ------
+    ValueError
+        If the GGUF file is damaged or its model is not supported.
+    OSError
+        If the GGUF file cannot be read or the cache cannot be written.
+
+    Examples
+    --------
+    >>> cached_onnx("missing.gguf")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
+    """
+    root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
+    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
+    if not _is_intact(folder):
+        file = GGUFFile(gguf_path)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="building-", dir=root) as temporary:
+            complete = Path(temporary) / folder.name
+            complete.mkdir()
+            build_onnx(file, complete, progress)
+            # Another process may have built the same folder meanwhile.
+            if not _is_intact(folder):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(complete, folder)
+    return folder / "model.onnx"
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files of the folder have the checksums that ``SHA256SUMS`` states."""
+    try:
+        return (folder / "SHA256SUMS").read_bytes() == b"".join(
+            f"{file_sha256(folder / name)}  {name}\n".encode("ascii")
+            for name in ("model.onnx", "weights.bin")
+        )
+    except OSError:
+        return False
+
+
+class Decoder:
+    """A decoder in ONNX Runtime, with its key-value cache in NumPy arrays.
+
+    Parameters
+    ----------
+    onnx_path : str or os.PathLike
+        A ``model.onnx`` written by `cached_onnx`.
+    threads : int, optional
+        Number of threads; all cores when not given.
+
+    Attributes
+    ----------
+    config : DecoderConfig
+        Number of layers, heads and so on.
+
+    Raises
+    ------
+    ValueError
+        If `threads` is not positive, or the model was not written by this package.
+    FileNotFoundError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> Decoder("missing.onnx")
+    Traceback (most recent call last):
+    FileNotFoundError: there is no ONNX model 'missing.onnx'; build it with cached_onnx
+    """
+
+    def __init__(self, onnx_path: str | os.PathLike[str], *, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        path = Path(onnx_path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no ONNX model {str(path)!r}; build it with cached_onnx"
+            )
+        options = onnxruntime.SessionOptions()
+        # Zero lets the runtime use every core.
+        options.intra_op_num_threads = threads or 0
+        # Errors only: the runtime warns of every optional input, and `num_logits` is one.
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        self.config = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def from_gguf(
+        cls,
+        gguf_path: str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Decoder:
+        """Load the decoder of a GGUF file, building its ONNX file at the first call.
+
+        Parameters
+        ----------
+        gguf_path : str or os.PathLike
+            A model of the llama or qwen2 architecture.
+        cache_dir : str or os.PathLike, optional
+            Where to keep the ONNX file; `default_cache_dir` when not given.
+        threads : int, optional
+            Number of threads; all cores when not given.
+        progress : callable, optional
+            Called as ``progress(what, done, total)`` while building.
+
+        Returns
+        -------
+        Decoder
+            The decoder.
+
+        Raises
+        ------
+        ValueError
+            If the GGUF file is damaged or its model is not supported.
+        OSError
+            If the GGUF file cannot be read or the cache cannot be written.
+
+        Examples
+        --------
+        >>> Decoder.from_gguf("missing.gguf")
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
+        """
+        return cls(cached_onnx(gguf_path, cache_dir=cache_dir, progress=progress), threads=threads)
+
+    def empty_cache(self, batch: int = 1) -> KeyValueCache:
+        """Return the key-value cache of no tokens.
+
+        Parameters
+        ----------
+        batch : int
+            Number of sequences.
+
+        Returns
+        -------
+        keys, values : numpy.ndarray
+            Each float32 ``[layers, batch, kv_heads, 0, head_dim]``.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> folder = tempfile.mkdtemp()
+        >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
+        >>> keys, values = decoder.empty_cache()
+        >>> keys.shape
+        (2, 1, 2, 0, 8)
+        """
+        config = self.config
+        shape = (config.layers, batch, config.kv_heads, 0, config.head_dim)
+        return np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+    def forward(
+        self,
+        input_ids: ArrayLike,
+        past: KeyValueCache | None = None,
+        *,
+        num_logits: int | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Run the decoder on new tokens, after those whose keys and values are in `past`.
+
+        Parameters
+        ----------
+        input_ids : array_like of int
+            New tokens, ``[batch, sequence]``.
+        past : tuple of numpy.ndarray, optional
+            Keys and values of the tokens before, each float32
+            ``[layers, batch, kv_heads, past, head_dim]``. Not changed.
+        num_logits : int, optional
+            Compute logits for this many of the last tokens only; all when not given, none when 0.
+
+        Returns
+        -------
+        logits : numpy.ndarray
+            float32 ``[batch, sequence, vocab_size]``, or fewer positions with `num_logits`.
+        keys, values : numpy.ndarray
+            Cache of all tokens, float32 ``[layers, batch, kv_heads, past + sequence, head_dim]``.
+
+        Raises
+        ------
+        ValueError
+            If an argument has the wrong shape, dtype or range.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> folder = tempfile.mkdtemp()
+        >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
+        >>> logits, keys, values = decoder.forward([[3, 1, 4, 1]])
+        >>> logits.shape, keys.shape
+        ((1, 4, 260), (2, 1, 2, 4, 8))
+        >>> logits, keys, values = decoder.forward([[5]], past=(keys, values))
+        >>> logits.shape, keys.shape
+        ((1, 1, 260), (2, 1, 2, 5, 8))
+        """
+        tokens = self._checked_tokens(input_ids)
+        batch, sequence = tokens.shape
+        if past is None:
+            past = self.empty_cache(batch)
+        self._check_past(past, batch, sequence)
+        feeds: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {"input_ids": tokens}
+        if num_logits is not None:
+            if num_logits < 0:
+                raise ValueError(f"num_logits must not be negative, got {num_logits}")
+            feeds["num_logits"] = np.array(num_logits, np.int64)
+        for kind, cache in zip(("key", "value"), past, strict=True):
+            for layer, layer_cache in enumerate(cache):
+                feeds[f"past_key_values.{layer}.{kind}"] = np.ascontiguousarray(layer_cache)
+        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        keys, values = (
+            np.stack([results[f"present.{layer}.{kind}"] for layer in range(self.config.layers)])
+            for kind in ("key", "value")
+        )
+        return results["logits"], keys, values
+
+    def generate(
+        self, input_ids: ArrayLike, max_new_tokens: int, *, stop_token: int | None = None
+    ) -> NDArray[np.int64]:
+        """Continue one sequence greedily: the most likely token at every step.
+
+        Parameters
+        ----------
+        input_ids : array_like of int
+            The prompt, ``[sequence]``.
+        max_new_tokens : int
+            How many tokens to generate at most.
+        stop_token : int, optional
+            Stop after this token.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``[new_tokens]``: the new tokens only, `stop_token` included.
+
+        Raises
+        ------
+        ValueError
+            If an argument has the wrong shape, dtype or range.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> folder = tempfile.mkdtemp()
+        >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
+        >>> decoder.generate([3, 1, 4], 5).shape
+        (5,)
+        """
+        prompt = np.asarray(input_ids)
+        if prompt.ndim != 1:
+            raise ValueError(f"input_ids must have shape [sequence], got {prompt.shape}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        new_tokens: list[int] = []
+        tokens, past = prompt[None], self.empty_cache()
+        for _ in range(max_new_tokens):
+            logits, keys, values = self.forward(tokens, past, num_logits=1)
+            past = keys, values
+            new_tokens.append(int(logits[0, -1].argmax()))
+            if new_tokens[-1] == stop_token:
+                break
+            tokens = np.array([new_tokens[-1:]])
+        return np.array(new_tokens, np.int64)
+
+    def _checked_tokens(self, input_ids: ArrayLike) -> NDArray[np.int64]:
+        tokens = np.asarray(input_ids)
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(
+                f"input_ids must have shape [batch, sequence], none of them 0, got {tokens.shape}"
+            )
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"input_ids must be integers, got {tokens.dtype}")
+        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if outside.any():
+            row, column = np.argwhere(outside)[0]
+            raise ValueError(
+                f"input_ids[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of "
+                f"{self.config.vocab_size} tokens; use this model's own tokenizer"
+            )
+        return np.ascontiguousarray(tokens, dtype=np.int64)
+
+    def _check_past(self, past: KeyValueCache, batch: int, sequence: int) -> None:
+        config = self.config
+        if not isinstance(past, tuple) or len(past) != 2:
+            raise ValueError(f"past must be a tuple (keys, values), got {type(past).__name__}")
+        for name, cache in zip(("keys", "values"), past, strict=True):
+            if not isinstance(cache, np.ndarray) or cache.dtype != np.float32:
+                raise ValueError(
+                    f"past {name} must be a float32 array, got {getattr(cache, 'dtype', cache)}"
+                )
+            tokens = past[0].shape[3] if past[0].ndim == 5 else 0
+            expected = (config.layers, batch, config.kv_heads, tokens, config.head_dim)
+            if cache.shape != expected:
+                raise ValueError(
+                    f"past {name} must have shape [layers, batch, kv_heads, past, head_dim] = "
+                    f"{expected}, got {cache.shape}"
+                )
+        total = past[0].shape[3] + sequence
+        if total > config.context_length:
+            raise ValueError(
+                f"past and input_ids have {total} tokens together, more than the model's context "
+                f"of {config.context_length}; use fewer"
+            )
+
+
+def _config_from_metadata(path: Path, metadata: dict[str, str]) -> DecoderConfig:
+    """Rebuild the configuration that `build_onnx` stored as strings."""
+    if metadata.get("graph_version") != str(GRAPH_VERSION):
+        raise ValueError(
+            f"{path}: not a decoder of graph version {GRAPH_VERSION}; build it with cached_onnx"
+        )
+    types = {"str": str, "int": int, "float": float}
+    return DecoderConfig(
+        **{
+            field.name: types[str(field.type)](metadata[field.name])
+            for field in fields(DecoderConfig)
+        }
+    )

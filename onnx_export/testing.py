@@ -1,0 +1,80 @@
+"""A tiny random model, for examples and tests that need a GGUF file but no language."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from onnx_export.tokenizer import byte_symbols
+
+
+def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
+    """Write a llama GGUF file with random weights and a byte-level tokenizer.
+
+    It has 2 layers, 4 query heads over 2 key-value heads, ``head_dim`` 8, a vocabulary of 260 and a
+    context of 512 tokens.
+
+    Parameters
+    ----------
+    directory : str or os.PathLike
+        An existing directory.
+
+    Returns
+    -------
+    pathlib.Path
+        ``tiny.gguf`` in that directory.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> tiny_gguf(tempfile.mkdtemp()).name
+    'tiny.gguf'
+    """
+    path = Path(directory) / "tiny.gguf"
+    tokens = ["<|endoftext|>", *byte_symbols(), "th", "the", "Ġthe"]
+    embedding, feed_forward, query, key = 32, 48, 32, 16
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(embedding)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control] + [normal] * (len(tokens) - 1))
+    writer.add_token_merges(["t h", "th e", "Ġ the"])
+    writer.add_eos_token_id(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(tokens), embedding),
+        "output_norm": (embedding,),
+    }
+    for layer in range(2):
+        shapes |= {
+            f"blk.{layer}.attn_norm": (embedding,),
+            f"blk.{layer}.attn_q": (query, embedding),
+            f"blk.{layer}.attn_k": (key, embedding),
+            f"blk.{layer}.attn_v": (key, embedding),
+            f"blk.{layer}.attn_output": (embedding, query),
+            f"blk.{layer}.ffn_norm": (embedding,),
+            f"blk.{layer}.ffn_gate": (feed_forward, embedding),
+            f"blk.{layer}.ffn_up": (feed_forward, embedding),
+            f"blk.{layer}.ffn_down": (embedding, feed_forward),
+        }
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0
+        values = scale * random.standard_normal(shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,105 @@
+"""Real English text for measurements: nine State of the Union addresses, 1791 to 2002.
+
+The addresses are in the public domain; ``data/SOURCE.md`` says where they come from.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_export.tokenizer import Tokenizer
+
+ADDRESSES = (
+    "1801-jefferson",
+    "1863-lincoln",
+    "1941-roosevelt",
+    "2002-bush",
+    "1791-washington",
+    "1913-wilson",
+    "1985-reagan",
+    "1793-washington",
+    "1964-johnson",
+)
+"""Names of the addresses; neighbours are far apart in time, so that any few of them differ."""
+
+
+def read_address(name: str) -> str:
+    """Return the text of one address, its paragraphs separated by empty lines.
+
+    Parameters
+    ----------
+    name : str
+        One of `ADDRESSES`.
+
+    Returns
+    -------
+    str
+        The text.
+
+    Raises
+    ------
+    ValueError
+        If there is no such address.
+
+    Examples
+    --------
+    >>> read_address("1913-wilson").splitlines()[0]
+    'Gentlemen of the Congress:'
+    """
+    if name not in ADDRESSES:
+        raise ValueError(f"there is no address {name!r}; choose one of {', '.join(ADDRESSES)}")
+    path = resources.files("onnx_export") / "data" / f"{name}.txt"
+    return path.read_text(encoding="utf-8")
+
+
+def passages(tokenizer: Tokenizer, length: int, count: int) -> NDArray[np.int64]:
+    """Cut passages out of the addresses that do not overlap.
+
+    The first passage of every address comes before the second of any, in the order of `ADDRESSES`.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        The tokenizer of the model that shall read them.
+    length : int
+        Tokens in a passage.
+    count : int
+        Number of passages.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 ``[count, length]``.
+
+    Raises
+    ------
+    ValueError
+        If the addresses do not hold so many passages of that length.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx_export.testing import tiny_gguf
+    >>> tokenizer = Tokenizer(tiny_gguf(tempfile.mkdtemp()))
+    >>> tokenizer.decode(passages(tokenizer, 24, 2)[1])
+    'Fellow-Citizens of the Sena'
+    """
+    if length < 1 or count < 1:
+        raise ValueError(f"length and count must be at least 1, got {length} and {count}")
+    addresses = [tokenizer.encode(read_address(name)) for name in ADDRESSES]
+    rounds = max(len(tokens) for tokens in addresses) // length
+    found = [
+        tokens[start : start + length]
+        for start in range(0, rounds * length, length)
+        for tokens in addresses
+        if start + length <= len(tokens)
+    ]
+    if len(found) < count:
+        raise ValueError(
+            f"the addresses hold {len(found)} passages of {length} tokens, fewer than count = "
+            f"{count}; ask for fewer or shorter ones"
+        )
+    return np.stack(found[:count])

@@ -1,0 +1,252 @@
+"""Byte-level BPE tokenizers, rebuilt from the vocabulary and the merges in a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from onnx_export.gguf_file import GGUFFile
+
+# How Llama 3 and Qwen2 split text; they differ only in how many digits make one piece.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_symbols() -> list[str]:
+    """Return the characters by which byte-level BPE writes the bytes 0 to 255.
+
+    Returns
+    -------
+    list of str
+        256 different printable characters; printable ASCII and Latin-1 stand for themselves.
+
+    Examples
+    --------
+    >>> byte_symbols()[ord("A")], byte_symbols()[ord(" ")]
+    ('A', 'Ġ')
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+class Tokenizer:
+    """Tokenizer of a GGUF file.
+
+    Parameters
+    ----------
+    gguf_path : str or os.PathLike
+        The GGUF file. Its ``tokenizer.ggml.pre``, the rule that splits text before the merges, must
+        be one of ``smollm``, ``gpt-2``, ``llama-bpe`` and ``qwen2``; a wrong guess would tokenize
+        wrongly without a sign of it. With ``qwen2``, text is normalized to NFC, as that model was
+        trained; with the others decoding gives back exactly the text that was encoded.
+
+    Attributes
+    ----------
+    vocab_size : int
+        Number of tokens.
+    eos_token_id : int or None
+        The token that ends a text, or a turn of a chat model.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or its tokenizer is missing, inconsistent or of another kind.
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx_export.testing import tiny_gguf
+    >>> tokenizer = Tokenizer(tiny_gguf(tempfile.mkdtemp()))
+    >>> tokenizer.encode("on the 4th")
+    array([112, 111, 259,  33,  53, 257])
+    >>> tokenizer.decode(tokenizer.encode("on the 4th"))
+    'on the 4th'
+    """
+
+    def __init__(self, gguf_path: str | os.PathLike[str]) -> None:
+        file = GGUFFile(gguf_path)
+        kind = _metadata(file, "model", str)
+        if kind != "gpt2":
+            raise ValueError(
+                f"{file.path}: key 'tokenizer.ggml.model' is {kind!r}; only byte-level BPE "
+                "('gpt2') is supported"
+            )
+        tokens: list[str] = _metadata(file, "tokens", list)
+        types = _metadata(file, "token_type", np.ndarray)
+        if len(types) != len(tokens):
+            raise ValueError(
+                f"{file.path}: 'tokenizer.ggml.token_type' has {len(types)} items for "
+                f"{len(tokens)} tokens; convert the model again"
+            )
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        if len(vocabulary) != len(tokens):
+            raise ValueError(
+                f"{file.path}: 'tokenizer.ggml.tokens' lists a token twice; convert the model again"
+            )
+        self.vocab_size = len(tokens)
+        self.eos_token_id: int | None = file.metadata.get("tokenizer.ggml.eos_token_id")
+        if self.eos_token_id is not None and not (
+            type(self.eos_token_id) is int and 0 <= self.eos_token_id < len(tokens)
+        ):
+            raise ValueError(
+                f"{file.path}: key 'tokenizer.ggml.eos_token_id' is {self.eos_token_id!r}, not one "
+                f"of the {len(tokens)} tokens; convert the model again"
+            )
+        self._missing_bytes = {
+            byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary
+        }
+        self._tokenizer = _byte_level_bpe(file, vocabulary, _merges(file, vocabulary))
+        control, user_defined = (
+            [
+                tokenizers.AddedToken(token, normalized=False)
+                for token, token_type in zip(tokens, types.tolist(), strict=True)
+                if token_type == wanted
+            ]
+            for wanted in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+        )
+        self._tokenizer.add_special_tokens(control)
+        self._tokenizer.add_tokens(user_defined)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the token ids of a text.
+
+        The text of a control token, such as ``<|im_end|>``, becomes that token. No token is added
+        at the beginning or the end.
+
+        Parameters
+        ----------
+        text : str
+            The text.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``[tokens]``.
+
+        Raises
+        ------
+        ValueError
+            If the vocabulary cannot express a byte of the text.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).encode("<|endoftext|> the")
+        array([  0, 259])
+        """
+        missing = self._missing_bytes.intersection(text.encode("utf-8"))
+        if missing:
+            raise ValueError(
+                f"text holds the byte {min(missing):#04x}, which this vocabulary lacks; remove "
+                "unusual control characters from it"
+            )
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of token ids, control tokens included.
+
+        Parameters
+        ----------
+        token_ids : iterable of int
+            Token ids.
+
+        Returns
+        -------
+        str
+            The text; bytes that are not UTF-8 become U+FFFD.
+
+        Raises
+        ------
+        ValueError
+            If an id is not in the vocabulary.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).decode([259, 0])
+        ' the<|endoftext|>'
+        """
+        ids = [int(token) for token in token_ids]
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token_ids[{index}] is {token}, outside the vocabulary of {self.vocab_size}"
+                )
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _metadata(file: GGUFFile, key: str, kind: type) -> Any:
+    full_key = f"tokenizer.ggml.{key}"
+    if full_key not in file.metadata:
+        raise ValueError(f"{file.path}: key {full_key!r} is missing; convert the model again")
+    value = file.metadata[full_key]
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{file.path}: key {full_key!r} has the wrong type ({type(value).__name__}); "
+            "convert the model again"
+        )
+    return value
+
+
+def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Split the merges, and check that every part and every result is a token."""
+    pairs = []
+    for index, merge in enumerate(_metadata(file, "merges", list)):
+        left, _, right = merge.partition(" ")
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise ValueError(
+                    f"{file.path}: item {index} of 'tokenizer.ggml.merges' is {merge!r}, but "
+                    f"{token!r} is not a token; convert the model again"
+                )
+        pairs.append((left, right))
+    return pairs
+
+
+def _byte_level_bpe(
+    file: GGUFFile, vocabulary: dict[str, int], merges: list[tuple[str, str]]
+) -> tokenizers.Tokenizer:
+    """Return the tokenizer that splits text as ``tokenizer.ggml.pre`` says."""
+    pre = _metadata(file, "pre", str)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pre in ("smollm", "gpt-2"):
+        splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=True
+        )
+        if pre == "smollm":
+            splitter = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), splitter]
+            )
+    elif pre in ("llama-bpe", "qwen2"):
+        pattern = tokenizers.Regex(_SPLIT.replace("DIGITS", "{1,3}" if pre == "llama-bpe" else ""))
+        splitter = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, behavior="isolated"), byte_level]
+        )
+    else:
+        raise ValueError(
+            f"{file.path}: key 'tokenizer.ggml.pre' is {pre!r}; supported are smollm, gpt-2, "
+            "llama-bpe and qwen2"
+        )
+    # Llama 3 takes a piece that is a token as it is, whatever the merges would make of it.
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    )
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,56 @@
+"""The State of the Union addresses in the package."""
+
+from __future__ import annotations
+
+import itertools
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from onnx_export.texts import ADDRESSES, passages, read_address
+from onnx_export.tokenizer import Tokenizer
+
+
+def test_the_files_are_those_of_the_list_and_clean() -> None:
+    folder = resources.files("onnx_export") / "data"
+    files = {file.name for file in folder.iterdir() if file.name.endswith(".txt")}
+    assert files == {f"{name}.txt" for name in ADDRESSES}
+    texts = [read_address(name) for name in ADDRESSES]
+    assert sum(len(text.encode()) for text in texts) < 200_000
+    for text in texts:
+        assert not set(text) & set("[]<>\r\t\u00a0\ufffd")
+        assert all(len(paragraph.split()) > 2 for paragraph in text.split("\n\n"))
+        assert "  " not in text
+        assert "\n\n\n" not in text
+        assert text.endswith("\n")
+    source = (folder / "SOURCE.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.txt`" in source for name in ADDRESSES)
+
+
+def test_passages_do_not_overlap(smollm2_tokenizer: Tokenizer) -> None:
+    length = 1281
+    found = passages(smollm2_tokenizer, length, 24)
+    assert found.shape == (24, length)
+    assert found.dtype == np.int64
+    texts = {name: smollm2_tokenizer.encode(read_address(name)) for name in ADDRESSES}
+    places = []
+    for passage in found:
+        for name, tokens in texts.items():
+            windows = np.lib.stride_tricks.sliding_window_view(tokens, length)
+            for start in np.flatnonzero((windows == passage).all(axis=1)):
+                places.append((name, int(start)))
+    assert len(places) == 24
+    assert [name for name, _ in places[: len(ADDRESSES)]] == list(ADDRESSES)
+    places.sort()
+    for (name, start), (next_name, next_start) in itertools.pairwise(places):
+        assert name != next_name or next_start >= start + length
+
+
+def test_wrong_arguments_are_refused(smollm2_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no address '1900-nobody'; choose one of 1801-jefferson"):
+        read_address("1900-nobody")
+    with pytest.raises(ValueError, match=r"fewer than count = 1000; ask for fewer"):
+        passages(smollm2_tokenizer, 1281, 1000)
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
+        passages(smollm2_tokenizer, 0, 1)

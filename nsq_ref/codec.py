@@ -416,7 +416,7 @@ def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
 
 
 def _as_float_array(x: Any) -> Array:
-    """Take any array of a supported dtype as NumPy's, without a copy where that is possible (I1)."""
+    """Take any array of a supported dtype as NumPy's, if possible without a copy (I1)."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x is a masked array and masks are not supported; pass x.filled(0)")
     given = x if isinstance(x, np.ndarray) else _import(x)

@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -49,7 +49,7 @@ def jit(function: _Function) -> _Function:
 
 
 def jit_row(function: _Function) -> _Function:
-    """Compile what works on one row; a call, with its reference counts, costs more than the work."""
+    """Compile what works on one row, where a call would cost more than the work."""
     decorate = numba.njit(error_model="numpy", fastmath=False, forceinline=True)
     return cast(_Function, decorate(function))
 
@@ -95,7 +95,7 @@ def fixed_point_dot(a: Array, at: int, b: Array, bt: int, lift_a: int, lift_b: i
 
 
 @jit_row
-def certain_float32(value: float, error: float, provable: bool) -> np.float32:
+def certain_float32(value: float, error: float, provable: bool | np.bool_) -> np.float32:
     """The float32 that all of ``value`` plus or minus ``error`` rounds to, or NaN."""
     lower, upper = np.float32(value - error), np.float32(value + error)
     return lower if provable and lower == upper else np.float32(np.nan)
@@ -485,7 +485,7 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
     tasks = count * blocks * chunks
     per_channel = scheme.axis == "channel"
     with_extent = per_channel or scheme.outlier_channels > 0
-    low_code, high_code = np.float32(scheme.code_range)
+    low_code, high_code = map(np.float32, scheme.code_range)
 
     norm = np.empty((count, tokens), np.float32)
     low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
@@ -528,17 +528,18 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
         scales, zeros = spec.shrunken_scales(low, high, scheme)
         errors = np.zeros(scales.shape, np.float64)
         run(
-            squared_errors, count * blocks, x, sinks, block_size, norm, float32(scales), float32(zeros),
-            per_channel, low_code, high_code, index, errors,
+            squared_errors, count * blocks, x, sinks, block_size, norm, float32(scales),
+            float32(zeros), per_channel, low_code, high_code, index, errors,
         )  # fmt: skip
         scale, zero = spec.best_scale(scales, zeros, errors)
 
     factor = np.empty((count, tokens), np.float32)
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
-        encode_rows, tasks, x, sinks, block_size, norm, MAGNITUDES[scheme.magnitude], float32(scale),
-        float32(zero), low_code, high_code, per_channel, np.float32(scheme.code_offset), scheme.bits, index,
-        float32(outliers), packed, factor, collapsed,
+        encode_rows, tasks, x, sinks, block_size, norm, MAGNITUDES[scheme.magnitude],
+        float32(scale), float32(zero), low_code, high_code, per_channel,
+        np.float32(scheme.code_offset), scheme.bits, index, float32(outliers), packed, factor,
+        collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
     for n, t in where(np.isnan(factor)):

@@ -223,9 +223,10 @@ def squared_error(values: list[float], pair: tuple[float, float], scheme: Scheme
 def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
     """Q1, Q2: one subtraction, one division, half to even, and only then the clamp."""
     if scheme.symmetric:
-        low, high = -(2 ** (scheme.bits - 1)) + 1, 2 ** (scheme.bits - 1) - 1
+        high = (1 << (scheme.bits - 1)) - 1
+        low = -high
     else:
-        low, high = 0, 2**scheme.bits - 1
+        low, high = 0, (1 << scheme.bits) - 1
     if math.isinf(scale) or math.isinf(zero):
         return 0  # refused later (S5)
     quotient = divide(add(value, -zero), scale)
@@ -307,7 +308,7 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
 
 def unpacked(row: Sequence[int], head_dim: int, scheme: Scheme) -> list[int]:
     def field(first_byte: int, bits: int, j: int) -> int:
-        return row[first_byte + j * bits // 8] >> (j * bits % 8) & (2**bits - 1)
+        return row[first_byte + j * bits // 8] >> (j * bits % 8) & ((1 << bits) - 1)
 
     offset = 2 ** (scheme.bits - 1) if scheme.symmetric else 0
     if scheme.bits != 3:

@@ -47,11 +47,9 @@ def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
         raise ValueError(f"codes{list(index)} is {codes[index]}; codes lie in {low} to {high}")
     stored = (codes.astype(np.int16) + scheme.code_offset).astype(np.uint8)
     if scheme.bits == 3:
-        rows = [
-            _pack_row(stored & 3, 2, scheme.code_offset & 3),
-            _pack_row(stored >> 2, 1, scheme.code_offset >> 2),
-        ]
-        return np.concatenate(rows, axis=-1)
+        low_bits = _pack_row(stored & np.uint8(3), 2, scheme.code_offset & 3)
+        high_bits = _pack_row(stored >> np.uint8(2), 1, scheme.code_offset >> 2)
+        return np.concatenate([low_bits, high_bits], axis=-1)
     return _pack_row(stored, scheme.bits, scheme.code_offset)
 
 
@@ -78,14 +76,11 @@ def unpack(packed: Bytes, scheme: Scheme, head_dim: int) -> npt.NDArray[np.int16
     """
     if scheme.bits == 3:
         split = row_bytes(head_dim, 2)
-        low, high = (
-            _unpack_row(part, bits, head_dim)
-            for part, bits in ((packed[..., :split], 2), (packed[..., split:], 1))
-        )
-        stored = low | high << 2
+        stored = _unpack_row(packed[..., :split], 2, head_dim)
+        stored |= _unpack_row(packed[..., split:], 1, head_dim) << np.uint8(2)
     else:
         stored = _unpack_row(packed, scheme.bits, head_dim)
-    return stored.astype(np.int16) - np.int16(scheme.code_offset)
+    return np.subtract(stored, scheme.code_offset, dtype=np.int16)
 
 
 def _pack_row(fields: Bytes, bits: int, padding: int) -> Bytes:
@@ -95,10 +90,11 @@ def _pack_row(fields: Bytes, bits: int, padding: int) -> Bytes:
     padded = np.pad(fields, widths, constant_values=padding)
     groups = padded.reshape(*fields.shape[:-1], padded.shape[-1] // per_byte, per_byte)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return np.bitwise_or.reduce(groups << shifts, axis=-1)
+    packed: Bytes = np.bitwise_or.reduce(groups << shifts, axis=-1)
+    return packed
 
 
 def _unpack_row(packed: Bytes, bits: int, head_dim: int) -> Bytes:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    fields = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    fields: Bytes = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return fields.reshape(*packed.shape[:-1], packed.shape[-1] * (8 // bits))[..., :head_dim]

@@ -7,7 +7,6 @@ the three roundings that are not one such operation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -78,10 +77,8 @@ def norm(x: Float32) -> Float32:
     relative = (x.shape[-1] + 8) * _UNIT
     lower, upper = _float32(root * (1 - relative)), _float32(root * (1 + relative))
     for index in zip(*np.nonzero(lower < upper), strict=True):
-        exact = sum(Fraction(float(value)) ** 2 for value in x[index])
-        lower[index] = _nearer(
-            lower[index], upper[index], lambda middle, exact=exact: exact - middle**2
-        )
+        exact = sum((Fraction(float(value)) ** 2 for value in x[index]), Fraction())
+        lower[index] = _nearer(lower[index], upper[index], exact, power=2)
     return lower
 
 
@@ -113,35 +110,27 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
     lower, upper = _float32(quotient - slack), _float32(quotient + slack)
     for index in zip(*np.nonzero(lower < upper), strict=True):
-        pairs = [
-            (Fraction(float(a)), Fraction(float(b)))
-            for a, b in zip(x[index], y[index], strict=True)
-        ]
-        exact = sum((a * b for a, b in pairs), Fraction()) / sum(b * b for _, b in pairs)
+        a, b = ([Fraction(float(value)) for value in row[index]] for row in (x, y))
+        exact = sum((u * v for u, v in zip(a, b, strict=True)), Fraction()) / sum(v * v for v in b)
         # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.
-        nearest = float(exact) * np.float64([1 - 4 * _UNIT, 1 + 4 * _UNIT])
+        nearest = float(exact) * np.array([1 - 4 * _UNIT, 1 + 4 * _UNIT])
         least, greatest = np.sort(_float32(nearest))
-        lower[index] = _nearer(least, greatest, lambda middle, exact=exact: exact - middle)
-    return lower + np.float32(0)
+        lower[index] = _nearer(least, greatest, exact, power=1)
+    return lower
 
 
-def _float32(value: npt.NDArray[np.float64]) -> Float32:
+def _float32(value: Any) -> Any:
     with np.errstate(over="ignore", under="ignore"):
-        return value.astype(np.float32)
+        return np.asarray(value, np.float32)
 
 
-def _nearer(
-    lower: np.float32, upper: np.float32, beyond: Callable[[Fraction], Fraction]
-) -> np.float32:
-    """Choose between two neighbours by the sign of ``beyond`` at their midpoint."""
+def _nearer(lower: np.float32, upper: np.float32, exact: Fraction, power: int) -> np.float32:
+    """Choose, of two neighbours, the one nearer to the root of order `power` of `exact`."""
     if lower == upper:
         return lower
-    ends = [
-        float(np.clip(end, -_BEYOND_FLOAT32, _BEYOND_FLOAT32, dtype=np.float64))
-        for end in (lower, upper)
-    ]
+    ends = [min(max(float(end), -_BEYOND_FLOAT32), _BEYOND_FLOAT32) for end in (lower, upper)]
     middle = (ends[0] + ends[1]) / 2  # 25 significant bits: exact in float64
-    sign = beyond(Fraction(middle))
-    if sign == 0:
-        return np.float32(_float32(np.asarray(middle)))  # half to even
-    return upper if sign > 0 else lower
+    beyond = exact - Fraction(middle) ** power
+    if beyond == 0:
+        return np.float32(_float32(np.array(middle)))  # half to even
+    return upper if beyond > 0 else lower

@@ -175,7 +175,9 @@ def code(
     """Return ``round_half_even((direction - zero) / scale)``, then clamped (rules Q1, Q2)."""
     shifted = direction - zero.astype(np.float32)
     quotient = shifted / where_zero(scale.astype(np.float32), np.inf)
-    return np.clip(np.rint(quotient), *np.float32(scheme.code_range))
+    low, high = map(np.float32, scheme.code_range)
+    codes: Float32 = np.clip(np.rint(quotient), low, high)
+    return codes
 
 
 def dequantize(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any]) -> Float32:
@@ -209,7 +211,8 @@ def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Float32:
 
 def collapsed(x: Float32, y: Float32, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return the tokens that are not zero but decode to zero (rule D2)."""
-    return np.any(x != 0, axis=-1) & (~np.any(y != 0, axis=-1) | (stored == 0))
+    lost = ~np.any(y != 0, axis=-1) | (stored == 0)
+    return np.asarray(lost & np.any(x != 0, axis=-1))
 
 
 def where_zero(value: Float32, otherwise: float) -> Float32:

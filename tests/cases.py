@@ -70,7 +70,7 @@ def division_near_ties(count: int = 24) -> Float32:
 
 
 def scale_near_ties(count: int = 24) -> Float32:
-    """A channel of scale s where ``d * (1 / s)`` is a tie and ``d / s`` is not, or reversed (Q1)."""
+    """A channel of scale s where ``d * (1 / s)`` is a tie and ``d / s`` is not, or the reverse."""
     rng = np.random.default_rng(1)
     columns = []
     while len(columns) < count:

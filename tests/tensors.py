@@ -38,7 +38,7 @@ def schemes(draw: st.DrawFn, **fixed: Any) -> Scheme:
         "scale_dtype": st.sampled_from(DTYPES),
         "norm_dtype": st.sampled_from(DTYPES),
     }
-    chosen = {name: fixed.get(name, None) or draw(fields[name]) for name in fields}
+    chosen = {name: fixed.get(name) or draw(fields[name]) for name in fields}
     chosen.update(fixed)
     if not chosen["separate_norm"]:
         chosen.update(magnitude="norm", norm_dtype="float16")

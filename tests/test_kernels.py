@@ -27,7 +27,8 @@ import numba
 from nsq_ref import Scheme, dequantize, kernels, quantize
 
 x = np.random.default_rng(0).standard_normal((2, 40, 24)).astype(np.float32)
-for scheme in (Scheme(), Scheme(symmetric=False, magnitude="lsq", scale_rule="search", block_size=8),
+for scheme in (Scheme(),
+               Scheme(symmetric=False, magnitude="lsq", scale_rule="search", block_size=8),
                Scheme(axis="token", outlier_channels=2, magnitude="gain", bits=3)):
     dequantize(quantize(x, scheme))
 found = {}

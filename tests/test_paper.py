@@ -96,7 +96,7 @@ def test_pack_and_unpack(bits: int, symmetric: bool, head_dim: int, data: st.Dat
     packed = packing.pack(np.array([row]), scheme)
     assert packing.unpack(packed, scheme, head_dim).tolist() == [row]
     offset = 2 ** (bits - 1) if symmetric else 0
-    text = {width: "" for width in (1, 2, 4, 8)}
+    text = dict.fromkeys((1, 2, 4, 8), "")
     for code in [*row, *[0] * 7]:  # lowest bit first
         stored = f"{code + offset:0{bits}b}"[::-1]
         if bits == 3:

@@ -119,7 +119,7 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     return lower
 
 
-def _float32(value: Any) -> Any:
+def _float32(value: npt.NDArray[np.float64]) -> Float32:
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(value, np.float32)
 
@@ -132,5 +132,6 @@ def _nearer(lower: np.float32, upper: np.float32, exact: Fraction, power: int) -
     middle = (ends[0] + ends[1]) / 2  # 25 significant bits: exact in float64
     beyond = exact - Fraction(middle) ** power
     if beyond == 0:
-        return np.float32(_float32(np.array(middle)))  # half to even
+        half_even: np.float32 = _float32(np.array([middle]))[0]
+        return half_even
     return upper if beyond > 0 else lower

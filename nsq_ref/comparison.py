@@ -1,0 +1,190 @@
+"""What a scheme saves and what it costs, on the keys and values of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref.codec import dequantize, quantize
+from nsq_ref.scheme import KeyValueSchemes, Scheme
+
+__all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "round_trips"]
+
+Float64 = npt.NDArray[np.float64]
+
+DEMO_SCHEMES = (
+    "naive4", "nsep4", "pchan4", "nsep+pchan4", "streaming4", "streaming3", "streaming2",
+)  # fmt: skip
+
+
+class CacheRoundTrip:
+    """Quantize and dequantize caches, keeping count of bytes and errors.
+
+    Calling it returns what a decoder would read from the quantized cache. Counts add up over calls,
+    so that one object follows a scheme through several passages.
+
+    Parameters
+    ----------
+    schemes : Scheme or KeyValueSchemes
+        One scheme for both sides, or one each.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.random.default_rng(0).standard_normal((2, 4, 256, 64), dtype=np.float32)
+    >>> trip = CacheRoundTrip(Scheme.named("nsep+pchan4"))
+    >>> keys_hat, values_hat = trip(keys, keys)
+    >>> trip.bits_per_element
+    4.3125
+    >>> trip.key_error.shape
+    (2,)
+    """
+
+    def __init__(self, schemes: Scheme | KeyValueSchemes) -> None:
+        if isinstance(schemes, Scheme):
+            schemes = KeyValueSchemes(schemes, schemes)
+        self.schemes = schemes
+        self.nbytes = 0
+        self.elements = 0
+        self.collapsed_tokens = 0
+        self._squares: dict[str, Float64] = {}
+
+    def __call__(
+        self, keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32] | None = None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Round-trip keys and values.
+
+        Parameters
+        ----------
+        keys, values : float32 arrays, shape [layers, ..., tokens, head_dim]
+            Without values, only keys are counted, and returned twice.
+
+        Returns
+        -------
+        keys_hat, values_hat : float32 arrays of the same shapes
+        """
+        keys_hat = self._one_side("key", keys, self.schemes.key)
+        if values is None:
+            return keys_hat, keys_hat
+        return keys_hat, self._one_side("value", values, self.schemes.value)
+
+    def _one_side(
+        self, side: str, x: npt.NDArray[np.float32], scheme: Scheme
+    ) -> npt.NDArray[np.float32]:
+        quantized = quantize(x, scheme)
+        x_hat = dequantize(quantized)
+        self.nbytes += quantized.nbytes
+        self.elements += x.size
+        self.collapsed_tokens += quantized.collapsed_tokens
+        squares = np.array([_squares(x - x_hat), _squares(x)])
+        self._squares[side] = squares + self._squares.get(side, 0.0)
+        return x_hat
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits over elements, keys and values together, scales and norms counted."""
+        return 8 * self.nbytes / self.elements
+
+    @property
+    def float16_nbytes(self) -> int:
+        """Bytes of the same elements in float16."""
+        return 2 * self.elements
+
+    @property
+    def key_error(self) -> Float64:
+        """Relative error of the keys of each layer: norm of the error over norm of the keys."""
+        return self._error("key")
+
+    @property
+    def value_error(self) -> Float64:
+        """Relative error of the values of each layer; empty if no values were given."""
+        return self._error("value")
+
+    def _error(self, side: str) -> Float64:
+        error, size = self._squares.get(side, np.zeros((2, 0)))
+        ratio: Float64 = np.sqrt(error / np.where(size == 0, 1, size))
+        return ratio
+
+    def total_error(self, side: str) -> float | None:
+        """Return the relative error over all layers, of ``"key"`` or ``"value"``, if there are any.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> trip = CacheRoundTrip(Scheme(bits=8))
+        >>> _ = trip(np.eye(4, dtype=np.float32)[None])
+        >>> trip.total_error("key") < 0.01, trip.total_error("value")
+        (True, None)
+        """
+        if side not in self._squares:
+            return None
+        error, size = self._squares[side].sum(axis=1)
+        return float(np.sqrt(error / size)) if size else 0.0
+
+    def worst_layer(self) -> tuple[str, int, float]:
+        """Return side, layer and relative error where that error is largest.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> trip = CacheRoundTrip(Scheme.named("naive4"))
+        >>> values = np.random.default_rng(0).standard_normal((3, 64, 8)).astype(np.float32)
+        >>> keys = values.copy()
+        >>> keys[1, :, 0] += 5
+        >>> _ = trip(keys, values)
+        >>> trip.worst_layer()[:2]
+        ('key', 1)
+        """
+        sides = {side: self._error(side) for side in self._squares}
+        side = max(sides, key=lambda name: float(sides[name].max()))
+        layer = int(sides[side].argmax())
+        return side, layer, float(sides[side][layer])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain Python values, ready for JSON.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> trip = CacheRoundTrip(Scheme())
+        >>> _ = trip(np.ones((1, 2, 4), np.float32))
+        >>> sorted(trip.to_dict())[:3]
+        ['bits_per_element', 'bytes', 'collapsed_tokens']
+        """
+        side, layer, error = self.worst_layer()
+        return {
+            "key_scheme": self.schemes.key.to_dict(),
+            "value_scheme": self.schemes.value.to_dict(),
+            "bits_per_element": self.bits_per_element,
+            "bytes": self.nbytes,
+            "float16_bytes": self.float16_nbytes,
+            "collapsed_tokens": self.collapsed_tokens,
+            "key_error": self.total_error("key"),
+            "value_error": self.total_error("value"),
+            "key_error_by_layer": self.key_error.tolist(),
+            "value_error_by_layer": self.value_error.tolist(),
+            "worst_layer": {"side": side, "layer": layer, "error": error},
+        }
+
+
+def _squares(x: npt.NDArray[np.float32]) -> list[float]:
+    """Sum of squares of each layer, added in float64."""
+    layers = (layer.astype(np.float64).ravel() for layer in x)
+    return [float(np.dot(layer, layer)) for layer in layers]
+
+
+def round_trips(
+    names: Mapping[str, Scheme | KeyValueSchemes] | None = None,
+) -> dict[str, CacheRoundTrip]:
+    """Return a `CacheRoundTrip` for each scheme, those of the demo by default.
+
+    Examples
+    --------
+    >>> list(round_trips())[:2]
+    ['naive4', 'nsep4']
+    """
+    chosen = {name: Scheme.named(name) for name in DEMO_SCHEMES} if names is None else names
+    return {name: CacheRoundTrip(schemes) for name, schemes in chosen.items()}

@@ -20,6 +20,8 @@ types: .venv/dev.done
 
 benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.codec
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.start
 
 .venv/%.done: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

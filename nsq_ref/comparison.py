@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nsq_ref.codec import dequantize, quantize
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 
-__all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "round_trips"]
+__all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -79,7 +79,8 @@ class CacheRoundTrip:
         self.nbytes += quantized.nbytes
         self.elements += x.size
         self.collapsed_tokens += quantized.collapsed_tokens
-        squares = np.array([_squares(x - x_hat), _squares(x)])
+        wide = x.astype(np.float32)
+        squares = np.array([_squares(wide - x_hat), _squares(wide)])
         self._squares[side] = squares + self._squares.get(side, 0.0)
         return x_hat
 
@@ -168,6 +169,43 @@ class CacheRoundTrip:
             "value_error_by_layer": self.value_error.tolist(),
             "worst_layer": {"side": side, "layer": layer, "error": error},
         }
+
+
+def layered(arrays: Sequence[npt.NDArray[Any]], side: str) -> npt.NDArray[Any]:
+    """Stack the arrays of a file into ``[layers, ..., tokens, head_dim]``.
+
+    Parameters
+    ----------
+    arrays : sequence of array
+        Of four axes or more, the first being layers; or each of them a layer.
+    side : str
+        What to call them in errors.
+
+    Returns
+    -------
+    array
+
+    Raises
+    ------
+    ValueError
+        Where there is none, or their shapes differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layered([np.zeros((2, 10, 4)), np.zeros((2, 10, 4))], "keys").shape
+    (2, 2, 10, 4)
+    """
+    if not arrays:
+        raise ValueError(f"there is no array of {side}; name one {side}")
+    if len(arrays) == 1 and arrays[0].ndim > 3:
+        return arrays[0]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the arrays of {side} have shapes {sorted(shapes)}; give layers of one shape"
+        )
+    return np.stack(arrays)
 
 
 def _squares(x: npt.NDArray[np.float32]) -> list[float]:

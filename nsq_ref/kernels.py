@@ -31,9 +31,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer
 SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it saves
 
-# Adding 1.5 * 2**52 rounds a float64 below 2**51 to an integer that its low bits then hold.
+# Adding 1.5 * 2**52 units rounds a float64 below 2**51 units to a whole number of them, which the
+# low bits then hold.
 MAGIC = 1.5 * 2.0**52
-MAGIC_BITS = np.int64(np.float64(MAGIC).view(np.int64))
 MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
 LEAST_SUM = 2.0**48  # what the largest element of a normal row alone adds
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
@@ -67,6 +67,12 @@ def largest_bits(bits: Array, t: int) -> np.int32:
 
 
 @jit_row
+def ordered(bits: np.int32) -> np.int32:
+    """Map the bits of a float32 to an integer of the same order, or such an integer back."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@jit_row
 def power_of_two(exponent: int) -> float:
     """``2.0 ** exponent`` within the normal range of float64."""
     return np.int64((np.int64(exponent) + 1023) << 52).view(np.float64)
@@ -79,19 +85,24 @@ def lift(largest: np.int32) -> int:
 
 
 @jit_row
-def fixed_point_dot(a: Array, at: int, b: Array, bt: int, lift_a: int, lift_b: int) -> float:
-    """Sum of products in units of ``2**-(lift_a + lift_b)``, for at most `MOST_CHANNELS`.
+def without_magic(total: np.uint64, count: int, magic: float) -> np.int64:
+    """Take ``count`` times the bits of ``magic`` off a sum that may have wrapped."""
+    return np.int64(total - np.uint64(count) * np.float64(magic).view(np.uint64))
 
-    A product of two lifted float32 is exact in float64; rounded to an integer it is below 2**50,
-    and integers add up exactly in any order, so the compiler may use vectors. Off by at most half
-    a unit a channel.
+
+@jit_row
+def fixed_point_dot(a: Array, at: int, b: Array, bt: int, lifted: int) -> float:
+    """Sum of products in units of ``2**-lifted``, for at most `MOST_CHANNELS`.
+
+    A product of two float32 is exact in float64. ``MAGIC`` units added round it to an integer,
+    below 2**50, that the low bits then hold; integers add up exactly in any order, so the compiler
+    may use vectors. Off by at most half a unit a channel.
     """
-    scale_a, scale_b = power_of_two(lift_a), power_of_two(lift_b)
-    total = np.int64(0)
+    magic = MAGIC * power_of_two(-lifted)
+    total = np.uint64(0)  # wraps, and back; signed integers must not
     for j in range(a.shape[1]):
-        product = (np.float64(a[at, j]) * scale_a) * (np.float64(b[bt, j]) * scale_b)
-        total += np.float64(product + MAGIC).view(np.int64) - MAGIC_BITS
-    return np.float64(total)
+        total += np.float64(np.float64(a[at, j]) * np.float64(b[bt, j]) + magic).view(np.uint64)
+    return np.float64(without_magic(total, a.shape[1], magic))
 
 
 @jit_row
@@ -108,7 +119,7 @@ def norm_of_row(rows: Array, bits: Array, t: int) -> np.float32:
     result = np.float32(0)
     if largest != 0:
         channels, lifted = rows.shape[1], lift(largest)
-        squares = fixed_point_dot(rows, t, rows, t, lifted, lifted)
+        squares = fixed_point_dot(rows, t, rows, t, 2 * lifted)
         root = np.sqrt(squares) * power_of_two(-lifted)
         provable = largest < INFINITY_BITS and channels <= MOST_CHANNELS and squares >= LEAST_SUM
         # Half a unit a channel in the square is a quarter in the root: taken twofold, and as
@@ -124,8 +135,16 @@ def gain_of_row(rows: Array, bits: Array, t: int, y: Array, y_bits: Array) -> np
     result = np.float32(0)
     if largest != 0 and y_largest != 0:
         channels, lifted, y_lifted = rows.shape[1], lift(largest), lift(y_largest)
-        above = fixed_point_dot(rows, t, y, 0, lifted, y_lifted)
-        below = fixed_point_dot(y, 0, y, 0, y_lifted, y_lifted)
+        # `fixed_point_dot` of <x, y> and <y, y>, in one loop.
+        magic = MAGIC * power_of_two(-(lifted + y_lifted))
+        y_magic = MAGIC * power_of_two(-2 * y_lifted)
+        total, y_total = np.uint64(0), np.uint64(0)
+        for j in range(channels):
+            value = np.float64(y[0, j])
+            total += np.float64(np.float64(rows[t, j]) * value + magic).view(np.uint64)
+            y_total += np.float64(value * value + y_magic).view(np.uint64)
+        above = np.float64(without_magic(total, channels, magic))
+        below = np.float64(without_magic(y_total, channels, y_magic))
         unit = power_of_two(y_lifted - lifted)
         quotient = above / below * unit
         provable = channels <= MOST_CHANNELS and above >= LEAST_SUM and below >= LEAST_SUM
@@ -288,19 +307,43 @@ def token_extents(
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
         rows = x[n, sinks:]
+        bits = rows.view(np.int32)
         coded[:] = True
         for j in outlier_index[n, block]:
             coded[j] = False
         for t in range(start, stop):
-            divisor = divisor_of(norm[n, t])
-            least, greatest = np.float32(np.inf), np.float32(-np.inf)
+            least, greatest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
             for j in range(x.shape[2]):
-                if coded[j]:
-                    direction = rows[t, j] / divisor
-                    least = min(least, direction)
-                    greatest = max(greatest, direction)
-            low[n, t, 0] = least if least <= greatest else np.float32(0)
-            high[n, t, 0] = greatest if least <= greatest else np.float32(0)
+                key = ordered(bits[t, j])
+                least = min(least, key if coded[j] else np.int32(0x7FFFFFFF))
+                greatest = max(greatest, key if coded[j] else np.int32(-0x80000000))
+            divisor = divisor_of(norm[n, t])
+            some = least <= greatest
+            # Division by a positive number keeps the order: two divisions a token are enough.
+            lowest = np.int32(ordered(least)).view(np.float32) / divisor
+            highest = np.int32(ordered(greatest)).view(np.float32) / divisor
+            low[n, t, 0] = lowest if some else np.float32(0)
+            high[n, t, 0] = highest if some else np.float32(0)
+
+
+@jit
+def gather_outliers(
+    first: int,
+    last: int,
+    x: Array,
+    sinks: int,
+    block_size: int,
+    norm: Array,
+    outlier_index: Array,
+    kept: Array,
+) -> None:
+    """Directions of the outlier channels (O1), before they are narrowed."""
+    for task in range(first, last):
+        n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
+        for t in range(start, stop):
+            divisor = divisor_of(norm[n, t])
+            for k in range(kept.shape[2]):
+                kept[n, t, k] = x[n, sinks + t, outlier_index[n, block, k]] / divisor
 
 
 @jit
@@ -509,11 +552,8 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
         high = high.reshape(count, blocks, chunks, head_dim).max(axis=2)
     if scheme.outlier_channels:
         index = spec.outlier_channels(np.maximum(high, -low)[:, :, None], scheme)[:, :, 0]
-        at_token = np.repeat(index, block_size, axis=1)[:, :tokens]
-        kept = (
-            np.take_along_axis(x[:, sinks:], at_token, -1)
-            / spec.where_zero(norm, np.inf)[..., None]
-        )
+        kept = np.empty((count, tokens, index.shape[2]), np.float32)
+        run(gather_outliers, tasks, x, sinks, block_size, norm, index, kept)
         outliers = rounding.narrow(kept, np.dtype(np.float16))
         np.put_along_axis(low, index, 0, -1)
         np.put_along_axis(high, index, 0, -1)

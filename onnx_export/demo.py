@@ -61,7 +61,19 @@ class DemoResult:
                 "perplexity": baseline.baseline_perplexity,
             },
             "schemes": schemes,
+            "paired_with_nsep+pchan4": {
+                name: {
+                    "nll_change": paired.nll_change,
+                    "nll_change_error": paired.nll_change_error,
+                }
+                for name in ("naive4", "nsep4", "pchan4")
+                for paired in [self._paired(name)]
+            },
         }
+
+    def _paired(self, name: str) -> TransformFidelity:
+        """Compare a scheme with the paper's, passage by passage."""
+        return TransformFidelity(self.fidelity[name].nll, self.fidelity["nsep+pchan4"].nll)
 
 
 def run_demo(

@@ -1,0 +1,1 @@
+"""Measurements, run as ``python -m benchmarks.codec``, ``.growth`` and ``.start``; never tests."""

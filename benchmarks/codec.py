@@ -1,0 +1,268 @@
+"""Quantize and dequantize beside copying, the paper's listing in PyTorch, gguf and plain NumPy.
+
+Run as ``python -m benchmarks.codec [--json FILE]``. All are timed in the same rounds; ratios are
+taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType, quants
+
+import nsq_ref as nsq
+from benchmarks import listing
+from benchmarks.timing import (
+    Case,
+    Row,
+    Target,
+    Timed,
+    as_text,
+    interleaved,
+    machine,
+    report,
+    spread,
+    use_threads,
+    write_json,
+)
+from nsq_ref.scheme import SchemeName
+
+Float32 = npt.NDArray[np.float32]
+Listed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+MAIN: SchemeName = "nsep+pchan4"
+OTHERS: tuple[SchemeName, ...] = (
+    "naive4", "pchan4", "nsep+pchan3", "nsep+pchan2", "streaming4", "streaming3", "streaming2",
+    "nsep+out4",
+)  # fmt: skip
+Q4_0 = GGMLQuantizationType.Q4_0
+COPY_TARGETS = {"quantize": Target(0.5), "dequantize": Target(0.8)}
+LISTING_TARGET = Target(5)
+GGUF_TARGET = Target(20)
+SELDOM = 3  # of so many rounds, slow cases take part in one
+COMPILED = "torch.compile"
+
+
+def main() -> None:
+    options = parsed()
+    use_threads(options.threads)
+    torch.set_num_threads(options.threads)
+    x = np.random.default_rng(0).standard_normal(tuple(options.shape), dtype=np.float32)
+    out = np.zeros_like(x)
+    with torch.inference_mode(), ThreadPoolExecutor(options.threads) as pool:
+        x_torch = torch.from_numpy(x)
+        listed = listing.quantize(x_torch)
+        notes = [
+            f"shape {list(x.shape)} float32, {options.threads} threads, {options.rounds} rounds "
+            "interleaved; np.copyto and gguf have one thread, as NumPy has",
+            as_text(machine()),
+            *checks(x, listed),
+        ]
+        compiled, reason = compiled_cases(x_torch, listed)
+        notes += reason
+        cases = [
+            *memory_cases(x, out, pool, options.threads),
+            *nsq_cases(x, out),
+            *listing_cases(x_torch, listed),
+            *compiled,
+            *gguf_cases(x),
+        ]
+        timed = interleaved(cases, options.rounds)
+    rows = [*memory_rows(x, timed), *nsq_rows(timed), *other_rows(timed)]
+    notes.append(
+        "memory floor: input and output, each byte moved once, at the speeds of 'read' (np.max in "
+        "as many threads) and 'write' (fill in as many threads)"
+    )
+    notes.append(
+        "ratios are taken round by round: their median, min and max; 'cores' is "
+        "processor time over wall time: much below the threads, other work held the machine"
+    )
+    report(f"nsq {nsq.__version__}, codec", rows, notes)
+    if options.json is not None:
+        write_json(
+            options.json, rows, notes, threads=options.threads, shape=list(x.shape),
+            seconds={name: case.seconds[case.took_part].tolist() for name, case in timed.items()},
+        )  # fmt: skip
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shape", type=int, nargs=3, default=[32, 4096, 128], metavar="N")
+    return parser.parse_args()
+
+
+# --- what is timed ------------------------------------------------------------------------------
+
+
+def memory_cases(x: Float32, out: Float32, pool: ThreadPoolExecutor, threads: int) -> list[Case]:
+    inputs = np.array_split(x.reshape(-1), threads)
+    outputs = np.array_split(out.reshape(-1), threads)
+    return [
+        Case("read", lambda: list(pool.map(np.max, inputs))),
+        Case("write", lambda: list(pool.map(lambda part: part.fill(1), outputs))),
+        Case("np.copyto", lambda: np.copyto(out, x)),
+    ]
+
+
+def nsq_cases(x: Float32, out: Float32) -> list[Case]:
+    cases = []
+    for name in (MAIN, *OTHERS):
+        scheme = nsq.Scheme.named(name)
+        q = nsq.quantize(x, scheme)
+        cases += [
+            Case(f"quantize {name}", partial(nsq.quantize, x, scheme)),
+            Case(f"dequantize {name}", partial(nsq.dequantize, q, out)),
+        ]
+    q = nsq.quantize(x)
+    return [
+        *cases,
+        Case("quantize numpy", partial(nsq.quantize, x, backend="numpy"), SELDOM),
+        Case("dequantize numpy", partial(nsq.dequantize, q, out, backend="numpy"), SELDOM),
+    ]
+
+
+def listing_cases(x: torch.Tensor, listed: Listed) -> list[Case]:
+    return [
+        Case("quantize torch", partial(listing.quantize, x)),
+        Case("dequantize torch", partial(listing.dequantize, *listed)),
+    ]
+
+
+def compiled_cases(x: torch.Tensor, listed: Listed) -> tuple[list[Case], list[str]]:
+    """Compile the listing, or note why that is not possible."""
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+        return [], [f"{COMPILED}: left out, there is no C++ compiler"]
+    quantize: Callable[..., object] = torch.compile(listing.quantize)
+    dequantize: Callable[..., object] = torch.compile(listing.dequantize)
+    start = time.perf_counter()
+    try:
+        quantize(x)
+        dequantize(*listed)
+    except (RuntimeError, OSError) as error:  # no headers, no linker, a Python not supported
+        return [], [f"{COMPILED}: left out, {type(error).__name__}: {str(error).splitlines()[0]}"]
+    took = time.perf_counter() - start
+    cases = [
+        Case(f"quantize {COMPILED}", lambda: quantize(x)),
+        Case(f"dequantize {COMPILED}", lambda: dequantize(*listed)),
+    ]
+    return cases, [f"{COMPILED}: compiling took {took:.0f} s, not counted"]
+
+
+def gguf_cases(x: Float32) -> list[Case]:
+    packed = quants.quantize(x, Q4_0)
+    return [
+        Case("quantize gguf Q4_0", lambda: quants.quantize(x, Q4_0)),
+        Case("dequantize gguf Q4_0", lambda: quants.dequantize(packed, Q4_0)),
+    ]
+
+
+# --- what is reported ---------------------------------------------------------------------------
+
+
+def memory_rows(x: Float32, timed: dict[str, Timed]) -> list[Row]:
+    rows = []
+    for name in ("read", "write", "np.copyto"):
+        moved = x.nbytes * (2 if name == "np.copyto" else 1) / 1e9
+        times = timed[name].seconds
+        what = f"{name}, one thread" if name == "np.copyto" else f"{name}, all threads"
+        rate = spread(moved / times)
+        rows.append(Row(what, rate, "GB/s", spread(times), cores=timed[name].cores))
+    stored = nsq.quantize(x).nbytes / x.nbytes
+    read, write = timed["read"].seconds, timed["write"].seconds
+    floors = {"quantize": read + stored * write, "dequantize": stored * read + write}
+    for verb, floor in floors.items():
+        ratio = spread(timed[f"{verb} {MAIN}"].seconds / floor)
+        rows.append(Row(f"memory floor of {verb}", ratio, "times that takes nsq", spread(floor)))
+    return rows
+
+
+def nsq_rows(timed: dict[str, Timed]) -> list[Row]:
+    rows = []
+    for name in (MAIN, *OTHERS):
+        for verb, target in COPY_TARGETS.items():
+            case = timed[f"{verb} {name}"]
+            rows.append(
+                Row(
+                    f"nsq.{verb} {name}",
+                    spread(timed["np.copyto"].seconds / case.seconds),
+                    "of np.copyto's speed",
+                    spread(case.seconds),
+                    target if name == MAIN else None,
+                    case.cores,
+                )
+            )
+    return rows
+
+
+def other_rows(timed: dict[str, Timed]) -> list[Row]:
+    """Relate what others take to what nsep+pchan4 takes."""
+    labels = {
+        "torch": "listing, torch",
+        COMPILED: f"listing, {COMPILED}",
+        "gguf Q4_0": "gguf Q4_0",
+        "numpy": "backend='numpy'",
+    }
+    rows = []
+    for name, label in labels.items():
+        for verb in COPY_TARGETS:
+            case = timed.get(f"{verb} {name}")
+            if case is None:
+                continue
+            target = LISTING_TARGET if name == "torch" else None
+            if name == "gguf Q4_0" and verb == "quantize":
+                target = GGUF_TARGET
+            rows.append(
+                Row(
+                    f"{verb}, {label}",
+                    spread(case.seconds / timed[f"{verb} {MAIN}"].seconds),
+                    "times what nsq takes",
+                    spread(case.seconds),
+                    target,
+                    case.cores,
+                )
+            )
+    return rows
+
+
+# --- are the same things timed? -----------------------------------------------------------------
+
+
+def checks(x: Float32, listed: Listed) -> list[str]:
+    """Compare bytes with the NumPy backend, and codes with the listing's.
+
+    The listing keeps its scales in float32, NSQ-1 in float16, which moves a quotient by at most
+    2**-11 of itself; a few float32 operations add less than 2**-21. Codes may differ just where
+    half an integer lies that near to the quotient.
+    """
+    q, same = nsq.quantize(x), nsq.quantize(x, backend="numpy")
+    equal = all(np.array_equal(part, same.parts[name]) for name, part in q.parts.items())
+    equal &= np.array_equal(nsq.dequantize(q), nsq.dequantize(q, backend="numpy"))
+    packed, norm, scale = (part.numpy() for part in listed)
+    theirs = listing.codes(torch.from_numpy(packed)).numpy()
+    quotient = np.abs(x / norm / scale)
+    to_half = np.abs(quotient - np.floor(quotient) - np.float32(0.5))
+    near = to_half <= quotient * np.float32(2.0**-11 + 2.0**-21)
+    differ = q.codes != theirs
+    unexplained = int(np.sum(differ & ~near))
+    return [
+        f"bytes of the numba and the numpy backend: {'equal' if equal else 'DIFFERENT'}",
+        f"codes unlike the listing's: {int(differ.sum())} of {differ.size}, "
+        + (f"{unexplained} of them UNEXPLAINED" if unexplained else "all where the rounding of")
+        + ("" if unexplained else " scales to float16 decides the rounding of the code"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

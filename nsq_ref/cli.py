@@ -1,0 +1,553 @@
+"""The command ``nsq``: one thin function a verb."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nsq_ref import KeyValueSchemes, Quantized, Scheme
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SIDES = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
+
+
+class Backend(str, Enum):
+    """Who computes; all give the same bytes."""
+
+    numba = "numba"
+    numpy = "numpy"
+    oracle = "oracle"
+
+
+BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="A .safetensors file; replaced if it exists.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from nsq_ref import __version__
+
+        typer.echo(f"nsq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Norm-separated quantization of LLM key/value caches (spec NSQ-1)."""
+
+
+# --- verbs --------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    file: Annotated[
+        Path | None, typer.Argument(help="Quantized or plain arrays; checked in full.")
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a file holds; without a file, versions and schemes."""
+    if file is None:
+        _show_library(as_json)
+        return
+    from nsq_ref import storage
+
+    rows: list[dict[str, Any]]
+    with _progress(f"reading {file.name}", 1) as advance:
+        if file.suffix.lower() == ".safetensors" and storage.is_quantized(file):
+            rows = _describe(storage.load(file))
+        else:
+            rows = [
+                {
+                    "name": name,
+                    "shape": list(array.shape),
+                    "dtype": array.dtype.name,
+                    "scheme": None,
+                    "scheme_name": None,
+                    "bits_per_element": 8.0 * array.itemsize,
+                    "bytes": array.nbytes,
+                    "float16_bytes": 2 * array.size,
+                    "collapsed_tokens": None,
+                }
+                for name, array in storage.read_arrays(file).items()
+            ]
+        advance()
+    _show_arrays(file, rows, as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A .npz, .npy or .safetensors of [..., T, D].")
+    ],
+    *,
+    output: OutputOption,
+    scheme: Annotated[
+        str, typer.Option(help="A name of `nsq info`, or a pair such as KIVI-K2V4.")
+    ] = "nsep+pchan4",
+    value_scheme: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another scheme for the values.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change a field, as in --set block_size=128."
+        ),
+    ] = None,
+    backend: BackendOption = Backend.numba,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize every array of a file.
+
+    Where keys and values have different schemes, arrays are told apart by name: k, key or keys,
+    and v, value or values, as in layers.0.keys.
+    """
+    schemes = _schemes(scheme, value_scheme, changes or [])
+    _require_output(source, output)
+    from nsq_ref import codec, storage
+
+    arrays = storage.read_arrays(source)
+    chosen = {}
+    for name in arrays:
+        with _named(str(source)):
+            chosen[name] = _scheme_of(name, schemes)
+    quantized: dict[str, Quantized] = {}
+    with _progress(f"quantizing {source.name}", len(arrays)) as advance:
+        for name, array in arrays.items():
+            with _named(f"{source}: array {name!r}"):
+                quantized[name] = codec.quantize(array, chosen[name], backend=backend.value)
+            advance()
+        storage.save(output, quantized)
+    _show_arrays(output, _describe(quantized), as_json)
+
+
+@app.command()
+def dequantize(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="A file that `nsq quantize` wrote.")
+    ],
+    *,
+    output: OutputOption,
+    backend: BackendOption = Backend.numba,
+    as_json: JsonOption = False,
+) -> None:
+    """Reconstruct every array of a file as float32."""
+    _require_output(source, output)
+    from nsq_ref import codec, storage
+
+    quantized = storage.load(source)
+    restored = {}
+    with _progress(f"dequantizing {source.name}", len(quantized)) as advance:
+        for name, one in quantized.items():
+            restored[name] = codec.dequantize(one, backend=backend.value)
+            advance()
+        storage.write_arrays(output, restored)
+    rows = [
+        {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
+        for name, array in restored.items()
+    ]
+    if as_json:
+        _print_json({"file": str(output), "arrays": rows})
+    else:
+        _print_table(
+            ("array", "shape", "dtype"), [(r["name"], r["shape"], r["dtype"]) for r in rows]
+        )
+
+
+@app.command()
+def demo(
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for demo.png, demo.svg and demo.json.")
+    ] = Path("nsq-demo"),
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="Only code your own keys and values: .npz, .npy or .safetensors."),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="Another model of the Llama family, as a GGUF file.")
+    ] = None,
+    passages: Annotated[int, typer.Option(min=2, help="Passages of real prose.")] = 16,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens whose cache is quantized.")] = 512,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens that are scored.")] = 128,
+    as_json: JsonOption = False,
+) -> None:
+    """Show on a real model what every scheme saves and what it costs.
+
+    Real prose is prefilled, the cache of every layer quantized and dequantized, and the tokens that
+    follow are scored with it. The first run fetches SmolLM2-135M-Instruct, 93 MB.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        from nsq_ref import plots, storage
+        from nsq_ref.comparison import layered, round_trips
+
+        if keys is None:
+            from onnx_export.demo import run_demo
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"nsq demo needs {error.name}; pip install 'nsq-ref[demo]' brings all it uses"
+        ) from error
+    result: dict[str, Any]
+    if keys is None:
+        with _stages() as progress:
+            measured = run_demo(
+                gguf_path=gguf,
+                passages=passages,
+                prefill_length=prefill,
+                continuation_length=continuation,
+                progress=progress,
+            )
+        trips, sample, source = measured.trips, measured.keys, measured.model
+        result = {**measured.to_dict(), "passages": passages, "prefill": prefill}
+        result["continuation"] = continuation
+    else:
+        arrays = storage.read_arrays(keys)
+        with _named(str(keys)):
+            sides = {name: _side_of(name) for name in arrays}
+            if len(arrays) == 1:
+                sides = dict.fromkeys(arrays, "key")
+            sample = layered([a for name, a in arrays.items() if sides[name] == "key"], "keys")
+            others = [a for name, a in arrays.items() if sides[name] == "value"]
+            values = layered(others, "values") if others else None
+            trips = round_trips()
+            with _progress(f"coding {keys.name}", len(trips)) as advance:
+                for trip in trips.values():
+                    trip(sample, values)
+                    advance()
+        source = keys.name
+        result = {"source": source, "schemes": {n: trip.to_dict() for n, trip in trips.items()}}
+    errors = trips["naive4"].key_error
+    layer = int(errors.argmax())
+    figure = plots.demo_figure(
+        {name: trip.key_error for name, trip in trips.items()},
+        {name: trip.value_error for name, trip in trips.items() if trip.value_error.size},
+        sample[layer],
+        f"keys of layer {layer}",
+        source,
+    )
+    for suffix in ("png", "svg"):
+        figure.savefig(output / f"demo.{suffix}", dpi=130)
+    text = json.dumps(result, indent=2)
+    (output / "demo.json").write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(text)
+    else:
+        _show_demo(result)
+        typer.echo(
+            f"\n{output / 'demo.png'}, demo.svg and demo.json hold the figure and all of it."
+        )
+
+
+# --- schemes ------------------------------------------------------------------------------------
+
+
+def _schemes(name: str, value_name: str | None, changes: list[str]) -> KeyValueSchemes:
+    """Return the schemes of keys and values that the options mean."""
+    from dataclasses import replace
+
+    from nsq_ref import KeyValueSchemes, Scheme
+
+    named = Scheme.named(name)
+    key, value = (named, named) if isinstance(named, Scheme) else named
+    if value_name is not None:
+        only = Scheme.named(value_name)
+        if not isinstance(only, Scheme):
+            raise ValueError(f"--value-scheme {value_name} is a pair; give it to --scheme")
+        value = only
+    fields = dict(_change(text) for text in changes)
+    return KeyValueSchemes(replace(key, **fields), replace(value, **fields))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """Read ``field=value``; a value is what JSON or Python calls it, else a string."""
+    from nsq_ref import Scheme
+
+    field, equals, value = text.partition("=")
+    known = list(Scheme().to_dict())
+    if not equals or field not in known:
+        raise ValueError(f"--set {text!r} is not FIELD=VALUE with a field of {', '.join(known)}")
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if value.lower() in words:
+        return field, words[value.lower()]
+    return field, int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
+
+
+def _scheme_of(name: str, schemes: KeyValueSchemes) -> Scheme:
+    """Return the scheme of an array, by its name where keys and values differ."""
+    if schemes.key == schemes.value:
+        return schemes.key
+    return schemes.key if _side_of(name) == "key" else schemes.value
+
+
+def _side_of(name: str) -> str:
+    """Tell whether an array is named as keys or as values."""
+    # The last component that says anything decides: past_key_values.0.key is a key.
+    for component in reversed(re.split("[./]", name.lower())):
+        sides = {SIDES[word] for word in re.findall("[a-z]+", component) if word in SIDES}
+        if len(sides) == 1:
+            return sides.pop()
+        if sides:
+            break
+    raise ValueError(
+        f"array {name!r} is not named as keys or values, which are treated differently; "
+        "rename it to k, key or keys, or v, value or values, or choose one scheme for both"
+    )
+
+
+def _label(scheme: Scheme) -> str:
+    """Return the nearest name, and the fields in which the scheme differs from it."""
+    from nsq_ref import Scheme, scheme_names
+
+    def changes(name: str) -> dict[str, Any]:
+        base = Scheme.named(name)
+        if not isinstance(base, Scheme):
+            return fields
+        values = base.to_dict()
+        return {field: value for field, value in fields.items() if value != values[field]}
+
+    fields = scheme.to_dict()
+    nearest = min(scheme_names(), key=lambda name: len(changes(name)))
+    return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _require_output(source: Path, output: Path) -> None:
+    if output.suffix.lower() != ".safetensors":
+        raise ValueError(f"--output {output} must end in .safetensors, the format that is written")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if source.exists() and output.exists() and os.path.samefile(source, output):
+        raise ValueError(f"--output {output} is the input; choose another name, to keep both")
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say which file and array an error is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def _describe(arrays: Mapping[str, Quantized]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "shape": list(quantized.shape),
+            "dtype": quantized.dtype.name,
+            "scheme": quantized.scheme.to_dict(),
+            "scheme_name": _label(quantized.scheme),
+            "bits_per_element": quantized.bits_per_element,
+            "bytes": quantized.nbytes,
+            "float16_bytes": _float16_bytes(quantized.shape),
+            "collapsed_tokens": quantized.collapsed_tokens,
+        }
+        for name, quantized in arrays.items()
+    ]
+
+
+def _float16_bytes(shape: tuple[int, ...]) -> int:
+    import math
+
+    return 2 * math.prod(shape)
+
+
+def _show_library(as_json: bool) -> None:
+    from nsq_ref import SPEC_VERSION, Scheme, __version__, scheme_names
+
+    tokens, head_dim = 4096, 128
+    schemes = []
+    for name in scheme_names():
+        scheme = Scheme.named(name)
+        if isinstance(scheme, Scheme):
+            schemes.append((name, scheme.bits_per_element(tokens, head_dim)))
+    if as_json:
+        _print_json(
+            {
+                "version": __version__,
+                "spec": SPEC_VERSION,
+                "tokens": tokens,
+                "head_dim": head_dim,
+                "schemes": [{"name": n, "bits_per_element": bits} for n, bits in schemes],
+            }
+        )
+        return
+    typer.echo(f"nsq {__version__}, specification {SPEC_VERSION}")
+    typer.echo(f"bits per element at {tokens} tokens of {head_dim} channels:")
+    _print_table(("scheme", "bits"), [(name, f"{bits:.3f}") for name, bits in schemes])
+    typer.echo("Pairs for keys and values: KIVI-K2V4 and nsep+KIVI-K2V4, with any two widths.")
+
+
+def _show_arrays(file: Path, rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json({"file": str(file), "arrays": rows})
+        return
+    _print_table(
+        ("array", "shape", "dtype", "scheme", "bits", "bytes", "of float16", "collapsed tokens"),
+        [
+            (
+                row["name"],
+                row["shape"],
+                row["dtype"],
+                row["scheme_name"] or "-",
+                f"{row['bits_per_element']:.3f}",
+                f"{row['bytes']:,}",
+                f"{row['bytes'] / row['float16_bytes']:.1%}" if row["float16_bytes"] else "-",
+                "-" if row["collapsed_tokens"] is None else row["collapsed_tokens"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def _show_demo(result: dict[str, Any]) -> None:
+    """Print the table of ``nsq demo``; likelihoods only where a model was run."""
+    baseline, caches = result.get("baseline"), result.get("passages", 1)
+    heads = ["scheme", "bits", "cache MB", "of float16", "key error", "value error", "worst layer"]
+    rows: list[tuple[Any, ...]] = []
+    if baseline:
+        heads += ["change in NLL", "change in perplexity"]
+        typer.echo(
+            f"{result['model']}: {result['passages']} passages of real prose, {result['prefill']} "
+            f"tokens prefilled and quantized,\nthe next {result['continuation']} scored. "
+            f"Perplexity with the float32 cache: {baseline['perplexity']:.2f}\n"
+        )
+        float16 = next(iter(result["schemes"].values()))["float16_bytes"] / caches
+        rows.append(
+            ("float32", "32.000", f"{2 * float16 / 1e6:.2f}", "200.0%", "0", "0", "-", "0", "0")
+        )
+    for name, one in result["schemes"].items():
+        worst = one["worst_layer"]
+        value_error = one["value_error"]
+        row = [
+            name,
+            f"{one['bits_per_element']:.3f}",
+            f"{one['bytes'] / caches / 1e6:.2f}",
+            f"{one['bytes'] / one['float16_bytes']:.1%}",
+            f"{one['key_error']:.1%}",
+            "-" if value_error is None else f"{value_error:.1%}",
+            f"{worst['side']} {worst['layer']}: {worst['error']:.1%}",
+        ]
+        if baseline:
+            row += [
+                f"{one['nll_change']:+.4f} ± {one['nll_change_error']:.4f}",
+                f"{one['perplexity_change']:+.3f} ± {one['perplexity_change_error']:.3f}",
+            ]
+        rows.append(tuple(row))
+    _print_table(tuple(heads), rows)
+    if not baseline:
+        return
+    typer.echo(
+        "\nNLL: negative log-likelihood in nats a token; ± is the standard error over passages."
+    )
+    for other, paired in result["paired_with_nsep+pchan4"].items():
+        typer.echo(
+            f"{other} costs {paired['nll_change']:+.4f} ± {paired['nll_change_error']:.4f} nats a "
+            "token more than nsep+pchan4, paired by passage."
+        )
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    typer.echo(json.dumps(result, indent=2))
+
+
+def _print_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text, as names may look like markup
+    # Into a pipe a row stays a line.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+@contextlib.contextmanager
+def _progress(what: str, steps: int) -> Iterator[Callable[[], None]]:
+    """Show a bar of so many steps, where somebody looks."""
+    with _stages() as show:
+        done = itertools.count(1)
+        yield lambda: show(what, next(done), steps) if show else None
+
+
+@contextlib.contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar whose label and length are told with every step; None where nobody looks."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+def main() -> None:
+    """Run ``nsq``: exit code 0, 1 where what was checked does not hold, 2 for bad use or input.
+
+    Examples
+    --------
+    >>> import subprocess, sys
+    >>> nsq = [sys.executable, "-c", "from nsq_ref.cli import main; main()"]
+    >>> subprocess.run([*nsq, "info", "no such file.npz"], capture_output=True).returncode
+    2
+    """
+    try:
+        app()
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        _fail(f"{name}{error.strerror or error}")
+    except (MemoryError, TypeError, ValueError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> None:
+    print(f"nsq: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(2)

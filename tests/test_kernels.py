@@ -60,6 +60,7 @@ def test_no_kernel_fuses_or_reorders(tmp_path: Path) -> None:
     found = json.loads(run_python(INSPECT, tmp_path))
     assert set(found) == {
         "measure",
+        "gather_outliers",
         "token_extents",
         "squared_errors",
         "encode_rows",

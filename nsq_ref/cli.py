@@ -232,9 +232,8 @@ def demo(
     else:
         arrays = storage.read_arrays(keys)
         with _named(str(keys)):
-            sides = {name: _side_of(name) for name in arrays}
-            if len(arrays) == 1:
-                sides = dict.fromkeys(arrays, "key")
+            alone = len(arrays) == 1  # and then called whatever it is
+            sides = {name: "key" if alone else _side_of(name) for name in arrays}
             sample = layered([a for name, a in arrays.items() if sides[name] == "key"], "keys")
             others = [a for name, a in arrays.items() if sides[name] == "value"]
             values = layered(others, "values") if others else None

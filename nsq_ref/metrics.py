@@ -1,0 +1,150 @@
+"""A few measures of what quantization does to vectors, accumulated in float64."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref.scheme import FLOAT_DTYPES
+
+__all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
+
+Float64 = npt.NDArray[np.float64]
+
+
+@overload
+def relative_error(x: Any, x_hat: Any, axis: None = None) -> float: ...
+@overload
+def relative_error(x: Any, x_hat: Any, axis: int | tuple[int, ...]) -> Float64: ...
+def relative_error(
+    x: Any, x_hat: Any, axis: int | tuple[int, ...] | None = None
+) -> float | Float64:
+    """Return the norm of ``x - x_hat`` over the norm of ``x``.
+
+    Parameters
+    ----------
+    x, x_hat : array
+        Original and reconstruction, of equal shape.
+    axis : int or tuple of int, optional
+        Axes the norm goes over; all by default.
+
+    Returns
+    -------
+    float or array
+        0 where both are zero, infinity where only ``x`` is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays that are not real numbers, empty or of different shapes.
+
+    Examples
+    --------
+    >>> relative_error([3.0, 4.0], [3.0, 3.5])
+    0.1
+    >>> relative_error([[3, 4], [0, 0]], [[3, 3.5], [0, 0]], axis=-1)
+    array([0.1, 0. ])
+    """
+    original, restored = _pair(x, x_hat)
+    error = np.sqrt(np.sum(np.square(original - restored), axis=axis))
+    size = np.sqrt(np.sum(np.square(original), axis=axis))
+    ratio = _divide(error, size, np.where(error == 0, 0.0, np.inf))
+    return float(ratio) if axis is None else ratio
+
+
+def cosine_similarity(x: Any, x_hat: Any) -> Float64:
+    """Return the cosine of the angle between vectors along the last axis.
+
+    Parameters
+    ----------
+    x, x_hat : array, shape [..., D]
+        Original and reconstruction, of equal shape.
+
+    Returns
+    -------
+    float64 array, shape [...]
+        1 where both vectors are zero, 0 where one is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays that are not real numbers, empty, of different shapes or without an axis.
+
+    Examples
+    --------
+    >>> cosine_similarity([[1, 0], [1, 1]], [[0, 2], [3, 3]])
+    array([0., 1.])
+    """
+    original, restored = _pair(x, x_hat)
+    if original.ndim < 1:
+        raise ValueError("x is a single number; at least [head_dim] is needed")
+    # Unit vectors first: the product of two norms leaves float64 before either norm does.
+    lengths = [np.linalg.norm(side, axis=-1, keepdims=True) for side in (original, restored)]
+    units = [
+        _divide(side, length, np.zeros_like(side))
+        for side, length in zip((original, restored), lengths, strict=True)
+    ]
+    cosine = np.clip(np.sum(units[0] * units[1], axis=-1), -1, 1)
+    both_zero = (lengths[0] == 0) & (lengths[1] == 0)
+    return np.where(both_zero[..., 0], 1.0, cosine)
+
+
+def outlier_ratio(x: Any) -> Float64:
+    """Return how far the largest channel of each head stands out.
+
+    The largest absolute value of each channel over the tokens; of these, the greatest over
+    the mean.
+
+    Parameters
+    ----------
+    x : array, shape [..., T, D]
+        Tokens by channels.
+
+    Returns
+    -------
+    float64 array, shape [...]
+        From 1, all channels alike (also for a head of zeros), to D, one channel alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an array that is not of real numbers, empty, or has less than two axes.
+
+    Examples
+    --------
+    >>> outlier_ratio([[[1, -6, 1], [2, 3, 1]], [[1, 1, 1], [1, 1, 1]]])
+    array([2., 1.])
+    """
+    values = _real("x", x)
+    if values.ndim < 2:
+        shape = list(values.shape)
+        raise ValueError(f"x has shape {shape}; at least [tokens, head_dim] is needed")
+    peak = np.max(np.abs(values), axis=-2)
+    mean = np.mean(peak, axis=-1)
+    return _divide(np.max(peak, axis=-1), mean, np.ones_like(mean))
+
+
+def _pair(x: Any, x_hat: Any) -> tuple[Float64, Float64]:
+    original, restored = _real("x", x), _real("x_hat", x_hat)
+    if original.shape != restored.shape:
+        shapes = f"{list(original.shape)} and x_hat {list(restored.shape)}"
+        raise ValueError(f"x has shape {shapes}; give arrays of equal shape")
+    return original, restored
+
+
+def _real(name: str, values: Any) -> Float64:
+    given = np.asarray(values)
+    # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
+    if given.dtype.kind not in "fiu" and given.dtype not in FLOAT_DTYPES.values():
+        raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
+    if given.size == 0:
+        raise ValueError(f"{name} has shape {list(given.shape)}, which is empty")
+    return given.astype(np.float64)
+
+
+def _divide(above: Any, below: Any, otherwise: Any) -> Float64:
+    """Return ``above / below``, and `otherwise` where ``below`` is 0."""
+    zero = below == 0
+    return np.asarray(np.where(zero, otherwise, above / np.where(zero, 1.0, below)))

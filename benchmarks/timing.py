@@ -21,7 +21,9 @@ from rich.table import Table
 
 Float64 = npt.NDArray[np.float64]
 
-PAUSE = 0.02  # seconds; OpenMP's threads spin for a while after their work
+SETTLE = (
+    0.02  # seconds; by then threads have spread over the cores, and others' have stopped spinning
+)
 
 
 class Spread(NamedTuple):
@@ -117,8 +119,10 @@ class Timed(NamedTuple):
 def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
     """Time all cases round by round, so that drift of the machine hits all alike.
 
-    Each case runs once beforehand. The order is shuffled each round, always in the same way, so
-    that no case always finds the cache as the same other one left it.
+    Each timed call follows untimed ones of the same case, for `SETTLE`: what is measured is steady
+    use, not how quickly the system wakes a second core after whatever came before. The order is
+    shuffled each round, always in the same way, so that no case always finds the cache as the same
+    other one left it.
 
     Parameters
     ----------
@@ -131,18 +135,23 @@ def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
         By name.
     """
     timed = {case.name: Timed(*np.full((2, rounds), np.nan)) for case in cases}
-    for case in cases:
-        case.call()
     for number in range(rounds):
         for case in random.Random(number).sample(cases, len(cases)):
             if number % case.every == 0:
-                time.sleep(PAUSE)
+                _settle(case)
                 start, processor_start = time.perf_counter(), time.process_time()
                 result = case.call()
                 timed[case.name].seconds[number] = time.perf_counter() - start
                 timed[case.name].processor_seconds[number] = time.process_time() - processor_start
                 del result
     return timed
+
+
+def _settle(case: Case) -> None:
+    start = time.perf_counter()
+    while time.perf_counter() - start < SETTLE:
+        result = case.call()
+        del result
 
 
 def spread(values: Float64 | Sequence[float]) -> Spread:

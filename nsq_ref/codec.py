@@ -26,7 +26,7 @@ INPUT_DTYPES = tuple(
 
 # Work goes slab by slab so that what is needed besides input and output stays small, and a slab
 # read twice is still in cache the second time.
-SLAB_BYTES = 1 << 25
+SLAB_BYTES = 1 << 26
 NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can leave float32
 
 

@@ -21,9 +21,8 @@ from rich.table import Table
 
 Float64 = npt.NDArray[np.float64]
 
-SETTLE = (
-    0.02  # seconds; by then threads have spread over the cores, and others' have stopped spinning
-)
+# Seconds; by then threads have spread over the cores, and those of other cases no longer spin.
+SETTLE = 0.02
 
 
 class Spread(NamedTuple):

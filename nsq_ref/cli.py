@@ -436,10 +436,10 @@ def _show_arrays(file: Path, rows: list[dict[str, Any]], as_json: bool) -> None:
 def _show_demo(result: dict[str, Any]) -> None:
     """Print the table of ``nsq demo``; likelihoods only where a model was run."""
     baseline, caches = result.get("baseline"), result.get("passages", 1)
-    heads = ["scheme", "bits", "cache MB", "of float16", "key error", "value error", "worst layer"]
+    heads = ["scheme", "bits", "cache MB", "vs fp16", "K error", "V error", "worst layer"]
     rows: list[tuple[Any, ...]] = []
     if baseline:
-        heads += ["change in NLL", "change in perplexity"]
+        heads += ["NLL", "perplexity"]
         typer.echo(
             f"{result['model']}: {result['passages']} passages of real prose, {result['prefill']} "
             f"tokens prefilled and quantized,\nthe next {result['continuation']} scored. "
@@ -459,19 +459,20 @@ def _show_demo(result: dict[str, Any]) -> None:
             f"{one['bytes'] / one['float16_bytes']:.1%}",
             f"{one['key_error']:.1%}",
             "-" if value_error is None else f"{value_error:.1%}",
-            f"{worst['side']} {worst['layer']}: {worst['error']:.1%}",
+            f"{worst['side'][0].upper()} {worst['layer']}: {worst['error']:.1%}",
         ]
         if baseline:
             row += [
                 f"{one['nll_change']:+.4f} ± {one['nll_change_error']:.4f}",
-                f"{one['perplexity_change']:+.3f} ± {one['perplexity_change_error']:.3f}",
+                f"{one['perplexity_change']:+.2f} ± {one['perplexity_change_error']:.2f}",
             ]
         rows.append(tuple(row))
     _print_table(tuple(heads), rows)
     if not baseline:
         return
     typer.echo(
-        "\nNLL: negative log-likelihood in nats a token; ± is the standard error over passages."
+        "\nNLL and perplexity: their change against the float32 cache, NLL in nats a token;\n"
+        "± is its standard error over passages. K and V error: relative, over all layers."
     )
     for other, paired in result["paired_with_nsep+pchan4"].items():
         typer.echo(

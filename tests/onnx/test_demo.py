@@ -105,7 +105,7 @@ def test_own_keys_and_values(shape: tuple[int, ...], tmp_path: Path) -> None:
 def test_keys_alone_and_layers_by_name(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((2, 30, 8)).astype(np.float32)
     np.save(tmp_path / "anything.npy", x)
-    assert "value error" in run("--keys", tmp_path / "anything.npy", "-o", tmp_path).stdout
+    assert "V error" in run("--keys", tmp_path / "anything.npy", "-o", tmp_path).stdout
     np.savez(tmp_path / "layers.npz", **{f"layers.{i}.keys": x for i in range(3)})
     printed = json.loads(run("--keys", tmp_path / "layers.npz", "-o", tmp_path, "--json").stdout)
     assert len(printed["schemes"]["naive4"]["key_error_by_layer"]) == 3

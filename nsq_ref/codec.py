@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ BACKENDS = ("numba", "numpy", "oracle")
 INPUT_DTYPES = tuple(
     np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
+
+DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4  # codes of DLDataType
 
 # Work goes slab by slab so that what is needed besides input and output stays small, and a slab
 # read twice is still in cache the second time.
@@ -225,9 +228,9 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     try:
         for leads, slab in _slabs(given):
             if sinks:
-                flat["sinks"][leads] = slab[:, :sinks]
                 if not np.isfinite(slab[:, :sinks]).all():
                     raise FloatingPointError
+                flat["sinks"][leads] = slab[:, :sinks]
             if sinks == tokens:
                 continue
             block = _encode(slab, sinks, scheme, backend, flat["packed"][leads])
@@ -430,20 +433,47 @@ def _as_float_array(x: Any) -> Array:
 
 
 def _import(x: Any) -> Array:
-    reason: Exception
+    reasons = []
+    readers: list[Callable[[Any], Array]] = [np.asarray]
     if hasattr(x, "__dlpack__"):
+        readers = [np.from_dlpack, _bfloat16_from_dlpack, np.asarray]
+    for reader in readers:
         try:
-            return np.from_dlpack(x)
+            return reader(x)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            reason = error
-    try:
-        return np.asarray(x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = error
+            reasons.append(str(error))
     raise TypeError(
-        f"x cannot be read as an array ({reason}); pass a NumPy array, or a tensor on the CPU of a "
-        "dtype that NumPy has (bfloat16 of torch: x.float(), which is exact)"
+        f"x cannot be read as an array ({reasons[-1]}); pass a NumPy array, or a tensor on the CPU "
+        "that needs no gradient"
     )
+
+
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+class _BFloat16AsUnsigned:
+    """Hand a bfloat16 tensor to NumPy, whose DLPack knows no bfloat16, as 16-bit integers."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = self.tensor.__dlpack__()
+        # DLTensor: data (8 bytes), device (8), ndim (4), then the type's code and bits.
+        kind = (ctypes.c_uint8 * 2).from_address(_capsule_pointer(capsule, b"dltensor") + 20)
+        if tuple(kind) != (DLPACK_BFLOAT, 16):
+            raise TypeError("the tensor is not bfloat16")
+        kind[0] = DLPACK_UNSIGNED
+        return capsule
+
+
+def _bfloat16_from_dlpack(x: Any) -> Array:
+    return np.from_dlpack(_BFloat16AsUnsigned(x)).view(ml_dtypes.bfloat16)
 
 
 # --- refusals -----------------------------------------------------------------------------------

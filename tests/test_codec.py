@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import multiprocessing
 from dataclasses import replace
 from typing import Any
@@ -228,6 +229,28 @@ class Tensor:
 class DeviceTensor(Tensor):
     def __dlpack__(self, **options: Any) -> Any:
         raise BufferError("the tensor lives on a GPU")
+
+
+class BFloat16Tensor(Tensor):
+    """Exports bfloat16, which NumPy cannot: as the integers it is, with the type's code changed."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        capsule = self.array.view(np.uint16).__dlpack__()
+        kind = (ctypes.c_uint8 * 4).from_address(codec._capsule_pointer(capsule, b"dltensor") + 20)
+        assert list(kind) == [1, 16, 1, 0]  # unsigned, 16 bits, one lane
+        kind[0] = 4  # kDLBfloat
+        return capsule
+
+
+def test_bfloat16_through_dlpack() -> None:
+    """I1: what a torch.bfloat16 tensor hands over."""
+    x = normals(4, 6, 8).astype(ml_dtypes.bfloat16)
+    for array in (x, x[:, ::2], x.transpose(1, 0, 2)):
+        tensor = BFloat16Tensor(array)
+        taken = codec._as_float_array(tensor)
+        assert taken.dtype == ml_dtypes.bfloat16
+        assert np.shares_memory(taken, x)
+        assert bits(quantize(tensor)) == bits(quantize(array))
 
 
 def test_dlpack_is_read_without_a_copy() -> None:

@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+
+from nsq_ref import Scheme, kernels, oracle
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,3 +107,58 @@ def test_core_on_a_generic_processor(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d{3} passed", done.stdout)
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+rows = st.one_of(
+    st.lists(floats, min_size=1, max_size=8),
+    st.lists(st.integers(-15, 15).map(float), min_size=1, max_size=8),
+)
+TIE = [1, 2.0**-12, 2.0**-12, 2.0**-24]
+
+
+def bits_of(row: np.ndarray) -> np.ndarray:
+    return row.view(np.int32)
+
+
+@settings(max_examples=300)
+@given(rows)
+@example([*TIE, 2.0**-30])  # more than half way, by less than the sum can hold
+@example([*TIE, 0.0])
+@example([3.4e38, 3.4e38])
+def test_norm_of_a_row_is_right_or_undecided(values: list[float]) -> None:
+    """N1."""
+    row = np.float32([values])
+    known = kernels.norm_of_row(row, bits_of(row), 0)
+    assert np.isnan(known) or known == oracle.exact_norm(row[0].tolist())
+
+
+@settings(max_examples=300)
+@given(
+    rows.flatmap(
+        lambda row: st.tuples(st.just(row), st.lists(floats, min_size=len(row), max_size=len(row)))
+    )
+)
+@example(([4, 2.0**-22, 2.0**-60, 0], [1, 1, 1, 1]))  # the quotient is a tie but for 2**-62
+@example(([4, 2.0**-22, -(2.0**-60), 0], [1, 1, 1, 1]))
+@example(([4 + 2.0**-20, 2.0**-22, 2.0**-60, 0], [1, 1, 1, 1]))
+def test_gain_of_a_row_is_right_or_undecided(pair: tuple[list[float], list[float]]) -> None:
+    """M3."""
+    x, y = np.float32([pair[0]]), np.float32([pair[1]])
+    known = kernels.gain_of_row(x, bits_of(x), 0, y, bits_of(y))
+    scheme = Scheme(magnitude="lsq")
+    expected = oracle.factor(x[0].tolist(), y[0].tolist(), 1.0, scheme)
+    assert np.isnan(known) or known == expected
+
+
+def test_ordinary_rows_are_decided() -> None:
+    """Or the two tests above would hold for a kernel that never knows."""
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    y = (x + np.float32(0.1)).astype(np.float32)
+    norms = [kernels.norm_of_row(x, bits_of(x), t) for t in range(200)]
+    gains = [
+        kernels.gain_of_row(x, bits_of(x), t, y[t : t + 1], bits_of(y[t : t + 1]))
+        for t in range(200)
+    ]
+    assert np.isfinite(norms).all()
+    assert np.isfinite(gains).all()

@@ -35,7 +35,6 @@ SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it sa
 # low bits then hold.
 MAGIC = 1.5 * 2.0**52
 MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
-LEAST_SUM = 2.0**48  # what the largest element of a normal row alone adds
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
 INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 MAGNITUDE_NORM, MAGNITUDE_GAIN, MAGNITUDE_LSQ = 0, 1, 2
@@ -121,7 +120,7 @@ def norm_of_row(rows: Array, bits: Array, t: int) -> np.float32:
         channels, lifted = rows.shape[1], lift(largest)
         squares = fixed_point_dot(rows, t, rows, t, 2 * lifted)
         root = np.sqrt(squares) * power_of_two(-lifted)
-        provable = largest < INFINITY_BITS and channels <= MOST_CHANNELS and squares >= LEAST_SUM
+        provable = largest < INFINITY_BITS and channels <= MOST_CHANNELS
         # Half a unit a channel in the square is a quarter in the root: taken twofold, and as
         # ROUNDINGS those of float64 itself.
         result = certain_float32(root, root * (0.5 * channels / squares + ROUNDINGS), provable)
@@ -147,7 +146,7 @@ def gain_of_row(rows: Array, bits: Array, t: int, y: Array, y_bits: Array) -> np
         below = np.float64(without_magic(y_total, channels, y_magic))
         unit = power_of_two(y_lifted - lifted)
         quotient = above / below * unit
-        provable = channels <= MOST_CHANNELS and above >= LEAST_SUM and below >= LEAST_SUM
+        provable = channels <= MOST_CHANNELS and above > channels and below > channels
         relative = channels / above + channels / below + ROUNDINGS
         result = certain_float32(quotient, quotient * relative, provable)
     return result

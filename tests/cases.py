@@ -84,6 +84,12 @@ def scale_near_ties(count: int = 24) -> Float32:
     return np.float32(columns[:count]).T
 
 
+def narrowing_ties(levels: int) -> Float32:
+    """Channels from 0 to a maximum whose quotient by ``levels`` is half way of two float16."""
+    halves = np.arange(2049, 2049 + 2 * 40, 2, dtype=np.float32) / np.float32(4096)
+    return np.stack([np.zeros(len(halves), np.float32), halves * np.float32(levels)])
+
+
 def float32_scale_ties(count: int = 24) -> Float32:
     """A float32 scale and values whose quotient is a tie only once it is rounded (Q1)."""
     rng = np.random.default_rng(5)
@@ -147,6 +153,9 @@ def cases() -> Iterator[Case]:
     yield "division near-ties", division_near_ties(), Scheme()
     yield "scale near-ties", scale_near_ties(), Scheme(**plain)
     yield "scale near-ties asymmetric", scale_near_ties(), Scheme(symmetric=False, **plain)
+    for bits, symmetric in itertools.product((3, 4, 8), (True, False)):
+        scheme = Scheme(bits=bits, symmetric=symmetric, **plain)
+        yield f"scales half way {bits} {symmetric}", narrowing_ties(scheme.code_range[1]), scheme
     exact = Scheme(scale_dtype="float32", **plain)
     yield "float32 scale ties", float32_scale_ties(), exact
     wide_asymmetric = Scheme(bits=8, symmetric=False, scale_dtype="float32", norm_dtype="float32")
@@ -163,7 +172,9 @@ def cases() -> Iterator[Case]:
     tiny = np.float32([[7 * 2.0**-25, 7 * 1.5 * 2.0**-25, 7 * 2.0**-24, 7 * 2.5 * 2.0**-24]])
     yield "subnormal scales", np.concatenate([tiny, tiny / 2, -tiny]), Scheme(**plain)
     # float16 norms: half way between two, so that float32 first and float16 second matters (M1).
-    half = np.float32([[1 + 2.0**-11, 0], [1 + 2.0**-11 + 2.0**-23, 0], [1 + 3 * 2.0**-11, 0]])
+    # The last: exactly above half way, but half way once it is float32.
+    ties = [1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-23, 1 + 3 * 2.0**-11, 1 + 2.0**-11]
+    half = np.stack([np.float32(ties), np.float32([0, 0, 0, 2.0**-15])], axis=-1)
     yield "float16 norm ties", half, Scheme()
     constant = np.float32(rng.standard_normal((1, 16)) * 3) * np.ones((4, 1), np.float32)
     yield "constant channels", constant, Scheme(symmetric=False, **plain)

@@ -130,6 +130,38 @@ def decode_fused(codes: Any, scale: Any, zero: Any) -> Any:
     return wide.astype(np.float32)
 
 
+def decode_by_reciprocal(block: spec.Block, scheme: Scheme) -> Any:
+    if not scheme.separate_norm or scheme.magnitude != "norm":
+        return ORIGINAL["decode"](block, scheme)
+    y = spec.dequantized_direction(
+        block.codes, block.scale, block.zero, block.outlier_index, block.outliers
+    )
+    reciprocal = np.float32(1) / spec.where_zero(rounding.norm(y), np.inf)
+    return block.norm.astype(np.float32)[..., None] * (y * reciprocal[..., None])
+
+
+def range_scale_by_reciprocal(low: Any, high: Any, scheme: Scheme) -> Any:
+    dtype = FLOAT_DTYPES[scheme.scale_dtype]
+    zero = np.zeros_like(low)
+    if not scheme.symmetric:
+        zero = rounding.narrow(low, dtype).astype(np.float32)
+    span = np.maximum(high, -low) if scheme.symmetric else high - zero
+    reciprocal = np.float32(1) / np.float32(scheme.code_range[1])
+    return rounding.narrow(span * reciprocal, dtype), zero.astype(dtype)
+
+
+def gain_by_reciprocal(x: Any, y: Any, norm: Any, scheme: Scheme) -> Any:
+    if scheme.magnitude != "gain":
+        return ORIGINAL["factor"](x, y, norm, scheme)
+    return norm * (np.float32(1) / spec.where_zero(rounding.norm(y), np.inf))
+
+
+def norm_never_in_float32(x: Any, y: Any, norm: Any, scheme: Scheme) -> Any:
+    if not scheme.separate_norm or scheme.magnitude != "norm":
+        return ORIGINAL["factor"](x, y, norm, scheme)
+    return np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=-1))
+
+
 def gain_in_float32(x: Any, y: Any) -> Any:
     below = np.sum(y * y, axis=-1)
     return np.sum(x * y, axis=-1) / np.where(below == 0, np.float32(np.inf), below)
@@ -152,6 +184,7 @@ ORIGINAL: dict[str, Any] = {
     "range_scale": spec.range_scale,
     "narrow": rounding.narrow,
     "decode": spec.decode,
+    "factor": spec.factor,
     "pack": packing.pack,
 }
 
@@ -198,6 +231,10 @@ MUTANTS: dict[str, tuple[str, Patch]] = {
         lambda p, s: (p & 3) << 6 | (p & 12) << 2 | p >> 2 & 12 | p >> 6 if s.bits == 2 else p)),
     "high bits before low bits": ("P1", pack_with(lambda p, s: np.roll(p, 1, -1) if s.bits == 3 else p)),
     "norm over length merged": ("D1", (spec, "decode", decode_merged)),
+    "reciprocal of the length": ("D1", (spec, "decode", decode_by_reciprocal)),
+    "reciprocal of qmax": ("S1", (spec, "range_scale", range_scale_by_reciprocal)),
+    "reciprocal of the length in a gain": ("M2", (spec, "factor", gain_by_reciprocal)),
+    "norm narrowed at once": ("M1", (spec, "factor", norm_never_in_float32)),
     "no renormalisation": ("D1", (spec, "decode", decode_plain)),
     "fused multiply-add": ("D1", (spec, "dequantize", decode_fused)),
     "gain from float32 sums": ("M3", (rounding, "least_squares_gain", gain_in_float32)),

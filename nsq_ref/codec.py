@@ -233,7 +233,8 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
                 flat["sinks"][leads] = slab[:, :sinks]
             if sinks == tokens:
                 continue
-            block = _encode(slab, sinks, scheme, backend, flat["packed"][leads])
+            with np.errstate(all="ignore"):  # what overflows is refused below, by name
+                block = _encode(slab, sinks, scheme, backend, flat["packed"][leads])
             for name in flat.keys() - {"packed", "sinks"}:
                 flat[name][leads] = getattr(block, name)
             collapsed += int(block.collapsed.sum())
@@ -292,7 +293,8 @@ def dequantize(
     if quantized.sinks is not None:
         flat_out[:, :sinks] = quantized.sinks.reshape(-1, sinks, shape[-1])
     if sinks < shape[-2]:
-        _decode(_block(quantized), sinks, scheme, backend, flat_out)
+        with np.errstate(all="ignore"):
+            _decode(_block(quantized), sinks, scheme, backend, flat_out)
     return out
 
 
@@ -313,9 +315,8 @@ def _encode(
         encoded = [oracle.encode(rows[sinks:].tolist(), scheme) for rows in slab]
         return _from_lists(encoded, scheme, packed)
     size = scheme.tokens_per_block(slab.shape[1] - sinks)
-    with np.errstate(all="ignore"):
-        starts = range(sinks, slab.shape[1], size)
-        blocks = [spec.encode(slab[:, start : start + size], scheme) for start in starts]
+    starts = range(sinks, slab.shape[1], size)
+    blocks = [spec.encode(slab[:, start : start + size], scheme) for start in starts]
     joined = spec.Block(*(np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True)))
     packed[...] = packing.pack(joined.codes, scheme)
     return joined
@@ -337,15 +338,14 @@ def _decode(block: spec.Block, sinks: int, scheme: Scheme, backend: Backend, out
     codes = packing.unpack(block.codes, scheme, out.shape[2])
     tokens = codes.shape[1]
     size = scheme.tokens_per_block(tokens)
-    with np.errstate(all="ignore"):
-        for b, start in enumerate(range(0, tokens, size)):
-            rows = slice(start, min(start + size, tokens))
-            scales = slice(b, b + 1) if scheme.axis == "channel" else rows
-            one = spec.Block(
-                codes[:, rows], block.norm[:, rows], block.scale[:, scales], block.zero[:, scales],
-                block.outlier_index[:, b : b + 1], block.outliers[:, rows], block.collapsed,
-            )  # fmt: skip
-            out[:, sinks + rows.start : sinks + rows.stop] = spec.decode(one, scheme)
+    for b, start in enumerate(range(0, tokens, size)):
+        rows = slice(start, min(start + size, tokens))
+        scales = slice(b, b + 1) if scheme.axis == "channel" else rows
+        one = spec.Block(
+            codes[:, rows], block.norm[:, rows], block.scale[:, scales], block.zero[:, scales],
+            block.outlier_index[:, b : b + 1], block.outliers[:, rows], block.collapsed,
+        )  # fmt: skip
+        out[:, sinks + rows.start : sinks + rows.stop] = spec.decode(one, scheme)
 
 
 def _from_lists(encoded: list[dict[str, Any]], scheme: Scheme, packed: Array) -> spec.Block:

@@ -533,7 +533,7 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
     low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
     high = np.empty_like(low)
     run(measure, tasks, x, sinks, block_size, scheme.separate_norm, with_extent, norm, low, high)
-    for n, t in where(np.isnan(norm)):
+    for n, t in places(np.isnan(norm)):
         row = x[n, sinks + t]
         if not np.isfinite(row).all():
             raise FloatingPointError
@@ -581,7 +581,7 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
         collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
-    for n, t in where(np.isnan(factor)):
+    for n, t in places(np.isnan(factor)):
         y = direction_of_row(block, n, t, block_size, head_dim, scheme)
         factor[n, t] = spec.factor(x[n, sinks + t][None], y, norm[n, t][None], scheme)[0]
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
@@ -604,7 +604,7 @@ def decode(block: spec.Block, sinks: int, scheme: Scheme, out: Array) -> None:
         scheme.axis == "channel", np.float32(scheme.code_offset), scheme.bits,
         block.outlier_index, float32(block.outliers), out, undecided,
     )  # fmt: skip
-    for n, t in where(undecided):
+    for n, t in places(undecided):
         y = direction_of_row(block, n, t, block_size, head_dim, scheme)
         length = spec.where_zero(rounding.norm(y), np.inf)[..., None]
         out[n, sinks + t] = (float32(block.norm[n, t]) * (y / length))[0]
@@ -624,7 +624,7 @@ def direction_of_row(
     )
 
 
-def where(mask: Array) -> Array:
+def places(mask: Array) -> Array:
     """``np.argwhere``, quick in the usual case that there is nothing to find."""
     return np.argwhere(mask) if mask.any() else np.empty((0, mask.ndim), np.intp)
 

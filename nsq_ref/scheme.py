@@ -314,14 +314,14 @@ class Scheme:
         return stored
 
     def tokens_per_block(self, coded: int) -> int:
-        """Return the block size, or for one block all ``coded`` tokens (B1), at least 1.
+        """Return the block size, at most all ``coded`` tokens (B1) and at least 1.
 
         Examples
         --------
         >>> Scheme().tokens_per_block(500), Scheme(block_size=64).tokens_per_block(500)
         (500, 64)
         """
-        return self.block_size or max(coded, 1)
+        return max(min(self.block_size or coded, coded), 1)
 
     def bits_per_element(
         self, tokens: int, head_dim: int, dtype: np.dtype[Any] | None = None

@@ -360,6 +360,11 @@ def test_beyond_a_dtype(backend: Backend) -> None:
             replace(Scheme(), norm_dtype="float32"),
             r"token x\[0, 0\] is beyond float32; scale x",
         ),
+        (
+            np.float32([[3e38, 3e38], [-3e38, 3e38]]),
+            replace(plain, symmetric=False, scale_dtype="float32"),
+            r"^scale\[0, 0\] is beyond float32; scale x down",
+        ),
         (x * 1e6, plain, r"^scale\[0, 0, 0\] is beyond float16; scale_dtype='float32' holds"),
         (
             x * 1e6,
@@ -568,3 +573,14 @@ def test_no_collapse_below_the_bound(head_dim: int, seed: int) -> None:
     for dtype in ("float16", "bfloat16", "float32"):
         scheme = Scheme(scale_dtype=dtype)  # type: ignore[arg-type]
         assert quantize(x, scheme).collapsed_tokens == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_may_be_longer_than_any_sequence(backend: Backend) -> None:
+    """B1: no work and no memory for tokens that are not there."""
+    x = normals(2, 9, 4)
+    for axis in ("channel", "token"):
+        scheme = Scheme(axis=axis, outlier_channels=1, scale_rule="search")  # type: ignore[arg-type]
+        long = quantize(x, replace(scheme, block_size=2**60), backend)
+        assert bits(long) == bits(quantize(x, scheme, backend))
+        assert dequantize(long, backend=backend).tobytes() == dequantize(long).tobytes()

@@ -538,16 +538,15 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         option = "norm_dtype" if name == "norm" else "scale_dtype"
         dtype: str = getattr(scheme, option)
         token = [*index[:-1], index[-1] + scheme.sink_tokens]
+        magnitude = scheme.magnitude
         if name == "norm" and np.isinf(rounding.norm(_float32(x[tuple(token)])[None])[0]):
-            dtype = "float32"
+            dtype, magnitude = "float32", "norm"
         remedy = {
             "float16": f"{option}='float32' holds it, 'bfloat16' too below 3.39e38",
             "bfloat16": f"{option}='float32' holds more",
             "float32": "scale x down",
         }[dtype]
-        subject = (
-            f"the {scheme.magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
-        )
+        subject = f"the {magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
         raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
     reach = largest["scale"] * 2**scheme.bits + largest["zero"]
     if max(reach, largest["norm"]) > NEAR_OVERFLOW:

@@ -35,6 +35,8 @@ SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it sa
 # low bits then hold.
 MAGIC = 1.5 * 2.0**52
 MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
+# Below these a factor may be flushed to zero, or its products with a direction underflow.
+SMALL_FACTOR = {"float16": 2.0**-24, "bfloat16": 2.0**-100, "float32": 2.0**-100}
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
 INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 MAGNITUDE_NORM, MAGNITUDE_GAIN, MAGNITUDE_LSQ = 0, 1, 2
@@ -450,7 +452,9 @@ def encode_rows(
                 alive = largest_bits(y_bits, 0) != 0
             if not alive and largest_bits(row_bits, t) != 0:
                 collapsed[n, t] = True
-            if magnitude == MAGNITUDE_GAIN:
+            if np.isinf(token_norm):
+                factor[n, t] = token_norm
+            elif magnitude == MAGNITUDE_GAIN:
                 factor[n, t] = token_norm / divisor_of(norm_of_row(y, y_bits, 0))
             elif magnitude == MAGNITUDE_LSQ:
                 factor[n, t] = gain_of_row(rows, row_bits, t, y, y_bits)
@@ -533,16 +537,17 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
     low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
     high = np.empty_like(low)
     run(measure, tasks, x, sinks, block_size, scheme.separate_norm, with_extent, norm, low, high)
-    for n, t in places(np.isnan(norm)):
-        row = x[n, sinks + t]
-        if not np.isfinite(row).all():
+    if (at := places(np.isnan(norm))) is not None:
+        rows = x[:, sinks:][at]
+        if not np.isfinite(rows).all():
             raise FloatingPointError
-        norm[n, t] = rounding.norm(row[None])[0]
+        norm[at] = rounding.norm(rows)
         if with_extent:
-            direction = row / spec.where_zero(norm[n, t], np.inf)
-            at = (n * blocks + t // block_size) * chunks + t % block_size // CHUNK_TOKENS
-            np.minimum(low[at], direction, out=low[at])
-            np.maximum(high[at], direction, out=high[at])
+            direction = rows / spec.where_zero(norm[at], np.inf)[:, None]
+            n, t = at
+            task = (n * blocks + t // block_size) * chunks + t % block_size // CHUNK_TOKENS
+            np.minimum.at(low, task, direction)
+            np.maximum.at(high, task, direction)
 
     index = np.zeros((count, blocks, 0), np.int32)
     outliers = np.zeros((count, tokens, 0), np.float16)
@@ -581,12 +586,15 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
         collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
-    for n, t in places(np.isnan(factor)):
-        y = direction_of_row(block, n, t, block_size, head_dim, scheme)
-        factor[n, t] = spec.factor(x[n, sinks + t][None], y, norm[n, t][None], scheme)[0]
+    if (at := places(np.isnan(factor))) is not None:
+        y = directions(block, at, block_size, head_dim, scheme)
+        factor[at] = spec.factor(x[:, sinks:][at], y, norm[at], scheme)
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
-    flushed = stored.view(f"u{stored.itemsize}") == 0
-    collapsed |= flushed & (norm != 0)
+    small = np.abs(factor) < np.float32(SMALL_FACTOR[scheme.norm_dtype])
+    if (at := places(small & (norm != 0))) is not None:
+        y = directions(block, at, block_size, head_dim, scheme)
+        x_hat = spec.reconstruct(y, stored[at], scheme)
+        collapsed[at] = spec.collapsed(x[:, sinks:][at], x_hat)
     return block._replace(norm=stored)
 
 
@@ -604,29 +612,36 @@ def decode(block: spec.Block, sinks: int, scheme: Scheme, out: Array) -> None:
         scheme.axis == "channel", np.float32(scheme.code_offset), scheme.bits,
         block.outlier_index, float32(block.outliers), out, undecided,
     )  # fmt: skip
-    for n, t in places(undecided):
-        y = direction_of_row(block, n, t, block_size, head_dim, scheme)
-        length = spec.where_zero(rounding.norm(y), np.inf)[..., None]
-        out[n, sinks + t] = (float32(block.norm[n, t]) * (y / length))[0]
+    if (at := places(undecided)) is not None:
+        y = directions(block, at, block_size, head_dim, scheme)
+        out[:, sinks:][at] = spec.reconstruct(y, block.norm[at], scheme)
 
 
-def direction_of_row(
-    block: spec.Block, n: int, t: int, block_size: int, head_dim: int, scheme: Scheme
+def directions(
+    block: spec.Block,
+    at: tuple[Array, Array],
+    block_size: int,
+    head_dim: int,
+    scheme: Scheme,
 ) -> Array:
-    """Dequantize the direction of one token, ``[1, D]``, the plain way."""
-    at = t // block_size if scheme.axis == "channel" else t
+    """Dequantize the directions of some tokens, ``[..., D]``, the plain way."""
+    n, t = at
+    scale_at = (n, t // block_size if scheme.axis == "channel" else t)
     return spec.dequantized_direction(
-        packing.unpack(block.codes[n, t], scheme, head_dim)[None],
-        block.scale[n, at][None],
-        block.zero[n, at][None],
-        block.outlier_index[n, t // block_size][None],
-        block.outliers[n, t][None],
+        packing.unpack(block.codes[at], scheme, head_dim),
+        block.scale[scale_at],
+        block.zero[scale_at],
+        block.outlier_index[n, t // block_size],
+        block.outliers[at],
     )
 
 
-def places(mask: Array) -> Array:
-    """``np.argwhere``, quick in the usual case that there is nothing to find."""
-    return np.argwhere(mask) if mask.any() else np.empty((0, mask.ndim), np.intp)
+def places(mask: Array) -> tuple[Array, Array] | None:
+    """Return where a mask is true, for indexing, or None in the usual case that it is nowhere."""
+    if not mask.any():
+        return None
+    n, t = np.nonzero(mask)
+    return n, t
 
 
 def float32(values: Array) -> Array:

@@ -162,7 +162,7 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         for j, value in zip(kept, outliers[t], strict=True):
             y[j] = value
         stored.append(narrow(factor(x[t], y, norms[t], scheme), scheme.norm_dtype))
-        lost = all(value == 0 for value in y) or stored[-1] == 0
+        lost = all(value == 0 for value in reconstructed(y, stored[-1], scheme))
         collapsed.append(lost and any(value != 0 for value in x[t]))
 
     rows = [list(column) for column in zip(*pairs, strict=True)]
@@ -242,8 +242,8 @@ def dequantized(code: int, scale: float, zero: float) -> float:
 
 def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float:
     """M1, M2, M3, before the factor is narrowed."""
-    if not scheme.separate_norm or scheme.magnitude == "norm":
-        return norm
+    if not scheme.separate_norm or scheme.magnitude == "norm" or math.isinf(norm):
+        return norm  # infinite norms are refused, whatever is stored in their place (N1)
     if scheme.magnitude == "gain":
         return divide(norm, exact_norm(y))
     below = sum((Fraction(v) ** 2 for v in y), Fraction(0))
@@ -297,13 +297,18 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
                 parts["outlier_index"][t // size], parts["outliers"][t], strict=True
             ):
                 y[j] = value
-        if scheme.separate_norm and scheme.magnitude == "norm":
-            length = exact_norm(y)
-            y = [divide(value, length) for value in y]
-        if scheme.separate_norm:
-            y = [multiply(parts["norm"][t], value) for value in y]
-        result.append(y)
+        result.append(reconstructed(y, parts["norm"][t], scheme))
     return result
+
+
+def reconstructed(y: list[float], norm: float, scheme: Scheme) -> list[float]:
+    """D1 from the dequantized direction on."""
+    if not scheme.separate_norm:
+        return y
+    if scheme.magnitude == "norm":
+        length = exact_norm(y)
+        y = [divide(value, length) for value in y]
+    return [multiply(norm, value) for value in y]
 
 
 def unpacked(row: Sequence[int], head_dim: int, scheme: Scheme) -> list[int]:

@@ -58,7 +58,8 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     outliers = rounding.narrow(np.take_along_axis(direction, index, -1), np.dtype(np.float16))
     y = dequantized_direction(codes, scale, zero, index, outliers)
     stored = rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])  # M1-M4
-    return Block(codes, stored, scale, zero, index, outliers, collapsed(x, y, stored))  # D2
+    lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
+    return Block(codes, stored, scale, zero, index, outliers, lost)
 
 
 def decode(block: Block, scheme: Scheme) -> Float32:
@@ -75,9 +76,14 @@ def decode(block: Block, scheme: Scheme) -> Float32:
     y = dequantized_direction(
         block.codes, block.scale, block.zero, block.outlier_index, block.outliers
     )
+    return reconstruct(y, block.norm, scheme)
+
+
+def reconstruct(y: Float32, norm: npt.NDArray[Any], scheme: Scheme) -> Float32:
+    """Return ``x_hat`` of rule D1 from the dequantized directions and what was stored for them."""
     if scheme.separate_norm and scheme.magnitude == "norm":
         y = y / where_zero(rounding.norm(y), np.inf)[..., None]
-    return block.norm.astype(np.float32)[..., None] * y
+    return norm.astype(np.float32)[..., None] * y
 
 
 def outlier_channels(peak: Float32, scheme: Scheme) -> npt.NDArray[np.int32]:
@@ -201,18 +207,22 @@ def dequantized_direction(
 
 
 def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Float32:
-    """Return the factor of each token before it is narrowed (rules M1, M2, M3)."""
+    """Return the factor of each token before it is narrowed (rules M1, M2, M3).
+
+    A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
+    """
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return norm
     if scheme.magnitude == "gain":
-        return norm / where_zero(rounding.norm(y), np.inf)
-    return rounding.least_squares_gain(x, y)
+        gain = norm / where_zero(rounding.norm(y), np.inf)
+    else:
+        gain = rounding.least_squares_gain(x, y)
+    return np.where(np.isinf(norm), norm, gain)
 
 
-def collapsed(x: Float32, y: Float32, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def collapsed(x: Float32, x_hat: Float32) -> npt.NDArray[np.bool_]:
     """Return the tokens that are not zero but decode to zero (rule D2)."""
-    lost = ~np.any(y != 0, axis=-1) | (stored == 0)
-    return np.asarray(lost & np.any(x != 0, axis=-1))
+    return np.asarray(np.any(x != 0, axis=-1) & ~np.any(x_hat != 0, axis=-1))
 
 
 def where_zero(value: Float32, otherwise: float) -> Float32:

@@ -18,7 +18,8 @@ AWKWARD = [
     0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, 3.5, -0.5, -2.5, 7.0, -7.0, 8.0, 15.0,
     float(np.nextafter(np.float32(0.5), np.float32(1))),
     float(np.nextafter(np.float32(2.5), np.float32(0))),
-    2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-126, 2.0**-149, 1e-30, 1e30, 65504.0, 65520.0, 3e38,
+    2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-126, 2.0**-149, 1e-30, 1e30, 65504.0, 65520.0,
+    2e38, 3e38,
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def tensors(
     head_dim = draw(st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, most_channels)))
     shape = (heads, tokens, head_dim)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    kind = draw(st.sampled_from(["normal", "awkward", "integers", "one-sided", "constant"]))
+    kind = draw(st.sampled_from(["normal", "awkward", "integers", "one-sided", "constant", "huge"]))
     if kind == "normal":
         x = rng.standard_normal(shape)
     elif kind == "awkward":
@@ -65,6 +66,8 @@ def tensors(
         x = rng.integers(-15, 16, shape) / 2
     elif kind == "one-sided":
         x = rng.random(shape) + draw(st.sampled_from([0.0, 3.0, -4.0]))
+    elif kind == "huge":  # one such token has a norm, or its scales a range, beyond float32
+        x = rng.choice([1.0, -1e30, 1.5e38, -2e38, 3.4e38], shape)
     else:
         x = np.broadcast_to(rng.standard_normal((heads, 1, head_dim)), shape).copy()
     if draw(st.booleans()):  # outlier channels of 10 to 1000 times

@@ -240,7 +240,7 @@ MUTANTS: dict[str, tuple[str, Patch]] = {
     "gain from float32 sums": ("M3", (rounding, "least_squares_gain", gain_in_float32)),
     "gain without the length of y": ("M2", (spec, "factor", lambda x, y, norm, scheme: norm)),
     "later of equal outlier channels": ("O1", (spec, "outlier_channels", outliers_by_mean)),
-    "collapse not counted": ("D2", (spec, "collapsed", lambda x, y, stored: np.zeros(x.shape[:-1], bool))),
+    "collapse not counted": ("D2", (spec, "collapsed", lambda x, x_hat: np.zeros(x.shape[:-1], bool))),
 }  # fmt: skip
 
 

@@ -368,20 +368,23 @@ def _block(quantized: Quantized) -> spec.Block:
     scheme, (tokens, _) = quantized.scheme, quantized.packed.shape[-2:]
     count = _flat(quantized.shape)[0]
     blocks = -(-tokens // scheme.tokens_per_block(tokens))
-    implied = {
-        "norm": np.ones((count, tokens), np.float32),
-        "zero": np.zeros(quantized.scale.shape, np.float32),
-        "outlier_index": np.zeros((count, blocks, 0), np.int32),
-        "outliers": np.zeros((count, tokens, 0), np.float16),
-    }
-    flat = {}
-    for name, part in {**implied, **quantized.parts}.items():
-        trailing = part.shape[-1:] if name == "norm" else part.shape[-2:]
-        flat[name] = np.ascontiguousarray(part).reshape(count, *trailing)
+
+    def flat(part: Array, axes: int = 2) -> Array:
+        return np.ascontiguousarray(part).reshape(count, *part.shape[-axes:])
+
+    def implied(part: Array | None, *shape: int) -> Array:
+        return np.zeros((count, *shape), np.int32) if part is None else flat(part)
+
+    scale, norm = flat(quantized.scale), quantized.norm
     return spec.Block(
-        flat["packed"], flat["norm"], flat["scale"], flat["zero"], flat["outlier_index"],
-        flat["outliers"], np.zeros((count, tokens), np.bool_),
-    )  # fmt: skip
+        codes=flat(quantized.packed),
+        norm=np.ones((count, tokens), np.float32) if norm is None else flat(norm, axes=1),
+        scale=scale,
+        zero=implied(quantized.zero, *scale.shape[1:]),
+        outlier_index=implied(quantized.outlier_index, blocks, 0),
+        outliers=implied(quantized.outliers, tokens, 0),
+        collapsed=np.zeros((count, tokens), np.bool_),
+    )
 
 
 # --- arrays -------------------------------------------------------------------------------------

@@ -52,12 +52,12 @@ def norm(x: Float32) -> Float32:
 
     Parameters
     ----------
-    x : float32 array, shape [..., D]
+    x : float32 array, shape [..., T, D]
         Finite.
 
     Returns
     -------
-    float32 array, shape [...]
+    float32 array, shape [..., T]
         The float32 nearest to the exact root of the exact sum of squares, ties to even;
         infinity where that is beyond float32.
 
@@ -87,12 +87,12 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
 
     Parameters
     ----------
-    x, y : float32 arrays, shape [..., D]
+    x, y : float32 arrays, shape [..., T, D]
         The vectors and their dequantized directions, finite.
 
     Returns
     -------
-    float32 array, shape [...]
+    float32 array, shape [..., T]
         The factor that makes ``factor * y`` closest to ``x``; 0 where ``y`` is zero.
 
     Examples

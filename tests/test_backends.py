@@ -99,3 +99,17 @@ def test_head_dim_beyond_the_fast_norm(head_dim: int) -> None:
         assert numba.packed.tobytes() == numpy.packed.tobytes()
         assert numba.parts["norm"].tobytes() == numpy.parts["norm"].tobytes()
         assert dequantize(numba).tobytes() == dequantize(numba, backend="numpy").tobytes()
+
+
+def test_undecided_norms_in_every_chunk_of_long_blocks() -> None:
+    """N1 S2 B1: rows that the kernels come back to count in the ranges of their own blocks."""
+    x = np.random.default_rng(0).standard_normal((2, 3200, 8)).astype(np.float32)
+    tie = [1, 2.0**-12, 2.0**-12, 2.0**-24, 2.0**-30, 0, 0, 0]
+    for t in (3, 1030, 1490, 1510, 2600, 3100):  # each the extreme of another channel of its block
+        x[:, t] = np.roll(np.float32(tie), t)
+        x[1, t] *= -1
+    for symmetric in (True, False):
+        scheme = Scheme(block_size=1500, symmetric=symmetric)
+        numba, numpy = (quantize(x, scheme, backend) for backend in BACKENDS[:2])
+        for name, part in numpy.parts.items():
+            assert numba.parts[name].tobytes() == part.tobytes(), name

@@ -9,7 +9,7 @@ demo: .venv/demo.done
 	$(BIN)/nsq demo
 
 test: .venv/test.done
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

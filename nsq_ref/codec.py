@@ -27,8 +27,7 @@ INPUT_DTYPES = tuple(
 
 DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4  # codes of DLDataType
 
-# Work goes slab by slab so that what is needed besides input and output stays small, and a slab
-# read twice is still in cache the second time.
+# Work goes slab by slab so that what is needed besides input and output stays small.
 SLAB_BYTES = 1 << 26
 NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can leave float32
 
@@ -551,12 +550,30 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         }[dtype]
         subject = f"the {magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
         raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
-    reach = largest["scale"] * 2**scheme.bits + largest["zero"]
-    if max(reach, largest["norm"]) > NEAR_OVERFLOW:
-        decoded = dequantize(quantized)
-        if not np.isfinite(decoded).all():
-            index = [int(i) for i in np.argwhere(~np.isfinite(decoded))[0]]
-            raise RangeError(f"x{index} would decode to a value beyond float32; scale x down")
+    if (beyond := undecodable(quantized)) is not None:
+        raise RangeError(f"x{beyond[0]} would decode to a value beyond float32; scale x down")
+
+
+def undecodable(quantized: Quantized) -> tuple[list[int], float] | None:
+    """Return the first index that decodes beyond float32, and to what, if there is one (rule D3).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> undecodable(quantize(np.ones((2, 4), np.float32))) is None
+    True
+    """
+    norm, scale, zero, outliers = (
+        _largest(getattr(quantized, name)) for name in ("norm", "scale", "zero", "outliers")
+    )
+    reach = max(scale * 2**quantized.scheme.bits + zero, outliers, 1.0) * max(norm, 1.0)
+    if reach <= NEAR_OVERFLOW:
+        return None
+    decoded = dequantize(quantized)
+    if np.isfinite(decoded).all():
+        return None
+    index = [int(i) for i in np.argwhere(~np.isfinite(decoded))[0]]
+    return index, float(decoded[tuple(index)])
 
 
 def _largest(part: Array | None) -> float:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nsq_ref import packing
-from nsq_ref.codec import INPUT_DTYPES, NEAR_OVERFLOW, Quantized, dequantize
+from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = ["StorageError", "is_quantized", "load", "read_arrays", "save", "write_arrays"]
@@ -292,7 +292,8 @@ def _require_content(quantized: Quantized) -> None:
     count, most = quantized.collapsed_tokens, math.prod(quantized.packed.shape[:-1])
     if type(count) is not int or not 0 <= count <= most:
         raise ValueError(f"collapsed_tokens is {count!r:.80}; {most} tokens are coded")
-    _require_decodable(quantized)
+    if (beyond := undecodable(quantized)) is not None:
+        raise ValueError(f"decoded x{beyond[0]} = {beyond[1]} is beyond float32")
 
 
 def _require_all(part: str, array: Array, holds: Array, fault: str) -> None:
@@ -331,20 +332,6 @@ def _require_codes(quantized: Quantized) -> None:
 
 def _unravel(quantized: Quantized, row: int) -> list[int]:
     return [int(i) for i in np.unravel_index(row, quantized.packed.shape[:-1])]
-
-
-def _require_decodable(quantized: Quantized) -> None:
-    """Refuse factors that take a decoded value beyond float32 (D3); only huge ones can."""
-    largest = {
-        part: float(np.max(np.abs(array.astype(np.float64)), initial=0))
-        for part, array in quantized.parts.items()
-        if part in ("norm", "scale", "zero", "outliers")
-    }
-    reach = largest["scale"] * 2**quantized.scheme.bits + largest.get("zero", 0)
-    reach = max(reach, largest.get("outliers", 0))
-    if max(reach, 1) * max(largest.get("norm", 1), 1) > NEAR_OVERFLOW:
-        decoded = dequantize(quantized, backend="numpy")
-        _require_all("decoded x", decoded, np.isfinite(decoded), "is beyond float32")
 
 
 # --- safetensors --------------------------------------------------------------------------------

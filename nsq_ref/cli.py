@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from nsq_ref import KeyValueSchemes, Quantized, Scheme
+    from nsq_ref.scheme import SchemeName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -326,11 +328,8 @@ def _label(scheme: Scheme) -> str:
     """Return the nearest name, and the fields in which the scheme differs from it."""
     from nsq_ref import Scheme, scheme_names
 
-    def changes(name: str) -> dict[str, Any]:
-        base = Scheme.named(name)
-        if not isinstance(base, Scheme):
-            return fields
-        values = base.to_dict()
+    def changes(name: SchemeName) -> dict[str, Any]:
+        values = Scheme.named(name).to_dict()
         return {field: value for field, value in fields.items() if value != values[field]}
 
     fields = scheme.to_dict()
@@ -372,28 +371,20 @@ def _describe(arrays: Mapping[str, Quantized]) -> list[dict[str, Any]]:
             "scheme_name": _label(quantized.scheme),
             "bits_per_element": quantized.bits_per_element,
             "bytes": quantized.nbytes,
-            "float16_bytes": _float16_bytes(quantized.shape),
+            "float16_bytes": 2 * math.prod(quantized.shape),
             "collapsed_tokens": quantized.collapsed_tokens,
         }
         for name, quantized in arrays.items()
     ]
 
 
-def _float16_bytes(shape: tuple[int, ...]) -> int:
-    import math
-
-    return 2 * math.prod(shape)
-
-
 def _show_library(as_json: bool) -> None:
     from nsq_ref import SPEC_VERSION, Scheme, __version__, scheme_names
 
     tokens, head_dim = 4096, 128
-    schemes = []
-    for name in scheme_names():
-        scheme = Scheme.named(name)
-        if isinstance(scheme, Scheme):
-            schemes.append((name, scheme.bits_per_element(tokens, head_dim)))
+    schemes = [
+        (name, Scheme.named(name).bits_per_element(tokens, head_dim)) for name in scheme_names()
+    ]
     if as_json:
         _print_json(
             {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import ml_dtypes
 import numpy as np
@@ -45,7 +45,7 @@ _SINGLE = re.compile(r"(?P<family>[a-z+]+)(?P<bits>[2348])")
 _PAIR = re.compile(r"(?P<norm>nsep\+)?KIVI(-K(?P<key>[2348])V(?P<value>[2348]))?")
 
 
-def scheme_names() -> list[str]:
+def scheme_names() -> list[SchemeName]:
     """Return every name that stands for one scheme, in the paper's order.
 
     Returns
@@ -58,7 +58,7 @@ def scheme_names() -> list[str]:
     >>> scheme_names()[:4]
     ['naive2', 'naive3', 'naive4', 'naive8']
     """
-    return [family + bits for family in _FAMILIES for bits in "2348"]
+    return list(get_args(SchemeName))
 
 
 class Field(NamedTuple):

@@ -11,6 +11,7 @@ Examples
 >>> restored = nsq.dequantize(q)
 """
 
+from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SPEC_VERSION",
+    "KVCache",
     "KeyValueSchemes",
     "Quantized",
     "RangeError",

@@ -215,7 +215,8 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     scheme = Scheme() if scheme is None else scheme
     _require_scheme(scheme)
     _require_backend(backend)
-    given = _as_float_array(x)
+    given = as_float_array("x", x)
+    _require_shape("x", given.shape)
     shape, kind = given.shape, given.dtype
     if kind == np.float64:
         kind = np.dtype(np.float32)
@@ -238,7 +239,7 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
                 flat[name][leads] = getattr(block, name)
             collapsed += int(block.collapsed.sum())
     except FloatingPointError:
-        raise _not_finite(given) from None
+        raise not_finite("x", given) from None
     parts = {name: part.reshape(shape[:-2] + part.shape[1:]) for name, part in flat.items()}
     quantized = Quantized(scheme, shape, kind, **parts, collapsed_tokens=collapsed)
     _require_range(quantized, given)
@@ -293,7 +294,8 @@ def dequantize(
         flat_out[:, :sinks] = quantized.sinks.reshape(-1, sinks, shape[-1])
     if sinks < shape[-2]:
         with np.errstate(all="ignore"):
-            _decode(_block(quantized), sinks, scheme, backend, flat_out)
+            block = spec.Block(*map(np.ascontiguousarray, block_of(quantized)))
+            _decode(block, sinks, scheme, backend, flat_out)
     return out
 
 
@@ -362,27 +364,36 @@ def _from_lists(encoded: list[dict[str, Any]], scheme: Scheme, packed: Array) ->
     )  # fmt: skip
 
 
-def _block(quantized: Quantized) -> spec.Block:
-    """Flatten the leading axes and fill in what the scheme implies."""
+def block_of(quantized: Quantized) -> spec.Block:
+    """Return all blocks as kernels take them: leading axes merged, what is implied filled in.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block_of(quantize(np.ones((2, 3, 4), np.float32))).zero.shape
+    (2, 1, 4)
+    """
     scheme, (tokens, _) = quantized.scheme, quantized.packed.shape[-2:]
     count = _flat(quantized.shape)[0]
     blocks = -(-tokens // scheme.tokens_per_block(tokens))
 
     def flat(part: Array, axes: int = 2) -> Array:
-        return np.ascontiguousarray(part).reshape(count, *part.shape[-axes:])
+        return part.reshape(count, *part.shape[-axes:])
 
     def implied(part: Array | None, *shape: int) -> Array:
-        return np.zeros((count, *shape), np.int32) if part is None else flat(part)
+        return np.broadcast_to(np.int32(0), (count, *shape)) if part is None else flat(part)
 
     scale, norm = flat(quantized.scale), quantized.norm
     return spec.Block(
         codes=flat(quantized.packed),
-        norm=np.ones((count, tokens), np.float32) if norm is None else flat(norm, axes=1),
+        norm=np.broadcast_to(np.float32(1), (count, tokens))
+        if norm is None
+        else flat(norm, axes=1),
         scale=scale,
         zero=implied(quantized.zero, *scale.shape[1:]),
         outlier_index=implied(quantized.outlier_index, blocks, 0),
         outliers=implied(quantized.outliers, tokens, 0),
-        collapsed=np.zeros((count, tokens), np.bool_),
+        collapsed=np.broadcast_to(np.False_, (count, tokens)),
     )
 
 
@@ -420,21 +431,31 @@ def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
             yield leads, np.ascontiguousarray(part, np.float32)
 
 
-def _as_float_array(x: Any) -> Array:
-    """Take any array of a supported dtype as NumPy's, if possible without a copy (I1)."""
+def as_float_array(name: str, x: Any) -> Array:
+    """Take any array of a supported dtype as NumPy's, if possible without a copy (I1).
+
+    Examples
+    --------
+    >>> as_float_array("x", [0.5, 2])
+    array([0.5, 2. ])
+    """
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError("x is a masked array and masks are not supported; pass x.filled(0)")
-    given = x if isinstance(x, np.ndarray) else _import(x)
-    if given.dtype.newbyteorder("=") not in INPUT_DTYPES:
         raise TypeError(
-            f"x has dtype {given.dtype}; pass float32, float16, bfloat16 (ml_dtypes) or float64, "
-            "for example x.astype(np.float32)"
+            f"{name} is a masked array and masks are not supported; pass {name}.filled(0)"
         )
-    _require_shape("x", given.shape)
-    return given.astype(given.dtype.newbyteorder("="), copy=False)
+    given = x if isinstance(x, np.ndarray) else _import(name, x)
+    if given.dtype in INPUT_DTYPES:
+        return given
+    native = given.dtype.newbyteorder("=")
+    if native not in INPUT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {given.dtype}; pass float32, float16, bfloat16 (ml_dtypes) or "
+            f"float64, for example {name}.astype(np.float32)"
+        )
+    return given.astype(native)
 
 
-def _import(x: Any) -> Array:
+def _import(name: str, x: Any) -> Array:
     reasons = []
     readers: list[Callable[[Any], Array]] = [np.asarray]
     if hasattr(x, "__dlpack__"):
@@ -445,8 +466,8 @@ def _import(x: Any) -> Array:
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             reasons.append(str(error))
     raise TypeError(
-        f"x cannot be read as an array ({reasons[-1]}); pass a NumPy array, or a tensor on the CPU "
-        "that needs no gradient"
+        f"{name} cannot be read as an array ({reasons[-1]}); pass a NumPy array, or a tensor on "
+        "the CPU that needs no gradient"
     )
 
 
@@ -503,8 +524,15 @@ def _require_shape(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _not_finite(x: Array) -> ValueError:
-    """I2: name the first value that is not finite, in the order of the array."""
+def not_finite(name: str, x: Array) -> ValueError:
+    """Return the error that names the first value that is not finite, in array order (I2).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> str(not_finite("x", np.float32([[0, np.nan]])))[:16]
+    'x[0, 1] is nan; '
+    """
     for leads, slab in _slabs(x):
         found = np.argwhere(~np.isfinite(slab))
         if len(found):
@@ -513,10 +541,10 @@ def _not_finite(x: Array) -> ValueError:
             index = [*map(int, lead), t, j]
             value = x[tuple(index)]
             if np.isfinite(value):
-                return RangeError(f"x{index} is {value}, beyond float32; scale x down")
+                return RangeError(f"{name}{index} is {value}, beyond float32; scale {name} down")
             return ValueError(
-                f"x{index} is {value}; nothing was quantized. Mask padding and mend the values "
-                "before quantizing: one such value would spoil the scales of its whole block"
+                f"{name}{index} is {value}; nothing was quantized. Mask padding and mend the "
+                "values first: one such value would spoil the scales of its whole block"
             )
     raise RuntimeError("a kernel reported a value that is not finite, but there is none")
 

@@ -2,7 +2,7 @@
 
 float32 arithmetic in NumPy rounds each operation once, half to even, which is what the
 specification asks of division, multiplication, addition and subtraction. This module holds
-the three roundings that are not one such operation.
+the roundings that are not one such operation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["least_squares_gain", "narrow", "norm"]
+__all__ = ["least_squares_gain", "narrow", "norm", "saturate"]
 
 Float32 = npt.NDArray[np.float32]
 _UNIT = 2.0**-53  # relative error of one float64 operation
@@ -45,6 +45,31 @@ def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     bits = narrowed.view(f"u{dtype.itemsize}")
     bits[bits == 1 << (8 * dtype.itemsize - 1)] = 0  # all bits but the sign: -0
     return narrowed.reshape(np.shape(value))
+
+
+def saturate(value: Float32, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Round once, half to even, to `dtype`; what is beyond it becomes its largest (rule C1).
+
+    Parameters
+    ----------
+    value : float32 array
+        Finite.
+    dtype : numpy dtype
+        float16, bfloat16 or float32.
+
+    Returns
+    -------
+    array of `dtype`
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> saturate(np.float32([1 / 3, -70000]), np.dtype(np.float16))
+    array([ 3.333e-01, -6.550e+04], dtype=float16)
+    """
+    before_infinity = np.array([np.inf], dtype).view(f"u{dtype.itemsize}") - 1
+    most = before_infinity.astype(f"u{dtype.itemsize}").view(dtype).astype(np.float32)
+    return np.asarray(np.clip(value, -most, most)).astype(dtype)
 
 
 def norm(x: Float32) -> Float32:

@@ -1,8 +1,9 @@
 """Files: quantized arrays in a checked safetensors container, and the arrays that users bring.
 
-A container holds the parts of each `Quantized` as tensors ``<name>.<part>`` and one metadata
-entry, ``nsq``, that explains them. It is one entry because safetensors writes several in no
-fixed order, and equal arrays shall give equal files.
+A container holds arrays and one metadata entry, ``nsq``, that explains them and has their checksum.
+It is one entry because safetensors writes several in no fixed order, and equal arrays shall give
+equal files. Files of `save` hold the parts of each `Quantized` as ``<name>.<part>``; those of
+`KVCache.save` are containers too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +38,8 @@ Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 FORMAT = "nsq-safetensors-1"
+CACHE_FORMAT = "nsq-cache-1"
+READERS = {FORMAT: "nsq_ref.storage.load", CACHE_FORMAT: "nsq_ref.KVCache.load"}
 METADATA_KEY = "nsq"
 DAMAGED = "the file was cut short or damaged, or is something else; copy it again or make it anew"
 TENSOR_DTYPES = ("F16", "BF16", "F32", "F64")
@@ -90,29 +93,24 @@ def save(path: PathLike, tensors: Mapping[str, Quantized]) -> None:
             got = type(quantized).__name__
             raise TypeError(f"tensors[{name!r}] must be what quantize returns, got {got}")
         try:
-            _require_content(quantized)
+            require_content(quantized)
         except ValueError as error:
             raise ValueError(f"tensors[{name!r}]: {error}") from None
     parts = {
-        f"{name}.{part}": np.ascontiguousarray(array)
+        f"{name}.{part}": array
         for name, quantized in tensors.items()
         for part, array in quantized.parts.items()
     }
-    description = {
-        "format": FORMAT,
-        "spec": SPEC_VERSION,
-        "tensors": {
-            name: {
-                "scheme": quantized.scheme.to_dict(),
-                "shape": list(map(int, quantized.shape)),
-                "dtype": quantized.dtype.name,
-                "collapsed_tokens": quantized.collapsed_tokens,
-            }
-            for name, quantized in tensors.items()
-        },
+    entries = {
+        name: {
+            "scheme": quantized.scheme.to_dict(),
+            "shape": list(map(int, quantized.shape)),
+            "dtype": quantized.dtype.name,
+            "collapsed_tokens": quantized.collapsed_tokens,
+        }
+        for name, quantized in tensors.items()
     }
-    text = _canonical({**description, "sha256": _digest(description, parts)})
-    _write(path, parts, {METADATA_KEY: text})
+    write_container(path, FORMAT, {"tensors": entries}, parts)
 
 
 def load(path: PathLike) -> dict[str, Quantized]:
@@ -140,35 +138,27 @@ def load(path: PathLike) -> dict[str, Quantized]:
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'no such file'
     """
-    with _open_safetensors(path) as file:
-        description, stored_digest = _description(path, (file.metadata() or {}).get(METADATA_KEY))
-        entries = {
-            name: _entry(f"{path}: {name!r}", name, entry)
-            for name, entry in description["tensors"].items()
-        }
-        names = {
+    entries: dict[str, tuple[Scheme, tuple[int, ...], np.dtype[Any]]] = {}
+
+    def names(content: dict[str, Any]) -> set[str]:
+        if set(content) != {"tensors"} or not isinstance(content["tensors"], dict):
+            raise ValueError(f"metadata {METADATA_KEY!r} lacks or adds fields")
+        for name, entry in content["tensors"].items():
+            entries[name] = _entry(name, entry)
+        return {
             f"{name}.{part}"
             for name, (scheme, shape, _) in entries.items()
             for part in scheme.layout(shape[-2], shape[-1])
         }
-        if different := sorted(names ^ set(file.keys())):
-            state = "is missing" if different[0] in names else "does not belong there"
-            raise StorageError(f"{path}: tensor {different[0]!r} {state}; {DAMAGED}")
-        parts = {}
-        for name in sorted(names):
-            kind = file.get_slice(name).get_dtype()
-            if kind not in (*TENSOR_DTYPES, "U8", "I32"):
-                raise StorageError(f"{path}: tensor {name!r} is {kind}; {DAMAGED}")
-            parts[name] = file.get_tensor(name)
-    if _digest(description, parts) != stored_digest:
-        raise StorageError(f"{path} does not match its checksum; {DAMAGED}")
+
+    content, parts = read_container(path, FORMAT, names)
     loaded = {}
     for name, (scheme, shape, dtype) in entries.items():
         own = {part: parts[f"{name}.{part}"] for part in scheme.layout(shape[-2], shape[-1])}
-        collapsed = description["tensors"][name]["collapsed_tokens"]
+        collapsed = content["tensors"][name]["collapsed_tokens"]
         try:
             quantized = Quantized(scheme, shape, dtype, **own, collapsed_tokens=collapsed)
-            _require_content(quantized)
+            require_content(quantized)
         except (TypeError, ValueError) as error:
             raise StorageError(f"{path}: {name!r}: {error}; {DAMAGED}") from None
         loaded[name] = quantized
@@ -192,6 +182,60 @@ def is_quantized(path: PathLike) -> bool:
         return METADATA_KEY in (file.metadata() or {})
 
 
+# --- containers ---------------------------------------------------------------------------------
+
+
+def write_container(
+    path: PathLike, kind: str, content: dict[str, Any], arrays: Mapping[str, Array]
+) -> None:
+    """Write arrays and the JSON that explains them, with a checksum, whole or not at all.
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = os.path.join(folder.name, "ones.safetensors")
+    >>> write_container(path, "nsq-example-1", {"names": ["a"]}, {"a": np.ones(2, np.uint8)})
+    >>> read_container(path, "nsq-example-1", lambda content: set(content["names"]))
+    ({'names': ['a']}, {'a': array([1, 1], dtype=uint8)})
+    >>> folder.cleanup()
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    description = {"format": kind, "spec": SPEC_VERSION, **content}
+    text = _canonical({**description, "sha256": _digest(description, arrays)})
+    _write(path, arrays, {METADATA_KEY: text})
+
+
+def read_container(
+    path: PathLike, kind: str, names: Callable[[dict[str, Any]], set[str]]
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Read what `write_container` wrote, which ``names`` explains.
+
+    ``names`` checks the content and returns the names of its arrays, before any of them is read;
+    its ValueError says what is wrong. Shapes and dtypes are for the caller to check.
+    """
+    with _open_safetensors(path) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        description, stored_digest = _description(path, text, kind)
+        content = {k: v for k, v in description.items() if k not in ("format", "spec")}
+        try:
+            expected = names(content)
+        except (TypeError, ValueError) as error:
+            raise StorageError(f"{path}: {error}; {DAMAGED}") from None
+        if different := sorted(expected ^ set(file.keys())):
+            state = "is missing" if different[0] in expected else "does not belong there"
+            raise StorageError(f"{path}: tensor {different[0]!r} {state}; {DAMAGED}")
+        arrays = {}
+        for name in sorted(expected):
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in (*TENSOR_DTYPES, "U8", "I32"):
+                raise StorageError(f"{path}: tensor {name!r} is {dtype}; {DAMAGED}")
+            arrays[name] = file.get_tensor(name)
+    if _digest(description, arrays) != stored_digest:
+        raise StorageError(f"{path} does not match its checksum; {DAMAGED}")
+    return content, arrays
+
+
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -206,7 +250,7 @@ def _digest(description: object, parts: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _description(path: PathLike, text: str | None) -> tuple[dict[str, Any], object]:
+def _description(path: PathLike, text: str | None, kind: str) -> tuple[dict[str, Any], object]:
     """Return the metadata without its checksum, and the checksum."""
     if text is None:
         raise StorageError(
@@ -219,22 +263,21 @@ def _description(path: PathLike, text: str | None) -> tuple[dict[str, Any], obje
         raise StorageError(f"{path}: metadata {METADATA_KEY!r}: {error}; {DAMAGED}") from None
     if not isinstance(description, dict):
         raise StorageError(f"{path}: metadata {METADATA_KEY!r} is no JSON object; {DAMAGED}")
-    for key, known in (("format", FORMAT), ("spec", SPEC_VERSION)):
+    if (other := description.get("format")) != kind and other in READERS:
+        raise StorageError(f"{path}: format is {other!r}, which {READERS[other]} reads")
+    for key, known in (("format", kind), ("spec", SPEC_VERSION)):
         if (found := description.get(key)) != known:
             raise StorageError(
                 f"{path}: {key} is {found!r:.80} and this library reads {known!r}; use the version "
                 "of nsq that wrote the file, or quantize again"
             )
     digest = description.pop("sha256", None)
-    tensors = description.get("tensors")
-    if set(description) != {"format", "spec", "tensors"} or not isinstance(tensors, dict):
-        raise StorageError(f"{path}: metadata {METADATA_KEY!r} lacks or adds fields; {DAMAGED}")
     if text != _canonical({**description, "sha256": digest}):
         raise StorageError(f"{path}: metadata {METADATA_KEY!r} is not as written; {DAMAGED}")
     return description, digest
 
 
-def _entry(where: str, name: str, entry: object) -> tuple[Scheme, tuple[int, ...], np.dtype[Any]]:
+def _entry(name: str, entry: object) -> tuple[Scheme, tuple[int, ...], np.dtype[Any]]:
     """Return scheme, shape and dtype of one array; nothing is allocated for them."""
     try:
         _require_name(name)
@@ -250,7 +293,7 @@ def _entry(where: str, name: str, entry: object) -> tuple[Scheme, tuple[int, ...
         if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is {dtype!r:.80}, not one of {', '.join(FLOAT_DTYPES)}")
     except (TypeError, ValueError) as error:
-        raise StorageError(f"{where}: {error}; {DAMAGED}") from None
+        raise ValueError(f"{name!r}: {error}") from None
     return scheme, tuple(shape), FLOAT_DTYPES[dtype]
 
 
@@ -271,8 +314,19 @@ def _require_name(name: object) -> None:
         raise ValueError(f"array name {name!r} must be printable text, not '__metadata__'")
 
 
-def _require_content(quantized: Quantized) -> None:
-    """Refuse values that follow from no input: each decodes to something, but to no one's data."""
+def require_content(quantized: Quantized) -> None:
+    """Refuse values that follow from no input: each decodes to something, but to no one's data.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nsq_ref import quantize
+    >>> q = quantize(np.ones((2, 4), np.float32))
+    >>> q.packed[1, 0] = 0
+    >>> require_content(q)
+    Traceback (most recent call last):
+    ValueError: codes[1, 0] = -8, which is reserved
+    """
     scheme, head_dim = quantized.scheme, quantized.shape[-1]
     positive = {"scale"} if scheme.symmetric else set()
     positive |= {"norm"} if scheme.magnitude != "lsq" else set()

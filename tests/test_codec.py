@@ -247,7 +247,7 @@ def test_bfloat16_through_dlpack() -> None:
     x = normals(4, 6, 8).astype(ml_dtypes.bfloat16)
     for array in (x, x[:, ::2], x.transpose(1, 0, 2)):
         tensor = BFloat16Tensor(array)
-        taken = codec._as_float_array(tensor)
+        taken = codec.as_float_array("x", tensor)
         assert taken.dtype == ml_dtypes.bfloat16
         assert np.shares_memory(taken, x)
         assert bits(quantize(tensor)) == bits(quantize(array))
@@ -256,13 +256,13 @@ def test_bfloat16_through_dlpack() -> None:
 def test_dlpack_is_read_without_a_copy() -> None:
     x = normals(4, 8)
     assert bits(quantize(Tensor(x))) == bits(quantize(x))
-    taken = codec._as_float_array(Tensor(x))
+    taken = codec.as_float_array("x", Tensor(x))
     assert np.shares_memory(taken, x)
 
 
 def test_dlpack_that_cannot_be_read() -> None:
     with pytest.raises(TypeError, match=r"x cannot be read as an array .*; pass a NumPy array, or"):
-        codec._as_float_array([[1.0, 2.0], [3.0]])
+        codec.as_float_array("x", [[1.0, 2.0], [3.0]])
     with pytest.raises(TypeError, match=r"x has dtype object; pass float32"):
         quantize(DeviceTensor(normals(2, 2)))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import attention, storage
+from nsq_ref import attention
 from nsq_ref.codec import RangeError, as_float_array, not_finite
 from nsq_ref.scheme import FLOAT_DTYPES, KeyValueSchemes, Scheme
 from nsq_ref.sequence import Sequence, StoredTokens
@@ -538,6 +538,8 @@ class KVCache:
             "dtype": None if self.dtype is None else self.dtype.name,
             "lengths": self.lengths.tolist(),
         }
+        from nsq_ref import storage  # here, as most who use a cache never save one
+
         storage.write_container(path, storage.CACHE_FORMAT, {"cache": content}, arrays)
 
     @classmethod
@@ -566,6 +568,8 @@ class KVCache:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'no such file'
         """
+        from nsq_ref import storage
+
         caches: list[KVCache] = []
         lengths: list[int] = []
 
@@ -589,6 +593,8 @@ class KVCache:
             }
             try:
                 sequence.restore(lengths[index], caches[0]._plain_dtype(), own)
+                if (sealed := sequence.stored(caches[0]._plain_dtype()).sealed) is not None:
+                    storage.require_content(sealed)
             except (TypeError, ValueError) as error:
                 where = f"{path}: {side} of row {index}"
                 raise storage.StorageError(f"{where}: {error}; {storage.DAMAGED}") from None

@@ -84,7 +84,9 @@ def info(
 
     rows: list[dict[str, Any]]
     with _progress(f"reading {file.name}", 1) as advance:
-        if file.suffix.lower() == ".safetensors" and storage.is_quantized(file):
+        if file.suffix.lower() == ".safetensors" and storage.holds_cache(file):
+            rows = _describe_cache(file)
+        elif file.suffix.lower() == ".safetensors" and storage.is_quantized(file):
             rows = _describe(storage.load(file))
         else:
             rows = [
@@ -376,6 +378,37 @@ def _describe(arrays: Mapping[str, Quantized]) -> list[dict[str, Any]]:
         }
         for name, quantized in arrays.items()
     ]
+
+
+def _describe_cache(file: Path) -> list[dict[str, Any]]:
+    """Keys and values of a saved `KVCache`; what pads shorter rows is not stored nor counted."""
+    from nsq_ref.cache import KVCache
+
+    cache = KVCache.load(file)
+    stored = [cache.stored(row) for row in range(cache.batch)]
+    rows = []
+    for side, scheme, channels in (
+        ("keys", cache.key, cache.head_dim),
+        ("values", cache.value, cache.value_head_dim),
+    ):
+        sides = [getattr(row, side) for row in stored]
+        size = sum(one.nbytes for one in sides)
+        elements = int(cache.lengths.sum()) * cache.kv_heads * channels
+        rows.append(
+            {
+                "name": side,
+                "shape": [cache.batch, cache.kv_heads, len(cache), channels],
+                "dtype": "-" if cache.dtype is None else cache.dtype.name,
+                "scheme": scheme.to_dict(),
+                "scheme_name": _label(scheme),
+                "bits_per_element": 8 * size / elements if elements else 0.0,
+                "bytes": size,
+                "float16_bytes": 2 * elements,
+                "collapsed_tokens": sum(int(one.collapsed.sum()) for one in sides),
+                "lengths": cache.lengths.tolist(),
+            }
+        )
+    return rows
 
 
 def _show_library(as_json: bool) -> None:

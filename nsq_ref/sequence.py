@@ -17,7 +17,6 @@ import numpy.typing as npt
 from nsq_ref import attention, rounding, spec
 from nsq_ref.codec import PARTS, Quantized, block_of, dequantize, quantize
 from nsq_ref.scheme import Field, Scheme
-from nsq_ref.storage import require_content
 
 __all__ = ["Sequence", "StoredTokens"]
 
@@ -54,6 +53,12 @@ class StoredTokens(NamedTuple):
         if self.sealed is not None:
             named |= self.sealed.parts | {"collapsed": self.collapsed}
         return {name: array for name, array in named.items() if array.size}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what a decoder needs: all but the count of collapsed tokens."""
+        sealed = 0 if self.sealed is None else self.sealed.nbytes
+        return self.sinks.nbytes + sealed + self.tail.nbytes
 
 
 class Growth(NamedTuple):
@@ -233,7 +238,8 @@ class Sequence:
     def restore(self, length: int, dtype: np.dtype[Any], arrays: Mapping[str, Array]) -> None:
         """Take over `StoredTokens.arrays` of another sequence; this one must be empty.
 
-        Raises ValueError for arrays that are not those of `fields`, or that no sequence stores.
+        Raises ValueError for arrays that are not those of `fields`, and for values that are not
+        finite in sinks or tail.
         """
         expected = self.fields(length, dtype)
         for name, field in expected.items():
@@ -255,7 +261,6 @@ class Sequence:
             shape = (self.kv_heads, parts["packed"].shape[1], self.head_dim)
             total = int(collapsed.sum())
             sealed = Quantized(self.sealed_scheme, shape, dtype, **parts, collapsed_tokens=total)
-            require_content(sealed)
             self.pages = self.pages_with(sealed, collapsed)
             self.sealed = shape[1]
         for name, buffer in (("sinks", self.sinks), ("tail", self.tail)):

@@ -32,7 +32,15 @@ from nsq_ref import packing
 from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
-__all__ = ["StorageError", "is_quantized", "load", "read_arrays", "save", "write_arrays"]
+__all__ = [
+    "StorageError",
+    "holds_cache",
+    "is_quantized",
+    "load",
+    "read_arrays",
+    "save",
+    "write_arrays",
+]
 
 Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
@@ -180,6 +188,24 @@ def is_quantized(path: PathLike) -> bool:
     """
     with _open_safetensors(path) as file:
         return METADATA_KEY in (file.metadata() or {})
+
+
+def holds_cache(path: PathLike) -> bool:
+    """Tell whether a safetensors file says that it is one of `KVCache.save` (of any version).
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile
+    >>> from nsq_ref import quantize
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = os.path.join(folder.name, "keys.safetensors")
+    >>> save(path, {"keys": quantize(np.ones((16, 8), np.float32))})
+    >>> holds_cache(path)
+    False
+    >>> folder.cleanup()
+    """
+    with _open_safetensors(path) as file:
+        return '"format":"nsq-cache-' in (file.metadata() or {}).get(METADATA_KEY, "")
 
 
 # --- containers ---------------------------------------------------------------------------------

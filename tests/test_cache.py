@@ -277,7 +277,7 @@ class TestAnyOrder(CacheMachine.TestCase):  # type: ignore[misc,name-defined]
 @pytest.mark.parametrize("name", ["streaming4", "streaming3", "naive4", "nsep+out4", "pchan2"])
 def test_one_shot_is_streamed_is_chunked(name: str) -> None:
     """B1: equal bytes however the tokens arrive, and those of `quantize` for every full block."""
-    scheme = dataclasses.replace(Scheme.named(name), block_size=64, sink_tokens=2)  # type: ignore[type-var]
+    scheme = dataclasses.replace(Scheme.named(name), block_size=64, sink_tokens=2)
     keys, values = normals(2, 1, 2, 1500, 24)
     whole, streamed, chunked = (KVCache(1, 2, 24, scheme, scheme) for _ in range(3))
     whole.append(keys, values)
@@ -425,6 +425,10 @@ def test_collapsed_tokens_are_counted_by_block() -> None:
     assert cache.stored().keys.collapsed.tolist() == [1, 2, 1]
     cache.crop(7)
     assert cache.collapsed_tokens == 1
+    cache.append(x[:, :, 7:], x[:, :, 7:])
+    assert cache.stored().keys.collapsed.tolist() == [1, 0, 1]  # as zeros, those two came back
+    cache.crop(0)
+    assert cache._rows[0].keys.pages == []
 
 
 # --- refusals -----------------------------------------------------------------------------------

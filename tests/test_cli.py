@@ -16,7 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsq_ref import KeyValueSchemes, Scheme, __version__, cli, dequantize, quantize, storage
+from nsq_ref import (
+    KeyValueSchemes,
+    KVCache,
+    Scheme,
+    __version__,
+    cli,
+    dequantize,
+    quantize,
+    storage,
+)
 from nsq_ref import scheme_names as names
 
 NSQ = Path(sys.executable).with_name("nsq")
@@ -131,6 +140,25 @@ def test_info_tells_of_plain_arrays_and_of_collapsed_tokens(tmp_path):
     options = ("--output", "q.safetensors", "--backend", "numpy", "--json")
     (row,) = json.loads(run("quantize", "k.npy", *options, cwd=tmp_path).stdout)["arrays"]
     assert (row["name"], row["collapsed_tokens"]) == ("k", 1)
+
+
+def test_info_tells_of_a_saved_cache(tmp_path):
+    cache = KVCache(2, 1, 8, Scheme(block_size=4), Scheme.named("streaming3"), value_head_dim=6)
+    values = RNG.standard_normal((2, 1, 20, 6))
+    cache.append(KEYS[:, None], values, lengths=[20, 7])
+    cache.save(tmp_path / "cache.safetensors")
+    rows = json.loads(run("info", "cache.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
+    assert [row["name"] for row in rows] == ["keys", "values"]
+    assert [row["shape"] for row in rows] == [[2, 1, 20, 8], [2, 1, 20, 6]]
+    assert sum(row["bytes"] for row in rows) == cache.nbytes
+    assert rows[1]["bits_per_element"] == 32  # not one full block
+    assert rows[1]["float16_bytes"] == 2 * 27 * 6
+    assert rows[0]["lengths"] == [20, 7]
+    assert "streaming3" in run("info", "cache.safetensors", cwd=tmp_path).stdout
+    message = refused("dequantize", "cache.safetensors", "--output", "x.safetensors", cwd=tmp_path)
+    assert "nsq_ref.KVCache.load" in message
+    (tmp_path / "cache.safetensors").write_bytes(b"no such thing")
+    assert "no safetensors file" in refused("info", "cache.safetensors", cwd=tmp_path)
 
 
 # --- schemes ------------------------------------------------------------------------------------

@@ -64,10 +64,17 @@ class StoredTokens(NamedTuple):
 class Growth(NamedTuple):
     """What an append makes of a sequence: made before anything changes, since it may be refused."""
 
-    sinks: Array
-    pages: list[Page] | None  # None if no block is sealed
-    sealed: int
-    tail: Array
+    sinks: Array  # what goes there
+    waiting: Array  # what goes to the tail, if no block is sealed
+    sealed: Sealed | None
+
+
+class Sealed(NamedTuple):
+    """Pages and tail after blocks were sealed."""
+
+    pages: list[Page]
+    tokens: int
+    tail: TokenBuffer
 
 
 class Sequence:
@@ -130,7 +137,7 @@ class Sequence:
         waiting = self.tail.count + x.shape[1] - to_sinks
         if waiting < self.block_size:
             self.tail.reserve(waiting, x.dtype)
-            return Growth(x[:, :to_sinks], None, self.sealed, x[:, to_sinks:])
+            return Growth(x[:, :to_sinks], x[:, to_sinks:], None)
         full = waiting // self.block_size * self.block_size
         taken = to_sinks + full - self.tail.count
         run = x[:, to_sinks:taken]
@@ -138,16 +145,19 @@ class Sequence:
             run = np.concatenate([self.tail.tokens, run], axis=1)
         quantized = quantize(run, self.sealed_scheme)
         pages = self.pages_with(quantized, self.collapsed_by_block(run, quantized))
-        self.tail.reserve(waiting - full, x.dtype)
-        return Growth(x[:, :to_sinks], pages, self.sealed + full, x[:, taken:])
+        # A buffer of its own: the old one has room for a whole block, which would lie idle.
+        tail = TokenBuffer(self.block_size, self.kv_heads, self.head_dim)
+        tail.extend(x[:, taken:])
+        return Growth(x[:, :to_sinks], x[:, :0], Sealed(pages, self.sealed + full, tail))
 
     def accept(self, growth: Growth) -> None:
         """Append what `growth` was asked about."""
-        self.sinks.extend(growth.sinks)
-        if growth.pages is not None:
-            self.pages, self.sealed = growth.pages, growth.sealed
-            self.tail.count = 0
-        self.tail.extend(growth.tail)
+        if growth.sinks.shape[1]:
+            self.sinks.extend(growth.sinks)
+        if growth.sealed is not None:
+            self.pages, self.sealed, self.tail = growth.sealed
+        else:
+            self.tail.extend(growth.waiting)
 
     def cropped(self, length: int) -> Sequence:
         """Return the sequence of the first tokens; those of a block cut in two are decoded (C1)."""

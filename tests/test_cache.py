@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import struct
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -547,6 +550,32 @@ def rewritten(path: Path, change: Any) -> None:
 def storage_names(path: Path) -> list[str]:
     with storage.safe_open(path, framework="np") as file:
         return list(file.keys())
+
+
+def test_a_file_is_as_documented(saved: Path) -> None:
+    """docs/cache.md, with nothing of ours: header, JSON, tensors and checksum."""
+    whole = saved.read_bytes()
+    (size,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + size])
+    description = json.loads(header.pop("__metadata__")["nsq"])
+    digest = description.pop("sha256")
+    compact = {"sort_keys": True, "separators": (",", ":")}
+    checksum = hashlib.sha256(json.dumps(description, **compact).encode())
+    names = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32"}
+    for name, tensor in sorted(header.items()):
+        entry = [name, names[tensor["dtype"]], tensor["shape"]]
+        checksum.update(json.dumps(entry, **compact).encode())
+        begin, end = tensor["data_offsets"]
+        checksum.update(whole[8 + size + begin : 8 + size + end])
+    assert checksum.hexdigest() == digest
+    assert (description["format"], description["spec"]) == ("nsq-cache-1", "NSQ-1")
+    assert description["cache"]["lengths"] == [11, 2]
+    assert description["cache"]["key"] == Scheme(block_size=4).to_dict()
+    assert header.keys() == {
+        "keys.0.packed", "keys.0.norm", "keys.0.scale", "keys.0.collapsed", "keys.0.tail",
+        "values.0.packed", "values.0.norm", "values.0.scale", "values.0.collapsed",
+        "values.0.tail", "values.0.sinks", "keys.1.tail", "values.1.sinks", "values.1.tail",
+    }  # fmt: skip
 
 
 def test_empty_caches_are_saved(tmp_path: Path) -> None:

@@ -1,21 +1,40 @@
-"""Attention over decoded keys and values in float64, and over the quantized ones directly (A1-A3)."""
+"""Attention over decoded keys and values in float64, and over stored ones without decoding them.
+
+`attend` is the reference (rules A1, A2): plain NumPy that reads like the formula. `attend_quantized`
+takes keys and values as they are stored, and `tolerance` says how far it, or any other kernel in
+float32, may be from the reference (rule A3).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import spec
-from nsq_ref.scheme import Scheme
+from nsq_ref.scheme import FLOAT_DTYPES, Scheme, row_bytes
+
+__all__ = [
+    "Attention",
+    "Piece",
+    "PreparedPiece",
+    "attend",
+    "attend_quantized",
+    "prepare",
+    "tolerance",
+]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Piece = Array | spec.Block
+
+SCORE_BYTES = 1 << 26  # queries are taken in chunks whose scores need no more
+SEGMENT_TOKENS = 4096  # of so many tokens, or few more, the sums are taken apart, and by any thread
+MOST = float(np.finfo(np.float32).max)
 
 
 class Attention(NamedTuple):
@@ -23,6 +42,217 @@ class Attention(NamedTuple):
 
     output: Float64  # [batch, heads, query_tokens, D_v]
     weights: Float64  # [batch, heads, query_tokens, T]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPiece:
+    """Tokens of one sequence, checked and laid out for `attend_quantized`; `prepare` makes them.
+
+    Parameters
+    ----------
+    kv_heads, tokens, head_dim : int
+    source : float array or spec.Block
+        What was given.
+    arrays : tuple of arrays
+        What the kernels read: the source's own memory, where its strides allow.
+    record : int64 array
+        What they find it by; see `attention_kernels`.
+    """
+
+    kv_heads: int
+    tokens: int
+    head_dim: int
+    source: Array | spec.Block
+    arrays: tuple[Array, ...]
+    record: npt.NDArray[np.int64]
+
+
+Piece = Array | spec.Block | PreparedPiece
+
+
+def attend(
+    query: Array,
+    keys: Array,
+    values: Array,
+    *,
+    lengths: Array | Sequence[int] | None = None,
+    query_lengths: Array | Sequence[int] | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Attention:
+    """Attend in float64 over keys and values as a decoder sees them (rules A1, A2).
+
+    Parameters
+    ----------
+    query : float array, shape [batch, heads, query_tokens, D]
+        The last tokens of each sequence. Heads are a multiple of kv_heads: query head h uses key
+        and value head ``h // (heads // kv_heads)``.
+    keys : float array, shape [batch, kv_heads, T, D]
+    values : float array, shape [batch, kv_heads, T, D_v]
+    lengths : int array, shape [batch], optional
+        Valid tokens of each row, padding behind them; T by default. What padding holds, NaN
+        included, does not matter.
+    query_lengths : int array, shape [batch], optional
+        Valid query tokens of each row, padding behind them; all by default. Query i of row r stands
+        at position ``lengths[r] - query_lengths[r] + i``.
+    scale : float, optional
+        Factor of the products; 1 / sqrt(D) by default.
+    causal : bool
+        A query sees no later position than its own.
+    softcap : float, optional
+        Scores s become ``softcap * tanh(s / softcap)``, after the scale and before the mask.
+    sliding_window : int, optional
+        A query sees only so many latest positions, its own among them. Causal attention only.
+
+    Returns
+    -------
+    Attention
+        float64; output and weights of padding queries, and weights of what is not seen, are 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where shapes do not fit, options make no sense, or valid input is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query = np.zeros((1, 2, 1, 4))  # sees all keys alike
+    >>> keys, values = np.ones((1, 1, 3, 4)), np.arange(6).reshape(1, 1, 3, 2) * 1.0
+    >>> attend(query, keys, values).output[0, :, 0]
+    array([[2., 3.],
+           [2., 3.]])
+    >>> attend(query, keys, values, sliding_window=1).weights[0, 0]
+    array([[0., 0., 1.]])
+    """
+    for name, array in (("query", query), ("keys", keys), ("values", values)):
+        _require_floats(name, array, axes=4)
+    batch, heads, query_tokens, head_dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    if values.shape[:3] != keys.shape[:3] or keys.shape[0] != batch or keys.shape[3] != head_dim:
+        raise ValueError(
+            f"query {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)} "
+            "do not fit; they are [batch, heads, query_tokens, D], [batch, kv_heads, T, D] and "
+            "[batch, kv_heads, T, D_v]"
+        )
+    group = _group(heads, kv_heads)
+    scale = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    valid = _require_lengths("lengths", lengths, batch, tokens)
+    valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
+    output = np.zeros((batch, heads, query_tokens, values.shape[3]))
+    weights = np.zeros((batch, heads, query_tokens, tokens))
+    for row, (n, m) in enumerate(zip(valid, valid_queries, strict=True)):
+        if m > n:
+            raise ValueError(
+                f"query_lengths[{row}] is {m}, but lengths[{row}] is {n}: queries are the last "
+                "tokens of their sequence, whose keys must be there"
+            )
+        q, k, v = (
+            _finite(name, array[row, :, :count].astype(np.float64), row)
+            for name, array, count in (
+                ("query", query, m),
+                ("keys", keys, n),
+                ("values", values, n),
+            )
+        )
+        q = q.reshape(kv_heads, group, m, head_dim)
+        s = scale * (q @ k[:, None].swapaxes(-1, -2))
+        if not np.isfinite(s).all():
+            raise ValueError(f"scores of row {row} are beyond float64; scale the query down")
+        if softcap is not None:
+            s = softcap * np.tanh(s / softcap)
+        s = np.where(_visible(n, m, causal, sliding_window), s, -np.inf)
+        e = np.exp(s - s.max(axis=-1, keepdims=True, initial=-np.inf))
+        w = e / e.sum(axis=-1, keepdims=True)
+        output[row, :, :m] = (w @ v[:, None]).reshape(heads, m, -1)
+        weights[row, :, :m, :n] = w.reshape(heads, m, n)
+    return Attention(output, weights)
+
+
+# --- what is stored, piece by piece --------------------------------------------------------------
+
+
+def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
+    """Check some tokens of a sequence and lay them out for `attend_quantized`.
+
+    It does so by itself; but preparing takes as long as attending to some hundred tokens, so that a
+    cache prepares what no longer changes once.
+
+    Parameters
+    ----------
+    source : float array or spec.Block
+        Unquantized tokens ``[kv_heads, n, head_dim]`` of float32, float16 or bfloat16; or blocks, as
+        `kernels.encode` returns them: packed codes [kv_heads, n, row_bytes], norm [kv_heads, n],
+        scale and zero [kv_heads, blocks, head_dim] or [kv_heads, n, 1], outlier_index
+        [kv_heads, blocks, k], outliers [kv_heads, n, k]. What the scheme does not store is not
+        read, nor is ``collapsed``. What is prepared already is returned.
+    scheme : Scheme
+        Of the blocks; without a ``block_size``, the piece is one block.
+    head_dim : int
+        D.
+
+    Returns
+    -------
+    PreparedPiece
+        It refers to the arrays, and sees what is written to them later.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where a shape or a dtype is not the scheme's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> prepare(np.ones((2, 5, 8), np.float16), Scheme(), head_dim=8).tokens
+    5
+    """
+    if isinstance(source, PreparedPiece):
+        return source
+    kernels = _kernels()
+    record = np.zeros(kernels.PIECE_FIELDS, np.int64)
+    record[kernels.HEAD_DIM] = head_dim
+    if not isinstance(source, spec.Block):
+        _require_floats("a piece", source, axes=3)
+        if source.dtype not in _KINDS or source.shape[2] != head_dim:
+            raise ValueError(
+                f"a piece is {source.dtype} {list(source.shape)}; unquantized tokens are float32, "
+                f"float16 or bfloat16 [kv_heads, n, {head_dim}]"
+            )
+        kv_heads, tokens = source.shape[:2]
+        record[[kernels.BITS, kernels.NORM_KIND]] = kernels.UNQUANTIZED, _KINDS[source.dtype]
+        arrays: tuple[Array, ...] = (source,)
+    else:
+        kv_heads, tokens = source.codes.shape[:2]
+        kept = min(scheme.outlier_channels, head_dim)
+        norm = source.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32)
+        none = np.zeros((kv_heads, 0), np.int32)
+        arrays = (
+            source.codes,
+            norm,
+            source.scale,
+            none if scheme.symmetric else source.zero,
+            source.outlier_index if kept else none,
+            source.outliers if kept else none,
+        )
+        _require_block(source, scheme, head_dim)
+        record[kernels.BITS] = scheme.bits
+        record[kernels.OFFSET] = scheme.code_offset
+        record[kernels.BLOCK_SIZE] = scheme.block_size or max(tokens, 1)
+        record[kernels.KEPT] = kept
+        record[kernels.PER_CHANNEL] = scheme.axis == "channel"
+        record[kernels.SYMMETRIC] = scheme.symmetric
+        record[kernels.RENORMALIZE] = scheme.separate_norm and scheme.magnitude == "norm"
+        record[kernels.SCALE_KIND] = _KINDS[source.scale.dtype]
+        record[kernels.NORM_KIND] = _KINDS[norm.dtype]
+    record[kernels.TOKENS] = tokens
+    arrays = tuple(map(_contiguous_heads, arrays))
+    for i, array in enumerate(arrays):
+        record[i] = array.ctypes.data
+        record[kernels.STRIDES + i] = array.strides[0]
+    return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, record)
 
 
 def attend_quantized(
@@ -41,57 +271,328 @@ def attend_quantized(
 ) -> tuple[Float32, Float32 | None]:
     """Attend over one sequence as it is stored, without decoding it (rule A3).
 
+    Scales and zeros join the query and the output, gains the scores and the weights; in between
+    there are sums of integer codes. Results do not depend on the number of threads, nor on how the
+    arrays lie in memory.
+
     Parameters
     ----------
     query : float array, shape [heads, query_tokens, D]
-        The last `query_tokens` tokens of the sequence; `heads` a multiple of kv_heads.
+        The last tokens of the sequence; heads are a multiple of kv_heads, as `attend` says. Rounded
+        to float32.
     keys, values : sequence of pieces, in the order of the tokens
-        A piece is a float array [kv_heads, n, D] of float32, float16 or bfloat16 (sinks, tail), or
-        a `spec.Block` as `kernels.encode` returns it: packed codes [kv_heads, n, row_bytes], norm
-        [kv_heads, n], scale and zero [kv_heads, blocks, D] or [kv_heads, n, 1], outlier_index
-        [kv_heads, blocks, k], outliers [kv_heads, n, k]; ``collapsed`` is not read. Blocks have
-        ``scheme.block_size`` tokens (None: the piece is one block). Keys and values together
-        hold as many tokens, but may be cut differently. Views are taken as they are.
+        What `prepare` takes or returns. Keys and values hold as many tokens, but may be cut
+        differently.
+    key_scheme, value_scheme : Scheme
+        Of the blocks among the pieces.
     value_head_dim : int, optional
-        D_v; the query's D by default.
+        D_v; D by default.
+    scale, causal, softcap, sliding_window
+        As `attend` takes them.
     weights : bool
         Return the weights, too.
 
     Returns
     -------
     output : float32 array, shape [heads, query_tokens, D_v]
+        What float32 cannot hold becomes the largest that it can, in scores too.
     weights : float32 array, shape [heads, query_tokens, T], or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where shapes do not fit, options make no sense, or the query is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nsq_ref import kernels
+    >>> scheme = Scheme(block_size=4)
+    >>> x = np.random.default_rng(0).standard_normal((2, 8, 16), dtype=np.float32)
+    >>> packed = np.empty((2, 8, 8), np.uint8)
+    >>> block = kernels.encode(x, 0, scheme, packed)
+    >>> tail = x[:, :3]
+    >>> query = np.ones((4, 1, 16), np.float32)
+    >>> output, _ = attend_quantized(query, [block, tail], [block, tail], scheme, scheme)
+    >>> output.shape
+    (4, 1, 16)
     """
-    from nsq_ref import kernels
+    kernels = _kernels()
+    _require_floats("query", query, axes=3)
+    heads, query_tokens, head_dim = query.shape
+    value_dim = head_dim if value_head_dim is None else value_head_dim
+    key_pieces = [prepare(source, key_scheme, head_dim) for source in keys]
+    value_pieces = [prepare(source, value_scheme, value_dim) for source in values]
+    kv_heads, tokens = _require_pieces(key_pieces, value_pieces, head_dim, value_dim)
+    group = _group(heads, kv_heads)
+    scale = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    if query_tokens > tokens:
+        raise ValueError(
+            f"query has {query_tokens} tokens, but keys have {tokens}: queries are the last tokens of "
+            "their sequence, whose keys must be there"
+        )
+    _finite("query", query)
+    with np.errstate(over="ignore"):
+        scaled = (query.astype(np.float32) * np.float64(scale)).astype(np.float32)
+    _finite("query * scale, in float32,", scaled)
+    # Queries that share keys are rows of one matrix, in the order of their tokens.
+    rows = scaled.reshape(kv_heads, group, query_tokens, head_dim).swapaxes(1, 2)
+    output = np.empty((kv_heads, query_tokens, group, value_dim), np.float32)
+    shown = np.zeros((kv_heads, query_tokens, group, tokens), np.float32) if weights else None
+    chunk = max(1, SCORE_BYTES // (4 * heads * tokens))
+    for start in range(0, query_tokens, chunk):
+        stop = min(start + chunk, query_tokens)
+        first, last = tokens - query_tokens + start, tokens - query_tokens + stop  # positions
+        low = 0 if sliding_window is None else max(0, first + 1 - sliding_window)
+        high = last if causal else tokens
+        some = np.ascontiguousarray(rows[:, start:stop]).reshape(kv_heads, -1, head_dim)
+        count, products = some.shape[1], some.shape[1] * kv_heads * (high - low)
+        # Rows are written side by side: their length is no multiple of the processor cache's period.
+        # Kernels read up to a tile of columns too many, but nothing that is not finite.
+        scores = np.empty((kv_heads, count, (high - low) // 32 * 32 + 48), np.float32)
+        scores[:, :, high - low :] = 0
+        table, edges = _segments(key_pieces, low, high)
+        tasks = kv_heads * (len(edges) - 1)
+        kernels.run(kernels.score_pieces, tasks, products * head_dim, table, edges, some, scores)
+        seen = scores[:, :, : high - low]
+        mask = None
+        if stop - start > 1:
+            visible = _visible(tokens, query_tokens, causal, sliding_window, start, stop, low, high)
+            mask = None if visible.all() else visible
+        kernels.run(_softmax, kv_heads, products * head_dim, seen, group, softcap, mask)
+        if shown is not None:
+            shown[:, start:stop, :, low:high] = seen.reshape(kv_heads, -1, group, high - low)
+        table, edges = _segments(value_pieces, low, high)
+        tasks = kv_heads * (len(edges) - 1)
+        parts = np.zeros((tasks, count, value_dim))
+        kernels.run(kernels.add_pieces, tasks, products * value_dim, table, edges, scores, parts)
+        total = parts.reshape(kv_heads, -1, stop - start, group, value_dim).sum(axis=1)
+        output[:, start:stop] = np.clip(total, -MOST, MOST)
+    return (
+        output.swapaxes(1, 2).reshape(heads, query_tokens, value_dim),
+        None if shown is None else shown.swapaxes(1, 2).reshape(heads, query_tokens, tokens),
+    )
 
-    def decoded(pieces: Sequence[Piece], scheme: Scheme, head_dim: int) -> Array:
-        parts = []
-        for piece in pieces:
-            if isinstance(piece, spec.Block):
-                part = np.empty((*piece.codes.shape[:2], head_dim), np.float32)
-                whole = spec.Block(*map(np.ascontiguousarray, piece))
-                kernels.decode(whole, 0, scheme, part)
-                parts.append(part)
-            else:
-                parts.append(np.asarray(piece, np.float32))
-        return np.concatenate(parts, axis=1).astype(np.float64)
 
-    head_dim = query.shape[2]
-    k = decoded(keys, key_scheme, head_dim)
-    v = decoded(values, value_scheme, value_head_dim or head_dim)
-    heads, rows, _ = query.shape
-    group = heads // k.shape[0]
-    k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
-    s = query.astype(np.float64) @ k.transpose(0, 2, 1)
-    s *= 1 / math.sqrt(head_dim) if scale is None else scale
-    if softcap is not None:
-        s = softcap * np.tanh(s / softcap)
-    position = np.arange(k.shape[1] - rows, k.shape[1])[:, None]
-    at = np.arange(k.shape[1])
+def _kernels() -> Any:
+    """Numba takes long to import, and the reference does without."""
+    from nsq_ref import attention_kernels  # noqa: PLC0415
+
+    return attention_kernels
+
+
+# How the kernels name the dtypes: FLOAT16, BFLOAT16, FLOAT32.
+_KINDS = {dtype: kind for kind, dtype in enumerate(FLOAT_DTYPES.values())}
+
+
+def _contiguous_heads(array: Array) -> Array:
+    """Return an array each of whose heads is contiguous, the same one if possible."""
+    expected = array.itemsize
+    for axis in range(array.ndim - 1, 0, -1):
+        if array.shape[axis] > 1 and array.strides[axis] != expected:
+            return np.ascontiguousarray(array)
+        expected *= array.shape[axis]
+    return array
+
+
+def _segments(
+    pieces: Sequence[PreparedPiece], low: int, high: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the records of the pieces that hold tokens [low, high), and where segments of them end.
+
+    Where they end depends on the pieces alone: sums that belong together stay so, whoever does them.
+    """
+    kernels = _kernels()
+    records, spans, edges, size, at = [], [], [0], 0, 0
+    for piece in pieces:
+        first, last = max(low - at, 0), min(high - at, piece.tokens)
+        if first < last:
+            records.append(piece.record)
+            spans.append((first, last, at + first - low))
+            size += last - first
+            if size >= SEGMENT_TOKENS:
+                edges.append(len(records))
+                size = 0
+        at += piece.tokens
+    if edges[-1] < len(records):
+        edges.append(len(records))
+    table = np.array(records)
+    table[:, [kernels.FIRST, kernels.LAST, kernels.COLUMN]] = spans
+    return table, np.array(edges)
+
+
+def _softmax(
+    first: int,
+    last: int,
+    scores: Float32,
+    group: int,
+    softcap: float | None,
+    visible: npt.NDArray[np.bool_] | None,
+) -> None:
+    """Turn scores into weights, key/value heads [first, last), in place."""
+    some = scores[first:last]
+    with np.errstate(all="ignore"):
+        if softcap is not None:
+            some /= np.float32(softcap)
+            np.tanh(some, out=some)
+            some *= np.float32(softcap)
+        if visible is not None:
+            for head in some:
+                by_token = head.reshape(-1, group, head.shape[1])
+                np.copyto(by_token, -np.inf, where=~visible[:, None])
+        some -= some.max(axis=2, keepdims=True)
+        np.exp(some, out=some)
+        some /= some.sum(axis=2, keepdims=True)
+
+
+def _visible(
+    tokens: int,
+    query_tokens: int,
+    causal: bool,
+    sliding_window: int | None,
+    start: int = 0,
+    stop: int | None = None,
+    low: int = 0,
+    high: int | None = None,
+) -> npt.NDArray[np.bool_]:
+    """Whether query i, of [start, stop), sees position t, of [low, high): [queries, tokens] (A2)."""
+    position = np.arange(start, query_tokens if stop is None else stop)[:, None]
+    position = position + tokens - query_tokens
+    token = np.arange(low, tokens if high is None else high)
+    visible = np.ones((len(position), len(token)), bool)
     if causal:
-        s = np.where(at <= position, s, -np.inf)
+        visible &= token <= position
     if sliding_window is not None:
-        s = np.where(at > position - sliding_window, s, -np.inf)
-    s = np.exp(s - s.max(-1, keepdims=True))
-    w = (s / s.sum(-1, keepdims=True)).astype(np.float32)
-    return (w @ v).astype(np.float32), w if weights else None
+        visible &= token > position - sliding_window
+    return visible
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def _require_floats(name: str, array: object, axes: int) -> None:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+    if array.dtype not in (*FLOAT_DTYPES.values(), np.float64):
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; pass float32, float16, bfloat16 or float64, for "
+            "example array.astype(np.float32)"
+        )
+    if array.ndim != axes:
+        raise ValueError(f"{name} has {array.ndim} axes, {list(array.shape)}; {axes} are needed")
+
+
+def _finite(name: str, array: Array, *row: int) -> Array:
+    """Return the array, unless something in it is not finite; `row` is where it comes from."""
+    if np.isfinite(array).all():
+        return array
+    index = [*row, *(int(i) for i in np.argwhere(~np.isfinite(array))[0])]
+    raise ValueError(
+        f"{name}{index} is not finite; mend it, or leave it out with lengths or query_lengths"
+    )
+
+
+def _group(heads: int, kv_heads: int) -> int:
+    """Return how many query heads share keys and values."""
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"query has {heads} heads, keys and values have {kv_heads}; query heads are a positive "
+            "multiple of them"
+        )
+    return heads // kv_heads
+
+
+def _require_options(
+    head_dim: int,
+    scale: float | None,
+    causal: bool,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> float:
+    """Return the scale, after all options make sense."""
+    if not head_dim:
+        raise ValueError("query has D = 0; leave such heads out")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} is not finite; leave it out for 1 / sqrt(D)")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap} is not a positive number; leave it out for none")
+    if sliding_window is not None:
+        if type(sliding_window) is not int or sliding_window < 1:
+            raise ValueError(
+                f"sliding_window={sliding_window!r} is not a positive integer; leave it out for none"
+            )
+        if not causal:
+            raise ValueError(
+                f"sliding_window={sliding_window} counts positions back from the query's own, which "
+                "causal=False does not; use one of the two"
+            )
+    return 1 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def _require_lengths(
+    name: str, lengths: Array | Sequence[int] | None, batch: int, most: int
+) -> list[int]:
+    if lengths is None:
+        return [most] * batch
+    given = np.asarray(lengths)
+    if given.shape != (batch,) or (batch and given.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} is {given.dtype} {list(given.shape)}; one integer a row is needed, [{batch}]"
+        )
+    for row, length in enumerate(given):
+        if not 0 <= length <= most:
+            raise ValueError(f"{name}[{row}] is {length}; it lies between 0 and {most}")
+    return [int(length) for length in given]
+
+
+def _require_block(block: spec.Block, scheme: Scheme, head_dim: int) -> None:
+    kv_heads, tokens = block.codes.shape[:2]
+    blocks = -(-tokens // (scheme.block_size or max(tokens, 1)))
+    kept = min(scheme.outlier_channels, head_dim)
+    scale = (
+        (blocks, head_dim) if scheme.axis == "channel" else (tokens, 1),
+        FLOAT_DTYPES[scheme.scale_dtype],
+    )
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
+        "codes": ((tokens, row_bytes(head_dim, scheme.bits)), np.dtype(np.uint8)),
+        "scale": scale,
+    }
+    if scheme.separate_norm:
+        expected["norm"] = ((tokens,), FLOAT_DTYPES[scheme.norm_dtype])
+    if not scheme.symmetric:
+        expected["zero"] = scale
+    if kept:
+        expected["outlier_index"] = ((blocks, kept), np.dtype(np.int32))
+        expected["outliers"] = ((tokens, kept), np.dtype(np.float16))
+    for name, (shape, dtype) in expected.items():
+        part = getattr(block, name)
+        if part.shape != (kv_heads, *shape) or part.dtype != dtype:
+            raise ValueError(
+                f"{name} of a piece is {part.dtype} {list(part.shape)}; for {tokens} tokens of "
+                f"{head_dim} channels, {scheme} stores {dtype} {[kv_heads, *shape]}"
+            )
+    index = block.outlier_index
+    if kept and not ((index >= 0) & (index < head_dim)).all():
+        raise ValueError(f"outlier_index of a piece names a channel that is none of {head_dim}")
+
+
+def _require_pieces(
+    keys: Sequence[PreparedPiece], values: Sequence[PreparedPiece], head_dim: int, value_dim: int
+) -> tuple[int, int]:
+    """Return kv_heads and tokens, after all pieces agree on them."""
+    counts = {}
+    kv_heads = keys[0].kv_heads if keys else 0
+    for name, pieces, channels in (("keys", keys, head_dim), ("values", values, value_dim)):
+        counts[name] = sum(piece.tokens for piece in pieces)
+        for i, piece in enumerate(pieces):
+            if (piece.kv_heads, piece.head_dim) != (kv_heads, channels):
+                raise ValueError(
+                    f"{name}[{i}] has {piece.kv_heads} heads of {piece.head_dim} channels; "
+                    f"{kv_heads} of {channels} are expected"
+                )
+    if counts["keys"] != counts["values"] or not counts["keys"]:
+        raise ValueError(
+            f"keys have {counts['keys']} tokens and values {counts['values']}; both need the same "
+            "number, at least one"
+        )
+    return kv_heads, counts["keys"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import attention, rounding, spec
+from nsq_ref import attention, rounding
 from nsq_ref.codec import PARTS, Quantized, block_of, dequantize, quantize
 from nsq_ref.scheme import Field, Scheme
 
@@ -209,7 +209,7 @@ class Sequence:
 
     def pieces(self) -> list[attention.Piece]:
         """Return all tokens in order as `attention.attend_quantized` takes them."""
-        pieces: list[attention.Piece] = [page.block(count) for page, count in self.parts()]
+        pieces: list[attention.Piece] = [page.prepared(count) for page, count in self.parts()]
         if self.sinks.count:
             pieces.insert(0, self.sinks.tokens)
         if self.tail.count:
@@ -319,7 +319,7 @@ class Page:
         }
         self.collapsed = np.zeros(self.capacity // block_size, np.int32)  # tokens of each block
         self.used = 0  # tokens, whoever wrote them
-        self._block: tuple[int, spec.Block | None] = (0, None)
+        self._prepared: attention.PreparedPiece | None = None
 
     @property
     def capacity(self) -> int:
@@ -333,13 +333,13 @@ class Page:
         parts: dict[str, Any] = {n: array[:, spans[n]] for n, array in self.arrays.items()}
         return Quantized(self.scheme, (kv_heads, last - first, head_dim), self.dtype, **parts)
 
-    def block(self, count: int) -> spec.Block:
-        """Return the first ``count`` tokens as kernels take them; the last answer is kept."""
-        known, block = self._block
-        if block is None or known != count:
+    def prepared(self, count: int) -> attention.PreparedPiece:
+        """Return the first ``count`` tokens for `attention`, and keep it: they no longer change."""
+        piece = self._prepared
+        if piece is None or piece.tokens != count:
             block = block_of(self.quantized(0, count))
-            self._block = (count, block)
-        return block
+            piece = self._prepared = attention.prepare(block, self.scheme, self.shape[2])
+        return piece
 
     def spans(self, first: int, last: int) -> dict[str, slice]:
         """Rows of each array, one a token or one a block, for tokens from ``first`` to ``last``."""

@@ -434,6 +434,50 @@ def test_collapsed_tokens_are_counted_by_block() -> None:
     assert cache._rows[0].keys.pages == []
 
 
+# --- attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_a_batch_is_that_of_each_row(window: int | None) -> None:
+    """B2: rows of several lengths, padded queries, and a row that has none."""
+    scheme = Scheme.named("streaming3")
+    cache = KVCache(4, 2, 8, scheme, Scheme(block_size=16), value_head_dim=6)
+    lengths, counts = [300, 7, 0, 131], [3, 1, 0, 2]
+    keys, values = normals(4, 2, 300, 8), normals(4, 2, 300, 6, seed=1)
+    cache.append(keys, values, lengths)
+    query = normals(4, 4, 3, 8, seed=2)
+    for row, count in enumerate(counts):
+        query[row, :, count:] = np.nan
+    options: Any = {"softcap": 3.0, "scale": 0.7, "sliding_window": window}
+    output, weights = cache.attend(query, query_lengths=counts, return_weights=True, **options)
+    assert output.shape == (4, 4, 3, 6)
+    assert weights.shape == (4, 4, 3, 300)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        assert not output[row, :, count:].any()
+        assert not weights[row, :, count:].any()
+        assert not weights[row, :, :, length:].any()
+        if count:
+            alone = KVCache(1, 2, 8, cache.key, cache.value, value_head_dim=6)
+            alone.append(keys[row : row + 1, :, :length], values[row : row + 1, :, :length])
+            expected = alone.attend(query[row : row + 1, :, :count], **options)
+            assert output[row : row + 1, :, :count].tobytes() == expected.tobytes()
+            assert np.allclose(weights[row, :, :count].sum(axis=-1), 1, atol=1e-5)
+
+
+def test_attention_does_not_depend_on_how_the_cache_came_about() -> None:
+    """A fork and a crop between blocks change no bit of what attention gives."""
+    cache = KVCache(1, 2, 8, Scheme(block_size=16), Scheme(block_size=16))
+    cache.append(*normals(2, 1, 2, 96, 8))
+    query = normals(1, 2, 1, 8, seed=3)
+    expected = cache.attend(query).tobytes()
+    cache.append(*normals(2, 1, 2, 4, 8, seed=4))
+    other = cache.fork()
+    cache.append(*normals(2, 1, 2, 30, 8, seed=5))
+    for one in (cache, other):
+        one.crop(96)  # whole blocks, so that nothing is decoded
+        assert one.attend(query).tobytes() == expected
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

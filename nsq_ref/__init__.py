@@ -11,6 +11,7 @@ Examples
 >>> restored = nsq.dequantize(q)
 """
 
+from nsq_ref import attention, bounds
 from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
@@ -24,6 +25,8 @@ __all__ = [
     "Quantized",
     "RangeError",
     "Scheme",
+    "attention",
+    "bounds",
     "dequantize",
     "quantize",
     "scheme_names",

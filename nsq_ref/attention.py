@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import spec
+from nsq_ref import packing, spec
+from nsq_ref.codec import Quantized, block_of
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme, row_bytes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "attend",
     "attend_quantized",
     "prepare",
+    "reach",
     "tolerance",
 ]
 
@@ -35,6 +37,11 @@ Float64 = npt.NDArray[np.float64]
 SCORE_BYTES = 1 << 26  # queries are taken in chunks whose scores need no more
 SEGMENT_TOKENS = 4096  # of so many tokens, or few more, the sums are taken apart, and by any thread
 MOST = float(np.finfo(np.float32).max)
+
+UNIT = 2.0**-24  # the relative error of one float32 operation
+TOKEN_ROUNDINGS = 512  # that a term may pass in a sum over tokens: a kernel adds in tiles
+LEAST_LENGTH = 2.0**-60  # of a direction whose length float32 squares can tell
+LEAST_WEIGHT = 2.0**-125  # before normalization, smaller ones may be flushed
 
 
 class Attention(NamedTuple):
@@ -166,9 +173,164 @@ def attend(
         s = np.where(_visible(n, m, causal, sliding_window), s, -np.inf)
         e = np.exp(s - s.max(axis=-1, keepdims=True, initial=-np.inf))
         w = e / e.sum(axis=-1, keepdims=True)
-        output[row, :, :m] = (w @ v[:, None]).reshape(heads, m, -1)
+        output[row, :, :m] = (w @ v[:, None]).reshape(heads, m, values.shape[3])
         weights[row, :, :m, :n] = w.reshape(heads, m, n)
     return Attention(output, weights)
+
+
+# --- how far a kernel may be from it -------------------------------------------------------------
+
+
+def reach(quantized: Quantized) -> Float64:
+    """Return how large the terms are that decoding adds up, for `tolerance` (rule A3).
+
+    Parameters
+    ----------
+    quantized : Quantized
+
+    Returns
+    -------
+    float64 array, shape ``quantized.shape``
+        Of sinks, which are stored as they are, their absolute values.
+
+    Raises
+    ------
+    TypeError
+        For anything but a `Quantized`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from nsq_ref import quantize
+    >>> reach(quantize(np.float32([[7.0, 14.0]]), Scheme(separate_norm=False)))  # 16 scales
+    array([[16., 32.]])
+    """
+    if not isinstance(quantized, Quantized):
+        got = type(quantized).__name__
+        raise TypeError(f"quantized must be what quantize returns, got {got}; see reach's examples")
+    scheme, shape = quantized.scheme, quantized.shape
+    block = block_of(quantized)
+    tokens = block.norm.shape[1]
+    scale, zero = (np.abs(part.astype(np.float64)) for part in (block.scale, block.zero))
+    terms = 2.0**scheme.bits * scale + zero
+    each_block = np.arange(tokens) // scheme.tokens_per_block(tokens)
+    if scheme.axis == "channel":
+        terms = terms[:, each_block]
+    terms = np.broadcast_to(terms, (*terms.shape[:2], shape[-1])).copy()
+    index = block.outlier_index[:, each_block]
+    np.put_along_axis(terms, index, np.abs(block.outliers.astype(np.float64)), -1)
+    factor = np.abs(block.norm.astype(np.float64))
+    if scheme.separate_norm and scheme.magnitude == "norm":
+        codes = packing.unpack(block.codes, scheme, shape[-1])
+        if scheme.axis == "channel":
+            block = block._replace(scale=block.scale[:, each_block], zero=block.zero[:, each_block])
+        y = spec.dequantized_direction(codes, block.scale, block.zero, index, block.outliers)
+        length = np.linalg.norm(y.astype(np.float64), axis=-1)
+        known = length >= LEAST_LENGTH
+        amplified = np.linalg.norm(terms, axis=-1) / np.where(known, length, 1) ** 2
+        unknown = np.where((length == 0) | (factor == 0), 0.0, np.inf)
+        factor = np.where(known, factor * amplified, unknown)
+    sinks = np.zeros((len(terms), 0, shape[-1]))
+    if quantized.sinks is not None:
+        sinks = np.abs(quantized.sinks.astype(np.float64)).reshape(len(terms), -1, shape[-1])
+    # Infinite times 0 is a channel that contributes nothing.
+    coded = np.where(terms == 0, 0.0, np.where(terms == 0, 1.0, terms) * factor[..., None])
+    return np.concatenate([sinks, coded], axis=1).reshape(shape)
+
+
+def tolerance(
+    query: Array,
+    keys: Array,
+    values: Array,
+    key_reach: Array | None = None,
+    value_reach: Array | None = None,
+    *,
+    lengths: Array | Sequence[int] | None = None,
+    query_lengths: Array | Sequence[int] | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Attention:
+    """Bound how far attention in float32 may be from `attend` (rule A3).
+
+    Parameters
+    ----------
+    query, keys, values
+        As `attend` takes them; keys and values decoded.
+    key_reach, value_reach : float arrays, shaped as keys and values, optional
+        What `reach` returns of the quantized ones. Without them kernels that read decoded arrays
+        are meant.
+    lengths, query_lengths, scale, causal, softcap, sliding_window
+        As `attend` takes them.
+
+    Returns
+    -------
+    Attention
+        Bounds of absolute errors, elementwise, in place of output and weights.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attend`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> query, keys = np.random.default_rng(0).standard_normal((2, 1, 1, 50, 64))
+    >>> bound = tolerance(query, keys, keys)
+    >>> bool(bound.output.max() < 1e-3)
+    True
+    """
+    exact = attend(
+        query, keys, values, lengths=lengths, query_lengths=query_lengths, scale=scale,
+        causal=causal, softcap=softcap, sliding_window=sliding_window,
+    )  # fmt: skip
+    terms = [
+        np.abs(x).astype(np.float64) if given is None else np.asarray(given, np.float64)
+        for x, given in ((keys, key_reach), (values, value_reach))
+    ]
+    for name, x, term in (("key", keys, terms[0]), ("value", values, terms[1])):
+        if term.shape != x.shape:
+            raise ValueError(
+                f"{name}_reach has shape {list(term.shape)}; {name}s have {list(x.shape)}"
+            )
+    batch, heads, query_tokens, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    factor = 1 / math.sqrt(head_dim) if scale is None else scale
+    output, weights = np.zeros_like(exact.output), np.zeros_like(exact.weights)
+    valid = _require_lengths("lengths", lengths, batch, keys.shape[2])
+    valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
+    for row, (n, m) in enumerate(zip(valid, valid_queries, strict=True)):
+        grouped = (kv_heads, heads // kv_heads, m)
+        q = query[row, :, :m].astype(np.float64).reshape(*grouped, head_dim)
+        k, v = (x[row, :, None, :n].astype(np.float64) for x in (keys, values))
+        k_reach, v_reach = (term[row, :, None, :n] for term in terms)
+        s = factor * (q @ k.swapaxes(-1, -2))
+        off = _gamma(2 * head_dim + 32) * abs(factor) * (np.abs(q) @ k_reach.swapaxes(-1, -2))
+        if softcap is not None:
+            s = softcap * np.tanh(s / softcap)
+            off = off + 10 * UNIT * np.abs(s)
+        p = exact.weights[row, :, :m, :n].reshape(*grouped, n)
+        seen = p > 0
+        largest = np.max(s, axis=-1, keepdims=True, where=seen, initial=-np.inf)
+        off = off + np.where(seen, 2 * UNIT * np.abs(s - largest), 0) + 8 * UNIT
+        additions = _gamma(min(n, TOKEN_ROUNDINGS) + 8)
+        with np.errstate(over="ignore", invalid="ignore"):
+            common = np.log(np.sum(p * np.exp(off), axis=-1, keepdims=True, where=seen))
+            moved = np.where(seen, p * np.expm1(off + common + additions), 0) + LEAST_WEIGHT
+            moved = np.minimum(np.nan_to_num(moved, nan=1.0), 1.0)
+            changed = _gamma(min(n, TOKEN_ROUNDINGS) + v.shape[-1] + 32)
+            result = moved @ np.abs(v) + changed * ((p + moved) @ v_reach)
+        visible = _visible(n, m, causal, sliding_window)
+        output[row, :, :m] = result.reshape(heads, m, values.shape[3])
+        weights[row, :, :m, :n] = np.where(visible, moved, 0).reshape(heads, m, n)
+    return Attention(output, weights)
+
+
+def _gamma(roundings: int) -> float:
+    """Bound of what so many float32 roundings in a row make of a product, relatively."""
+    return roundings * UNIT / (1 - roundings * UNIT)
 
 
 # --- what is stored, piece by piece --------------------------------------------------------------

@@ -16,10 +16,19 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nsq_ref import KVCache, RangeError, Scheme, dequantize, quantize, sequence, storage
+from nsq_ref import (
+    KVCache,
+    RangeError,
+    Scheme,
+    attention,
+    dequantize,
+    quantize,
+    sequence,
+    storage,
+)
 from tests.tensors import schemes
 
 Array = npt.NDArray[Any]
@@ -435,6 +444,79 @@ def test_collapsed_tokens_are_counted_by_block() -> None:
 
 
 # --- attention ----------------------------------------------------------------------------------
+
+
+def reach(cache: KVCache, side: str) -> npt.NDArray[np.float64]:
+    """Rule A3's reach of all tokens, padded with NaN, which must not matter."""
+    channels = cache.head_dim if side == "keys" else cache.value_head_dim
+    whole = np.full((cache.batch, cache.kv_heads, len(cache), channels), np.nan)
+    for row, length in enumerate(cache.lengths):
+        sinks, sealed, tail, _ = getattr(cache.stored(row), side)
+        middle = [] if sealed is None else [attention.reach(sealed)]
+        plain = [np.abs(part.astype(np.float64)) for part in (sinks, tail)]
+        whole[row, :, :length] = np.concatenate([plain[0], *middle, plain[1]], axis=1)
+    return whole
+
+
+@given(
+    key=cache_schemes,
+    value=cache_schemes,
+    dtype=st.sampled_from(sorted(DTYPES)),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
+    channels=st.tuples(st.integers(1, 70), st.integers(1, 9)),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
+    causal=st.booleans(),
+    window=st.sampled_from([None, None, 1, 2, 7]),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    scale=st.sampled_from([None, 0.0, -1.0, 2.0]),
+    spread=st.sampled_from([0, 1, 4]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=150)
+def test_attention_is_within_the_tolerance(
+    key: Scheme,
+    value: Scheme,
+    dtype: str,
+    shape: tuple[int, int, int],
+    channels: tuple[int, int],
+    lengths: list[int],
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    spread: int,
+    seed: int,
+) -> None:
+    """A1, A2, A3: any cache against float64 over what it decodes to."""
+    rng = np.random.default_rng(seed)
+    kv_heads, group, most_queries = shape
+    batch, tokens = len(lengths), max(lengths)
+    cache = KVCache(batch, kv_heads, channels[0], key, value, value_head_dim=channels[1])
+    keys, values = (
+        (
+            rng.standard_normal((batch, kv_heads, tokens, count))
+            * 10.0 ** rng.uniform(-spread, min(spread, 2), (batch, kv_heads, tokens, 1))
+            * (rng.random((batch, kv_heads, tokens, 1)) > 0.1)
+        ).astype(DTYPES[dtype])
+        for count in channels
+    )
+    cache.append(keys, values, lengths)
+    query = rng.standard_normal((batch, kv_heads * group, most_queries, channels[0]))
+    counts = [min(int(rng.integers(0, most_queries + 1)), length) for length in lengths]
+    options: Any = {
+        "query_lengths": counts, "scale": scale, "causal": causal, "softcap": softcap,
+        "sliding_window": window if causal else None,
+    }  # fmt: skip
+    query = query.astype(np.float32)
+    output, weights = cache.attend(query, return_weights=True, **options)
+    decoded = cache.dequantize()
+    exact = attention.attend(query, *decoded, lengths=lengths, **options)
+    bound = attention.tolerance(
+        query, *decoded, reach(cache, "keys"), reach(cache, "values"), lengths=lengths, **options
+    )
+    assert (np.abs(weights - exact.weights) <= bound.weights).all()
+    assert (np.abs(output - exact.output) <= bound.output).all()
+    assert np.isfinite(output).all()
 
 
 @pytest.mark.parametrize("window", [None, 5])

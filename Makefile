@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types benchmark clean
+.PHONY: demo test lint types docs benchmark clean
 
 demo: .venv/demo.done
 	$(BIN)/nsq demo
@@ -18,6 +18,10 @@ lint: .venv/dev.done
 types: .venv/dev.done
 	$(BIN)/mypy
 
+docs: .venv/docs.done
+	$(BIN)/python -m sphinx -b html -W --keep-going -E -q -j 4 docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.growth
@@ -30,5 +34,5 @@ benchmark: .venv/benchmark.done
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis nsq-demo
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis nsq-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

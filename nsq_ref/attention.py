@@ -1,8 +1,8 @@
 """Attention over decoded keys and values in float64, and over stored ones without decoding them.
 
-`attend` is the reference (rules A1, A2): plain NumPy that reads like the formula. `attend_quantized`
-takes keys and values as they are stored, and `tolerance` says how far it, or any other kernel in
-float32, may be from the reference (rule A3).
+`attend` is the reference (rules A1, A2): plain NumPy that reads like the formula.
+`attend_quantized` takes keys and values as they are stored, and `tolerance` says how far it, or any
+other kernel in float32, may be from the reference (rule A3).
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def reach(quantized: Quantized) -> Float64:
     --------
     >>> import numpy as np
     >>> from nsq_ref import quantize
-    >>> reach(quantize(np.float32([[7.0, 14.0]]), Scheme(separate_norm=False)))  # 16 scales
-    array([[16., 32.]])
+    >>> reach(quantize(np.float32([[7.0, 14.0]]), Scheme(separate_norm=False)))  # 7 + 8 scales
+    array([[15., 30.]])
     """
     if not isinstance(quantized, Quantized):
         got = type(quantized).__name__
@@ -211,25 +211,29 @@ def reach(quantized: Quantized) -> Float64:
     scheme, shape = quantized.scheme, quantized.shape
     block = block_of(quantized)
     tokens = block.norm.shape[1]
-    scale, zero = (np.abs(part.astype(np.float64)) for part in (block.scale, block.zero))
-    terms = 2.0**scheme.bits * scale + zero
     each_block = np.arange(tokens) // scheme.tokens_per_block(tokens)
-    if scheme.axis == "channel":
-        terms = terms[:, each_block]
-    terms = np.broadcast_to(terms, (*terms.shape[:2], shape[-1])).copy()
     index = block.outlier_index[:, each_block]
-    np.put_along_axis(terms, index, np.abs(block.outliers.astype(np.float64)), -1)
+    if scheme.axis == "channel":
+        block = block._replace(scale=block.scale[:, each_block], zero=block.zero[:, each_block])
+    codes = packing.unpack(block.codes, scheme, shape[-1])
+    scale, zero, outliers = (
+        np.abs(part.astype(np.float64)) for part in (block.scale, block.zero, block.outliers)
+    )
+    signed = np.abs(codes) * scale + zero
+    terms = signed + scheme.code_offset * scale
+    for part in (signed, terms):
+        np.put_along_axis(part, index, outliers, -1)
     factor = np.abs(block.norm.astype(np.float64))
     if scheme.separate_norm and scheme.magnitude == "norm":
-        codes = packing.unpack(block.codes, scheme, shape[-1])
-        if scheme.axis == "channel":
-            block = block._replace(scale=block.scale[:, each_block], zero=block.zero[:, each_block])
         y = spec.dequantized_direction(codes, block.scale, block.zero, index, block.outliers)
         length = np.linalg.norm(y.astype(np.float64), axis=-1)
         known = length >= LEAST_LENGTH
-        amplified = np.linalg.norm(terms, axis=-1) / np.where(known, length, 1) ** 2
+        divisor = np.where(known, length, 1)
+        # Products of float32 scales and codes round, those of shorter ones do not.
+        parts = terms if scheme.scale_dtype == "float32" else signed
+        amplified = 1 + np.linalg.norm(parts, axis=-1) / (2 * divisor)
         unknown = np.where((length == 0) | (factor == 0), 0.0, np.inf)
-        factor = np.where(known, factor * amplified, unknown)
+        factor = np.where(known, factor / divisor * amplified, unknown)
     sinks = np.zeros((len(terms), 0, shape[-1]))
     if quantized.sinks is not None:
         sinks = np.abs(quantized.sinks.astype(np.float64)).reshape(len(terms), -1, shape[-1])
@@ -307,24 +311,30 @@ def tolerance(
         k, v = (x[row, :, None, :n].astype(np.float64) for x in (keys, values))
         k_reach, v_reach = (term[row, :, None, :n] for term in terms)
         s = factor * (q @ k.swapaxes(-1, -2))
-        off = _gamma(2 * head_dim + 32) * abs(factor) * (np.abs(q) @ k_reach.swapaxes(-1, -2))
+        off = _gamma(head_dim + 16) * abs(factor) * (np.abs(q) @ k_reach.swapaxes(-1, -2))
         if softcap is not None:
             s = softcap * np.tanh(s / softcap)
             off = off + 10 * UNIT * np.abs(s)
         p = exact.weights[row, :, :m, :n].reshape(*grouped, n)
-        seen = p > 0
-        largest = np.max(s, axis=-1, keepdims=True, where=seen, initial=-np.inf)
-        off = off + np.where(seen, 2 * UNIT * np.abs(s - largest), 0) + 8 * UNIT
-        additions = _gamma(min(n, TOKEN_ROUNDINGS) + 8)
-        with np.errstate(over="ignore", invalid="ignore"):
-            common = np.log(np.sum(p * np.exp(off), axis=-1, keepdims=True, where=seen))
-            moved = np.where(seen, p * np.expm1(off + common + additions), 0) + LEAST_WEIGHT
-            moved = np.minimum(np.nan_to_num(moved, nan=1.0), 1.0)
-            changed = _gamma(min(n, TOKEN_ROUNDINGS) + v.shape[-1] + 32)
-            result = moved @ np.abs(v) + changed * ((p + moved) @ v_reach)
         visible = _visible(n, m, causal, sliding_window)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # Logarithms, as a weight that is 0 in float64 need not be far from another one.
+            s = np.where(visible, s, -np.inf)
+            below = s - s.max(axis=-1, keepdims=True, initial=-np.inf)
+            log_p = below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+            off = off + 2 * UNIT * np.abs(below) + 8 * UNIT
+            common = np.logaddexp.reduce(
+                log_p + off, axis=-1, keepdims=True, where=visible, initial=-np.inf
+            )
+            off = off + common + _gamma(min(n, TOKEN_ROUNDINGS) + 8)
+            moved = np.where(off < 1, p * np.expm1(off), np.exp(np.minimum(log_p + off, 0)))
+            moved = np.where(visible, np.minimum(moved + LEAST_WEIGHT, 1), 0)
+            moved = np.nan_to_num(moved, nan=1.0)
+            changed = _gamma(min(n, TOKEN_ROUNDINGS) + v.shape[-1] + 16)
+            result = moved @ np.abs(v) + changed * ((p + moved) @ v_reach)
+            result = np.nan_to_num(result, nan=np.inf, posinf=np.inf)
         output[row, :, :m] = result.reshape(heads, m, values.shape[3])
-        weights[row, :, :m, :n] = np.where(visible, moved, 0).reshape(heads, m, n)
+        weights[row, :, :m, :n] = moved.reshape(heads, m, n)
     return Attention(output, weights)
 
 
@@ -345,8 +355,8 @@ def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
     Parameters
     ----------
     source : float array or spec.Block
-        Unquantized tokens ``[kv_heads, n, head_dim]`` of float32, float16 or bfloat16; or blocks, as
-        `kernels.encode` returns them: packed codes [kv_heads, n, row_bytes], norm [kv_heads, n],
+        Unquantized tokens ``[kv_heads, n, head_dim]`` of float32, float16 or bfloat16; or blocks,
+        as `kernels.encode` returns them: packed codes [kv_heads, n, row_bytes], norm [kv_heads, n],
         scale and zero [kv_heads, blocks, head_dim] or [kv_heads, n, 1], outlier_index
         [kv_heads, blocks, k], outliers [kv_heads, n, k]. What the scheme does not store is not
         read, nor is ``collapsed``. What is prepared already is returned.
@@ -490,8 +500,8 @@ def attend_quantized(
     scale = _require_options(head_dim, scale, causal, softcap, sliding_window)
     if query_tokens > tokens:
         raise ValueError(
-            f"query has {query_tokens} tokens, but keys have {tokens}: queries are the last tokens of "
-            "their sequence, whose keys must be there"
+            f"query has {query_tokens} tokens, but keys have {tokens}: queries are the last tokens "
+            "of their sequence, whose keys must be there"
         )
     _finite("query", query)
     with np.errstate(over="ignore"):
@@ -509,10 +519,8 @@ def attend_quantized(
         high = last if causal else tokens
         some = np.ascontiguousarray(rows[:, start:stop]).reshape(kv_heads, -1, head_dim)
         count, products = some.shape[1], some.shape[1] * kv_heads * (high - low)
-        # Rows are written side by side: their length is no multiple of the processor cache's period.
-        # Kernels read up to a tile of columns too many, but nothing that is not finite.
+        # Rows are written side by side: their length must not be a multiple of a cache's period.
         scores = np.empty((kv_heads, count, (high - low) // 32 * 32 + 48), np.float32)
-        scores[:, :, high - low :] = 0
         table, edges = _segments(key_pieces, low, high)
         tasks = kv_heads * (len(edges) - 1)
         kernels.run(kernels.score_pieces, tasks, products * head_dim, table, edges, some, scores)
@@ -560,9 +568,9 @@ def _contiguous_heads(array: Array) -> Array:
 def _segments(
     pieces: Sequence[PreparedPiece], low: int, high: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the records of the pieces that hold tokens [low, high), and where segments of them end.
+    """Return the records of the pieces that hold tokens [low, high), and where segments end.
 
-    Where they end depends on the pieces alone: sums that belong together stay so, whoever does them.
+    Where they end depends on the pieces alone, so that who does the work cannot change a sum.
     """
     kernels = _kernels()
     records, spans, edges, size, at = [], [], [0], 0, 0
@@ -617,7 +625,7 @@ def _visible(
     low: int = 0,
     high: int | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether query i, of [start, stop), sees position t, of [low, high): [queries, tokens] (A2)."""
+    """Whether query i of [start, stop) sees position t of [low, high): [queries, tokens] (A2)."""
     position = np.arange(start, query_tokens if stop is None else stop)[:, None]
     position = position + tokens - query_tokens
     token = np.arange(low, tokens if high is None else high)
@@ -681,12 +689,13 @@ def _require_options(
     if sliding_window is not None:
         if type(sliding_window) is not int or sliding_window < 1:
             raise ValueError(
-                f"sliding_window={sliding_window!r} is not a positive integer; leave it out for none"
+                f"sliding_window={sliding_window!r} is not a positive integer; leave it out for "
+                "none"
             )
         if not causal:
             raise ValueError(
-                f"sliding_window={sliding_window} counts positions back from the query's own, which "
-                "causal=False does not; use one of the two"
+                f"sliding_window={sliding_window} counts positions back from the query's own, "
+                "which causal=False does not; use one of the two"
             )
     return 1 / math.sqrt(head_dim) if scale is None else float(scale)
 

@@ -24,6 +24,8 @@ docs: .venv/docs.done
 
 benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.codec
+	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.start
 

@@ -368,7 +368,8 @@ def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
     Returns
     -------
     PreparedPiece
-        It refers to the arrays, and sees what is written to them later.
+        It refers to the arrays, and sees what is written to them later; only heads that are not
+        contiguous are copied.
 
     Raises
     ------
@@ -751,19 +752,18 @@ def _require_pieces(
     keys: Sequence[PreparedPiece], values: Sequence[PreparedPiece], head_dim: int, value_dim: int
 ) -> tuple[int, int]:
     """Return kv_heads and tokens, after all pieces agree on them."""
-    counts = {}
-    kv_heads = keys[0].kv_heads if keys else 0
+    counts = [sum(piece.tokens for piece in pieces) for pieces in (keys, values)]
+    if counts[0] != counts[1] or not counts[0]:
+        raise ValueError(
+            f"keys have {counts[0]} tokens and values {counts[1]}; both need the same number, at "
+            "least one"
+        )
+    kv_heads = keys[0].kv_heads
     for name, pieces, channels in (("keys", keys, head_dim), ("values", values, value_dim)):
-        counts[name] = sum(piece.tokens for piece in pieces)
         for i, piece in enumerate(pieces):
             if (piece.kv_heads, piece.head_dim) != (kv_heads, channels):
                 raise ValueError(
                     f"{name}[{i}] has {piece.kv_heads} heads of {piece.head_dim} channels; "
                     f"{kv_heads} of {channels} are expected"
                 )
-    if counts["keys"] != counts["values"] or not counts["keys"]:
-        raise ValueError(
-            f"keys have {counts['keys']} tokens and values {counts['values']}; both need the same "
-            "number, at least one"
-        )
-    return kv_heads, counts["keys"]
+    return kv_heads, counts[0]

@@ -353,8 +353,8 @@ def test_bounds_of_an_encoder_hold_for_frozen_scales(
     assert (before >= np.abs(direction - y) * (1 - 2.0**-50))[some].all()
 
 
-@settings(max_examples=200)
-@given(wide(), schemes())
+@settings(max_examples=500)
+@given(st.one_of(inputs(), wide()), schemes())
 def test_what_is_known_before_any_data_holds(x: Array, scheme: Scheme) -> None:
     """E1 to E4 from the scheme and the head size alone (S1, S2, S4, O1)."""
     quantized = quantized_or_none(x, scheme)
@@ -366,6 +366,8 @@ def check_a_priori(x: Array, quantized: Quantized) -> None:
     scheme, head_dim = quantized.scheme, x.shape[-1]
     known = bounds.a_priori(scheme, head_dim)
     tokens, norm = coded_tokens(x, quantized)
+    if scheme.separate_norm and ((norm > 0) & (norm < 2.0**-126)).any():
+        return  # it says nothing of such blocks
     y, scale = dequantized(quantized)
     decoded = dequantize(quantized)[..., scheme.sink_tokens :, :]
     size = np.sqrt(np.sum(np.square(tokens, dtype=np.float64), axis=-1))
@@ -377,7 +379,7 @@ def check_a_priori(x: Array, quantized: Quantized) -> None:
         )
     normal = (size > 0) & (norm >= 2.0**-126)
     normal &= np.abs(np.asarray(stored, np.float64)) >= SMALLEST_NORMAL[dtype]
-    if scheme.separate_norm and ((norm == 0) | (norm >= 2.0**-126)).all():
+    if scheme.separate_norm:
         some = norm > 0
         assert (np.abs(scale[some]) <= known.scale).all()
         direction = tokens / np.where(some, norm, 1).astype(np.float64)[..., None]
@@ -389,8 +391,8 @@ def check_a_priori(x: Array, quantized: Quantized) -> None:
         total = np.sqrt(np.sum(np.square(tokens - y.astype(np.float64)), axis=-1))
         assert (total <= known.direction_error * size * (1 + 2.0**-40))[normal].all()
     missed = np.sqrt(np.sum(np.square(tokens - decoded.astype(np.float64)), axis=-1))
-    claim = min(known.relative, 1e9)
-    assert (missed <= claim * size * (1 + 2.0**-40))[normal].all()
+    if np.isfinite(known.relative):
+        assert (missed <= known.relative * size * (1 + 2.0**-40))[normal].all()
     some = np.where(normal[..., None], tokens, 0)
     check_chords(some, decoded, np.full(normal.shape, known.chord))
 
@@ -981,6 +983,9 @@ def test_the_error_of_a_narrowed_norm_is_attained() -> None:
                 missed = abs(1 - ratio_ * np.cos(angle) * np.exp(1j * angle))
                 bound = bounds.relative_error(2 * np.sin(angle / 2), error, magnitude="lsq")
                 np.testing.assert_allclose(bound, max(missed, abs(ratio_ - 1)), rtol=1e-12)
+            else:
+                bound = bounds.relative_error(2 * np.sin(angle / 2), error, magnitude="lsq")
+                np.testing.assert_allclose(bound, 1, rtol=1e-12)
 
 
 @settings(max_examples=200)

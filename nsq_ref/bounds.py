@@ -90,7 +90,14 @@ SECOND_ORDER = 1 + 2.0**-18
 
 
 class Interval(NamedTuple):
-    """Two float64 arrays that enclose real numbers, elementwise."""
+    """Two float64 arrays that enclose real numbers, elementwise.
+
+    Examples
+    --------
+    >>> interval = Interval(np.array([-0.5]), np.array([0.25]))
+    >>> interval.high - interval.low
+    array([0.75])
+    """
 
     low: Float64
     high: Float64
@@ -151,12 +158,26 @@ class Bounds:
 
     @property
     def cosine(self) -> Float64:
-        """Lower bound of the cosine of the angle between ``x`` and ``x_hat``, [..., T] (E3)."""
+        """Lower bound of the cosine of the angle between ``x`` and ``x_hat``, [..., T] (E3).
+
+        Examples
+        --------
+        >>> import nsq_ref as nsq
+        >>> certificate(nsq.quantize(np.float32([[3, 4], [4, -3]]))).cosine.round(3)
+        array([0.997, 0.997])
+        """
         return np.maximum(1 - self.chord**2 * (0.5 + OUTWARD) - TERM, -1)
 
     @property
     def angle(self) -> Float64:
-        """Bound of the angle between ``x`` and ``x_hat``, [..., T], in radians (E3)."""
+        """Bound of the angle between ``x`` and ``x_hat``, [..., T], in radians (E3).
+
+        Examples
+        --------
+        >>> import nsq_ref as nsq
+        >>> certificate(nsq.quantize(np.float32([[3, 4], [4, -3]]))).angle.round(3)
+        array([0.08, 0.08])
+        """
         return np.minimum(2 * np.arcsin(self.chord / 2) * (1 + OUTWARD), np.pi)
 
     def logit_interval(self, query: Any) -> Interval:
@@ -193,7 +214,16 @@ class Bounds:
         return Interval(np.where(exact, 0.0, low), np.where(exact, 0.0, high))
 
     def logit(self, query: Any) -> Float64:
-        """Bound of ``abs(query . (x - x_hat))``, [..., Q, T], for queries [..., Q, D] (E6)."""
+        """Bound of ``abs(query . (x - x_hat))``, [..., Q, T], for queries [..., Q, D] (E6).
+
+        Examples
+        --------
+        >>> import nsq_ref as nsq
+        >>> known = certificate(nsq.quantize(np.float32([[3, 4], [4, -3]])))
+        >>> known.logit([[1.0, 0.0], [1.0, 1.0]]).round(2)
+        array([[0.34, 0.36],
+               [0.69, 0.59]])
+        """
         low, high = self.logit_interval(query)
         return np.maximum(-low, high)
 
@@ -201,6 +231,14 @@ class Bounds:
         """Estimate, not bound, the size of ``query . (x - x_hat)``, [..., Q, T].
 
         As the function `estimate_logit_rms`, with the widths of `direction` in place of scales.
+
+        Examples
+        --------
+        >>> import nsq_ref as nsq
+        >>> known = certificate(nsq.quantize(np.float32([[3, 4], [4, -3]])))
+        >>> known.estimate_logit_rms([[1.0, 0.0], [1.0, 1.0]]).round(2)
+        array([[0.16, 0.08],
+               [0.18, 0.18]])
         """
         return estimate_logit_rms(query, self.direction.high - self.direction.low, self.norm.high)
 
@@ -222,6 +260,11 @@ class APriori:
         Bound of ``norm(x / norm(x) - x_hat / norm(x_hat))`` (E3); 2 where none is known.
     relative : float
         Bound of ``norm(x - x_hat) / norm(x)`` (E4).
+
+    Examples
+    --------
+    >>> a_priori(Scheme.named("nsep+pchan8"), head_dim=128).relative < 0.05
+    True
     """
 
     scale: float
@@ -347,7 +390,8 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
     that norms are 0 or at least 2**-126: below, float32 norms are too coarse for unit vectors. What
     is said of a whole token (`APriori.chord`, `APriori.relative`, and without norm separation
     `APriori.direction_error`) is of tokens that are not zero, and whose stored factor, or scale
-    without norm separation, is at least the smallest normal number of its dtype.
+    without norm separation, is at least the smallest normal number of its dtype; and, without norm
+    separation, of blocks without a value beyond 2**126.
 
     Parameters
     ----------

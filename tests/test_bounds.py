@@ -363,6 +363,25 @@ def test_what_is_known_before_any_data_holds(x: Array, scheme: Scheme) -> None:
         check_a_priori(x, quantized)
 
 
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_known_of_short_blocks_holds(symmetric: bool, scale_dtype: Any) -> None:
+    """E1 to E4 where the ends of ranges are most of the error (B1, S3)."""
+    rng = np.random.default_rng(0)
+    for bits in (2, 4, 8):
+        for block_size in (1, 2, 3):
+            for scale_rule in ("range", "search"):
+                scheme = Scheme(
+                    bits=bits,
+                    symmetric=symmetric,
+                    block_size=block_size,
+                    scale_rule=scale_rule,  # type: ignore[arg-type]
+                    scale_dtype=scale_dtype,
+                )
+                x = rng.standard_normal((40, block_size, 5)).astype(np.float32)
+                check_a_priori(x, quantize(x, scheme))
+
+
 def check_a_priori(x: Array, quantized: Quantized) -> None:
     scheme, head_dim = quantized.scheme, x.shape[-1]
     known = bounds.a_priori(scheme, head_dim)

@@ -24,6 +24,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -106,6 +107,24 @@ def _pointer(_context: Any, address: Any) -> Any:
 pointer = cast(Callable[[int], Any], intrinsic(_pointer))
 
 
+def _prefetch(_context: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, without waiting for it; any address will do."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        declare = cast(Any, cgutils.get_or_insert_function)
+        function = declare(builder.module, kind, "llvm.prefetch.p0")
+        at = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        builder.call(function, [at, number(0), number(3), number(1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
+
+
 @jit_row
 def codes_at(piece: Array, h: int) -> Array:
     """One head of the packed codes."""
@@ -186,6 +205,13 @@ def spread_of(bits: int) -> Callable[[Array, int, int, Array, int], None]:
 
 
 spread_2, spread_4, spread_8 = spread_of(2), spread_of(4), spread_of(8)
+
+
+@jit_row
+def fetch(ahead: int, token: int, row_bytes: int) -> None:
+    """Ask for the packed tokens that will be read a run later, while there is other work."""
+    for i in range(0, TILE * row_bytes if ahead else 0, LINE):
+        prefetch(ahead + token * row_bytes + i)
 
 
 @jit_loop
@@ -521,10 +547,11 @@ def set_tokens(
 @jit_loop
 def run_squares(
     codes: Array, count: int, piece: Array, width: int, slope: Array, level: Array, step: Array,
-    base: Array, square: Array,
+    base: Array, ahead: int, square: Array,
 ) -> None:  # fmt: skip
     """Squared lengths of the directions of a run, but for outlier channels."""
     clear(square, RUN)
+    row = row_bytes(piece[HEAD_DIM], piece[BITS])
     for chunk in range((piece[HEAD_DIM] + width - 1) // width):
         to = np.uint64(chunk * width)
         if not piece[PER_CHANNEL]:
@@ -533,10 +560,12 @@ def run_squares(
                 square[k] += token_square(codes, at, slope, to, width, step[k], base[k])
         elif width == NARROW:
             for k in range(0, count, TILE):
+                fetch(0 if chunk else ahead, k, row)
                 at = np.uint64((chunk * RUN + k) * width)
                 add_squares_narrow(codes, at, slope, level, to, square, k)
         else:
             for k in range(0, count, TILE):
+                fetch(0 if chunk else ahead, k, row)
                 at = np.uint64((chunk * RUN + k) * width)
                 add_squares_wide(codes, at, slope, level, to, square, k)
 
@@ -544,14 +573,16 @@ def run_squares(
 @jit_loop
 def run_dots_and_squares(
     codes: Array, count: int, query: Array, piece: Array, width: int, slope: Array, level: Array,
-    dot: Array, square: Array,
+    ahead: int, dot: Array, square: Array,
 ) -> None:  # fmt: skip
     """The same with channel scales, and products with one row of ``query[channel]`` beside."""
     clear(dot, RUN)
     clear(square, RUN)
+    row = row_bytes(piece[HEAD_DIM], piece[BITS])
     for chunk in range((piece[HEAD_DIM] + width - 1) // width):
         to = np.uint64(chunk * width)
         for k in range(0, count, HALF):
+            fetch(0 if chunk or k % TILE else ahead, k, row)
             at = np.uint64((chunk * RUN + k) * width)
             if width == NARROW:
                 add_dots_and_squares_narrow(codes, at, query, slope, level, to, dot, square, k)
@@ -610,7 +641,7 @@ def product(query: Array, h: int, r: int, channels: Array) -> np.float32:
 @jit_loop
 def run_dots(
     tokens: Array, count: int, query: Array, r: int, rows: int, many: int, width: int, chunks: int,
-    out: Array,
+    ahead: int, row: int, out: Array,
 ) -> None:  # fmt: skip
     """Products of ``many`` rows, ROWS or 1, of ``query[chunk][row][width]`` with a run."""
     clear(out, many * RUN)
@@ -618,6 +649,7 @@ def run_dots(
     for chunk in range(chunks):
         to = np.uint64((chunk * rows + r) * width)
         for k in range(0, count, TILE):
+            fetch(0 if chunk else ahead, k, row)
             at = np.uint64((chunk * RUN + k) * width)
             if many == 1 and width == NARROW:
                 add_dots_narrow(tokens, at, query, to, out, k)
@@ -633,13 +665,15 @@ def run_dots(
 
 @jit_loop
 def run_totals(
-    tokens: Array, count: int, weight: Array, many: int, width: int, chunks: int, total: Array
-) -> None:
+    tokens: Array, count: int, weight: Array, many: int, width: int, chunks: int, ahead: int,
+    row: int, total: Array,
+) -> None:  # fmt: skip
     """Add a run, times weights, to ``many`` rows, ROWS or 1, of ``total[chunk][ROWS][width]``."""
     half = np.uint64(HALF * width)
     for chunk in range(chunks):
         to = np.uint64(chunk * ROWS * width)
         for k in range(0, count, TILE):
+            fetch(0 if chunk else ahead, k, row)
             at = np.uint64((chunk * RUN + k) * width)
             if many == 1 and width == NARROW:
                 add_weighted_narrow(tokens, at, weight, k, total, to)
@@ -736,13 +770,13 @@ def plain_add(weight: float, gain: float, y: Array, part: int, row: int, out: Ar
 
 
 @jit_head
-def score_codes(piece: Array, h: int, query: Array, scores: Array) -> None:
+def score_codes(piece: Array, h: int, query: Array, scores: Array, following: int) -> None:
     """Products of queries and quantized tokens, into ``scores[h, row, column]``."""
     tokens, kept = piece[TOKENS], piece[KEPT]
     rows, head_dim = query.shape[1], query.shape[2]
     width = NARROW if head_dim <= NARROW else WIDE
     chunks = (head_dim + width - 1) // width
-    packed = codes_at(piece, h)
+    packed, all_bytes = codes_at(piece, h), row_bytes(head_dim, piece[BITS])
     norms = floats_at(piece, NORMS, h, tokens, piece[NORM_KIND])
     scales = floats_at(piece, SCALES, h, scales_of(piece), piece[SCALE_KIND])
     zeros = floats_at(piece, ZEROS, h, scales_of(piece), piece[SCALE_KIND])
@@ -766,23 +800,31 @@ def score_codes(piece: Array, h: int, query: Array, scores: Array) -> None:
     while first < piece[LAST]:
         last, block = run_end(first, piece), first // piece[BLOCK_SIZE]
         count, column = last - first, piece[COLUMN] + first - piece[FIRST]
+        ahead = piece[CODES] + h * piece[STRIDES + CODES] + last * all_bytes
+        if last == piece[LAST]:
+            ahead = following
         unpack(packed, first, count, piece, width, codes)
         reach = set_channels(scales, zeros, index, block, piece, slope, level)
         set_tokens(norms, scales, zeros, first, count, piece, reach, step, base, gain, limit)
         widen(outliers, first * kept, count * kept, FLOAT16, outlier, 0)
         if alone:
-            run_dots_and_squares(codes, count, folded, piece, width, slope, level, dot, square)
+            run_dots_and_squares(
+                codes, count, folded, piece, width, slope, level, ahead, dot, square
+            )
         else:
             fold(query, h, slope, width, chunks, folded)
             if piece[RENORMALIZE]:
-                run_squares(codes, count, piece, width, slope, level, step, base, square)
+                run_squares(codes, count, piece, width, slope, level, step, base, ahead, square)
         if piece[RENORMALIZE]:
             renormalize(count, kept, outlier, limit, gain, square)
         r = 0
         while r < rows:
             many = ROWS if r + ROWS <= rows else 1
             if not alone:
-                run_dots(codes, count, folded, r, rows, many, width, chunks, dot)
+                run_dots(
+                    codes, count, folded, r, rows, many, width, chunks,
+                    0 if r or piece[RENORMALIZE] else ahead, all_bytes, dot,
+                )  # fmt: skip
             for row in range(r, r + many):
                 slopes, levels = np.float32(0), np.float32(0)
                 if not alone:
@@ -810,13 +852,13 @@ def score_codes(piece: Array, h: int, query: Array, scores: Array) -> None:
 
 
 @jit_head
-def add_codes(piece: Array, h: int, weights: Array, part: int, out: Array) -> None:
+def add_codes(piece: Array, h: int, weights: Array, part: int, out: Array, following: int) -> None:
     """Add quantized tokens times ``weights[h, row, column]`` to ``out[part, row]``."""
     tokens, kept = piece[TOKENS], piece[KEPT]
     rows, head_dim = weights.shape[1], piece[HEAD_DIM]
     width = NARROW if head_dim <= NARROW else WIDE
     chunks = (head_dim + width - 1) // width
-    packed = codes_at(piece, h)
+    packed, all_bytes = codes_at(piece, h), row_bytes(head_dim, piece[BITS])
     norms = floats_at(piece, NORMS, h, tokens, piece[NORM_KIND])
     scales = floats_at(piece, SCALES, h, scales_of(piece), piece[SCALE_KIND])
     zeros = floats_at(piece, ZEROS, h, scales_of(piece), piece[SCALE_KIND])
@@ -836,12 +878,15 @@ def add_codes(piece: Array, h: int, weights: Array, part: int, out: Array) -> No
     while first < piece[LAST]:
         last, block = run_end(first, piece), first // piece[BLOCK_SIZE]
         count, column = last - first, piece[COLUMN] + first - piece[FIRST]
+        ahead = piece[CODES] + h * piece[STRIDES + CODES] + last * all_bytes
+        if last == piece[LAST]:
+            ahead = following
         unpack(packed, first, count, piece, width, codes)
         reach = set_channels(scales, zeros, index, block, piece, slope, level)
         set_tokens(norms, scales, zeros, first, count, piece, reach, step, base, gain, limit)
         widen(outliers, first * kept, count * kept, FLOAT16, outlier, 0)
         if piece[RENORMALIZE]:
-            run_squares(codes, count, piece, width, slope, level, step, base, square)
+            run_squares(codes, count, piece, width, slope, level, step, base, ahead, square)
             renormalize(count, kept, outlier, limit, gain, square)
         r = 0
         while r < rows:
@@ -863,7 +908,10 @@ def add_codes(piece: Array, h: int, weights: Array, part: int, out: Array) -> No
                         gained = weights[h, r + s, column + k] * gain[k]
                         sum_of_outliers += gained * outlier[k * kept + i]
                     extra[s * kept + i] = sum_of_outliers
-            run_totals(codes, count, weight, many, width, chunks, total)
+            run_totals(
+                codes, count, weight, many, width, chunks,
+                0 if r or piece[RENORMALIZE] else ahead, all_bytes, total,
+            )  # fmt: skip
             for s in range(many):
                 row = r + s
                 finite = np.isfinite(gains[s]) and np.isfinite(bases[s])
@@ -903,7 +951,7 @@ def score_floats(piece: Array, h: int, query: Array, scores: Array) -> None:
         r = 0
         while r < rows:
             many = ROWS if r + ROWS <= rows else 1
-            run_dots(tokens, count, folded, r, rows, many, width, chunks, dot)
+            run_dots(tokens, count, folded, r, rows, many, width, chunks, 0, 0, dot)
             for row in range(r, r + many):
                 for k in range(count):
                     score = dot[(row - r) * RUN + k]
@@ -937,7 +985,7 @@ def add_floats(piece: Array, h: int, weights: Array, part: int, out: Array) -> N
             for s in range(many):
                 for k in range(count):
                     weight[s * RUN + k] = weights[h, r + s, column + k]
-            run_totals(tokens, count, weight, many, width, chunks, total)
+            run_totals(tokens, count, weight, many, width, chunks, 0, 0, total)
             for s in range(many):
                 finite = True
                 for chunk in range(chunks):
@@ -954,6 +1002,15 @@ def add_floats(piece: Array, h: int, weights: Array, part: int, out: Array) -> N
 # --- all pieces: a task is one head of one segment, pieces edges[i] to edges[i + 1] --------------
 
 
+@jit_row
+def next_codes(pieces: Array, i: int, h: int) -> int:
+    """Where the codes of the next piece begin, or 0."""
+    if i + 1 == len(pieces) or pieces[i + 1, BITS] == UNQUANTIZED:
+        return 0
+    start = pieces[i + 1, FIRST] * row_bytes(pieces[i + 1, HEAD_DIM], pieces[i + 1, BITS])
+    return pieces[i + 1, CODES] + h * pieces[i + 1, STRIDES + CODES] + start
+
+
 @jit
 def score_pieces(
     first: int, last: int, pieces: Array, edges: Array, query: Array, scores: Array
@@ -966,7 +1023,7 @@ def score_pieces(
             if pieces[i, BITS] == UNQUANTIZED:
                 score_floats(pieces[i], h, query, scores)
             else:
-                score_codes(pieces[i], h, query, scores)
+                score_codes(pieces[i], h, query, scores, next_codes(pieces, i, h))
 
 
 @jit
@@ -981,7 +1038,7 @@ def add_pieces(
             if pieces[i, BITS] == UNQUANTIZED:
                 add_floats(pieces[i], h, weights, task, out)
             else:
-                add_codes(pieces[i], h, weights, task, out)
+                add_codes(pieces[i], h, weights, task, out, next_codes(pieces, i, h))
 
 
 def run(work: Callable[..., None], tasks: int, products: int, *arguments: Any) -> None:

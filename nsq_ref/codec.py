@@ -315,10 +315,7 @@ def _encode(
     if backend == "oracle":
         encoded = [oracle.encode(rows[sinks:].tolist(), scheme) for rows in slab]
         return _from_lists(encoded, scheme, packed)
-    size = scheme.tokens_per_block(slab.shape[1] - sinks)
-    starts = range(sinks, slab.shape[1], size)
-    blocks = [spec.encode(slab[:, start : start + size], scheme) for start in starts]
-    joined = spec.Block(*(np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True)))
+    joined = spec.encode_blocks(slab[:, sinks:], scheme)
     packed[...] = packing.pack(joined.codes, scheme)
     return joined
 
@@ -337,16 +334,7 @@ def _decode(block: spec.Block, sinks: int, scheme: Scheme, backend: Backend, out
             out[n, sinks:] = oracle.decode(parts, out.shape[2], scheme)
         return
     codes = packing.unpack(block.codes, scheme, out.shape[2])
-    tokens = codes.shape[1]
-    size = scheme.tokens_per_block(tokens)
-    for b, start in enumerate(range(0, tokens, size)):
-        rows = slice(start, min(start + size, tokens))
-        scales = slice(b, b + 1) if scheme.axis == "channel" else rows
-        one = spec.Block(
-            codes[:, rows], block.norm[:, rows], block.scale[:, scales], block.zero[:, scales],
-            block.outlier_index[:, b : b + 1], block.outliers[:, rows], block.collapsed,
-        )  # fmt: skip
-        out[:, sinks + rows.start : sinks + rows.stop] = spec.decode(one, scheme)
+    out[:, sinks:] = spec.decode_blocks(block._replace(codes=codes), scheme)
 
 
 def _from_lists(encoded: list[dict[str, Any]], scheme: Scheme, packed: Array) -> spec.Block:

@@ -1,7 +1,8 @@
-"""NSQ-1 in plain NumPy: one block of tokens, one line a rule. docs/spec.md says why.
+"""NSQ-1 in plain NumPy, one line a rule. docs/spec.md says why.
 
-Everything is float32 and every operation rounds once, half to even. ``x`` is [..., T, D]: the
-tokens of one block (B1), sinks already removed (K1). Speed is the business of `kernels`.
+Everything is float32 and every operation rounds once, half to even. ``x`` is [..., T, D], sinks
+already removed (K1); but for `encode_blocks` and `decode_blocks` it is the tokens of one block
+(B1). Speed is the business of `kernels`.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     array([5. , 2.5], dtype=float16)
     """
     norm = rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], np.float32)  # N1
-    direction = x / where_zero(norm, np.inf)[..., None]  # N2
-    index = outlier_channels(np.max(np.abs(direction), axis=-2, keepdims=True), scheme)  # O1
+    direction = direction_of(x, norm)  # N2
+    index = outlier_channels(direction, scheme)  # O1
     coded = ~mark(index, x.shape[-1])
     low, high = extent(direction, coded, scheme)
     scale, zero = scale_and_zero(low, high, direction, coded, scheme)  # S1 S2 S3 S4
-    codes = code(direction, scale, zero, scheme)  # Q1 Q2
-    codes = np.where(coded & (norm[..., None] != 0), codes, 0).astype(np.int16)  # N2 O1
-    outliers = rounding.narrow(np.take_along_axis(direction, index, -1), np.dtype(np.float16))
+    rounded = code(direction, scale, zero, scheme)  # Q1 Q2
+    codes = without_codes(rounded, coded, norm)  # N2 O1
+    outliers = kept_outliers(direction, index)  # O1
     y = dequantized_direction(codes, scale, zero, index, outliers)
     stored = rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])  # M1-M4
     lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
@@ -86,10 +87,74 @@ def reconstruct(y: Float32, norm: npt.NDArray[Any], scheme: Scheme) -> Float32:
     return norm.astype(np.float32)[..., None] * y
 
 
-def outlier_channels(peak: Float32, scheme: Scheme) -> npt.NDArray[np.int32]:
-    """Return the channels of largest ``peak[..., 1, D]``, ascending, as [..., 1, k] (rule O1)."""
+def block_slices(tokens: int, scheme: Scheme) -> list[slice]:
+    """Cut the tokens after the sinks into blocks (rule B1)."""
+    size = scheme.tokens_per_block(tokens)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def encode_blocks(x: Float32, scheme: Scheme) -> Block:
+    """Quantize all tokens after the sinks, block by block (rule B1).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.float32([[3, 4], [-1.5, 2], [6, 8]])
+    >>> encode_blocks(x, Scheme(block_size=2)).scale.shape
+    (2, 2)
+    """
+    blocks = [encode(x[..., rows, :], scheme) for rows in block_slices(x.shape[-2], scheme)]
+    axes = (-2, -1, -2, -2, -2, -2, -1)  # of the tokens or blocks in each part
+    parts = zip(axes, zip(*blocks, strict=True), strict=True)
+    return Block(*(np.concatenate(part, axis) for axis, part in parts))
+
+
+def decode_blocks(block: Block, scheme: Scheme) -> Float32:
+    """Reconstruct what `encode_blocks` returned.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scheme = Scheme(block_size=1)
+    >>> decode_blocks(encode_blocks(np.float32([[3, 4], [-1.5, 2]]), scheme), scheme)
+    array([[ 3. ,  4. ],
+           [-1.5,  2. ]], dtype=float32)
+    """
+    decoded = []
+    for b, rows in enumerate(block_slices(block.codes.shape[-2], scheme)):
+        one = slice(b, b + 1)
+        scales = one if scheme.axis == "channel" else rows
+        part = Block(
+            block.codes[..., rows, :], block.norm[..., rows], block.scale[..., scales, :],
+            block.zero[..., scales, :], block.outlier_index[..., one, :],
+            block.outliers[..., rows, :], block.collapsed[..., rows],
+        )  # fmt: skip
+        decoded.append(decode(part, scheme))
+    return np.concatenate(decoded, axis=-2)
+
+
+def direction_of(x: Float32, norm: Float32) -> Float32:
+    """Return ``x / norm``, 0 where the norm is 0 (rule N2)."""
+    return x / where_zero(norm, np.inf)[..., None]
+
+
+def without_codes(
+    codes: Float32, coded: npt.NDArray[np.bool_], norm: Float32
+) -> npt.NDArray[np.int16]:
+    """Set the codes of outlier channels and of zero tokens to 0 (rules O1, N2)."""
+    return np.where(coded & (norm[..., None] != 0), codes, 0).astype(np.int16)
+
+
+def outlier_channels(direction: Float32, scheme: Scheme) -> npt.NDArray[np.int32]:
+    """Return the channels of largest magnitude, ascending, as [..., 1, k] (rule O1)."""
+    peak = np.max(np.abs(direction), axis=-2, keepdims=True)
     largest = np.argsort(-peak, axis=-1, kind="stable")[..., : scheme.outlier_channels]
     return np.sort(largest, axis=-1).astype(np.int32)
+
+
+def kept_outliers(direction: Float32, index: npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
+    """Return the directions of outlier channels as they are stored (rule O1)."""
+    return rounding.narrow(np.take_along_axis(direction, index, -1), np.dtype(np.float16))
 
 
 def mark(index: npt.NDArray[np.int32], head_dim: int) -> npt.NDArray[np.bool_]:
@@ -134,15 +199,23 @@ def range_scale(
     low: Float32, high: Float32, scheme: Scheme
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return scale and zero that make ``[low, high]`` the code range (rules S1, S2, S3)."""
-    dtype = FLOAT_DTYPES[scheme.scale_dtype]
-    if scheme.symmetric:
-        zero = np.zeros_like(low)
-        span = np.maximum(high, -low)
-    else:
-        zero = rounding.narrow(low, dtype).astype(np.float32)
-        span = high - zero
+    zero = range_zero(low, scheme)
+    span = range_span(low, high, zero, scheme)
     levels = np.float32(scheme.code_range[1])
-    return rounding.narrow(span / levels, dtype), zero.astype(dtype)
+    return rounding.narrow(span / levels, FLOAT_DTYPES[scheme.scale_dtype]), zero
+
+
+def range_zero(low: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+    """Return the narrowed minimum (rule S2); 0 if symmetric (rule S1)."""
+    least = np.zeros_like(low) if scheme.symmetric else low
+    return rounding.narrow(least, FLOAT_DTYPES[scheme.scale_dtype])
+
+
+def range_span(low: Float32, high: Float32, zero: npt.NDArray[Any], scheme: Scheme) -> Float32:
+    """Return what the codes from 0 to the greatest must span (rules S1, S2)."""
+    if scheme.symmetric:
+        return np.maximum(high, -low)
+    return high - zero.astype(np.float32)
 
 
 def shrunken_scales(

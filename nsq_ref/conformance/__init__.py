@@ -1,0 +1,1 @@
+"""The conformance kit: tell any implementer which rule they broke, where and why."""

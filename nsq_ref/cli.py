@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -18,7 +19,10 @@ import typer
 
 if TYPE_CHECKING:
     from nsq_ref import KeyValueSchemes, Quantized, Scheme
-    from nsq_ref.scheme import SchemeName
+    from nsq_ref.conformance.findings import Report
+    from nsq_ref.conformance.operations import Operation, Port
+    from nsq_ref.conformance.ports import Hello
+    from nsq_ref.scheme import FloatName, SchemeName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +42,24 @@ class Backend(str, Enum):
     oracle = "oracle"
 
 
+class OperationName(str, Enum):
+    """What a port can be asked."""
+
+    encode = "encode"
+    decode = "decode"
+    attend = "attend"
+    stream = "stream"
+
+
+class InputDtype(str, Enum):
+    """Dtypes that quantizers take."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+OPERATIONS_OF_PORTS: tuple[Operation, ...] = ("encode", "decode", "attend", "stream")
 BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputOption = Annotated[
@@ -268,6 +290,287 @@ def demo(
         typer.echo(
             f"\n{output / 'demo.png'}, demo.svg and demo.json hold the figure and all of it."
         )
+
+
+# --- conformance --------------------------------------------------------------------------------
+
+TARGETS = "package.module:function, file.py:function, a shared library (nsq.h), an ONNX model"
+SchemeOption = Annotated[str, typer.Option(help="A name of `nsq info`.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the scheme."),
+]
+AllOption = Annotated[bool, typer.Option("--all", help="All schemes that have a name.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")]
+CaseOption = Annotated[
+    str | None, typer.Option("--case", metavar="ID", help="One case only, as encode/exact-tie/3.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="LATITUDE",
+        help="norm-ulp=N, tie-ulp=N, gain-folding=N or flush-subnormals; none by default.",
+    ),
+]
+DtypeOption = Annotated[
+    list[InputDtype] | None, typer.Option("--dtype", help="Dtypes of the input; all by default.")
+]
+OperationOption = Annotated[
+    list[OperationName] | None, typer.Option("--operation", help="All that there are by default.")
+]
+PartialOption = Annotated[
+    bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
+]
+JunitOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML, too.")]
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str | None,
+        typer.Argument(help=f"What encodes: {TARGETS}; or a program, which does all operations."),
+    ] = None,
+    *,
+    decode: Annotated[str | None, typer.Option(metavar="TARGET", help="What decodes.")] = None,
+    attend: Annotated[str | None, typer.Option(metavar="TARGET", help="What attends.")] = None,
+    stream: Annotated[
+        str | None, typer.Option(metavar="TARGET", help="What appends and crops.")
+    ] = None,
+    custom_ops: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Operators that the ONNX models need.")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Judge answers in files, to the questions of `nsq gen --dir`."),
+    ] = None,
+    scheme: SchemeOption = "nsep+pchan4",
+    changes: SetOption = None,
+    every: AllOption = False,
+    only: CaseOption = None,
+    operations: OperationOption = None,
+    allow: AllowOption = None,
+    seed: SeedOption = 0,
+    dtypes: DtypeOption = None,
+    partial: PartialOption = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer.")] = 30.0,
+    as_json: JsonOption = False,
+    junit: JunitOption = None,
+) -> None:
+    """Check an implementation: which rule is broken, where, and why.
+
+    Exits 0 if it conforms, 1 if not, 2 for bad use.
+    """
+    from nsq_ref.conformance import ports
+    from nsq_ref.conformance.check import run
+
+    targets = {"decode": decode, "attend": attend, "stream": stream}
+    given = [name for name, value in targets.items() if value]
+    if directory is not None:
+        if target or given or custom_ops:
+            raise ValueError("--dir judges files; leave the targets out")
+        _check_answers(
+            lambda: _folder(directory), f"nsq check --dir {shlex.quote(str(directory))}",
+            (scheme, only), allow, partial, as_json, junit,
+        )  # fmt: skip
+        return
+    if not target and not given:
+        raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
+    kind = ports.target_kind(target) if target else ""
+    asked: list[Operation]
+    if kind in ("program", "library"):
+        asked = list(OPERATIONS_OF_PORTS)
+    else:
+        asked = [name for name in OPERATIONS_OF_PORTS if name == "encode" and target]
+        asked += [name for name in OPERATIONS_OF_PORTS if name in given]
+    required = [name for name in asked if kind not in ("program", "library") or name in given]
+    if operations:
+        absent = [one.value for one in operations if one.value not in asked]
+        if absent:
+            raise ValueError(f"--operation {absent[0]}: nothing was given that does it")
+        asked = required = [one for one in asked if one in {two.value for two in operations}]
+    command = ["nsq", "check", *([target] if target else [])]
+    for name, value in (*targets.items(), ("custom-ops", custom_ops)):
+        command += [f"--{name}", value] if value else []
+    command += _repeated(changes, allow, seed, dtypes, partial)
+    port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
+    try:
+        with _stages() as progress:
+            report = run(
+                port, _checked_schemes(scheme, every, changes), asked, required=required,
+                seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
+                refusals=kind != "model", only=only, command=shlex.join(command),
+                progress=progress,
+            )  # fmt: skip
+    finally:
+        port.close()
+    _show_report(report, as_json, junit)
+
+
+@app.command()
+def gen(
+    *,
+    scheme: SchemeOption = "nsep+pchan4",
+    changes: SetOption = None,
+    every: AllOption = False,
+    operations: OperationOption = None,
+    seed: SeedOption = 0,
+    dtypes: DtypeOption = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Write a file for each case, not to the pipe.")
+    ] = None,
+) -> None:
+    """Write the questions that a program answers: nsq gen | ./mine | nsq verify."""
+    from nsq_ref.conformance import ports
+    from nsq_ref.conformance.cases import cases
+
+    schemes = _checked_schemes(scheme, every, changes)
+    asked = [one.value for one in operations] if operations else list(OPERATIONS_OF_PORTS)
+    kinds = _dtypes(dtypes)
+    header = ports.hello_frame(seed, schemes, asked, kinds)
+    questions = (case for _, one in schemes for case in cases(one, asked, seed, kinds))
+    if directory is not None:
+        ports.write_files(directory, header, questions)
+    elif sys.stdout.isatty():
+        raise ValueError("the questions are binary; pipe them into a program, or give --dir")
+    else:
+        with contextlib.suppress(BrokenPipeError):  # `nsq verify` says what became of the program
+            ports.write_requests(sys.stdout.buffer, header, questions)
+
+
+@app.command()
+def verify(
+    *,
+    scheme: Annotated[
+        str | None, typer.Option(help="One of the schemes only; all by default.")
+    ] = None,
+    only: CaseOption = None,
+    allow: AllowOption = None,
+    partial: PartialOption = False,
+    as_json: JsonOption = False,
+    junit: JunitOption = None,
+) -> None:
+    """Judge the answers to `nsq gen` that a program writes into the pipe."""
+    if sys.stdin.isatty():
+        raise ValueError("the answers come through a pipe: nsq gen | ./mine | nsq verify")
+
+    def answers() -> tuple[Hello, Port]:
+        from nsq_ref.conformance import ports
+
+        hello = ports.read_hello(sys.stdin.buffer)
+        return hello, ports.Stream("the pipe", sys.stdin.buffer)
+
+    _check_answers(answers, "", (scheme, only), allow, partial, as_json, junit)
+
+
+@app.command()
+def vectors(
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder, or a .tar.gz or .zip file.")
+    ],
+) -> None:
+    """Write the test vectors, for those who check without Python."""
+    from nsq_ref.conformance.vectors import export
+
+    export(output)
+    typer.echo(f"{output}: README.md says how to read them")
+
+
+def _folder(directory: Path) -> tuple[Hello, Port]:
+    from nsq_ref.conformance import ports
+
+    if not directory.is_dir():
+        raise ValueError(f"--dir {directory}: there is no such folder")
+    header = directory / ports.HEADER_FILE
+    if not header.is_file():
+        raise ValueError(
+            f"--dir {directory}: there is no {header.name}; copy the one that `nsq gen --dir` wrote"
+        )
+    with header.open("rb") as file:
+        hello = ports.read_hello(file)
+    return hello, ports.Folder(str(directory), directory)
+
+
+def _check_answers(
+    source: Callable[[], tuple[Hello, Port]],
+    command: str,
+    chosen: tuple[str | None, str | None],
+    allow: list[str] | None,
+    partial: bool,
+    as_json: bool,
+    junit: Path | None,
+) -> None:
+    """Judge answers that were given already."""
+    from nsq_ref.conformance.check import run
+
+    hello, port = source()
+    scheme, only = chosen
+    schemes = hello.schemes
+    if only is not None and scheme is not None:
+        schemes = [(name, one) for name, one in schemes if name == scheme]
+    names = ", ".join(name for name, _ in hello.schemes)
+    if not schemes:
+        raise ValueError(f"--scheme {scheme}: the questions were about {names}")
+    with _stages() as progress:
+        report = run(
+            port, schemes, hello.operations, required=(), seed=hello.seed, latitudes=allow or (),
+            dtypes=hello.dtypes, partial=partial, only=only,
+            command=command or f"nsq gen --seed {hello.seed} | YOUR PROGRAM | nsq verify",
+            progress=progress,
+        )  # fmt: skip
+    _show_report(report, as_json, junit)
+
+
+def _repeated(
+    changes: list[str] | None,
+    allow: list[str] | None,
+    seed: int,
+    dtypes: list[InputDtype] | None,
+    partial: bool,
+) -> list[str]:
+    """Return the options that make another run ask the same."""
+    options = [text for change in changes or () for text in ("--set", change)]
+    options += [text for name in allow or () for text in ("--allow", name)]
+    options += [text for one in dtypes or () for text in ("--dtype", one.value)]
+    options += ["--seed", str(seed)] if seed else []
+    return [*options, *(["--partial"] if partial else [])]
+
+
+def _checked_schemes(name: str, every: bool, changes: list[str] | None) -> list[tuple[str, Scheme]]:
+    from dataclasses import replace
+
+    from nsq_ref import Scheme, scheme_names
+
+    if every:
+        if changes:
+            raise ValueError(
+                "--all checks the named schemes; --set changes one of them, so give one"
+            )
+        return [(one, Scheme.named(one)) for one in scheme_names()]
+    scheme = Scheme.named(name)
+    if not isinstance(scheme, Scheme):
+        raise ValueError(
+            f"--scheme {name} is a pair for keys and values; check one after the other"
+        )
+    return [(name, replace(scheme, **dict(_change(text) for text in changes or ())))]
+
+
+def _dtypes(chosen: list[InputDtype] | None) -> list[FloatName]:
+    return [one.value for one in chosen or InputDtype]
+
+
+def _show_report(report: Report, as_json: bool, junit: Path | None) -> None:
+    from nsq_ref.conformance.report import as_json as to_json
+    from nsq_ref.conformance.report import as_junit, as_text, exit_code
+
+    if junit is not None:
+        junit.write_text(as_junit(report), encoding="utf-8")
+    if as_json:
+        _print_json(to_json(report))
+    else:
+        typer.echo(as_text(report, color=sys.stdout.isatty()), nl=False)
+    raise typer.Exit(exit_code(report))
 
 
 # --- schemes ------------------------------------------------------------------------------------

@@ -431,7 +431,7 @@ def as_float_array(name: str, x: Any) -> Array:
         raise TypeError(
             f"{name} is a masked array and masks are not supported; pass {name}.filled(0)"
         )
-    given = x if isinstance(x, np.ndarray) else _import(name, x)
+    given = x if isinstance(x, np.ndarray) else as_array(name, x)
     if given.dtype in INPUT_DTYPES:
         return given
     native = given.dtype.newbyteorder("=")
@@ -443,7 +443,14 @@ def as_float_array(name: str, x: Any) -> Array:
     return given.astype(native)
 
 
-def _import(name: str, x: Any) -> Array:
+def as_array(name: str, x: Any) -> Array:
+    """Take any array, bfloat16 tensors among them, as NumPy's, if possible without a copy.
+
+    Examples
+    --------
+    >>> as_array("x", [1, 2])
+    array([1, 2])
+    """
     reasons = []
     readers: list[Callable[[Any], Array]] = [np.asarray]
     if hasattr(x, "__dlpack__"):

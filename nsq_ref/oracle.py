@@ -114,7 +114,9 @@ def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     Returns
     -------
     dict
-        Names of `Scheme.layout` to nested lists, and ``collapsed``: a flag for each token.
+        Names of `Scheme.layout` to nested lists; and for each token ``x_norm`` (N1),
+        ``direction``, ``codes``, dequantized direction ``y``, the ``factor`` that narrowing makes
+        ``norm``, ``x_hat``, and whether it ``collapsed``.
 
     Examples
     --------
@@ -122,12 +124,10 @@ def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     [5.0, 2.5]
     """
     size = scheme.block_size or len(x)
-    names = ("packed", "norm", "scale", "zero", "outlier_index", "outliers", "collapsed")
-    whole: dict[str, Any] = {name: [] for name in names}
+    whole: dict[str, Any] = {}
     for start in range(0, len(x), size):  # B1
-        block = encode_block(x[start : start + size], scheme)
-        for name in names:
-            whole[name] += block[name]
+        for name, rows in encode_block(x[start : start + size], scheme).items():
+            whole.setdefault(name, []).extend(rows)
     return whole
 
 
@@ -156,14 +156,14 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         for t in tokens
     ]
     outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
-    stored, collapsed = [], []
+    y = [[dequantized(codes[t][j], *pair(t, j)) for j in channels] for t in tokens]
     for t in tokens:
-        y = [dequantized(codes[t][j], *pair(t, j)) for j in channels]
         for j, value in zip(kept, outliers[t], strict=True):
-            y[j] = value
-        stored.append(narrow(factor(x[t], y, norms[t], scheme), scheme.norm_dtype))
-        lost = all(value == 0 for value in reconstructed(y, stored[-1], scheme))
-        collapsed.append(lost and any(value != 0 for value in x[t]))
+            y[t][j] = value
+    factors = [factor(x[t], y[t], norms[t], scheme) for t in tokens]
+    stored = [narrow(value, scheme.norm_dtype) for value in factors]
+    x_hat = [reconstructed(y[t], stored[t], scheme) for t in tokens]
+    collapsed = [not any(x_hat[t]) and any(x[t]) for t in tokens]
 
     rows = [list(column) for column in zip(*pairs, strict=True)]
     shape: Callable[[list[float]], Any] = (
@@ -177,6 +177,12 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         "outlier_index": [kept],
         "outliers": outliers,
         "collapsed": collapsed,
+        "x_norm": norms,
+        "direction": direction,
+        "codes": codes,
+        "y": y,
+        "factor": factors,
+        "x_hat": x_hat,
     }
 
 
@@ -281,9 +287,15 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
     >>> decode(encode([[3.0, 4.0]], scheme), 2, scheme)
     [[3.0, 4.0]]
     """
+    x_hat: list[list[float]] = decode_stages(parts, head_dim, scheme)["x_hat"]
+    return x_hat
+
+
+def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[str, Any]:
+    """Return ``x_hat`` of `decode`, and the ``codes`` and ``y`` that lead to it, token by token."""
     tokens = len(parts["packed"])
     size = scheme.block_size or tokens
-    result = []
+    stages: dict[str, Any] = {"codes": [], "y": [], "x_hat": []}
     for t in range(tokens):
         at = t // size if scheme.axis == "channel" else t
         codes = unpacked(parts["packed"][t], head_dim, scheme)
@@ -297,8 +309,10 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
                 parts["outlier_index"][t // size], parts["outliers"][t], strict=True
             ):
                 y[j] = value
-        result.append(reconstructed(y, parts["norm"][t], scheme))
-    return result
+        stages["codes"].append(codes)
+        stages["y"].append(y)
+        stages["x_hat"].append(reconstructed(y, parts["norm"][t], scheme))
+    return stages
 
 
 def reconstructed(y: list[float], norm: float, scheme: Scheme) -> list[float]:

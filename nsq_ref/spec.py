@@ -58,7 +58,7 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     codes = without_codes(rounded, coded, norm)  # N2 O1
     outliers = kept_outliers(direction, index)  # O1
     y = dequantized_direction(codes, scale, zero, index, outliers)
-    stored = rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])  # M1-M4
+    stored = stored_factor(x, y, norm, scheme)  # M1 M2 M3 M4
     lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
     return Block(codes, stored, scale, zero, index, outliers, lost)
 
@@ -200,9 +200,7 @@ def range_scale(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return scale and zero that make ``[low, high]`` the code range (rules S1, S2, S3)."""
     zero = range_zero(low, scheme)
-    span = range_span(low, high, zero, scheme)
-    levels = np.float32(scheme.code_range[1])
-    return rounding.narrow(span / levels, FLOAT_DTYPES[scheme.scale_dtype]), zero
+    return scale_of(range_span(low, high, zero, scheme), scheme), zero
 
 
 def range_zero(low: Float32, scheme: Scheme) -> npt.NDArray[Any]:
@@ -216,6 +214,12 @@ def range_span(low: Float32, high: Float32, zero: npt.NDArray[Any], scheme: Sche
     if scheme.symmetric:
         return np.maximum(high, -low)
     return high - zero.astype(np.float32)
+
+
+def scale_of(span: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+    """Return the narrowed scale (rules S1, S2, S3)."""
+    levels = np.float32(scheme.code_range[1])
+    return rounding.narrow(span / levels, FLOAT_DTYPES[scheme.scale_dtype])
 
 
 def shrunken_scales(
@@ -277,6 +281,11 @@ def dequantized_direction(
     at = np.broadcast_to(index, outliers.shape)
     np.put_along_axis(y, at, outliers.astype(np.float32), -1)
     return y
+
+
+def stored_factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+    """Return the narrowed factor of each token (rule M4)."""
+    return rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])
 
 
 def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Float32:

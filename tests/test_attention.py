@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 
 from nsq_ref import RangeError, Scheme, attention, dequantize, quantize
 from nsq_ref.codec import block_of
-from tests.tensors import schemes, tensors
+from nsq_ref.strategies import schemes, tensors
 
 Array = npt.NDArray[Any]
 
@@ -291,7 +291,7 @@ def test_rank_one_form(
 
 @settings(max_examples=300)
 @given(
-    x=tensors(most_tokens=12, most_channels=20),
+    x=tensors(max_tokens=12, max_head_dim=20),
     scheme=blocks.flatmap(lambda size: schemes(block_size=size, sink_tokens=0)),
     magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e4, 1e30]),
     softcap=st.sampled_from([None, 5.0]),

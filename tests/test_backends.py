@@ -12,8 +12,8 @@ from hypothesis import given, settings
 
 from nsq_ref import Quantized, RangeError, Scheme, dequantize, quantize
 from nsq_ref.codec import Backend
+from nsq_ref.strategies import inputs, schemes
 from tests.cases import Case, cases
-from tests.tensors import inputs, schemes
 
 BACKENDS = get_args(Backend)
 CASES = list(cases())

@@ -33,8 +33,8 @@ from nsq_ref import (
 )
 from nsq_ref.bounds import Bounds, Interval
 from nsq_ref.scheme import FLOAT_DTYPES
+from nsq_ref.strategies import inputs, schemes
 from tests.adversary import climb
-from tests.tensors import inputs, schemes
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]

@@ -29,7 +29,7 @@ from nsq_ref import (
     sequence,
     storage,
 )
-from tests.tensors import schemes
+from nsq_ref.strategies import schemes
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

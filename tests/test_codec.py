@@ -27,7 +27,7 @@ from nsq_ref import (
     quantize,
 )
 from nsq_ref.codec import Backend
-from tests.tensors import schemes, tensors
+from nsq_ref.strategies import schemes, tensors
 
 Float32 = npt.NDArray[np.float32]
 BACKENDS: tuple[Backend, ...] = ("numba", "numpy", "oracle")

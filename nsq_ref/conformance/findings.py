@@ -105,6 +105,8 @@ class SchemeReport:
     failures : sequence of (Case, Failure)
         Cases without an answer.
     not_implemented : sequence of Case
+    cases : sequence of Case
+        All that were asked, in order.
     """
 
     name: str
@@ -115,6 +117,7 @@ class SchemeReport:
     explained: Sequence[Explained] = ()
     failures: Sequence[tuple[Case, Failure]] = ()
     not_implemented: Sequence[Case] = ()
+    cases: Sequence[Case] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class Report:
         Cases that the port does not implement are listed, not failed.
     command : str
         The command that repeats the run; `report` appends ``--scheme`` and ``--case`` to it.
+    notes : sequence of str
+        What else the reader should know.
     """
 
     port: str
@@ -146,10 +151,13 @@ class Report:
     @property
     def conforms(self) -> bool:
         """Whether all that was asked was answered rightly, and anything was asked."""
-        return all(
+        return bool(self.schemes) and all(map(self.conforms_to, self.schemes))
+
+    def conforms_to(self, one: SchemeReport) -> bool:
+        """Return whether all that was asked of one scheme was answered rightly, and anything."""
+        return (
             not one.diagnoses
             and not one.failures
             and (self.partial or not one.not_implemented)
             and sum(one.judged.values()) > 0
-            for one in self.schemes
-        ) and bool(self.schemes)
+        )

@@ -61,6 +61,10 @@ class FrameError(ValueError):
     """What was read is not a frame."""
 
 
+class StreamEnded(FrameError):
+    """What was read is the beginning of a frame: the stream ended within it."""
+
+
 def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
     """Write named arrays as one frame.
 
@@ -201,5 +205,5 @@ def scheme_of(numbers: Array) -> Scheme:
 def _exactly(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) != size:
-        raise FrameError(f"the stream ended {size - len(data)} bytes before the frame did")
+        raise StreamEnded(f"the stream ended {size - len(data)} bytes before the frame did")
     return data

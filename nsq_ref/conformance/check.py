@@ -1,0 +1,274 @@
+"""Ask a port all cases, judge the answers, and say what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.diagnose import Judged, diagnose
+from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
+from nsq_ref.conformance.judge import Latitudes, judge
+from nsq_ref.conformance.operations import (
+    NOT_IMPLEMENTED,
+    OPERATIONS,
+    Answer,
+    Case,
+    Failure,
+    Operation,
+    Port,
+)
+from nsq_ref.conformance.ports import Callables, Stream
+from nsq_ref.scheme import KeyValueSchemes, Scheme
+
+__all__ = ["DTYPES", "check", "run"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+ASKED_AGAIN = 3  # cases of each operation
+Progress = Callable[[str, int, int], None]
+
+
+def check(
+    encode: Callable[..., Any] | None = None,
+    decode: Callable[..., Any] | None = None,
+    attend: Callable[..., Any] | None = None,
+    stream: Callable[..., Any] | None = None,
+    *,
+    scheme: Scheme | str = "nsep+pchan4",
+    seed: int = 0,
+    latitudes: Sequence[str] = (),
+    dtypes: Sequence[str] = DTYPES,
+    partial: bool = False,
+) -> Report:
+    """Check Python callables in this process, as ``nsq check`` does in one of their own.
+
+    Parameters
+    ----------
+    encode : callable, optional
+        ``encode(x, scheme)`` returns a mapping of part name to array, or a `Quantized`.
+    decode : callable, optional
+        ``decode(parts, scheme, shape)`` returns ``x_hat``.
+    attend : callable, optional
+        ``attend(query, keys, values, key_scheme, value_scheme, *, scale, causal, softcap,
+        sliding_window)`` returns the output.
+    stream : callable, optional
+        ``stream(x, scheme, steps, row)`` returns what a cache stores.
+    scheme : Scheme or str
+    seed : int
+        Of the drawn cases; 0 are those of the shipped vectors.
+    latitudes : sequence of str
+        Such as ``"norm-ulp=1"``; none by default.
+    dtypes : sequence of str
+        Dtypes of the input.
+    partial : bool
+        Let pass what the port says it does not implement.
+
+    Returns
+    -------
+    Report
+        ``report.conforms``; `nsq_ref.conformance.as_text` shows it.
+
+    Raises
+    ------
+    ValueError
+        For an unknown scheme, latitude or dtype, and where there is nothing to check.
+
+    Examples
+    --------
+    >>> import nsq_ref as nsq
+    >>> report = check(decode=lambda parts, scheme, shape: nsq.dequantize(
+    ...     nsq.Quantized(scheme, shape, np.dtype("float32"), **parts)))
+    >>> report.conforms
+    True
+    """
+    given: dict[Operation, Callable[..., Any] | None] = {
+        "encode": encode, "decode": decode, "attend": attend, "stream": stream,
+    }  # fmt: skip
+    operations = [name for name, function in given.items() if function is not None]
+    if not operations:
+        raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
+    chosen = Scheme.named(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(chosen, KeyValueSchemes):
+        raise ValueError(f"{scheme!r} is a pair for keys and values; check one after the other")
+    port = Callables("callables", **given)
+    name = scheme if isinstance(scheme, str) else "scheme"
+    return run(
+        port, [(name, chosen)], operations, seed=seed, latitudes=latitudes, dtypes=dtypes,
+        partial=partial,
+    )  # fmt: skip
+
+
+def run(
+    port: Port,
+    schemes: Sequence[tuple[str, Scheme]],
+    operations: Sequence[Operation] = OPERATIONS,
+    *,
+    required: Sequence[Operation] | None = None,
+    seed: int = 0,
+    latitudes: Sequence[str] = (),
+    dtypes: Sequence[str] = DTYPES,
+    partial: bool = False,
+    refusals: bool = True,
+    only: str | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Ask a port all cases of some schemes, and judge it.
+
+    Parameters
+    ----------
+    port : Port
+        Not closed.
+    schemes : sequence of (str, Scheme)
+        With the names that the report is to use.
+    operations : sequence of str
+    required : sequence of str, optional
+        Operations that the port must implement; all by default. Another one that it implements
+        in no case is noted, not failed.
+    seed, latitudes, dtypes, partial
+        As `check` takes them.
+    refusals : bool
+        Ask what must be refused, too; an ONNX graph cannot refuse.
+    only : str, optional
+        One case, as ``encode/exact-tie/3``.
+    command : str
+        What repeats the run, for the report.
+    progress : callable, optional
+        Told what is done, how many steps are done and how many there are.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ValueError
+        For an unknown latitude, dtype or case.
+
+    Examples
+    --------
+    >>> from nsq_ref.conformance import model
+    >>> port = Callables("model", encode=model.encode, decode=model.decode)
+    >>> report = run(port, [("naive2", Scheme.named("naive2"))], ["decode"])
+    >>> report.conforms
+    True
+    """
+    allowed = Latitudes.parse(list(latitudes))
+    questions: list[tuple[str, Scheme, list[tuple[int, Case]]]] = []
+    number = 0
+    for name, scheme in schemes:
+        numbered = list(enumerate(cases(scheme, operations, seed, tuple(dtypes)), number))
+        number += len(numbered)
+        chosen = [
+            (at, case)
+            for at, case in numbered
+            if only in (None, f"{case.operation}/{case.id}")
+            and (refusals or case.refused_by is None)
+        ]
+        if only is not None and not chosen:
+            raise ValueError(
+                f"there is no case {only!r} of {name}; cases are named like encode/exact-tie/0"
+            )
+        questions.append((name, scheme, chosen))
+    total = sum(len(chosen) for *_, chosen in questions)
+    must = tuple(operations if required is None else required)
+    reports, notes, done = [], [], 0
+    if not refusals:
+        notes.append("not asked: input that must be refused, as a graph cannot refuse")
+    for name, scheme, chosen in questions:
+        asked = []
+        for at, case in chosen:
+            if progress:
+                progress(f"{name}: {case.operation}", done, total)
+            asked.append((case, port.ask(at, case)))
+            done += 1
+        again = [] if isinstance(port, Stream) else _asked_again(port, chosen, asked)
+        one, unclaimed = _scheme_report(name, scheme, asked, again, allowed, must, progress)
+        reports.append(one)
+        notes += [f"{name}: {operation} is not implemented" for operation in unclaimed]
+    return Report(port.name, seed, tuple(latitudes), reports, partial, command, notes)
+
+
+def _asked_again(
+    port: Port,
+    numbered: Sequence[tuple[int, Case]],
+    asked: Sequence[tuple[Case, Answer | Failure]],
+) -> list[Finding]:
+    """Ask some cases once more: what a port keeps between calls must not show."""
+    seen: Counter[str] = Counter()
+    findings = []
+    for (number, case), (_, answer) in zip(numbered, asked, strict=True):
+        if not isinstance(answer, Answer) or answer.status == NOT_IMPLEMENTED:
+            continue
+        seen[case.operation] += 1
+        if seen[case.operation] > ASKED_AGAIN:
+            continue
+        second = port.ask(number, case)
+        if not isinstance(second, Answer) or not _same(answer, second):
+            what = "the same question got another answer later: something is kept between calls"
+            findings.append(Finding(case, "again", "B2", what))
+    return findings
+
+
+def _same(a: Answer, b: Answer) -> bool:
+    return (a.status, list(a.arrays)) == (b.status, list(b.arrays)) and all(
+        (one.dtype, one.shape, one.tobytes()) == (two.dtype, two.shape, two.tobytes())
+        for one, two in zip(a.arrays.values(), b.arrays.values(), strict=True)
+    )
+
+
+def _scheme_report(
+    name: str,
+    scheme: Scheme,
+    asked: Sequence[tuple[Case, Answer | Failure]],
+    again: Sequence[Finding],
+    latitudes: Latitudes,
+    required: Sequence[Operation],
+    progress: Progress | None,
+) -> tuple[SchemeReport, list[Operation]]:
+    judged: list[Judged] = []
+    failures: list[tuple[Case, Failure]] = []
+    missing: list[Case] = []
+    explained: list[Explained] = []
+    counts: Counter[str] = Counter()
+    stages: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    repeated = {id(f.case): f for f in again}
+    for case, answer in asked:
+        if isinstance(answer, Failure):
+            failures.append((case, answer))
+        elif answer.status == NOT_IMPLEMENTED:
+            missing.append(case)
+        else:
+            verdict = judge(case, answer, latitudes)
+            findings = verdict.findings
+            if id(case) in repeated:
+                findings = [repeated[id(case)], *findings]
+                verdict.stages.insert(0, "again")
+            judged.append(Judged(case, answer, findings))
+            explained += verdict.explained
+            counts[case.operation] += 1
+            wrong = {f.stage for f in findings}
+            for stage in verdict.stages:
+                tally = stages[case.operation, stage]
+                tally[0] += 1
+                tally[1] += stage in wrong
+    unclaimed: list[Operation] = []
+    for operation in OPERATIONS:
+        of_it = [case for case, _ in asked if case.operation == operation]
+        refused = [case for case in missing if case.operation == operation]
+        if of_it and len(of_it) == len(refused) and operation not in required:
+            unclaimed.append(operation)
+            missing = [case for case in missing if case.operation != operation]
+    report = SchemeReport(
+        name=name,
+        scheme=scheme,
+        judged=dict(counts),
+        stages={key: (done, wrong) for key, (done, wrong) in stages.items()},
+        diagnoses=diagnose(judged, latitudes, progress),
+        explained=explained,
+        failures=failures,
+        not_implemented=missing,
+        cases=[case for case, _ in asked],
+    )
+    return report, unclaimed

@@ -1,0 +1,209 @@
+"""Say which mistake a port makes: put known mistakes into the reference until it agrees with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from nsq_ref.conformance.findings import Diagnosis, Finding
+from nsq_ref.conformance.judge import STAGES, Latitudes, judge
+from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
+from nsq_ref.conformance.reference import Mistake, Reference
+
+__all__ = ["Judged", "diagnose"]
+
+UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
+LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
+
+
+class Judged(NamedTuple):
+    """An answer, and what was found in it."""
+
+    case: Case
+    answer: Answer
+    findings: Sequence[Finding]
+
+
+def diagnose(
+    judged: Sequence[Judged],
+    latitudes: Latitudes,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Diagnosis]:
+    """Explain all findings of a run over one scheme.
+
+    Parameters
+    ----------
+    judged : sequence of Judged
+        All answers, the right ones too: a mistake must not be seen where it would show.
+    latitudes : Latitudes
+    progress : callable, optional
+        Told what is done, how many steps are done and how many there are.
+
+    Returns
+    -------
+    list of Diagnosis
+        The first wrong stage first; each finding belongs to one of them.
+
+    Examples
+    --------
+    >>> diagnose([], Latitudes())
+    []
+    """
+    found: dict[str, Diagnosis] = {}
+    known: list[Mistake] = []
+    for operation in OPERATIONS:
+        answers = [one for one in judged if one.case.operation == operation]
+        if any(one.findings for one in answers):
+            _Search(answers, latitudes, known, found, progress).run()
+    unexplained = [one for one in found.values() if not one.mistake]
+    return [*(one for one in found.values() if one.mistake), *unexplained]
+
+
+class _Search:
+    """The diagnosis of one operation."""
+
+    def __init__(
+        self,
+        answers: Sequence[Judged],
+        latitudes: Latitudes,
+        known: list[Mistake],
+        found: dict[str, Diagnosis],
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self.answers, self.latitudes, self.progress = answers, latitudes, progress
+        self.known, self.found = known, found
+        self.operation = answers[0].case.operation
+
+    def run(self) -> None:
+        for stage in UNEXPLAINABLE:
+            self._unexplained(stage, [f for one in self.answers for f in one.findings])
+        findings = [f for one in self.answers for f in one.findings]
+        mistakes = [m for m in self.known if self.operation in m.operations]
+        if mistakes:  # what another operation has shown explains its part here
+            left = self._under(mistakes)
+            for mistake in mistakes:
+                self._explain(mistake, findings, left, ())
+            findings = left
+        given_up: set[str] = set(UNEXPLAINABLE)
+        while stages := {f.stage for f in findings} - given_up:
+            stage = min(stages, key=STAGES.index)
+            chosen = self._best(stage, mistakes, findings)
+            if chosen is None:
+                self._unexplained(stage, findings)
+                given_up.add(stage)
+                continue
+            mistake, left, alike = chosen
+            self._explain(mistake, findings, left, alike)
+            mistakes.append(mistake)
+            self.known.append(mistake)
+            findings = left
+
+    def _under(self, mistakes: Sequence[Mistake]) -> list[Finding]:
+        reference = Reference(mistakes)
+        return [f for one in self.answers for f in self._findings(one, reference)]
+
+    def _findings(self, one: Judged, reference: Reference) -> Sequence[Finding]:
+        if any(f.stage in UNEXPLAINABLE for f in one.findings):
+            return [f for f in one.findings if f.stage in UNEXPLAINABLE]
+        return judge(one.case, one.answer, self.latitudes, reference).findings
+
+    def _best(
+        self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding]
+    ) -> tuple[Mistake, list[Finding], tuple[str, ...]] | None:
+        """Return the mistake that explains a stage, what it leaves, and others like it."""
+        wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
+        failing = [one for one in self.answers if id(one.case) in wrong]
+        others = [one for one in self.answers if id(one.case) not in wrong]
+        candidates = [
+            m for m in MISTAKES.values() if self.operation in m.operations and m not in mistakes
+        ]
+        explained: list[tuple[int, Mistake, list[Finding]]] = []
+        partly: list[tuple[int, Mistake, list[Finding]]] = []
+        before = sum(wrong.values())
+        for number, mistake in enumerate(candidates):
+            if self.progress:
+                self.progress("looking for the mistake", number, len(candidates))
+            reference = Reference([*mistakes, mistake])
+            left: list[Finding] = []
+            still = 0
+            for one in failing:
+                here = self._findings(one, reference)
+                left += here
+                still += sum(f.wrong for f in here if f.stage == stage)
+                if still > (1 - LEAST_SHARE) * before:
+                    break
+            else:
+                left += [f for one in others for f in self._findings(one, reference)]
+                spoiled = sum(f.wrong for f in left if f.stage == stage)
+                if spoiled == 0:
+                    explained.append((len(left), mistake, left))
+                elif spoiled <= (1 - LEAST_SHARE) * before and len(left) < len(findings):
+                    partly.append((spoiled, mistake, left))
+        ranked = sorted(explained or partly, key=lambda one: one[0])
+        if not ranked:
+            return None
+        least, mistake, left = ranked[0]
+        alike = tuple(m.name for size, m, _ in ranked[1:] if size == least)
+        return mistake, left, alike
+
+    def _explain(
+        self,
+        mistake: Mistake,
+        findings: Sequence[Finding],
+        left: Sequence[Finding],
+        alike: tuple[str, ...],
+    ) -> None:
+        """Record a mistake, with the findings that it makes vanish."""
+        remaining = {(id(f.case), f.stage) for f in left}
+        gone = [f for f in findings if (id(f.case), f.stage) not in remaining]
+        before = self.found.get(mistake.name)
+        if before is not None:
+            gone = [*before.findings, *gone]
+            alike = before.alike
+        if not gone:
+            return
+        gone.sort(key=lambda f: STAGES.index(f.stage))
+        stages = tuple(dict.fromkeys(f.stage for f in gone))
+        first = [f for f in gone if f.stage == stages[0]]
+        says = f"{_amount(first)}: {mistake.says}."
+        self.found[mistake.name] = Diagnosis(
+            mistake.rule, mistake.name, says, stages, tuple(gone), alike
+        )
+
+    def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
+        """Record what no known mistake explains, one entry a rule."""
+        here = [f for f in findings if f.stage == stage]
+        if not here:
+            return
+        rules = [f.rule for f in here]
+        if stage not in UNEXPLAINABLE:
+            # Where plain random data is wrong too, the engineered cases tell nothing more.
+            plain = [f.rule for f in here if f.case.flags[0] == "ordinary"]
+            rules = [Counter(plain or rules).most_common(1)[0][0]] * len(here)
+        for rule in dict.fromkeys(rules):
+            of_rule = [f for f, r in zip(here, rules, strict=True) if r == rule]
+            name = f"{self.operation} {stage} {rule}"
+            if stage in UNEXPLAINABLE:
+                says = f"{_cases(of_rule)}: {of_rule[0].what}."
+            else:
+                says = f"{_amount(of_rule)}; no mistake that is known here gives these values."
+            self.found[name] = Diagnosis(rule, "", says, (stage,), tuple(of_rule))
+
+
+_NOUNS = {
+    "sinks": "sinks", "outlier_index": "outlier channels", "norm": "norms", "outliers": "outliers",
+    "zero": "zeros", "scale": "scales", "codes": "codes", "packed": "bytes", "gain": "gains",
+    "tail": "elements of the tail", "x_hat": "decoded values", "output": "outputs",
+}  # fmt: skip
+
+
+def _amount(findings: Sequence[Finding]) -> str:
+    wrong, stage = sum(f.wrong for f in findings), findings[0].stage
+    return f"{wrong} wrong {_NOUNS[stage]} in {_cases(findings)}"
+
+
+def _cases(findings: Sequence[Finding]) -> str:
+    count = len({id(f.case) for f in findings})
+    return "1 case" if count == 1 else f"{count} cases"

@@ -1,0 +1,227 @@
+"""What a port must answer: the specification on arrays with sinks, growing sequences, attention.
+
+Plain NumPy on top of `spec`, for reading and for being changed: `reference` loads this module and
+those it uses once more for every known mistake, and puts the mistake in place of a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref import attention, packing, rounding, spec
+from nsq_ref.scheme import Scheme
+
+Array = npt.NDArray[Any]
+Parts = dict[str, Array]
+BLOCK_PARTS = ("norm", "scale", "zero", "outlier_index", "outliers")
+APPEND, CROP = range(2)  # kinds of steps
+
+
+# --- whole arrays -------------------------------------------------------------------------------
+
+
+def split_sinks(x: Array, scheme: Scheme) -> tuple[Array, npt.NDArray[np.float32]]:
+    """Return the sinks as they are and the other tokens widened (rules K1, I1)."""
+    sinks = min(scheme.sink_tokens, x.shape[-2])
+    return x[..., :sinks, :], x[..., sinks:, :].astype(np.float32)
+
+
+def encode(x: Array, scheme: Scheme) -> Parts:
+    """Quantize ``x[..., T, D]`` to the parts that the specification's table lists.
+
+    Examples
+    --------
+    >>> parts = encode(np.float32([[3, 4], [-1.5, 2]]), Scheme())
+    >>> list(parts), parts["norm"]
+    (['packed', 'norm', 'scale'], array([5. , 2.5], dtype=float16))
+    """
+    sinks, coded = split_sinks(x, scheme)
+    if not coded.shape[-2]:
+        return {**empty_parts(x, scheme), **({"sinks": sinks} if scheme.sink_tokens else {})}
+    return parts_of(sinks, spec.encode_blocks(coded, scheme), scheme)
+
+
+def decode(parts: Mapping[str, Array], scheme: Scheme, shape: tuple[int, ...]) -> Array:
+    """Reconstruct ``x_hat[..., T, D]`` from the parts (rule D1).
+
+    Examples
+    --------
+    >>> x = np.float32([[3, 4], [-1.5, 2]])
+    >>> decode(encode(x, Scheme()), Scheme(), x.shape)
+    array([[ 3. ,  4. ],
+           [-1.5,  2. ]], dtype=float32)
+    """
+    decoded = []
+    if scheme.sink_tokens:
+        decoded.append(parts["sinks"].astype(np.float32))
+    if parts["packed"].shape[-2]:
+        decoded.append(spec.decode_blocks(block_of(parts, scheme, shape[-1]), scheme))
+    return np.concatenate(decoded, axis=-2)
+
+
+def parts_of(sinks: Array, block: spec.Block, scheme: Scheme) -> Parts:
+    """Return a block as the parts that the scheme stores."""
+    parts = {"packed": packing.pack(block.codes, scheme)}
+    stored = scheme.layout(scheme.sink_tokens + 1, 1)
+    parts.update({name: getattr(block, name) for name in BLOCK_PARTS if name in stored})
+    if scheme.sink_tokens:
+        parts["sinks"] = sinks
+    return parts
+
+
+def block_of(parts: Mapping[str, Array], scheme: Scheme, head_dim: int) -> spec.Block:
+    """Return the parts as the specification takes them: what the scheme implies filled in."""
+    packed, scale = parts["packed"], parts["scale"]
+    tokens = packed.shape[:-1]
+    blocks = (*tokens[:-1], len(spec.block_slices(tokens[-1], scheme)))
+    return spec.Block(
+        codes=packing.unpack(packed, scheme, head_dim),
+        norm=parts.get("norm", np.ones(tokens, np.float32)),
+        scale=scale,
+        zero=parts.get("zero", np.zeros_like(scale)),
+        outlier_index=parts.get("outlier_index", np.zeros((*blocks, 0), np.int32)),
+        outliers=parts.get("outliers", np.zeros((*tokens, 0), np.float16)),
+        collapsed=np.zeros(tokens, bool),
+    )
+
+
+def empty_parts(x: Array, scheme: Scheme) -> Parts:
+    """Return the parts of a sequence none of whose tokens is coded."""
+    layout = scheme.layout(min(scheme.sink_tokens, x.shape[-2]), x.shape[-1], x.dtype)
+    lead = x.shape[:-2]
+    return {
+        name: np.zeros((*lead, *part.shape), part.dtype)
+        for name, part in layout.items()
+        if name != "sinks"
+    }
+
+
+# --- sequences that grow and shrink -------------------------------------------------------------
+
+
+@dataclass
+class Sequence:
+    """One row of a cache: its sinks, the blocks that are sealed, and the tail."""
+
+    scheme: Scheme
+    dtype: np.dtype[Any]
+    head_dim: int
+    sinks: list[Array] = field(default_factory=list)
+    blocks: list[spec.Block] = field(default_factory=list)
+    tail: list[Array] = field(default_factory=list)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block; a cache needs a number (rule B1)."""
+        if self.scheme.block_size is None:
+            raise ValueError("a cache needs a block_size: one block of all tokens is never full")
+        return self.scheme.block_size
+
+
+def stream(x: Array, scheme: Scheme, steps: Array, row: int) -> Parts:
+    """Return what a cache stores for a row after some appends and crops (rules B1, B2, C1, K1).
+
+    Parameters
+    ----------
+    x : array, shape [rows, T, D]
+        Each row's tokens, appended in order.
+    scheme : Scheme
+        With a block size.
+    steps : int array, shape [steps, 1 + rows]
+        The kind, 0 for append and 1 for crop, and for each row how many tokens are appended, or
+        to what length it is cropped.
+    row : int
+
+    Returns
+    -------
+    dict of str to array
+        The parts of all sealed blocks, the sinks, and ``tail``.
+
+    Examples
+    --------
+    >>> x = np.ones((1, 5, 2), np.float32)
+    >>> stored = stream(x, Scheme(block_size=2), np.int32([[0, 5], [1, 3]]), row=0)
+    >>> stored["packed"].shape, stored["tail"].shape
+    ((2, 1), (1, 2))
+    """
+    sequence = Sequence(scheme, x.dtype, x.shape[-1])
+    at = 0
+    for kind, count in zip(steps[:, 0].tolist(), steps[:, 1 + row].tolist(), strict=True):
+        if kind == APPEND:
+            append(sequence, x[row, at : at + count])
+            at += count
+        else:
+            crop(sequence, count)
+    return stored(sequence)
+
+
+def append(sequence: Sequence, tokens: Array) -> None:
+    """Add tokens: to the sinks first, then to the tail, which is sealed when it is full."""
+    for token in tokens:
+        if len(sequence.sinks) < sequence.scheme.sink_tokens:
+            sequence.sinks.append(token)
+            continue
+        sequence.tail.append(token)
+        if is_full(sequence):
+            seal(sequence)
+
+
+def is_full(sequence: Sequence) -> bool:
+    """Whether the tail is a whole block (rule B1)."""
+    return len(sequence.tail) == sequence.block_size
+
+
+def seal(sequence: Sequence) -> None:
+    """Code the tail as a block whose scales never change after that (rule B1)."""
+    tokens = np.stack(sequence.tail).astype(np.float32)
+    sequence.blocks.append(spec.encode(tokens, sequence.scheme))
+    sequence.tail.clear()
+
+
+def crop(sequence: Sequence, length: int) -> None:
+    """Keep the first ``length`` tokens (rules C1, K1)."""
+    after_sinks = max(length - len(sequence.sinks), 0)
+    del sequence.sinks[length:]
+    whole, rest = divmod(after_sinks, sequence.block_size)
+    if whole < len(sequence.blocks):
+        sequence.tail = survivors(sequence, sequence.blocks[whole], rest)
+    else:
+        del sequence.tail[rest:]
+    del sequence.blocks[whole:]
+
+
+def survivors(sequence: Sequence, block: spec.Block, count: int) -> list[Array]:
+    """Return the first tokens of a sealed block as the tail keeps them (rule C1)."""
+    decoded = spec.decode(block, sequence.scheme)[:count]
+    return list(rounding.saturate(decoded, sequence.dtype))
+
+
+def stored(sequence: Sequence) -> Parts:
+    """Return what the sequence stores, as arrays."""
+    shape = (len(sequence.sinks), sequence.head_dim)
+    sinks = np.array(sequence.sinks, sequence.dtype).reshape(shape)
+    if sequence.blocks:
+        joined = spec.Block(*map(np.concatenate, zip(*sequence.blocks, strict=True)))
+        parts = parts_of(sinks, joined, sequence.scheme)
+    else:
+        parts = empty_parts(sinks, sequence.scheme)
+        if sequence.scheme.sink_tokens:
+            parts["sinks"] = sinks
+    shape = (len(sequence.tail), sequence.head_dim)
+    parts["tail"] = np.array(sequence.tail, sequence.dtype).reshape(shape)
+    return parts
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def attend(
+    query: Array, keys: Array, values: Array, options: Mapping[str, Any]
+) -> npt.NDArray[np.float64]:
+    """Attend in float64 over decoded keys and values (rules A1, A2); one row, no batch axis."""
+    return attention.attend(query[None], keys[None], values[None], **options).output[0]

@@ -1,0 +1,453 @@
+"""The vectors: what a port must answer, written by the oracle, for readers in any language.
+
+`docs/vectors.md` describes the files. ``python -m nsq_ref.conformance.vectors`` writes them anew.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from nsq_ref.conformance import cases, exact
+from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.scheme import SPEC_VERSION, Scheme
+
+__all__ = ["FOLDER", "SCHEMES", "Vector", "content", "export", "load", "names", "write"]
+
+Array = npt.NDArray[Any]
+
+FORMAT_VERSION = 1
+FOLDER = Path(__file__).parent / "vectors" / f"v{FORMAT_VERSION}"
+MANIFEST = "manifest.json"
+STATIC = ("README.md", "schema.json")  # written by hand
+ARCHIVE_FOLDER = f"nsq-vectors-v{FORMAT_VERSION}"
+MOST_ELEMENTS = 2048  # of an input; larger ones would be most of the files
+MOST_ELEMENTS_ELSEWHERE = 128  # in schemes that are not in LARGE
+
+DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype(np.int32),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+}
+
+_PLAIN = Scheme()
+SCHEMES: dict[str, Scheme] = {
+    **{
+        name: Scheme.named(name)
+        for name in (
+            "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep4", "pchan4",
+            "outlier4", "nsep+out4", "streaming4", "streaming3", "streaming2",
+        )
+    },
+    "nsep+pchan4-gain": replace(_PLAIN, magnitude="gain"),
+    "nsep+pchan4-lsq": replace(_PLAIN, magnitude="lsq"),
+    "nsep+pchan4-bfloat16": replace(_PLAIN, scale_dtype="bfloat16", norm_dtype="bfloat16"),
+    "nsep+pchan4-float32": replace(_PLAIN, scale_dtype="float32", norm_dtype="float32"),
+    "nsep+pchan4-asymmetric": replace(_PLAIN, symmetric=False),
+    "nsep+pchan4-search": replace(_PLAIN, scale_rule="search"),
+}  # fmt: skip
+# A decoder that is right on these is right on the others, which take no other way through it.
+DECODED = (
+    "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep+out4", "streaming4",
+    "nsep+pchan4-gain", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-asymmetric",
+)  # fmt: skip
+CHOSEN = {
+    "encode": tuple(SCHEMES),
+    "decode": DECODED,
+    "attend": ("nsep+pchan4", "nsep+out4", "streaming4"),
+    "stream": ("streaming4",),
+}
+LARGE = ("nsep+pchan4", "streaming4")
+LARGE_SHAPE = (2, 384, 64)
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A case and the exact answer to it.
+
+    Parameters
+    ----------
+    case : Case
+    expected : mapping of str to array
+        What a port must return; empty where it must refuse.
+    intermediates : mapping of str to array
+        What leads there, stage by stage.
+    """
+
+    case: Case
+    expected: Mapping[str, Array]
+    intermediates: Mapping[str, Array]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Return the names of the JSON files that are shipped, without their ending.
+
+    Examples
+    --------
+    >>> "encode-nsep+pchan4" in names()
+    True
+    """
+    return sorted(path.stem for path in FOLDER.glob("*-*.json"))
+
+
+def load(name: str) -> list[Vector]:
+    """Read the vectors of one scheme and operation.
+
+    Parameters
+    ----------
+    name : str
+        One of `names`.
+
+    Returns
+    -------
+    list of Vector
+
+    Raises
+    ------
+    ValueError
+        For another name.
+
+    Examples
+    --------
+    >>> vector = load("encode-nsep+pchan4")[0]
+    >>> vector.case.operation, vector.expected["packed"].dtype
+    ('encode', dtype('uint8'))
+    """
+    if name not in names():
+        raise ValueError(f"name={name!r} is not one of {', '.join(names())}")
+    file = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    scheme = Scheme.from_dict({k: v for k, v in file["scheme"].items() if k != "name"})
+    return [
+        Vector(
+            Case(
+                case["id"],
+                file["operation"],
+                scheme,
+                tuple(case["flags"]),
+                _arrays(case["inputs"]),
+                case["refusedBy"],
+            ),
+            _arrays(case["expected"]),
+            _arrays(case["intermediates"]),
+        )
+        for case in file["cases"]
+    ]
+
+
+def _arrays(objects: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: _array(one) for name, one in objects.items()}
+
+
+def _array(one: Mapping[str, Any]) -> Array:
+    dtype = DTYPES[one["dtype"]]
+    bits = np.frombuffer(bytes.fromhex(one["data"]), f"<u{dtype.itemsize}")
+    array: Array = bits.astype(f"=u{dtype.itemsize}").view(dtype).reshape(one["shape"])
+    return array
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def content(file: str) -> bytes:
+    """Return what a file of vectors holds, by the oracle.
+
+    Parameters
+    ----------
+    file : str
+        Such as ``encode-nsep+pchan4.json`` or ``large-streaming4.safetensors``.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not of this kind.
+
+    Examples
+    --------
+    >>> json.loads(content("encode-pchan4.json"))["specVersion"]
+    'NSQ-1'
+    """
+    stem, _, ending = file.rpartition(".")
+    kind, _, name = stem.partition("-")
+    if name in LARGE and (kind, ending) == ("large", "safetensors"):
+        return _large(name)
+    if name in SCHEMES and kind in OPERATIONS and ending == "json":
+        return _json(kind, name)
+    raise ValueError(f"file={file!r} is not a file of vectors; see the manifest for those")
+
+
+def files() -> list[str]:
+    """Return the names of all files of vectors, whether written or not.
+
+    Examples
+    --------
+    >>> files()[-1]
+    'large-streaming4.safetensors'
+    """
+    found = [
+        f"{operation}-{name}.json"
+        for operation in OPERATIONS
+        for name in SCHEMES
+        if _cases(operation, name)
+    ]
+    return found + [f"large-{name}.safetensors" for name in LARGE]
+
+
+def write(directory: str | Path, progress: Callable[[str], None] | None = None) -> None:
+    """Write all vectors anew; ids are only ever added.
+
+    Parameters
+    ----------
+    directory : str or path
+        Created where it does not exist.
+    progress : callable, optional
+        Told the name of each file before it is computed.
+
+    Raises
+    ------
+    ValueError
+        Where the directory holds a case that would be dropped or changed. Nothing is written then.
+    """
+    target = Path(directory)
+    contents = {}
+    for file in files():
+        if progress is not None:
+            progress(file)
+        contents[file] = content(file)
+    _require_only_additions(target, contents)
+    target.mkdir(parents=True, exist_ok=True)
+    for file, data in {
+        **contents,
+        **{name: (FOLDER / name).read_bytes() for name in STATIC},
+        MANIFEST: manifest(contents),
+    }.items():
+        (target / file).write_bytes(data)
+
+
+def manifest(contents: Mapping[str, bytes]) -> bytes:
+    """Return the manifest of files of vectors.
+
+    Parameters
+    ----------
+    contents : mapping of str to bytes
+
+    Examples
+    --------
+    >>> sorted(json.loads(manifest({})))
+    ['files', 'formatVersion', 'specVersion']
+    """
+    entries = [
+        json.dumps(file)
+        + ": "
+        + json.dumps(
+            {
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "size": len(data),
+                "numberOfCases": len(ids := list(_by_id(file, data))),
+                "ids": ids,
+            }
+        )
+        for file, data in contents.items()
+    ]
+    return _document({}, "files", entries, "{}")
+
+
+def _json(operation: Operation, name: str) -> bytes:
+    flags: dict[str, None] = {}
+    lines = []
+    for case in _cases(operation, name):
+        answer = exact.answer(case)
+        flags.update(dict.fromkeys(case.flags))
+        one = {
+            "id": case.id,
+            "flags": case.flags,
+            "result": "refused" if answer.refused_by else "done",
+            "refusedBy": case.refused_by,
+            "inputs": _objects(case.inputs),
+            "expected": _objects(answer.expected),
+            "intermediates": _objects(answer.intermediates),
+        }
+        lines.append(json.dumps(one, separators=(",", ":")))
+    notes = {
+        flag: {
+            "bugType": cases.FLAGS[flag].bug_type,
+            "rule": cases.FLAGS[flag].rule,
+            "description": cases.FLAGS[flag].description,
+        }
+        for flag in sorted(flags)
+    }
+    head = {
+        "operation": operation,
+        "scheme": {"name": name, **SCHEMES[name].to_dict()},
+        "numberOfCases": len(lines),
+        "notes": notes,
+    }
+    return _document(head, "cases", lines, "[]")
+
+
+def _document(head: Mapping[str, Any], last: str, lines: Iterable[str], brackets: str) -> bytes:
+    """Return a JSON object of few lines; the last property has a line for each of its items."""
+    versions = {"specVersion": SPEC_VERSION, "formatVersion": FORMAT_VERSION}
+    first = [f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in {**versions, **head}.items()]
+    text = ",\n".join(lines)
+    return (
+        "{\n" + "".join(first) + f'"{last}": {brackets[0]}\n{text}\n{brackets[1]}' + "\n}\n"
+    ).encode()
+
+
+def _objects(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    return {name: _object(array) for name, array in arrays.items()}
+
+
+def _object(array: Array) -> dict[str, Any]:
+    bits = np.ascontiguousarray(array).view(f"u{array.itemsize}")
+    data = bits.astype(f"<u{array.itemsize}").tobytes().hex()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+@cache
+def _all_cases(name: str) -> list[Case]:
+    return cases.cases(SCHEMES[name])
+
+
+def _cases(operation: Operation, name: str) -> list[Case]:
+    most = MOST_ELEMENTS if name in LARGE else MOST_ELEMENTS_ELSEWHERE
+    return [
+        case
+        for case in _all_cases(name)
+        if case.operation == operation
+        and name in CHOSEN[operation]
+        and all(array.size <= most for array in case.inputs.values())
+    ]
+
+
+def _large(name: str) -> bytes:
+    """A case too large for JSON: normal values, norms of a wide range, an outlier channel."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(LARGE_SHAPE) * 10.0 ** rng.uniform(-2, 2, (*LARGE_SHAPE[:2], 1))
+    x[..., 3] *= 30
+    case = Case("large/0", "encode", SCHEMES[name], (), {"x": x.astype(np.float16)})
+    answer = exact.answer(case)
+    arrays = {**case.inputs, **answer.expected, "x_hat": answer.intermediates["x_hat"]}
+    description = {
+        "specVersion": SPEC_VERSION,
+        "formatVersion": FORMAT_VERSION,
+        "id": case.id,
+        "scheme": {"name": name, **case.scheme.to_dict()},
+    }
+    # `save` takes memory as it lies, and writes several entries of metadata in any order.
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return bytes(save(arrays, {"nsq_vector": json.dumps(description)}))
+
+
+def _by_id(file: str, data: bytes) -> dict[str, Any]:
+    """Return what a file says of each id."""
+    if file.endswith(".json"):
+        return {case["id"]: case for case in json.loads(data)["cases"]}
+    size = int.from_bytes(data[:8], "little")
+    description = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["nsq_vector"])
+    return {description["id"]: data}
+
+
+def _require_only_additions(target: Path, contents: Mapping[str, bytes]) -> None:
+    if not (target / MANIFEST).exists():
+        return
+    lost = []
+    for file in json.loads((target / MANIFEST).read_bytes())["files"]:
+        before = _by_id(file, (target / file).read_bytes())
+        now = _by_id(file, contents[file]) if file in contents else {}
+        lost += [f"{file}: {one}" for one, case in before.items() if now.get(one) != case]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} cases in {target} would be dropped or changed, the first is {lost[0]}; "
+            "ids are only ever added: give a changed case a new id, or empty the folder if its "
+            "vectors were never released"
+        )
+
+
+# --- exporting ----------------------------------------------------------------------------------
+
+
+def export(path: str | Path) -> None:
+    """Write the shipped vectors, their schema and ``nsq.h`` to where no Python is needed.
+
+    Parameters
+    ----------
+    path : str or path
+        A name that ends in ``.tar.gz`` or ``.zip`` is an archive, always of the same bytes; any
+        other is a directory.
+
+    Raises
+    ------
+    OSError
+        Where it cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export(Path(folder) / "vectors.zip")
+    ...     with zipfile.ZipFile(Path(folder) / "vectors.zip") as archive:
+    ...         print(archive.namelist()[0])
+    nsq-vectors-v1/README.md
+    """
+    target = Path(path)
+    shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
+    contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
+    if target.name.endswith(".tar.gz"):
+        target.write_bytes(_tar(contents))
+    elif target.suffix == ".zip":
+        target.write_bytes(_zip(contents))
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, data in contents.items():
+            (target / name).write_bytes(data)
+
+
+def _tar(contents: Mapping[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for name, data in contents.items():
+            member = tarfile.TarInfo(f"{ARCHIVE_FOLDER}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def _zip(contents: Mapping[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            member = zipfile.ZipInfo(f"{ARCHIVE_FOLDER}/{name}")  # its date is that of 1980
+            member.create_system = 3
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, data, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
+
+
+if __name__ == "__main__":
+    write(FOLDER, lambda file: print(file, file=sys.stderr))

@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types docs benchmark clean
+.PHONY: demo test test-torch lint types docs benchmark clean
 
 demo: .venv/demo.done
 	$(BIN)/nsq demo
 
 test: .venv/test.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+test-torch: .venv/torch.done
+	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

@@ -42,13 +42,8 @@ class Backend(str, Enum):
     oracle = "oracle"
 
 
-class OperationName(str, Enum):
-    """What a port can be asked."""
-
-    encode = "encode"
-    decode = "decode"
-    attend = "attend"
-    stream = "stream"
+OPERATIONS_OF_PORTS: tuple[Operation, ...] = ("encode", "decode", "attend", "stream")
+OperationName = Enum("OperationName", {name: name for name in OPERATIONS_OF_PORTS}, type=str)  # type: ignore[misc]
 
 
 class InputDtype(str, Enum):
@@ -59,7 +54,6 @@ class InputDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-OPERATIONS_OF_PORTS: tuple[Operation, ...] = ("encode", "decode", "attend", "stream")
 BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputOption = Annotated[
@@ -509,17 +503,40 @@ def _check_answers(
     schemes = hello.schemes
     if only is not None and scheme is not None:
         schemes = [(name, one) for name, one in schemes if name == scheme]
-    names = ", ".join(name for name, _ in hello.schemes)
     if not schemes:
+        names = ", ".join(name for name, _ in hello.schemes)
         raise ValueError(f"--scheme {scheme}: the questions were about {names}")
+    questions = shlex.join(["nsq", "gen", *_questions(hello)])
     with _stages() as progress:
         report = run(
             port, schemes, hello.operations, required=(), seed=hello.seed, latitudes=allow or (),
             dtypes=hello.dtypes, partial=partial, only=only,
-            command=command or f"nsq gen --seed {hello.seed} | YOUR PROGRAM | nsq verify",
-            progress=progress,
+            command=command or f"{questions} | YOUR PROGRAM | nsq verify", progress=progress,
         )  # fmt: skip
     _show_report(report, as_json, junit)
+
+
+def _questions(hello: Hello) -> list[str]:
+    """Return the options of `nsq gen` that ask the same again."""
+    from nsq_ref import Scheme, scheme_names
+    from nsq_ref.conformance.check import DTYPES
+
+    options = ["--seed", str(hello.seed)] if hello.seed else []
+    names = [name for name, _ in hello.schemes]
+    if names == scheme_names():
+        options.append("--all")
+    else:
+        for name, scheme in hello.schemes:
+            named = Scheme.named(name)
+            usual = named.to_dict() if isinstance(named, Scheme) else {}
+            options += ["--scheme", name]
+            for field, value in scheme.to_dict().items():
+                options += ["--set", f"{field}={value}"] if usual.get(field) != value else []
+    if tuple(hello.operations) != OPERATIONS_OF_PORTS:
+        options += [text for one in hello.operations for text in ("--operation", one)]
+    if tuple(hello.dtypes) != DTYPES:
+        options += [text for one in hello.dtypes for text in ("--dtype", one)]
+    return options
 
 
 def _repeated(

@@ -142,10 +142,20 @@ def test_deterministic() -> None:
     assert same[0] == same[1]
 
 
-@pytest.mark.parametrize(("name", "pinned"), [])
+@pytest.mark.parametrize(
+    ("name", "pinned"),
+    [
+        ("nsep+pchan4", "5562e8a64f3110bb"),
+        ("streaming4", "e10174a9eeebce73"),
+        ("nsep+out4", "de40d2e39791df9f"),
+        ("naive2", "082efb47e947984b"),
+        ("bfloat16", "cdf196bc82ae079a"),
+        ("search", "ab8766f6651013a1"),
+    ],
+)
 def test_pinned(name: str, pinned: str) -> None:
     """Cases are the same with every version of NumPy."""
-    assert digest(built(name)) == pinned
+    assert digest(built(name))[:16] == pinned
 
 
 def test_operations_and_dtypes_only_leave_out() -> None:
@@ -179,9 +189,11 @@ def test_exact_ties(name: str) -> None:
     blocks = np.arange(len(x)) // scheme.tokens_per_block(len(x))
     pick = blocks if scheme.axis == "channel" else np.arange(len(x))
     scale, zero = (part[pick].astype(np.float64) for part in (block.scale, block.zero))
-    coded = scale != 0
+    coded = np.broadcast_to(scale != 0, x.shape).copy()
     quotient = (x / norm[:, None] - zero) / np.where(coded, scale, np.inf)
-    halves = np.broadcast_to(coded, x.shape) & (np.abs(quotient % 1 - 0.5) == 0)
+    for t in range(len(x)):
+        coded[t, block.outlier_index[blocks[t]]] = False
+    halves = coded & (np.abs(quotient % 1 - 0.5) == 0)
     low, high = scheme.code_range
     ties = {float(q) for q in quotient[halves]}
     assert min(ties) == low + 0.5

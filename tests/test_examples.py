@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 from nsq_ref import Scheme, dequantize, quantize, rounding
-from nsq_ref.conformance import cases as kit_cases
+from nsq_ref.conformance.cases import cases as conformance_cases
 from nsq_ref.conformance.frames import DTYPES, scheme_array
 from nsq_ref.strategies import inputs
 from tests import cases
@@ -204,7 +204,7 @@ def test_the_example_agrees_on_engineered_input(port: Port) -> None:
     # The norm next to a middle of two float16: which float32 it is decides which float16.
     middles = [k * 2**13 + side for k in (2049, 2051, 3077) for side in (-1, 1)]
     ties = np.ldexp(np.concatenate([norm_at(middle) for middle in middles]), -24)
-    kit = [case.inputs["x"] for case in kit_cases.cases(Scheme(), ["encode"])]
+    kit = [case.inputs["x"] for case in conformance_cases(Scheme(), ["encode"])]
     for x in (ties, *kit, *(x for _, x, _ in cases.cases())):
         assert agrees(port, x, Scheme())
         assert agrees(port, x.astype(ml_dtypes.bfloat16), Scheme(block_size=2))

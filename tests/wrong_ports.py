@@ -34,8 +34,8 @@ class Knobs:
 
     # I1 I2 K1
     compute: str = "float32"  # or "input": float16 input is computed in float16
-    nan: bool = False  # accepted
-    infinity: bool = False  # accepted
+    nan: bool = False  # taken as 0, as by a maximum that skips it
+    infinity: bool = False  # taken as the largest number
     sinks_float32: bool = False
     sinks_in_scale: bool = False
     sinks_coded: bool = False  # stored as sinks, but quantized and decoded first
@@ -110,7 +110,7 @@ class Knobs:
     renormalize_gain: bool = False
     decode_check: bool = True
     # structure
-    dtype_of: str = ""  # a part that is stored as float32, or as int64
+    dtype_of: str = ""  # a part that is stored as float32, or as other integers
     missing: str = ""
     extra: str = ""
     # B1 B2
@@ -529,8 +529,8 @@ def range_scale(
         wide = span * (F32(1) / levels)
     elif knobs.scale == "narrowed maximum":
         wide = narrowed(span, dtype).astype(F32) / levels
-    elif knobs.scale == "float64":
-        wide = span.astype(F64) / F64(levels)
+    elif knobs.scale == "float64":  # the quotient alone would be rounded alike
+        wide = (high.astype(F64) - zero.astype(F64)) / F64(levels)
         how = "float64"
     else:
         wide = span / levels
@@ -907,6 +907,10 @@ class Port:
         knobs = self.knobs
         with np.errstate(all="ignore"):
             refuse(x, knobs)
+            if knobs.nan:
+                x = np.where(np.isnan(x.astype(F32)), x.dtype.type(0), x)
+            if knobs.infinity:
+                x = np.where(np.isinf(x.astype(F32)), x.dtype.type(1), x)
             shared = x.reshape(-1, x.shape[-1]) if knobs.heads == "shared" and x.ndim > 2 else None
             found = [encode_sequence(one, scheme, knobs, shared) for one in sequences(x)]
             lead = x.shape[:-2]
@@ -917,7 +921,8 @@ class Port:
         self._keep(parts)
         if knobs.dtype_of:
             part = parts[knobs.dtype_of]
-            parts[knobs.dtype_of] = part.astype(np.int64 if part.dtype.kind in "iu" else F32)
+            other = {"u": np.int32, "i": np.uint8}.get(part.dtype.kind, F32)
+            parts[knobs.dtype_of] = part.astype(other)
         if knobs.missing:
             del parts[knobs.missing]
         if knobs.extra:
@@ -928,15 +933,17 @@ class Port:
 
     def _keep(self, parts: Parts) -> None:
         """Let earlier calls show in a result."""
-        key = parts["packed"].shape, parts["scale"].shape
+        key = parts["scale"].shape
         if self.knobs.state == "scales by shape":
             parts["scale"] = self._largest.setdefault(key, parts["scale"])
         elif self.knobs.state == "largest scale":
             before = self._largest.get(key, parts["scale"])
             parts["scale"] = self._largest[key] = np.maximum(before, parts["scale"])
         elif self.knobs.state == "bytes not cleared":
-            before = self._largest.get(key, np.zeros_like(parts["packed"]))
-            parts["packed"] = self._largest[key] = before | parts["packed"]
+            memory = self._largest.setdefault("bytes", np.zeros(1 << 16, np.uint8))
+            packed = memory[: parts["packed"].size].reshape(parts["packed"].shape)
+            packed |= parts["packed"]
+            parts["packed"] = packed
 
     # --- decode
 
@@ -994,7 +1001,8 @@ class Port:
         with np.errstate(all="ignore"):
             cache = Cache(scheme, self.knobs, x.dtype, x.shape[-1])
             if self.knobs.stream_rows == "shared":
-                cache.others = x.reshape(-1, x.shape[-1])
+                others = np.delete(x, row, axis=0)
+                cache.others = others.reshape(-1, x.shape[-1]) if len(others) else None
             at = 0
             for step in steps.tolist():
                 if step[0] == 0:

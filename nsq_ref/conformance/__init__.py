@@ -11,9 +11,8 @@ Examples
 CONFORMS to naive4 in all that was asked: encode ... cases.
 """
 
-from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.check import check
 from nsq_ref.conformance.findings import Report
 from nsq_ref.conformance.report import as_json, as_junit, as_text
 
-__all__ = ["Report", "as_json", "as_junit", "as_text", "cases", "check"]
+__all__ = ["Report", "as_json", "as_junit", "as_text", "check"]

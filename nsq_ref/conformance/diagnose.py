@@ -16,6 +16,7 @@ __all__ = ["Judged", "diagnose"]
 
 UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
 LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
+PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
 
 
 class Judged(NamedTuple):
@@ -57,7 +58,11 @@ def diagnose(
         answers = [one for one in judged if one.case.operation == operation]
         if any(one.findings for one in answers):
             _Search(answers, latitudes, known, found, progress).run()
-    unexplained = [one for one in found.values() if not one.mistake]
+    # What is wrong on plain data comes first: input that is taken or refused by way of it follows.
+    unexplained = sorted(
+        (one for one in found.values() if not one.mistake),
+        key=lambda one: not any(_is_plain(f) for f in one.findings),
+    )
     return [*(one for one in found.values() if one.mistake), *unexplained]
 
 
@@ -89,7 +94,8 @@ class _Search:
         given_up: set[str] = set(UNEXPLAINABLE)
         while stages := {f.stage for f in findings} - given_up:
             stage = min(stages, key=STAGES.index)
-            chosen = self._best(stage, mistakes, findings)
+            # Behind a stage that is not understood, what explains only a part is no explanation.
+            chosen = self._best(stage, mistakes, findings, given_up == set(UNEXPLAINABLE))
             if chosen is None:
                 self._unexplained(stage, findings)
                 given_up.add(stage)
@@ -105,14 +111,15 @@ class _Search:
         return [f for one in self.answers for f in self._findings(one, reference)]
 
     def _findings(self, one: Judged, reference: Reference) -> Sequence[Finding]:
-        if any(f.stage in UNEXPLAINABLE for f in one.findings):
-            return [f for f in one.findings if f.stage in UNEXPLAINABLE]
-        return judge(one.case, one.answer, self.latitudes, reference).findings
+        kept = [f for f in one.findings if f.stage in UNEXPLAINABLE]
+        if any(f.stage != "again" for f in kept):  # the others end the judging
+            return kept
+        return [*kept, *judge(one.case, one.answer, self.latitudes, reference).findings]
 
     def _best(
-        self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding]
+        self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding], part: bool
     ) -> tuple[Mistake, list[Finding], tuple[str, ...]] | None:
-        """Return the mistake that explains a stage, what it leaves, and others like it."""
+        """Return the mistake that explains a stage, or `part` of it, what it leaves, and others."""
         wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
         failing = [one for one in self.answers if id(one.case) in wrong]
         others = [one for one in self.answers if id(one.case) not in wrong]
@@ -137,9 +144,11 @@ class _Search:
             else:
                 left += [f for one in others for f in self._findings(one, reference)]
                 spoiled = sum(f.wrong for f in left if f.stage == stage)
+                if len(left) >= len(findings):
+                    continue
                 if spoiled == 0:
                     explained.append((len(left), mistake, left))
-                elif spoiled <= (1 - LEAST_SHARE) * before and len(left) < len(findings):
+                elif part and spoiled <= (1 - LEAST_SHARE) * before:
                     partly.append((spoiled, mistake, left))
         ranked = sorted(explained or partly, key=lambda one: one[0])
         if not ranked:
@@ -172,6 +181,16 @@ class _Search:
             mistake.rule, mistake.name, says, stages, tuple(gone), alike
         )
 
+    def _needs_blocks(self, findings: Sequence[Finding]) -> bool:
+        """Whether whatever has several blocks is wrong, and whatever has one is right (rule B1)."""
+        if self.operation not in ("encode", "decode"):
+            return False
+        wrong = {id(f.case) for f in findings}
+        several = [one.case for one in self.answers if _blocks(one.case) > 1]
+        return all(_blocks(f.case) > 1 for f in findings) and (
+            len(wrong) >= LEAST_SHARE * len(several)
+        )
+
     def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
         """Record what no known mistake explains, one entry a rule."""
         here = [f for f in findings if f.stage == stage]
@@ -180,8 +199,9 @@ class _Search:
         rules = [f.rule for f in here]
         if stage not in UNEXPLAINABLE:
             # Where plain random data is wrong too, the engineered cases tell nothing more.
-            plain = [f.rule for f in here if f.case.flags[0] == "ordinary"]
-            rules = [Counter(plain or rules).most_common(1)[0][0]] * len(here)
+            plain = [f.rule for f in here if _is_plain(f)]
+            rule = Counter(plain or rules).most_common(1)[0][0]
+            rules = ["B1" if self._needs_blocks(here) else rule] * len(here)
         for rule in dict.fromkeys(rules):
             of_rule = [f for f, r in zip(here, rules, strict=True) if r == rule]
             name = f"{self.operation} {stage} {rule}"
@@ -190,6 +210,17 @@ class _Search:
             else:
                 says = f"{_amount(of_rule)}; no mistake that is known here gives these values."
             self.found[name] = Diagnosis(rule, "", says, (stage,), tuple(of_rule))
+
+
+def _is_plain(finding: Finding) -> bool:
+    return finding.case.flags[0] in PLAIN
+
+
+def _blocks(case: Case) -> int:
+    """Count the blocks of a case of `encode` or `decode` (rule B1)."""
+    shape = case.inputs["x"].shape if case.operation == "encode" else case.inputs["shape"]
+    coded = max(int(shape[-2]) - case.scheme.sink_tokens, 0)
+    return -(-coded // (case.scheme.block_size or max(coded, 1)))
 
 
 _NOUNS = {

@@ -61,7 +61,7 @@ class FrameError(ValueError):
     """What was read is not a frame."""
 
 
-class StreamEnded(FrameError):
+class StreamEndedError(FrameError):
     """What was read is the beginning of a frame: the stream ended within it."""
 
 
@@ -205,5 +205,5 @@ def scheme_of(numbers: Array) -> Scheme:
 def _exactly(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) != size:
-        raise StreamEnded(f"the stream ended {size - len(data)} bytes before the frame did")
+        raise StreamEndedError(f"the stream ended {size - len(data)} bytes before the frame did")
     return data

@@ -275,24 +275,6 @@ def shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) -> 
     )
 
 
-def one_range_for_all_blocks(original: Function, reference: Reference) -> Function:
-    spec = reference.spec
-
-    def encode_blocks(x: Any, scheme: Scheme) -> Any:
-        whole = spec.encode(x, replace(scheme, block_size=None))
-        parts = original(x, scheme)
-        if scheme.axis == "token" or scheme.outlier_channels:
-            return parts
-        count = parts.scale.shape[-2]
-        return whole._replace(
-            scale=np.repeat(whole.scale, count, axis=-2),
-            zero=np.repeat(whole.zero, count, axis=-2),
-            outlier_index=parts.outlier_index,
-        )
-
-    return encode_blocks
-
-
 def without_zero_tokens(original: Function, direction: Any, coded: Any, scheme: Scheme) -> Any:
     zero = ~np.any(direction != 0, axis=-1, keepdims=True)
     return original(direction, coded & ~zero, scheme)
@@ -455,6 +437,27 @@ def run_of_three() -> dict[str, Change]:
         return (bits << np.arange(3, dtype=np.int16)).sum(-1, dtype=np.int16) - np.int16(
             scheme.code_offset
         )
+
+    return {"packing.pack": around(pack), "packing.unpack": around(unpack)}
+
+
+def rows_that_share_bytes() -> dict[str, Change]:
+    """P1 of all tokens as one row; what is left over is zero bytes."""
+
+    def pack(original: Function, codes: Any, scheme: Scheme) -> Any:
+        right = original(codes, scheme)
+        run = original(codes.reshape(*codes.shape[:-2], -1), scheme)
+        packed = np.zeros((*codes.shape[:-2], right.shape[-2] * right.shape[-1]), np.uint8)
+        packed[..., : run.shape[-1]] = run
+        return packed.reshape(right.shape)
+
+    def unpack(original: Function, packed: Any, scheme: Scheme, head_dim: int) -> Any:
+        tokens = packed.shape[-2]
+        run = packed.reshape(*packed.shape[:-2], -1)[
+            ..., : row_bytes(tokens * head_dim, scheme.bits)
+        ]
+        codes = original(run, scheme, tokens * head_dim)
+        return codes.reshape(*packed.shape[:-1], head_dim)
 
     return {"packing.pack": around(pack), "packing.unpack": around(unpack)}
 
@@ -729,6 +732,26 @@ def one_less(value: Any, query: Any, keys: Any) -> Any:
     return None if value is None else max(value - 1, 1)
 
 
+def seeing(span: Function) -> dict[str, Change]:
+    """Let a query at ``position`` see the positions of ``span(position, window, tokens)``."""
+
+    def attend(original: Function, query: Any, keys: Any, values: Any, options: Any) -> Any:
+        if not options["causal"]:
+            return original(query, keys, values, options)
+        tokens, queries = keys.shape[1], query.shape[1]
+        plain = {**options, "causal": False, "sliding_window": None}
+        output = np.zeros((*query.shape[:2], values.shape[-1]))
+        for i in range(queries):
+            first, stop = span(tokens - queries + i, options["sliding_window"] or tokens, tokens)
+            rows = slice(max(first, 0), stop)
+            if rows.start < stop:
+                one = query[:, i : i + 1]
+                output[:, i : i + 1] = original(one, keys[:, rows], values[:, rows], plain)
+        return output
+
+    return {"model.attend": around(attend)}
+
+
 def positions_from_zero(
     original: Function, query: Any, keys: Any, values: Any, options: Any
 ) -> Any:
@@ -800,6 +823,11 @@ def _mistakes() -> list[Mistake]:
            f"directions are x over the norm as stored in {dtype}; divide by the float32 norm",
            ENCODE, {"spec.direction_of": direction_from_narrowed(dtype)})
           for dtype in ("float16", "bfloat16")),
+        *((f"directions in {dtype}", "N2", f"directions are narrowed to {dtype}; they are float32",
+           ENCODE, {"spec.direction_of": knowing_after(lambda reference, dtype=dtype: (
+               lambda direction, *_: reference.rounding.narrow(
+                   direction, FLOAT_DTYPES[dtype]).astype(F32)))})
+          for dtype in ("float16", "bfloat16")),
         *((f"epsilon {epsilon:g} added to the norm", "N2",
            f"directions are x / (norm + {epsilon:g}); there is no epsilon",
            ENCODE, {"spec.direction_of": with_epsilon(epsilon)})
@@ -863,9 +891,6 @@ def _mistakes() -> list[Mistake]:
         ("codes from the zero before narrowing", "S3",
          "codes were made with the zero before it was narrowed",
          ENCODE, {"spec.code": zero_before_narrowing}),
-        ("scale in double precision", "S3",
-         "scales were narrowed from a float64 quotient; round to float32 first",
-         ENCODE, {"spec.scale_of": scale_from(lambda span, levels: span.astype(F64) / F64(levels))}),
         ("maximum narrowed before the division", "S3",
          "the maximum was narrowed before it was divided; narrow the quotient",
          ENCODE, {"spec.scale_of": knowing(lambda reference, span, scheme: reference.rounding.narrow(
@@ -930,7 +955,9 @@ def _mistakes() -> list[Mistake]:
          "the most negative code is written; symmetric codes end at -qmax",
          ENCODE, {"spec.code": instead(lambda d, scale, zero, scheme: np.clip(
              np.rint(quotient(d, scale, zero)),
-             scheme.code_range[0] - scheme.symmetric, scheme.code_range[1]).astype(F32))}),
+             scheme.code_range[0] - scheme.symmetric, scheme.code_range[1]).astype(F32)),
+                  **stored_as(lambda codes, scheme: codes + np.int16(scheme.code_offset),
+                              lambda numbers, scheme: numbers - np.int16(scheme.code_offset))}),
         # P1
         ("highest bits first", "P1",
          "the order of the channels in each byte is turned round (nibbles swapped)",
@@ -948,6 +975,8 @@ def _mistakes() -> list[Mistake]:
              lambda codes, scheme: np.abs(codes) + np.int16(scheme.code_offset) * (codes < 0),
              lambda numbers, scheme: np.where(
                  numbers >= scheme.code_offset, scheme.code_offset - numbers, numbers).astype(np.int16))),
+        ("rows that share bytes", "P1", "a row starts in the byte where the one before ends",
+         (*ENCODE, "decode"), rows_that_share_bytes()),
         ("halves of the row in one byte", "P1", "a byte holds a channel of each half of the row",
          (*ENCODE, "decode"), channels_in(halves_apart)),
         ("3-bit codes one behind the other", "P1",
@@ -1018,14 +1047,20 @@ def _mistakes() -> list[Mistake]:
          ENCODE, {"spec.outlier_channels": instead(by_magnitude)}),
         ("outliers in the range", "O1", "outlier channels enter the scale of their token",
          ENCODE, {"spec.extent": around(range_with_outliers)}),
+        ("scales of outlier channels", "O1",
+         "outlier channels have scales; with axis channel these are to be 0",
+         ENCODE, {"spec.extent": around(
+             lambda original, direction, coded, scheme: original(
+                 direction, np.ones_like(coded) if scheme.axis == "channel" else coded, scheme))}),
         ("codes of outlier channels", "O1", "outlier channels have codes; these are to be 0",
          ENCODE, {"spec.without_codes": instead(
              lambda codes, coded, norm: np.where(norm[..., None] != 0, codes, 0).astype(np.int16))}),
         # B1 B2 K1
+        ("sinks in the range", "K1", "sinks enter the scales of the tokens behind them",
+         ENCODE, {"model.split_sinks": remember_sinks, "model.seal": remember_sinks_of_a_sequence,
+                  "spec.extent": range_with_sinks}),
         ("range shared by heads", "B2", "scales are shared by sequences (heads, rows of a batch)",
          ENCODE, {"spec.extent": after(shared_by_heads)}),
-        ("one range for all blocks", "B1", "all blocks have the scales of the whole sequence",
-         ("encode",), {"spec.encode_blocks": one_range_for_all_blocks}),
         ("tail quantized early", "B1", "the tail went through the quantizer; it is kept as it came",
          STREAM, {"model.stored": knowing_after(with_coded_tail)}),
         ("scales that grow", "B1", "a block's scales are at least those of the block before",
@@ -1098,6 +1133,13 @@ def _mistakes() -> list[Mistake]:
          ATTEND, option(softcap=lambda cap, query, keys: None)),
         ("query heads in turn", "A1", "query heads are dealt out to key/value heads in turn",
          ATTEND, {"model.attend": around(heads_in_turn)}),
+        ("own position left out", "A2", "queries do not see their own position",
+         ATTEND, seeing(lambda position, window, tokens: (position - window + 1, position))),
+        ("one position too many", "A2", "queries see the position behind their own",
+         ATTEND, seeing(lambda position, window, tokens: (
+             position - window + 1, min(position + 2, tokens)))),
+        ("window without the mask", "A2", "queries see what comes after them, past a window too",
+         ATTEND, seeing(lambda position, window, tokens: (position - window + 1, tokens))),
         ("mask left out", "A2", "queries see what comes after them",
          ATTEND, option(causal=lambda causal, query, keys: False,
                         sliding_window=without_window)),

@@ -224,4 +224,5 @@ def attend(
     query: Array, keys: Array, values: Array, options: Mapping[str, Any]
 ) -> npt.NDArray[np.float64]:
     """Attend in float64 over decoded keys and values (rules A1, A2); one row, no batch axis."""
-    return attention.attend(query[None], keys[None], values[None], **options).output[0]
+    attended = attention.attend(query[None], keys[None], values[None], **options)
+    return np.asarray(attended.output[0], np.float64)

@@ -28,7 +28,7 @@ from nsq_ref.conformance.frames import (
     MOST_AXES,
     Frame,
     FrameError,
-    StreamEnded,
+    StreamEndedError,
     read_frame,
     scheme_of,
     write_frame,
@@ -576,7 +576,7 @@ class _Program:
                     self._wait_for(thread)
                     break
         frame = read[0] if read else None
-        if isinstance(frame, FrameError) and not isinstance(frame, StreamEnded):
+        if isinstance(frame, FrameError) and not isinstance(frame, StreamEndedError):
             return Failure("garbage", f"what it wrote is no frame: {frame}{self._stderr()}")
         if frame is None or isinstance(frame, FrameError):
             if not read and self._process.poll() is None:
@@ -779,7 +779,7 @@ class Stream:
         if self._read is None and not self._ended:
             try:
                 self._read = read_frame(self._stream)
-            except StreamEnded as error:
+            except StreamEndedError as error:
                 place += f" in the midst of an answer ({error})"
             except FrameError as error:
                 self._ended = f"what came {place} is no frame; what follows cannot be told apart"

@@ -75,6 +75,7 @@ class Reference:
     spec: Any
     attention: Any
     model: Any
+    sinks: Any  # that a mistake remembers
 
     def __init__(self, mistakes: Sequence[Mistake] = ()) -> None:
         self.mistakes = tuple(mistakes)

@@ -1,0 +1,243 @@
+"""``nsq check``, ``gen``, ``verify`` and ``vectors`` as users run them: real processes and pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+NSQ = Path(sys.executable).with_name("nsq")
+ROOT = Path(__file__).parents[1]
+RIGHT = "tests/ports/functions.py"
+
+WRONG = '''
+import numpy as np
+import nsq_ref as nsq
+
+def away(x, scheme):
+    """Q1 with ties away from zero."""
+    q = nsq.quantize(x, scheme)
+    parts = dict(q.parts)
+    with np.errstate(all="ignore"):
+        quotient = x.astype(np.float32) / np.where(q.scale == 0, np.inf, q.scale).astype(np.float32)
+    codes = np.clip(np.copysign(np.floor(abs(quotient) + np.float64(0.5)), quotient), -7, 7)
+    parts["packed"] = nsq.packing.pack(codes.astype(int), scheme)
+    return parts
+
+def half(x, scheme):
+    if x.shape[-1] % 2:
+        raise NotImplementedError("odd head_dim")
+    return nsq.quantize(x, scheme)
+'''
+
+PROGRAM = """#!{python}
+import sys
+import nsq_ref as nsq
+from nsq_ref.conformance.frames import read_frame, scheme_of, write_frame
+import numpy as np
+requests, answers = sys.stdin.buffer, sys.stdout.buffer
+write_frame(answers, read_frame(requests))
+while (request := read_frame(requests)) is not None:
+    reply = {{"case": request["case"], "status": np.int32([2])}}
+    if request["operation"][0] == 0:
+        try:
+            parts = nsq.quantize(request["x"], scheme_of(request["scheme"])).parts
+            reply = {{**reply, "status": np.int32([0]), **parts}}
+        except ValueError:
+            reply["status"] = np.int32([1])
+    if {ends_at} in request["case"]:
+        sys.exit(5)
+    write_frame(answers, reply)
+"""
+
+
+def run(*arguments: object, code: int = 0, cwd: Path = ROOT, **more) -> str:
+    command = [str(NSQ), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **more
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stderr if code == 2 else done.stdout
+
+
+def pipe(
+    folder: Path, program: Path, *options: str, verify: tuple[str, ...] = ()
+) -> tuple[int, str]:
+    """nsq gen | program | nsq verify, as a shell does it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = f'"{NSQ}" gen {" ".join(options)} | "{program}" | "{NSQ}" verify {" ".join(verify)}'
+    done = subprocess.run(
+        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def wrong(tmp_path) -> Path:
+    path = tmp_path / "wrong.py"
+    path.write_text(WRONG.replace("nsq.packing", "nsq_ref.packing").replace(
+        "import nsq_ref as nsq", "import nsq_ref as nsq, nsq_ref, nsq_ref.packing"))  # fmt: skip
+    return path
+
+
+def program_at(path: Path, ends_at: int = -1) -> Path:
+    path.write_text(PROGRAM.format(python=sys.executable, ends_at=ends_at))
+    path.chmod(0o755)
+    return path
+
+
+def test_right_functions_conform() -> None:
+    """All operations of a cache's scheme."""
+    text = run(
+        "check", f"{RIGHT}:encode", "--decode", f"{RIGHT}:decode", "--attend", f"{RIGHT}:attend",
+        "--stream", f"{RIGHT}:stream", "--scheme", "streaming4",
+    )  # fmt: skip
+    assert "CONFORMS to streaming4" in text
+    for operation in ("encode", "decode", "attend", "stream"):
+        assert f"{operation} " in text
+
+
+def test_every_named_scheme_of_a_right_port_conforms() -> None:
+    text = run("check", "nsq_ref:quantize", "--all")
+    assert "CONFORMS to all 28 schemes" in text
+
+
+def test_wrong_function_is_told_the_rule(wrong) -> None:
+    """Q1: exit code 1, the rule first, and a command that shows just one case."""
+    text = run("check", f"{wrong}:away", "--scheme", "pchan4", "--dtype", "float32", code=1)
+    rules = [line for line in text.splitlines() if line[:2] in ("Q1", "S1", "N1", "P1", "D1")]
+    assert rules[0].startswith("Q1")
+    assert "away from zero" in text
+    command = next(line.split() for line in text.splitlines() if "--case" in line)
+    assert command[:2] == ["nsq", "check"]
+    one = run(*command[1:], code=1)
+    assert "Q1" in one
+    assert "0x" in one
+
+
+def test_json_and_junit(wrong, tmp_path) -> None:
+    """Q1 in both."""
+    text = run(
+        "check", f"{wrong}:away", "--scheme", "pchan4", "--dtype", "float32", "--json", "--junit",
+        tmp_path / "report.xml", code=1,
+    )  # fmt: skip
+    report = json.loads(text)
+    assert report["conforms"] is False
+    assert report["schemes"][0]["diagnoses"][0]["rule"] == "Q1"
+    suites = ElementTree.parse(tmp_path / "report.xml").getroot()
+    assert suites.findall(".//failure")
+    assert len(suites.findall(".//testcase")) > len(suites.findall(".//failure"))
+
+
+def test_what_is_not_implemented_fails_unless_partial(wrong) -> None:
+    arguments = ("check", f"{wrong}:half", "--scheme", "naive4")
+    assert "not implemented" in run(*arguments, code=1).lower()
+    assert "not implemented" in run(*arguments, "--partial").lower()
+
+
+def test_program_is_run_and_asked(tmp_path) -> None:
+    """Encode only: the operations that it does not implement are named."""
+    text = run("check", program_at(tmp_path / "mine"), "--scheme", "nsep3")
+    assert "CONFORMS to nsep3" in text
+    assert "decode" in text
+
+
+def test_pipe(tmp_path) -> None:
+    program = program_at(tmp_path / "mine")
+    code, text = pipe(tmp_path, program, "--seed 7 --scheme nsep3")
+    assert code == 0, text
+    assert "CONFORMS to nsep3" in text
+    ends = program_at(tmp_path / "ends", ends_at=40)
+    code, text = pipe(tmp_path, ends, "--seed 7 --scheme nsep3")
+    assert code == 1, text
+    assert "after case 39" in text
+
+
+def test_pipe_without_frames(tmp_path) -> None:
+    code, text = pipe(tmp_path, Path("/bin/cat"), "--scheme nsep3")  # the questions themselves
+    assert code == 1, text
+    assert "garbage" in text
+    empty = tmp_path / "empty"
+    empty.write_text("#!/bin/sh\nexit 0\n")
+    empty.chmod(0o755)
+    code, text = pipe(tmp_path, empty, "--scheme nsep3")
+    assert code == 2, text
+    assert text.count("\n") == 1
+
+
+def test_files(tmp_path) -> None:
+    """The answers lie in a folder beside a copy of the header; one is missing."""
+    questions, answers = tmp_path / "questions", tmp_path / "answers"
+    run("gen", "--scheme", "nsep3", "--operation", "encode", "--dir", questions)
+    answers.mkdir()
+    program = program_at(tmp_path / "mine")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    header = (questions / "header.nsq").read_bytes()
+    names = sorted(path.name for path in questions.iterdir() if path.name != "header.nsq")
+    stream = header + b"".join((questions / name).read_bytes() for name in names)
+    done = subprocess.run([program], input=stream, env=environment, capture_output=True, check=True)
+    from io import BytesIO
+
+    from nsq_ref.conformance.frames import read_frame, write_frame
+
+    replies = BytesIO(done.stdout)
+    for name in ["header.nsq", *names]:
+        frame = read_frame(replies)
+        assert frame is not None
+        with (answers / name).open("wb") as file:
+            write_frame(file, frame)
+    assert "CONFORMS to nsep3" in run("check", "--dir", answers)
+    (answers / names[3]).unlink()
+    assert "missing" in run("check", "--dir", answers, code=1)
+    (answers / "header.nsq").unlink()
+    assert "header.nsq" in run("check", "--dir", answers, code=2)
+
+
+def test_latitude_is_named_in_the_report() -> None:
+    text = run("check", "nsq_ref:quantize", "--scheme", "nsep4", "--allow", "norm-ulp=1")
+    assert "norm-ulp=1" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["check"], "nothing to check"),
+        (["check", "nsq_ref:absent"], "absent"),
+        (["check", "no_such_module:encode"], "no_such_module"),
+        (["check", "nsq_ref:quantize", "--scheme", "nsep5"], "nsep5"),
+        (["check", "nsq_ref:quantize", "--scheme", "KIVI-K2V4"], "pair"),
+        (["check", "nsq_ref:quantize", "--all", "--set", "bits=3"], "--set"),
+        (["check", "nsq_ref:quantize", "--case", "encode/absent/0"], "encode/absent/0"),
+        (["check", "nsq_ref:quantize", "--allow", "norm-ulp"], "norm-ulp"),
+        (["check", "nsq_ref:quantize", "--allow", "anything"], "anything"),
+        (["check", "nsq_ref:quantize", "--operation", "decode"], "decode"),
+        (["check", "nsq_ref:quantize", "--custom-ops", "ops.so"], "custom_ops"),
+        (["check", "absent.so"], "absent.so"),
+        (["check", "--dir", "absent"], "absent"),
+        (["check", "nsq_ref:quantize", "--dir", "tests"], "--dir"),
+        (["gen", "--scheme", "nsep5", "--dir", "never"], "nsep5"),
+        (["vectors", "--output", "/proc/never/vectors.zip"], "never"),
+    ],
+)
+def test_bad_use_is_one_line(arguments, named) -> None:
+    text = run(*arguments, code=2)
+    assert text.startswith("nsq: ")
+    assert text.count("\n") == 1
+    assert named in text
+
+
+def test_vectors_are_written(tmp_path) -> None:
+    run("vectors", "--output", tmp_path / "vectors.tar.gz")
+    run("vectors", "--output", tmp_path / "vectors")
+    shutil.unpack_archive(tmp_path / "vectors.tar.gz", tmp_path / "unpacked")
+    (inner,) = (tmp_path / "unpacked").iterdir()
+    names = sorted(path.name for path in (tmp_path / "vectors").iterdir())
+    assert names == sorted(path.name for path in inner.iterdir())
+    assert {"README.md", "manifest.json", "nsq.h", "encode-nsep+pchan4.json"} <= set(names)

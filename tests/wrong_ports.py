@@ -431,9 +431,7 @@ def outlier_channels(direction: Array, kept: int, knobs: Knobs) -> Array:
     return np.array(sorted(order[:kept]), int)
 
 
-def extents(
-    direction: Array, enters: Array, scheme: Scheme, knobs: Knobs
-) -> tuple[Array, Array]:
+def extents(direction: Array, enters: Array, scheme: Scheme, knobs: Knobs) -> tuple[Array, Array]:
     """Return minimum and maximum of each scale's elements."""
     axis = 0 if scheme.axis == "channel" else 1
     if knobs.extent == "wrong axis":
@@ -455,7 +453,10 @@ def extents(
         low = np.zeros_like(low)
     elif knobs.extent == "pairs" and axis == 0:  # channels 2j and 2j + 1 share a range
         for j in range(0, low.shape[1] - 1, 2):
-            low[:, j : j + 2], high[:, j : j + 2] = low[:, j : j + 2].min(), high[:, j : j + 2].max()
+            low[:, j : j + 2], high[:, j : j + 2] = (
+                low[:, j : j + 2].min(),
+                high[:, j : j + 2].max(),
+            )
     elif knobs.extent == "with zero":  # a range always reaches to 0
         low, high = np.minimum(low, F32(0)), np.maximum(high, F32(0))
     elif knobs.extent == "wrong axis":
@@ -514,7 +515,9 @@ def range_scale(
 ) -> tuple[Array, Array, tuple[Array, Array]]:
     dtype = FLOAT_DTYPES[scheme.scale_dtype]
     how = "saturate" if knobs.scale_overflow == "saturate" else knobs.scale_narrowing
-    levels = F32((2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 2**scheme.bits - 1) + knobs.levels)
+    levels = F32(
+        (2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 2**scheme.bits - 1) + knobs.levels
+    )
     wide_zero = np.zeros_like(low)
     if scheme.symmetric:
         zero = np.zeros(low.shape, dtype)
@@ -705,7 +708,9 @@ def ratio(x: Array, y: Array) -> np.float32:
     """Return ``<x, y> / <y, y>``, correctly rounded."""
     a, b = integers(x), integers(y)
     below = sum(v * v for v in b)
-    return nearest(Fraction(sum(v * w for v, w in zip(a, b, strict=True)), below)) if below else F32(0)
+    return (
+        nearest(Fraction(sum(v * w for v, w in zip(a, b, strict=True)), below)) if below else F32(0)
+    )
 
 
 def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Array:
@@ -838,7 +843,11 @@ def joined(blocks: Sequence[Parts]) -> Parts:
 def no_tokens(scheme: Scheme, head_dim: int) -> Parts:
     scales = FLOAT_DTYPES[scheme.scale_dtype]
     per_byte = {8: 1, 4: 2, 2: 4}
-    row = -(-head_dim // 4) + -(-head_dim // 8) if scheme.bits == 3 else -(-head_dim // per_byte[scheme.bits])
+    row = (
+        -(-head_dim // 4) + -(-head_dim // 8)
+        if scheme.bits == 3
+        else -(-head_dim // per_byte[scheme.bits])
+    )
     parts: Parts = {"packed": np.zeros((0, row), np.uint8)}
     if scheme.separate_norm:
         parts["norm"] = np.zeros(0, FLOAT_DTYPES[scheme.norm_dtype])

@@ -1766,6 +1766,7 @@ def _drawn(scheme: Scheme, draw: _Draw) -> Iterator[tuple[str, spec.Block]]:
         )
     for exponent in (-20, -130, -16):
         tiny = _one(_drawn_blocks(scheme, draw, 1, 3, 5, exponent), 0)
+        tiny = tiny._replace(codes=np.where(tiny.scale == 0, 0, tiny.codes))  # as Q1 writes them
         small = rounding.narrow(
             np.ldexp(draw.uniform(1, 4, *tiny.norm.shape), exponent).astype(np.float32),
             tiny.norm.dtype,

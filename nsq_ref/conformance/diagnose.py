@@ -144,8 +144,8 @@ class _Search:
             else:
                 left += [f for one in others for f in self._findings(one, reference)]
                 spoiled = sum(f.wrong for f in left if f.stage == stage)
-                if len(left) >= len(findings):
-                    continue
+                if len(left) >= len(findings) or _before(stage, left) > _before(stage, findings):
+                    continue  # it spoils more than it explains
                 if spoiled == 0:
                     explained.append((len(left), mistake, left))
                 elif part and spoiled <= (1 - LEAST_SHARE) * before:
@@ -182,13 +182,13 @@ class _Search:
         )
 
     def _needs_blocks(self, findings: Sequence[Finding]) -> bool:
-        """Whether whatever has several blocks is wrong, and whatever has one is right (rule B1)."""
+        """Whether half of what has several blocks is wrong, and all that has one right (rule B1)."""
         if self.operation not in ("encode", "decode"):
             return False
         wrong = {id(f.case) for f in findings}
         several = [one.case for one in self.answers if _blocks(one.case) > 1]
         return all(_blocks(f.case) > 1 for f in findings) and (
-            len(wrong) >= LEAST_SHARE * len(several)
+            len(wrong) >= len(several) / 2
         )
 
     def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
@@ -210,6 +210,11 @@ class _Search:
             else:
                 says = f"{_amount(of_rule)}; no mistake that is known here gives these values."
             self.found[name] = Diagnosis(rule, "", says, (stage,), tuple(of_rule))
+
+
+def _before(stage: str, findings: Iterable[Finding]) -> int:
+    """Count the elements that are wrong in earlier stages."""
+    return sum(f.wrong for f in findings if STAGES.index(f.stage) < STAGES.index(stage))
 
 
 def _is_plain(finding: Finding) -> bool:

@@ -32,7 +32,7 @@ Frame = dict[str, Array]
 MAGIC = b"NSQ1"
 MOST_ARRAYS = 64
 MOST_AXES = 4
-MOST_BYTES = 1 << 30  # of one array: more is taken for garbage, not for a request of memory
+MOST_BYTES = 1 << 30  # of one frame: more is taken for garbage, not for a request of memory
 _COUNT = struct.Struct("<I")
 _HEADER = struct.Struct("<32sII4I")  # name, dtype, axes, shape; 56 bytes
 
@@ -141,6 +141,7 @@ def read_frame(stream: BinaryIO) -> Frame | None:
     if count > MOST_ARRAYS:
         raise FrameError(f"the frame claims {count} arrays; at most {MOST_ARRAYS} are allowed")
     frame: Frame = {}
+    taken = 0
     for _ in range(count):
         encoded, kind, axes, *dims = _HEADER.unpack(_exactly(stream, _HEADER.size))
         stripped = encoded.rstrip(b"\0")
@@ -156,8 +157,12 @@ def read_frame(stream: BinaryIO) -> Frame | None:
             )
         shape = tuple(dims[:axes])
         size = math.prod(shape) * DTYPES[kind].itemsize
-        if size > MOST_BYTES:
-            raise FrameError(f"array {name!r} of shape {list(shape)} would take {size} bytes")
+        taken += size
+        if taken > MOST_BYTES:
+            raise FrameError(
+                f"with array {name!r} of shape {list(shape)} the frame would take {taken} bytes; "
+                f"at most {MOST_BYTES} are allowed"
+            )
         data = bytearray(_exactly(stream, size))
         frame[name] = np.frombuffer(data, DTYPES[kind]).reshape(shape)
     return frame

@@ -275,6 +275,35 @@ def shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) -> 
     )
 
 
+def remember_sinks(original: Function, reference: Reference) -> Function:
+    def split_sinks(x: Any, scheme: Scheme) -> Any:
+        sinks, coded = original(x, scheme)
+        reference.sinks = sinks
+        return sinks, coded
+
+    return split_sinks
+
+
+def remember_sinks_of_a_sequence(original: Function, reference: Reference) -> Function:
+    def seal(sequence: Any) -> None:
+        reference.sinks = np.array(sequence.sinks).reshape(-1, sequence.head_dim)
+        original(sequence)
+
+    return seal
+
+
+def range_with_sinks(original: Function, reference: Reference) -> Function:
+    def extent(direction: Any, coded: Any, scheme: Scheme) -> Any:
+        if scheme.axis == "token" or not scheme.sink_tokens or not reference.sinks.size:
+            return original(direction, coded, scheme)
+        sinks = reference.sinks.astype(F32)
+        if scheme.separate_norm:
+            sinks = reference.spec.direction_of(sinks, reference.rounding.norm(sinks))
+        return original(np.concatenate([sinks, direction], axis=-2), coded, scheme)
+
+    return extent
+
+
 def without_zero_tokens(original: Function, direction: Any, coded: Any, scheme: Scheme) -> Any:
     zero = ~np.any(direction != 0, axis=-1, keepdims=True)
     return original(direction, coded & ~zero, scheme)
@@ -402,11 +431,17 @@ def stored_as(there: Function, back: Function) -> dict[str, Change]:
         if not scheme.symmetric:
             return original(codes, scheme)
         numbers = there(codes.astype(np.int16), scheme)
-        if scheme.bits in (2, 4):  # the padding is code 0 too, whatever stands for it
-            missing = -codes.shape[-1] % (8 // scheme.bits)
-            zero = there(np.zeros((*codes.shape[:-1], missing), np.int16), scheme)
-            numbers = np.concatenate([numbers, zero], axis=-1)
-        return original(numbers, replace(scheme, symmetric=False))
+        # The padding is code 0 too, whatever stands for it.
+        head_dim = codes.shape[-1]
+        zero = there(np.zeros((*codes.shape[:-1], -head_dim % 8), np.int16), scheme)
+        numbers = np.concatenate([numbers, zero], axis=-1)
+        packed = original(numbers, replace(scheme, symmetric=False))
+        if scheme.bits != 3:
+            return packed[..., : row_bytes(head_dim, scheme.bits)]
+        high = packed[..., row_bytes(numbers.shape[-1], 2) :]
+        return np.concatenate(
+            [packed[..., : row_bytes(head_dim, 2)], high[..., : row_bytes(head_dim, 1)]], axis=-1
+        )
 
     def unpack(original: Function, packed: Any, scheme: Scheme, head_dim: int) -> Any:
         if not scheme.symmetric:

@@ -1,12 +1,13 @@
 """A port of its own, written from the specification's text alone, with a knob for each decision.
 
-It shares no code with `nsq_ref` but the scheme, works on one sequence at a time, and takes other ways
-to the exact results: integers and fractions. With default knobs it conforms; each knob that is set
-makes one mistake. The kit's own table of mistakes is not used, so that it is judged by strangers.
+It shares no code with `nsq_ref` but the scheme, works on one sequence at a time, and takes other
+ways to the exact results: integers and fractions. With default knobs it conforms; each knob that is
+set makes one mistake. The kit's own table of mistakes is not used: strangers judge the kit.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -306,7 +307,6 @@ def encode_block(
     x: Array, scheme: Scheme, knobs: Knobs, other: Array | None = None, old: Any = None
 ) -> Parts:
     """Return the parts of one block ``x[T, D]``; `other` is what wrongly enters its scales too."""
-    dtype = FLOAT_DTYPES[scheme.scale_dtype]
     norm, direction = normed(x, scheme, knobs)
     x = x.astype(F32)
     head_dim = x.shape[1]
@@ -436,10 +436,7 @@ def extents(direction: Array, enters: Array, scheme: Scheme, knobs: Knobs) -> tu
     axis = 0 if scheme.axis == "channel" else 1
     if knobs.extent == "wrong axis":
         axis = 1 - axis
-    if axis == 0:
-        chosen = np.where(enters, direction, F32(0))
-    else:
-        chosen = direction[:, enters]
+    chosen = np.where(enters, direction, F32(0)) if axis == 0 else direction[:, enters]
     if not chosen.shape[axis]:
         empty = np.zeros((1, chosen.shape[1]) if axis == 0 else (len(chosen), 1), F32)
         return empty, empty
@@ -487,10 +484,9 @@ def scale_and_zero(
             middle, radius = half * high + half * low, half * high - half * low
             ends = middle - f * radius, middle + f * radius
         scale, zero, wide = range_scale(*ends, scheme, knobs)
-        y = dequantized(
-            codes_of(direction, None, direction, scale.astype(F32), zero.astype(F32), scheme, knobs),
-            scale, zero, knobs,
-        )  # fmt: skip
+        wide_scale, wide_zero = scale.astype(F32), zero.astype(F32)
+        codes = codes_of(direction, None, direction, wide_scale, wide_zero, scheme, knobs)
+        y = dequantized(codes, scale, zero, knobs)
         error = np.where(enters, direction - y, F32(0)).astype(F64) ** 2
         axis = 0 if scheme.axis == "channel" else 1
         total = np.zeros(error.shape[1 - axis])
@@ -599,8 +595,10 @@ def codes_of(
     whole = ROUNDINGS[knobs.rounding](np.asarray(quotient))
     if knobs.code_noise:
         whole = whole + (np.arange(whole.shape[1]) == 1)
-    least, most = (-(2 ** (scheme.bits - 1)) + 1, 2 ** (scheme.bits - 1) - 1) if scheme.symmetric else (
-        0, 2**scheme.bits - 1)  # fmt: skip
+    least, most = 0, 2**scheme.bits - 1
+    if scheme.symmetric:
+        most = 2 ** (scheme.bits - 1) - 1
+        least = -most
     if knobs.cast_first:
         whole = np.clip(np.nan_to_num(whole.astype(F64)), -(2.0**62), 2.0**62)
         whole = whole.astype(np.int64).astype(np.int8)
@@ -833,7 +831,7 @@ def block_starts(tokens: int, scheme: Scheme, knobs: Knobs) -> list[tuple[int, i
     if knobs.blocks_from == "first token" and scheme.block_size:
         shift = scheme.sink_tokens
     edges = [0, *(e for e in range(size - shift, tokens, size) if e > 0), tokens]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def joined(blocks: Sequence[Parts]) -> Parts:

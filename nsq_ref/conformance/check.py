@@ -20,7 +20,7 @@ from nsq_ref.conformance.operations import (
     Port,
 )
 from nsq_ref.conformance.ports import Callables, Stream
-from nsq_ref.scheme import KeyValueSchemes, Scheme
+from nsq_ref.scheme import Scheme
 
 __all__ = ["DTYPES", "check", "run"]
 
@@ -77,10 +77,11 @@ def check(
     Examples
     --------
     >>> import nsq_ref as nsq
-    >>> report = check(decode=lambda parts, scheme, shape: nsq.dequantize(
-    ...     nsq.Quantized(scheme, shape, np.dtype("float32"), **parts)))
-    >>> report.conforms
+    >>> check(nsq.quantize, scheme="naive4").conforms
     True
+    >>> report = check(lambda x, scheme: nsq.quantize(1.01 * x, scheme), scheme="nsep4")
+    >>> report.schemes[0].diagnoses[0].rule
+    'N1'
     """
     given: dict[Operation, Callable[..., Any] | None] = {
         "encode": encode, "decode": decode, "attend": attend, "stream": stream,
@@ -89,8 +90,8 @@ def check(
     if not operations:
         raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
     chosen = Scheme.named(scheme) if isinstance(scheme, str) else scheme
-    if isinstance(chosen, KeyValueSchemes):
-        raise ValueError(f"{scheme!r} is a pair for keys and values; check one after the other")
+    if not isinstance(chosen, Scheme):
+        raise ValueError(f"scheme={scheme!r} is not one scheme; a pair is checked one by one")
     port = Callables("callables", **given)
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(
@@ -155,6 +156,9 @@ def run(
     True
     """
     allowed = Latitudes.parse(list(latitudes))
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown or not dtypes:
+        raise ValueError(f"dtypes={list(dtypes)} are not some of {', '.join(DTYPES)}")
     questions: list[tuple[str, Scheme, list[tuple[int, Case]]]] = []
     number = 0
     for name, scheme in schemes:

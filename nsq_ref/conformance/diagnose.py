@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from nsq_ref.conformance.reference import Mistake, Reference
 
 __all__ = ["Judged", "diagnose"]
 
+ORDER = tuple(STAGES)
 UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
 LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
 PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
@@ -66,6 +68,12 @@ def diagnose(
     return [*(one for one in found.values() if one.mistake), *unexplained]
 
 
+@functools.lru_cache(maxsize=512)
+def _reference(*mistakes: str) -> Reference:
+    """Make a reference once: every scheme of a run needs those of the single mistakes."""
+    return Reference([MISTAKES[name] for name in mistakes])
+
+
 class _Search:
     """The diagnosis of one operation."""
 
@@ -93,7 +101,7 @@ class _Search:
             findings = left
         given_up: set[str] = set(UNEXPLAINABLE)
         while stages := {f.stage for f in findings} - given_up:
-            stage = min(stages, key=STAGES.index)
+            stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
             chosen = self._best(stage, mistakes, findings, given_up == set(UNEXPLAINABLE))
             if chosen is None:
@@ -107,7 +115,7 @@ class _Search:
             findings = left
 
     def _under(self, mistakes: Sequence[Mistake]) -> list[Finding]:
-        reference = Reference(mistakes)
+        reference = _reference(*(m.name for m in mistakes))
         return [f for one in self.answers for f in self._findings(one, reference)]
 
     def _findings(self, one: Judged, reference: Reference) -> Sequence[Finding]:
@@ -122,6 +130,7 @@ class _Search:
         """Return the mistake that explains a stage, or `part` of it, what it leaves, and others."""
         wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
         failing = [one for one in self.answers if id(one.case) in wrong]
+        failing.sort(key=lambda one: -wrong[id(one.case)])  # the sooner is a candidate given up
         others = [one for one in self.answers if id(one.case) not in wrong]
         candidates = [
             m for m in MISTAKES.values() if self.operation in m.operations and m not in mistakes
@@ -132,17 +141,17 @@ class _Search:
         for number, mistake in enumerate(candidates):
             if self.progress:
                 self.progress("looking for the mistake", number, len(candidates))
-            reference = Reference([*mistakes, mistake])
-            left: list[Finding] = []
+            reference = _reference(*(m.name for m in (*mistakes, mistake)))
+            found: dict[int, Sequence[Finding]] = {}
             still = 0
             for one in failing:
-                here = self._findings(one, reference)
-                left += here
+                here = found[id(one.case)] = self._findings(one, reference)
                 still += sum(f.wrong for f in here if f.stage == stage)
                 if still > (1 - LEAST_SHARE) * before:
                     break
             else:
-                left += [f for one in others for f in self._findings(one, reference)]
+                found |= {id(one.case): self._findings(one, reference) for one in others}
+                left = [f for one in self.answers for f in found[id(one.case)]]
                 spoiled = sum(f.wrong for f in left if f.stage == stage)
                 if len(left) >= len(findings) or _before(stage, left) > _before(stage, findings):
                     continue  # it spoils more than it explains
@@ -173,7 +182,7 @@ class _Search:
             alike = before.alike
         if not gone:
             return
-        gone.sort(key=lambda f: STAGES.index(f.stage))
+        gone.sort(key=lambda f: ORDER.index(f.stage))
         stages = tuple(dict.fromkeys(f.stage for f in gone))
         first = [f for f in gone if f.stage == stages[0]]
         says = f"{_amount(first)}: {mistake.says}."
@@ -182,14 +191,12 @@ class _Search:
         )
 
     def _needs_blocks(self, findings: Sequence[Finding]) -> bool:
-        """Whether half of what has several blocks is wrong, and all that has one right (rule B1)."""
+        """Whether half of what has several blocks is wrong, and all that has one right: B1."""
         if self.operation not in ("encode", "decode"):
             return False
         wrong = {id(f.case) for f in findings}
         several = [one.case for one in self.answers if _blocks(one.case) > 1]
-        return all(_blocks(f.case) > 1 for f in findings) and (
-            len(wrong) >= len(several) / 2
-        )
+        return all(_blocks(f.case) > 1 for f in findings) and (len(wrong) >= len(several) / 2)
 
     def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
         """Record what no known mistake explains, one entry a rule."""
@@ -214,7 +221,7 @@ class _Search:
 
 def _before(stage: str, findings: Iterable[Finding]) -> int:
     """Count the elements that are wrong in earlier stages."""
-    return sum(f.wrong for f in findings if STAGES.index(f.stage) < STAGES.index(stage))
+    return sum(f.wrong for f in findings if ORDER.index(f.stage) < ORDER.index(stage))
 
 
 def _is_plain(finding: Finding) -> bool:
@@ -228,16 +235,9 @@ def _blocks(case: Case) -> int:
     return -(-coded // (case.scheme.block_size or max(coded, 1)))
 
 
-_NOUNS = {
-    "sinks": "sinks", "outlier_index": "outlier channels", "norm": "norms", "outliers": "outliers",
-    "zero": "zeros", "scale": "scales", "codes": "codes", "packed": "bytes", "gain": "gains",
-    "tail": "elements of the tail", "x_hat": "decoded values", "output": "outputs",
-}  # fmt: skip
-
-
 def _amount(findings: Sequence[Finding]) -> str:
     wrong, stage = sum(f.wrong for f in findings), findings[0].stage
-    return f"{wrong} wrong {_NOUNS[stage]} in {_cases(findings)}"
+    return f"{wrong} wrong {STAGES[stage]} in {_cases(findings)}"
 
 
 def _cases(findings: Sequence[Finding]) -> str:

@@ -27,11 +27,24 @@ __all__ = ["LATITUDES", "STAGES", "Latitudes", "Verdict", "judge"]
 
 Array = npt.NDArray[Any]
 
-# In the order in which an implementer writes and mends them.
-STAGES = (
-    "again", "refusal", "structure", "sinks", "outlier_index", "norm", "outliers", "zero", "scale",
-    "codes", "packed", "gain", "tail", "x_hat", "output",
-)  # fmt: skip
+# What each stage compares, in the order in which an implementer writes and mends them.
+STAGES = {
+    "again": "answers",
+    "refusal": "refusals",
+    "structure": "arrays",
+    "sinks": "sinks",
+    "outlier_index": "outlier channels",
+    "norm": "norms",
+    "outliers": "outliers",
+    "zero": "zeros",
+    "scale": "scales",
+    "codes": "codes",
+    "packed": "bytes",
+    "gain": "gains",
+    "tail": "elements of the tail",
+    "x_hat": "decoded values",
+    "output": "outputs",
+}
 
 # The rules that a stage can break: the one that is named where nothing tells more, then others
 # that a case's chief flag may point to.
@@ -155,7 +168,7 @@ def judge(
     >>> from nsq_ref.conformance import model
     >>> from nsq_ref.conformance.cases import cases
     >>> case = cases(Scheme(), ["encode"])[0]
-    >>> answer = Answer(DONE, model.encode(case.inputs["x"], case.scheme))
+    >>> answer = Answer(0, model.encode(case.inputs["x"], case.scheme))
     >>> judge(case, answer).findings
     []
     """
@@ -350,7 +363,7 @@ class _Judging:
             return
         index = _first(wrong)
         self._wrong(
-            stage, what or f"{stage} differ", index=index, got=_text(got[index]),
+            stage, what or f"{STAGES[stage]} differ", index=index, got=_text(got[index]),
             expected=_text(expected[index]), shown=tuple(shown(index)) if shown else (),
             wrong=int(wrong.sum()), of=wrong.size,
         )  # fmt: skip
@@ -490,7 +503,6 @@ class _Judging:
                     ("||y||", _text(reference.rounding.norm(y)[at])),
                     ("gain", _text(np.float32(gain[at]))),
                 ]),
-                what="stored gains differ",
             )  # fmt: skip
 
     def _each_token(self, part: Array, rows: list[slice]) -> Array:
@@ -584,8 +596,7 @@ class _Judging:
         if (steps := self.latitudes.gain_folding) and np.isfinite(got).all():
             far = np.abs(_ordered(got) - _ordered(expected))
             allowed["gain-folding"] = far <= steps
-        self._compare("x_hat", got, expected, allowed, lambda at: self._decode_story(parts, at),
-                      what="decoded values differ")  # fmt: skip
+        self._compare("x_hat", got, expected, allowed, lambda at: self._decode_story(parts, at))
         for finding in self.verdict.findings:
             if finding.index and finding.index[-2] < scheme.sink_tokens:
                 self.verdict.findings = [_with_rule(finding, "K1")]

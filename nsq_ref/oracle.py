@@ -202,6 +202,8 @@ def scale_and_zero(values: list[float], scheme: Scheme) -> tuple[float, float]:
         else:
             shorter = multiply(shrink, radius)
             pair = range_scale(add(middle, -shorter), add(middle, shorter), scheme)
+        if not all(map(math.isfinite, pair)):
+            continue
         error = squared_error(values, pair, scheme)
         if error < least:
             best, least = pair, error

@@ -245,10 +245,11 @@ def best_scale(
     """Pick the candidate of least error, of equals the widest (rule S4).
 
     A full range that does not fit the dtype is chosen, and so refused (S5), even where a
-    shrunken one would fit: what is refused does not depend on the scale rule.
+    shrunken one would fit, and never the other way round: what is refused does not depend on the
+    scale rule.
     """
-    fits = np.isfinite(scales[0]) & np.isfinite(zeros[0])
-    best = np.where(fits, np.argmin(errors, axis=0), 0)[None]
+    fits = np.isfinite(scales) & np.isfinite(zeros)
+    best = np.where(fits[0], np.argmin(np.where(fits, errors, np.inf), axis=0), 0)[None]
     return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(zeros, best, 0)[0]
 
 

@@ -5,6 +5,7 @@ Each also comes with one mistake in it, which the conformance kit must find.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["Mistake", "save_decode", "save_encode"]
+__all__ = ["Mistake", "Nodes", "norm_of", "save", "save_decode", "save_encode"]
 
 Mistake = Literal[
     "nibbles swapped", "reciprocal of the scale", "norm in float32", "not renormalised"
@@ -26,7 +27,6 @@ FLOAT, FLOAT16, DOUBLE, UINT8, BOOL = (
 DIGIT_BITS = 32
 # Squares of float32 are below 2^256, and those of midpoints multiples of 2^-300.
 UNITS = np.ldexp(1.0, np.arange(256 - DIGIT_BITS, -304 - DIGIT_BITS, -DIGIT_BITS))
-MOST_CHANNELS = 2.0**20  # so that a sum of digits stays below 2^53, and exact
 
 
 class Nodes:
@@ -57,7 +57,7 @@ class Nodes:
 def save_encode(path: Path, mistake: Mistake | None = None) -> str:
     """Write a model with input ``x [..., T, D]`` and outputs ``packed``, ``scale``, ``norm``."""
     add = Nodes()
-    norm = _norm(add, "x", mistake)  # N1
+    norm = norm_of(add, "x", mistake)  # N1
     direction = add("Div", "x", _per_token(add, _infinite_where_zero(add, norm)))  # N2
     most = add("ReduceMax", add("Abs", direction), [-2], keepdims=1)
     scale = add("Cast", add("Div", most, np.float32(7)), name="scale", to=FLOAT16)  # S1
@@ -69,7 +69,7 @@ def save_encode(path: Path, mistake: Mistake | None = None) -> str:
     codes = add("Clip", add("Round", quotient), np.float32(-7), np.float32(7))  # Q2
     _pack(add, add("Cast", add("Add", codes, np.float32(8)), to=UINT8), mistake)  # P1
     add("Cast", norm, name="norm", to=FLOAT16)  # M1
-    return _save(path, add, {"x": FLOAT}, {"packed": UINT8, "scale": FLOAT16, "norm": FLOAT16})
+    return save(path, add, {"x": FLOAT}, {"packed": UINT8, "scale": FLOAT16, "norm": FLOAT16})
 
 
 def save_decode(path: Path, mistake: Mistake | None = None) -> str:
@@ -79,13 +79,13 @@ def save_decode(path: Path, mistake: Mistake | None = None) -> str:
     codes = add("Sub", biased, np.float32(8))
     y = add("Mul", codes, add("Cast", "scale", to=FLOAT))  # D1
     if mistake != "not renormalised":
-        y = add("Div", y, _per_token(add, _infinite_where_zero(add, _norm(add, y, mistake))))
+        y = add("Div", y, _per_token(add, _infinite_where_zero(add, norm_of(add, y, mistake))))
     add("Mul", _per_token(add, add("Cast", "norm", to=FLOAT)), y, name="x_hat")
     inputs = {"packed": UINT8, "scale": FLOAT16, "norm": FLOAT16}
-    return _save(path, add, inputs, {"x_hat": FLOAT})
+    return save(path, add, inputs, {"x_hat": FLOAT})
 
 
-def _norm(add: Nodes, x: str, mistake: Mistake | None) -> str:
+def norm_of(add: Nodes, x: str, mistake: Mistake | None = None) -> str:
     """N1: of the two float32 around the root, the one on whose side of the middle the sum lies."""
     if mistake == "norm in float32":
         return add("ReduceL2", x, [-1], keepdims=0)
@@ -105,7 +105,7 @@ def _norm(add: Nodes, x: str, mistake: Mistake | None) -> str:
 
 def _float32_step(add: Nodes, value: str) -> str:
     """Return the distance of the two float32 around a float64."""
-    # The greatest power of two in a float64, by Rump, Ogita and Oishi (2008), algorithm 3.6.
+    # The greatest power of two up to a float64, by Rump, Ogita and Oishi (2008), algorithm 3.6.
     q = add("Mul", value, np.float64(2.0**52 + 1))
     power = add("Sub", q, add("Mul", q, np.float64(1 - 2.0**-53)))
     return add("Max", add("Mul", power, np.float64(2.0**-23)), np.float64(2.0**-149))
@@ -114,9 +114,9 @@ def _float32_step(add: Nodes, value: str) -> str:
 def _sign_of_difference(add: Nodes, terms: str, other: str) -> str:
     """Return a number of the sign of the exact ``sum(terms) - other``.
 
-    Both are written in digits of 32 bits, which are added without a rounding. The difference is
-    followed from the first digit to the last; once it is beyond what later ones can take back, how
-    far beyond does not matter.
+    Both are written in digits of 32 bits, whose sums are exact for up to 2^20 terms. The difference
+    is followed from the first digit to the last: it is exact, until it is beyond what later digits
+    can take back.
     """
     body = Nodes("digit_")
     unit = body("Gather", UNITS, "index")
@@ -126,14 +126,14 @@ def _sign_of_difference(add: Nodes, terms: str, other: str) -> str:
         return body("Floor", body("Div", rest, unit))
 
     here = body("Sub", body("ReduceSum", digit(terms), [-1], keepdims=0), digit(other))
-    kept = body("Clip", "before", np.float64(-MOST_CHANNELS), np.float64(MOST_CHANNELS))
-    body("Add", body("Mul", kept, np.float64(2.0**DIGIT_BITS)), here, name="after")
+    body("Add", body("Mul", "before", np.float64(2.0**DIGIT_BITS)), here, name="after")
     body("Identity", "more", name="and_more")
     # A Loop and not a Scan, which wants to know the rank.
     info = helper.make_tensor_value_info
+    state = [info("before", DOUBLE, None)]
     graph = body.graph(
         "digit",
-        [info("index", TensorProto.INT64, []), info("more", BOOL, []), info("before", DOUBLE, None)],
+        [info("index", TensorProto.INT64, []), info("more", BOOL, []), *state],
         [info("and_more", BOOL, []), info("after", DOUBLE, None)],
     )
     return add("Loop", np.int64(len(UNITS)), "", add("Sub", other, other), body=graph)
@@ -170,7 +170,8 @@ def _unpack(add: Nodes, packed: str, mistake: Mistake | None) -> str:
 _END = np.iinfo(np.int64).max
 
 
-def _save(path: Path, add: Nodes, inputs: dict[str, int], outputs: dict[str, int]) -> str:
+def save(path: Path, add: Nodes, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> str:
+    """Write a model whose inputs and outputs have these dtypes, and any rank."""
     info = helper.make_tensor_value_info
     graph = add.graph(
         path.stem,

@@ -1,4 +1,4 @@
-"""``nsq check``, ``gen``, ``verify`` and ``vectors`` as users run them: real processes and pipes."""
+"""``nsq check``, ``gen``, ``verify``, ``vectors`` as users run them: real processes and pipes."""
 
 from __future__ import annotations
 

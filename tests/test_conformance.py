@@ -349,7 +349,6 @@ MUTANTS = [
     attending("A1", score_scale="1 / D"),
     attending("A1", score_scale="1 / sqrt(D)"),
     attending("A1", softcap="none"),
-    attending("A1", softcap="after the mask"),
     attending("A1", head_order="in turn"),
     attending("A1", subtract=False),
     attending("A1 D1", value_scheme="of the keys"),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from nsq_ref import oracle, rounding
 from nsq_ref.strategies import AWKWARD
-from tests.cases import norm_order, norm_ties
+from tests.rows import norm_order, norm_ties
 
 FORMATS = [(np.float16, "float16", 11, -24), (ml_dtypes.bfloat16, "bfloat16", 8, -133)]
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,15 @@ def test_full_range_that_overflows_is_kept_to_be_refused() -> None:
     scales = np.float16([[[np.inf]], [[1]]])
     scale, _ = spec.best_scale(scales, np.zeros_like(scales), np.array([[[np.nan]], [[0.0]]]))
     assert np.isinf(scale).all()
+
+
+def test_shrunken_range_that_overflows_is_passed_over() -> None:
+    """S4 S5: the range fits float16; shrunken to 0.7 its minimum is 70,700."""
+    x = np.float32([[471_300], [-170]])
+    plain = Scheme(separate_norm=False, symmetric=False)
+    for backend in ("numpy", "numba", "oracle"):
+        quantized = quantize(x, replace(plain, scale_rule="search"), backend)  # type: ignore[arg-type]
+        assert quantized.scale.tobytes() == quantize(x, plain).scale.tobytes()
 
 
 def test_search_order_of_addition() -> None:

@@ -761,7 +761,7 @@ def _renamed(got: Array, expected: Array) -> bool:
     pairs = np.unique(np.stack([expected.ravel(), got.ravel()]), axis=1)
     kinds = [len(np.unique(side)) for side in pairs]
     different = int((pairs[0] != pairs[1]).sum())
-    return kinds[0] == kinds[1] == pairs.shape[1] >= 4 and 2 * different > pairs.shape[1]
+    return bool(kinds[0] == kinds[1] == pairs.shape[1] >= 4 and 2 * different > pairs.shape[1])
 
 
 def _with_rule(finding: Finding, rule: str) -> Finding:

@@ -209,6 +209,17 @@ def direction_from_narrowed(dtype: str) -> Change:
     )
 
 
+def narrowed_direction(dtype: str) -> Change:
+    def change(original: Function, reference: Reference) -> Function:
+        def direction_of(x: Any, norm: Any) -> Any:
+            narrow = reference.rounding.narrow
+            return narrow(original(x, norm), FLOAT_DTYPES[dtype]).astype(F32)
+
+        return direction_of
+
+    return change
+
+
 def direction_in_float64(x: Any, norm: Any) -> Any:
     """Divide by the norm that float64 gives, rounding once."""
     if np.all(norm == 1):  # without norm separation
@@ -859,9 +870,7 @@ def _mistakes() -> list[Mistake]:
            ENCODE, {"spec.direction_of": direction_from_narrowed(dtype)})
           for dtype in ("float16", "bfloat16")),
         *((f"directions in {dtype}", "N2", f"directions are narrowed to {dtype}; they are float32",
-           ENCODE, {"spec.direction_of": knowing_after(lambda reference, dtype=dtype: (
-               lambda direction, *_: reference.rounding.narrow(
-                   direction, FLOAT_DTYPES[dtype]).astype(F32)))})
+           ENCODE, {"spec.direction_of": narrowed_direction(dtype)})
           for dtype in ("float16", "bfloat16")),
         *((f"epsilon {epsilon:g} added to the norm", "N2",
            f"directions are x / (norm + {epsilon:g}); there is no epsilon",

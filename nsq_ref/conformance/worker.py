@@ -24,6 +24,7 @@ import numpy.typing as npt
 from nsq_ref.codec import PARTS
 from nsq_ref.conformance.frames import (
     DTYPES,
+    MOST_AXES,
     Frame,
     read_frame,
     scheme_array,
@@ -441,6 +442,20 @@ _ONNX_DTYPES = {
     "tensor(int32)": DTYPES[4],
 }
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
+# What the inputs and the outputs of a model can be, as `operations.Case` has them.
+_ONNX_NAMES: dict[Operation, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "encode": (("x",), PARTS),
+    "decode": ((*PARTS, "shape"), ("x_hat",)),
+    "attend": (
+        (
+            "query", *(f"{side}.{name}" for side in ("keys", "values") for name in PARTS),
+            "keys.shape", "values.shape", "value_scheme", "scale", "causal", "softcap",
+            "sliding_window",
+        ),
+        ("output",),
+    ),
+    "stream": (("x", "steps", "row"), (*PARTS, "tail")),
+}  # fmt: skip
 
 
 class Model:
@@ -458,7 +473,7 @@ class Model:
     Raises
     ------
     TargetError
-        Where it cannot be loaded.
+        Where it cannot be loaded, or an input or output has a name that no array of a case has.
 
     Examples
     --------
@@ -489,6 +504,16 @@ class Model:
             state.NotImplemented, state.RuntimeException,
         ) as error:  # fmt: skip
             raise TargetError(f"{path} cannot be loaded: {error}") from error
+        inputs, outputs = _ONNX_NAMES[operation]
+        for kind, declared, known in (
+            ("input", self._session.get_inputs(), inputs),
+            ("output", self._session.get_outputs(), outputs),
+        ):
+            if unknown := [one.name for one in declared if one.name not in known]:
+                raise TargetError(
+                    f"{path} has the {kind} {unknown[0]!r}; rename or remove it, as the {kind}s of "
+                    f"{operation} are {', '.join(known)}"
+                )
 
     def ask(self, number: int, case: Case) -> Answer | Failure:
         """Run the model on the arrays of the case."""
@@ -512,8 +537,11 @@ class Model:
             dtype = _ONNX_DTYPES.get(value.data_type())
             if dtype is None:
                 return Failure("garbage", f"{name} is {value.data_type()}, which no part is")
-            memory = ctypes.string_at(value.data_ptr(), math.prod(value.shape()) * dtype.itemsize)
-            arrays[name] = np.frombuffer(memory, dtype).reshape(value.shape())
+            shape = value.shape()
+            if len(shape) > MOST_AXES:
+                return Failure("garbage", f"{name} is {dtype} {shape}; no part has so many axes")
+            memory = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
+            arrays[name] = np.frombuffer(memory, dtype).reshape(shape)
         return Answer(DONE, arrays)
 
     def close(self) -> None:

@@ -1,0 +1,801 @@
+"""The inputs that ports are asked to encode, family by family.
+
+Computed ones lie on ties, next to ties, and at the ends of every range; picked ones are the blocks
+of a pool of near-ties on which a wrong encoder gives other bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref import rounding, spec
+from nsq_ref.conformance import wrong_arithmetic as wrong
+from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.pools import (
+    FORMATS,
+    POOL,
+    Draw,
+    Encoder,
+    Step,
+    factor_ties,
+    near_ties,
+    right_scale,
+    telling,
+)
+from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+FLOAT16, BFLOAT16 = FLOAT_DTYPES["float16"], FLOAT_DTYPES["bfloat16"]
+MOST = FORMATS["float32"].end
+
+
+class _Also(NamedTuple):
+    """An input that a further flag is about, too."""
+
+    x: Array
+    flag: str
+
+
+# A family yields inputs; float64 ones are rounded to float32, and sinks are put in front.
+Family = Callable[[Scheme, Draw], Iterator["Array | _Also"]]
+_FAMILIES: dict[str, Family] = {}
+_WITH_OWN_SINKS = ("not-finite", "sinks")
+
+
+def _family(flag: str) -> Callable[[Family], Family]:
+    def register(function: Family) -> Family:
+        _FAMILIES[flag] = function
+        return function
+
+    return register
+
+
+def encode_cases(scheme: Scheme, seed: int) -> Iterator[Case]:
+    """Yield the cases of the operation ``"encode"``.
+
+    Examples
+    --------
+    >>> next(encode_cases(Scheme(), 0))
+    Case(encode ordinary/0)
+    """
+    for flag, family in _FAMILIES.items():
+        for number, made in enumerate(family(scheme, Draw(seed, flag))):
+            x, flags = (made.x, (flag, made.flag)) if isinstance(made, _Also) else (made, (flag,))
+            x = x.astype(np.float32) if x.dtype == np.float64 else x
+            x = x if flag in _WITH_OWN_SINKS else _with_sinks(x, scheme)
+            yield Case(f"{flag}/{number}", "encode", scheme, flags, {"x": x}, refusal(x, scheme))
+
+
+def _with_sinks(x: Array, scheme: Scheme) -> Array:
+    """Put as many sinks in front as the scheme takes, so large that they would change scales."""
+    sinks = np.resize(np.float32([96.0, -160.0, 0.375]), (scheme.sink_tokens, x.shape[-1]))
+    sinks = np.broadcast_to(sinks, (*x.shape[:-2], *sinks.shape))
+    return np.concatenate([sinks.astype(x.dtype), x], axis=-2)
+
+
+def refusal(x: Array, scheme: Scheme) -> str | None:
+    """Return the rule that refuses an input, the first in the order of computation.
+
+    Examples
+    --------
+    >>> refusal(np.float32([[65520, 0]]), Scheme())
+    'M4'
+    """
+    if not np.isfinite(x).all():
+        return "I2"
+    coded = x[..., scheme.sink_tokens :, :].astype(np.float32)
+    if not coded.size:
+        return None
+    if scheme.separate_norm and np.isinf(rounding.norm(coded)).any():
+        return "N1"
+    block = spec.encode_blocks(coded, scheme)
+    for rule, *parts in (
+        ("O1", block.outliers),
+        ("S5", block.scale, block.zero),
+        ("M4", block.norm),
+        ("D3", spec.decode_blocks(block, scheme)),
+    ):
+        if not all(np.isfinite(part).all() for part in parts):
+            return rule
+    return None
+
+
+# --- shapes, dtypes, zeros ----------------------------------------------------------------------
+
+
+@_family("ordinary")
+def _ordinary(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for tokens, head_dim in (
+        (6, 8), (1, 8), (5, 1), (5, 2), (4, 3), (4, 5), (3, 7), (3, 9), (3, 96), (2, 128), (2, 256),
+        (24, 4),
+    ):  # fmt: skip
+        yield draw.bell(tokens, head_dim)
+
+
+@_family("leading-axes")
+def _leading_axes(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for lead in ((2,), (2, 2), (3, 1)):
+        magnitude = np.ldexp(1.0, draw.integers(-4, 5, *lead))[..., None, None]
+        yield draw.bell(*lead, 3, 6) * magnitude
+
+
+@_family("input-dtype")
+def _input_dtypes(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for dtype in (FLOAT16, BFLOAT16):
+        for tokens, head_dim, scale in ((5, 6, 1.0), (3, 9, 200.0), (4, 5, 2.0**-20)):
+            yield (draw.bell(tokens, head_dim) * np.float32(scale)).astype(dtype)
+
+
+@_family("not-finite")
+def _not_finite(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    float32 = np.dtype(np.float32)
+    for value, dtype, index in (
+        (np.nan, float32, (-2, 2)), (np.inf, float32, (-2, 2)), (-np.inf, float32, (-2, 2)),
+        (np.nan, FLOAT16, (-2, 2)), (np.inf, FLOAT16, (-2, 2)), (np.nan, BFLOAT16, (-2, 2)),
+        (-np.inf, BFLOAT16, (-2, 2)), (np.nan, float32, (-1, -1)), (np.nan, float32, (0, 0)),
+    ):  # fmt: skip
+        x = _with_sinks(draw.bell(3, 5), scheme).astype(dtype)
+        x[index] = value
+        yield x
+
+
+@_family("zero-token")
+def _zero_tokens(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for sign in (1, -1):  # one-sided: only the zero token makes the minimum, or maximum, 0
+        x = (np.abs(draw.bell(4, 5)) + np.float32(0.5)) * np.float32(sign)
+        x[1] = 0
+        yield x
+    x = draw.bell(4, 6)
+    x[[0, 3]] = 0
+    yield x
+    yield np.zeros((3, 4))
+
+
+@_family("zero-channel")
+def _zero_channels(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    x = draw.bell(4, 6)
+    x[:, [1, 4]] = 0
+    yield x
+
+
+@_family("negative-zero")
+def _negative_zeros(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    yield np.array([[0, -0.0, 0, 2], [1, -0.0, -1, 3], [-2, 0, 2, -0.0]])
+    yield np.full((2, 3), -0.0)
+    yield np.array([[-0.0, 1, 2], [0.0, 2, 3]])
+
+
+@_family("block-boundary")
+def _block_boundaries(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    size = scheme.block_size
+    if size is None:
+        return
+    for tokens in dict.fromkeys((size - 1, size, size + 1, 2 * size, 2 * size + 1)):
+        if tokens:
+            x = draw.bell(tokens, 3 if size > 16 else 6)
+            yield x * np.ldexp(1.0, 3 * (np.arange(tokens) // size) - 3)[:, None]
+
+
+@_family("sinks")
+def _sinks(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    sinks = scheme.sink_tokens
+    if sinks:
+        for tokens in (max(sinks - 1, 1), sinks, sinks + 1):
+            yield draw.bell(tokens, 5) * np.float32(3)
+
+
+@_family("padding")
+def _padding(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for head_dim in (11, 13, 14, 15, 17):
+        yield draw.bell(2, head_dim)
+
+
+# --- picked from pools: codes -------------------------------------------------------------------
+
+
+def _quotient(step: Step) -> Float32:
+    return np.asarray((step.direction - step.zero) / wrong.divisor(step.scale))
+
+
+def _rounding(function: Callable[[Array], Array]) -> Encoder:
+    """Q1 with another rounding of the quotient."""
+    return Encoder(code=lambda step: function(_quotient(step)))
+
+
+def _dividing(function: Callable[[Array, Array, Array], Array]) -> Encoder:
+    """Q1 with another quotient of direction, scale and zero."""
+    return Encoder(code=lambda step: np.rint(function(step.direction, step.scale, step.zero)))
+
+
+@_family("half-even")
+def _half_even(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    roundings = (
+        wrong.half_away, wrong.half_up, wrong.half_toward_zero, wrong.half_up_in_float32,
+    )  # fmt: skip
+    yield from telling(near_ties(scheme, draw), scheme, map(_rounding, roundings))
+
+
+@_family("reciprocal-of-scale")
+def _reciprocals_of_scale(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoders = [_dividing(wrong.quotient_by_reciprocal)]
+    yield from telling(near_ties(scheme, draw), scheme, encoders)
+
+
+@_family("merged-division")
+def _merged_divisions(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoders = []
+    if scheme.separate_norm:
+        encoders = [Encoder(code=_merged_division), Encoder(code=_merged_reciprocals)]
+    if not scheme.symmetric:
+        encoders += [_dividing(wrong.divided_apart), _dividing(wrong.fused_subtraction)]
+    yield from telling(near_ties(scheme, draw), scheme, encoders)
+
+
+def _merged_division(step: Step) -> Array:
+    norm = step.norm[..., None]
+    above = step.x - norm * step.zero if not step.scheme.symmetric else step.x
+    return np.rint(above / wrong.divisor(norm * wrong.divisor(step.scale)))
+
+
+def _merged_reciprocals(step: Step) -> Array:
+    norm = wrong.divisor(step.norm[..., None])
+    if not step.scheme.symmetric:
+        return np.rint(wrong.divided_apart(step.x / norm, step.scale, step.zero))
+    return np.rint(step.x * (np.float32(1) / (norm * wrong.divisor(step.scale))))
+
+
+@_family("double-precision-quotient")
+def _double_quotients(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoders = [_dividing(wrong.double_quotient), Encoder(code=_double_throughout)]
+    yield from telling(near_ties(scheme, draw), scheme, encoders)
+
+
+def _double_throughout(step: Step) -> Array:
+    direction = step.x.astype(np.float64) / wrong.divisor(step.norm)[..., None]
+    return np.rint((direction - step.zero) / wrong.divisor(step.scale))
+
+
+@_family("unnarrowed-scale")
+def _unnarrowed_scales(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoders = [
+        Encoder(code=_unnarrowed_scale),
+        Encoder(code=lambda step: np.rint((step.direction - step.low) / wrong.divisor(step.scale))),
+    ]
+    yield from telling(near_ties(scheme, draw), scheme, encoders, most=1)
+
+
+def _unnarrowed_scale(step: Step) -> Array:
+    zero = np.zeros_like(step.low) if step.scheme.symmetric else step.low
+    span = spec.range_span(step.low, step.high, zero, step.scheme)
+    scale = wrong.divisor(span / np.float32(step.scheme.code_range[1]))
+    return np.rint((step.direction - step.zero) / scale)
+
+
+@_family("scale-epsilon")
+def _scale_epsilons(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoder = _dividing(lambda direction, scale, zero: (direction - zero) / (scale + EPSILON))
+    for shrink in (0, 4, 10):
+        yield from telling(near_ties(scheme, draw, shrink=shrink), scheme, [encoder], most=1)
+
+
+EPSILON = np.float32(1e-8)
+
+
+# --- picked from pools: scales, outliers, directions, norms -------------------------------------
+
+
+def _range_scale(divide: Callable[[Step, Float32, np.float32], Array]) -> Encoder:
+    """S1 to S3 with another quotient of what is spanned and the number of levels."""
+
+    def scale(step: Step) -> tuple[Array, Array]:
+        zero = spec.range_zero(step.low, step.scheme)
+        span = spec.range_span(step.low, step.high, zero, step.scheme)
+        wide = divide(step, span, np.float32(step.scheme.code_range[1]))
+        return rounding.narrow(wide, FLOAT_DTYPES[step.scheme.scale_dtype]), zero
+
+    return Encoder(scale=scale)
+
+
+def _beyond_ties(step: Step, span: Float32, levels: np.float32) -> Array:
+    """Ties are narrowed away from zero: the next float32 is none."""
+    wide = span / levels
+    if step.scheme.scale_dtype == "float32":
+        return wide
+    return np.asarray(np.nextafter(wide, np.copysign(np.float32(np.inf), wide)))
+
+
+_UNROUNDED_MINIMUM = _range_scale(lambda step, span, levels: (step.high - step.low) / levels)
+
+
+@_family("scale-narrowing")
+def _scale_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    encoders = [
+        _range_scale(lambda step, span, levels: span * (np.float32(1) / levels)),
+        _range_scale(_beyond_ties),
+    ]
+    if not scheme.symmetric:
+        encoders.append(_UNROUNDED_MINIMUM)
+    yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
+
+
+@_family("outlier-narrowing")
+def _outlier_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.outlier_channels and scheme.separate_norm:
+        encoders = [
+            Encoder(outliers=_direct_outliers),
+            Encoder(direction=wrong.direction_by_reciprocal),
+        ]
+        yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
+
+
+def _direct_outliers(step: Step) -> Array:
+    """Narrow the float64 direction at once."""
+    direction = step.x / wrong.divisor(step.norm)[..., None].astype(np.float64)
+    return wrong.narrowed_at_once(np.take_along_axis(direction, step.outlier_index, -1), "float16")
+
+
+@_family("reciprocal-of-norm")
+def _reciprocals_of_norm(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        encoders = [
+            Encoder(direction=wrong.direction_by_reciprocal),
+            Encoder(direction=_root_of_reciprocal),
+        ]
+        yield from telling(near_ties(scheme, draw), scheme, encoders)
+
+
+def _root_of_reciprocal(x: Float32, norm: Float32) -> Float32:
+    square = norm.astype(np.float64) ** 2
+    return x * (1 / np.sqrt(wrong.divisor(square))).astype(np.float32)[..., None]
+
+
+@_family("norm-epsilon")
+def _norm_epsilons(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        encoder = Encoder(direction=lambda x, norm: x / (norm + np.float32(1e-12))[..., None])
+        yield from telling(near_ties(scheme, draw, exponent=-19), scheme, [encoder])
+
+
+@_family("norm-before-narrowing")
+def _norms_before_narrowing(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        dtypes = {"float16", "bfloat16", scheme.norm_dtype} - {"float32"}
+        encoders = [Encoder(direction=_narrowed_norm(FLOAT_DTYPES[d])) for d in sorted(dtypes)]
+        yield from telling(near_ties(scheme, draw), scheme, encoders, most=1)
+
+
+def _narrowed_norm(dtype: np.dtype[Any]) -> Callable[[Float32, Float32], Float32]:
+    return lambda x, norm: spec.direction_of(x, rounding.narrow(norm, dtype).astype(np.float32))
+
+
+@_family("norm-accumulation")
+def _norm_accumulations(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        summed = [_norm_summed(total) for total in wrong.FLOAT32_SUMS]
+        moved = [_norm_moved(toward) for toward in (np.inf, 0)]
+        yield from telling(near_ties(scheme, draw), scheme, summed + moved, most=1)
+        for head_dim in (8, 40):
+            yield from telling(factor_ties(scheme, draw, head_dim), scheme, summed, most=1)
+
+
+def _norm_summed(total: wrong.Sum) -> Encoder:
+    return Encoder(norm=lambda x: np.sqrt(total(x, x)))
+
+
+def _norm_moved(toward: float) -> Encoder:
+    return Encoder(norm=lambda x: np.nextafter(rounding.norm(x), np.float32(toward)))
+
+
+@_family("factor-narrowing")
+def _factor_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        encoders = [
+            _factor_summed(wrong.in_order, np.float64),
+            *(_factor_summed(total, np.float32) for total in wrong.FLOAT32_SUMS),
+            Encoder(factor=_factor_by_reciprocal),
+            Encoder(factor=_factor_of_directions),
+        ]
+        yield from telling(factor_ties(scheme, draw, 8), scheme, encoders, most=1)
+
+
+def _factor_summed(total: wrong.Sum, dtype: type[np.floating[Any]]) -> Encoder:
+    """M1 to M3 by sums of another kind, in float32 or float64."""
+
+    def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
+        x_wide, y_wide = x.astype(dtype), y.astype(dtype)
+        length = norm if dtype == np.float32 else np.sqrt(total(x_wide, x_wide))
+        below = wrong.divisor(total(y_wide, y_wide))
+        if scheme.magnitude == "gain":
+            return np.asarray(length / np.sqrt(below))
+        return np.asarray(total(x_wide, y_wide) / below) if scheme.magnitude == "lsq" else length
+
+    return Encoder(factor=factor)
+
+
+def _factor_by_reciprocal(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
+    if scheme.magnitude != "gain":
+        return spec.factor(x, y, norm, scheme)
+    return np.asarray(norm * (np.float32(1) / wrong.divisor(rounding.norm(y))))
+
+
+def _factor_of_directions(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
+    """Least squares on the direction, times the norm: a rounding more."""
+    if scheme.magnitude != "lsq":
+        return spec.factor(x, y, norm, scheme)
+    return norm * rounding.least_squares_gain(spec.direction_of(x, norm), y)
+
+
+# --- exact ties ---------------------------------------------------------------------------------
+
+
+@_family("exact-tie")
+def _exact_ties(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    extremes, ties = _integer_ties(scheme)
+    by_channel = scheme.axis == "channel"
+    tokens = scheme.block_size or 64
+    if scheme.scale_rule == "search" or (by_channel and tokens <= len(extremes)):
+        return
+    rows = [ties[i : i + 4] for i in range(0, len(ties), 4)]
+    rows = [row + ties[: 4 - len(row)] for row in rows]
+    if by_channel:
+        step = tokens - len(extremes)
+        chunks = [rows[i : i + step] for i in range(0, len(rows), step)]
+        integers = [row for chunk in chunks for row in [[end] * 4 for end in extremes] + chunk]
+    else:
+        integers = [extremes + row for row in rows]
+    # A tie is odd, an extreme is even: four channels, or all behind the extremes, may be moved.
+    largest = max(sum(value * value for value in row) for row in integers) if by_channel else 0
+    whole = [_completed(row, scheme, largest) for row in integers]
+    x = _padded(whole, max(map(len, whole))).astype(np.float32)
+    first = scheme.outlier_channels
+    moved = np.zeros(x.shape, bool)
+    moved[:, first : first + len(integers[0])] = np.array(integers) % 2 != 0
+    for near in (x, np.nextafter(x, np.float32(np.inf)), np.nextafter(x, -np.float32(np.inf))):
+        yield np.ldexp(np.where(moved, near, x), -6)
+
+
+def _padded(rows: list[Any], width: int) -> Array:
+    return np.array([[*row, *[0] * (width - len(row))] for row in rows], np.float64)
+
+
+def _integer_ties(scheme: Scheme) -> tuple[list[int], list[int]]:
+    """Return extremes and ties of a range whose scale is 2, and whose zero is a power of two."""
+    least, most = scheme.code_range
+    zero = 0 if scheme.symmetric else -(2**scheme.bits)
+    ends = [zero + 2 * most] if scheme.symmetric else [zero + 2 * most, zero]
+    ties = [zero + 2 * code + 1 for code in range(least, most)]
+    if len(ties) > 16:
+        ties = ties[:4] + ties[5 :: len(ties) // 8][:8] + ties[-4:]
+    return ends, ties
+
+
+def _completed(row: list[int], scheme: Scheme, largest: int) -> list[int]:
+    """Return outlier channels, the row, and channels that make its norm a power of two.
+
+    The same one for all rows, as rows that share scales need, if `largest` is their greatest sum of
+    squares.
+    """
+    most = 2**scheme.bits
+    kept = scheme.outlier_channels
+    if not scheme.separate_norm:
+        return [4 * most] * kept + row
+    outliers = [4 * most] * max(kept - 1, 0)
+    total, held = (sum(value * value for value in values) for values in (row, outliers))
+    least = 16 * most * most if kept else 0
+    power = 1
+    while power - max(total, largest) - held < least:
+        power *= 4
+    rest = power - total - held
+    if kept:
+        outliers.append(isqrt(rest))
+        rest -= outliers[-1] ** 2
+    # With one scale a token, no other channel may be beyond its extremes.
+    most = max(row)
+    copies = 0 if scheme.axis == "channel" else rest // (most * most)
+    return [*outliers, *row, *[most] * copies, *_four_squares(rest - copies * most * most)]
+
+
+def _four_squares(number: int) -> list[int]:
+    """Return four integers whose squares add up to a number, the largest first."""
+    for a in range(isqrt(number), -1, -1):
+        for b in range(min(a, isqrt(number - a * a)), -1, -1):
+            left = number - a * a - b * b
+            for c in range(min(b, isqrt(left)), -1, -1):
+                d = isqrt(left - c * c)
+                if d > c:
+                    break
+                if d * d == left - c * c:
+                    return [a, b, c, d]
+    raise ArithmeticError(f"{number} is no sum of four squares, as every integer is")
+
+
+# --- norms half way between two float32 ---------------------------------------------------------
+
+
+@_family("norm-midpoint")
+def _norm_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if not scheme.separate_norm:
+        return
+    # Midpoints of float32 beside a tie of norm_dtype: on their two sides, another norm is stored.
+    step = 2 ** (24 - FORMATS[scheme.norm_dtype].precision)
+    for root in (2**24 + step + 1, 2**24 + 3 * step - 1) if step > 1 else (2**24 + 1, 2**24 + 3):
+        yield _around_midpoint(root, 0)
+    if scheme.norm_dtype != "float16":
+        yield _around_midpoint(2**24 + 1, -64)
+        yield _around_midpoint(2**24 + 1, 60)
+    pool = _coded_midpoints(scheme, draw)
+    if pool is not None:
+        yield from telling(pool, scheme, [Encoder(norm=_double_norm)])
+
+
+def _double_norm(x: Float32) -> Float32:
+    wide = x.astype(np.float64)
+    return np.sqrt(wrong.in_order(wide, wide)).astype(np.float32)
+
+
+def _around_midpoint(root: int, exponent: int) -> Array:
+    """Return tokens of norm ``root * 2^-24``, and of so little more and less that float64 is blind.
+
+    ``root`` is odd and has 25 bits, so that it is half way between two float32.
+    """
+    exact = [float(value) for value in _squares_of(root * root, 2**24)]
+    less = [*exact[:-1], 1 - 2.0**-24]
+    rows = np.array([[*exact, 0.0], [*exact, 2.0**-6], [*less, 0.0]])
+    return np.asarray(np.ldexp(rows, exponent - 24))
+
+
+def _squares_of(number: int, most: int) -> list[int]:
+    """Return powers of two, `most` at most, whose squares add up to a number, descending."""
+    roots: list[int] = []
+    for bit in range(number.bit_length() - 1, -1, -1):
+        if number >> bit & 1:
+            root, count = 2 ** (bit // 2), 1 + bit % 2
+            while root > most:
+                root, count = root // 2, 4 * count
+            roots += [root] * count
+    return roots
+
+
+def _coded_midpoints(scheme: Scheme, draw: Draw) -> Float32 | None:
+    """Return blocks whose norms float64 gets wrong, and with them quotients next to ties."""
+    by_channel = scheme.axis == "channel"
+    if scheme.outlier_channels or (by_channel and (scheme.block_size or 4) < 4):
+        return None
+    low, high = np.float32([0.0 if scheme.symmetric else -0.375]), np.float32([0.5])
+    scale, zero = (float(part[0]) for part in spec.range_scale(low, high, scheme))
+    width = 72
+    blocks = []
+    for _ in range(96):
+        rows: list[list[float]] = []
+        for sign in (1, -1):
+            root = int(draw.integers(2**22, 2**23)) * 4 + 2 - sign
+            ends = [root // 2] if scheme.symmetric else [root // 2, -(root * 3 // 8)]
+            ties = draw.integers(*scheme.code_range, 2) + 0.5
+            row = [] if by_channel else ends
+            row += [int(root * (zero + tie * scale)) for tie in ties.tolist()]
+            rest = root * root - sum(value * value for value in row)
+            squares = [float(value) for value in _squares_of(rest, root // 4)]
+            if sign > 0:
+                squares.append(2.0**-6)
+            elif rest % 2:
+                squares[-1] = 1 - 2.0**-24
+            else:
+                squares.append(0.0)
+            rows.append([*map(float, row), *squares])
+        if max(map(len, rows)) > width:
+            continue
+        if by_channel:
+            rows.insert(0, [0.5] * 4)
+            if not scheme.symmetric:
+                rows.insert(0, [-0.375, -0.375, 0.75, 0.375, 0.125])  # of length 1
+        blocks.append(_padded(rows, width))
+    x = np.array(blocks)
+    x[:, -2:] = np.ldexp(x[:, -2:], -24)
+    return x.astype(np.float32)
+
+
+# --- ends of ranges -----------------------------------------------------------------------------
+
+
+@_family("tiny-norm")
+def _tiny_norms(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Norms whose squares leave float32, in tokens that are coded like any other."""
+    for exponents in ((-40, -70, -100, 0), (-126, -130, -20, -148)):
+        yield np.ldexp(draw.bell(4, 5).astype(np.float64), np.array(exponents)[:, None])
+    if scheme.separate_norm and scheme.norm_dtype != "float16":
+        yield np.ldexp(draw.bell(4, 5), np.array([70, 100, -60, 0])[:, None])
+        yield np.array([[2.0e38, -2.0e38], [1, 2]])
+
+
+@_family("norm-narrowing")
+def _norm_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array | _Also]:
+    if not scheme.separate_norm:
+        return
+    precision, least, _ = FORMATS[scheme.norm_dtype]
+    half = 2.0**-precision
+    ties = np.float32([1 + half, 1 + 3 * half, 1 + half])
+    near = [ties, np.nextafter(ties, np.float32(2)), np.nextafter(ties, np.float32(0))]
+    x = np.zeros((9, 3))
+    x[:, 0] = np.concatenate(near)
+    x[2, 1] = 2.0**-15  # above the tie, but on it once the norm is float32
+    yield x
+    steps = np.array([1, 1.5, 2.5, 0.5, 0.75, 3, 1023.5])
+    yield _Also(np.outer(np.ldexp(steps, least), [0, -1]), "subnormal")
+
+
+@_family("norm-overflow")
+def _norm_overflows(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if not scheme.separate_norm:
+        return
+    end = FORMATS[scheme.norm_dtype].end
+    for value in (np.nextafter(np.float32(end), np.float32(0)), end):
+        yield np.array([[1, 2], [value, 0]], np.float64)
+    beyond = 1.02 * end / np.sqrt(2.0)
+    yield np.array([[beyond, beyond], [2, 1]])
+    yield np.array([[1, 2], [3e38, -3e38]])
+
+
+@_family("scale-range")
+def _scale_ranges(scheme: Scheme, draw: Draw) -> Iterator[_Also]:
+    """Scales that are subnormal or flushed, and quotients beyond the codes."""
+    if scheme.separate_norm and scheme.axis == "token" and not scheme.outlier_channels:
+        return
+    steps = np.array([0.5, 0.51, 0.75, 1, 1.25, 1.49, 1.5, 2.5, 10.5, 300])
+    spans = np.ldexp(steps * scheme.code_range[1], FORMATS[scheme.scale_dtype].least)
+    parts = np.array([1, -1, 0.5, 0.26, -0.77] if scheme.symmetric else [1, 0, 0.5, 0.26, 0.77])
+    for shift in (0.0,) if scheme.symmetric else (0.0, -1.0):
+        x = np.outer(parts + shift, spans)
+        x = x if scheme.axis == "channel" else x.T
+        if scheme.separate_norm or scheme.outlier_channels:
+            x = _in_front(x, scheme)
+        yield _Also(x, "subnormal")
+
+
+def _in_front(x: Array, scheme: Scheme) -> Array:
+    """Put channels in front that hold the norm of each token, or are its outlier channels.
+
+    The first token makes them outlier channels. In the others the first holds a norm of 1, so that
+    small values behind them are their own directions.
+    """
+    count = max(scheme.outlier_channels, int(scheme.separate_norm))
+    wide = np.zeros((len(x) + 1, count + x.shape[1]))
+    wide[0, :count] = 1
+    wide[1:, 0] = 1
+    wide[1:, count:] = x
+    return wide
+
+
+@_family("scale-overflow")
+def _scale_overflows(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.separate_norm:
+        return
+    end = FORMATS[scheme.scale_dtype].end
+    levels = scheme.code_range[1]
+    below = float(np.nextafter(np.float32(end), np.float32(0)))
+    outliers = np.full((3, scheme.outlier_channels), 6e4)
+    for top, opposite in (  # beyond, or not, is the scale, the scale, the zero, the two together
+        (end * levels, 0.0), (below * levels, 0.0), (-end, 0.0), (0.75 * end, -0.75 * end),
+    ):  # fmt: skip
+        rows = [[1.0, 2.0, 3.0], [0.0, opposite, 0.0], [0.5, top, 0.5]]
+        # A value beyond float16 would be an outlier, and refused for that.
+        if abs(top) <= (6e4 if scheme.outlier_channels else MOST):
+            yield np.concatenate([outliers, rows], axis=1)
+
+
+@_family("decoded-overflow")
+def _decoded_overflows(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    wide = scheme.norm_dtype if scheme.separate_norm else scheme.scale_dtype
+    if wide != "float16":
+        for top in (MOST, 3.389e38, 3.3e38, 2.9e38):
+            yield np.array([[1, 2, 3], [top, 0, 0], [0, 1, 0]])
+
+
+@_family("narrow-range")
+def _narrow_ranges(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Ranges so narrow that a narrowed zero lies outside, or far off: asymmetric schemes."""
+    if scheme.symmetric:
+        for sign in (1, -1):
+            yield draw.uniform(3, 4, 4, 5) * sign
+        return
+    tokens, width = min(scheme.block_size or 4, 4), 5
+    own = (1, width) if scheme.axis == "channel" else (tokens, 1)
+    base = draw.uniform(0.3, 1, POOL // 2, *own) * draw.signs(POOL // 2, *own)
+    spread = np.ldexp(1.0, draw.integers(-24, -3, POOL // 2, 1, 1))
+    x = base + spread * draw.uniform(0, 1, POOL // 2, tokens, width)
+    if scheme.outlier_channels:
+        x = np.concatenate([np.full((*x.shape[:-1], scheme.outlier_channels), 3.0), x], axis=-1)
+    if scheme.separate_norm:
+        x = x / np.sqrt(wrong.in_order(x, x))[..., None]
+        if scheme.axis == "channel":  # the directions of a channel are to be alike again
+            x = x[:, :1] + spread * draw.uniform(0, 1, *x.shape)
+        x = np.ldexp(x, draw.integers(-3, 4, POOL // 2, tokens, 1))
+    encoders = [
+        _scale_changed(lambda scale: np.maximum(scale, scale.dtype.type(0))),
+        _scale_changed(np.abs),
+        _UNROUNDED_MINIMUM,
+        # The last clamps only above, and lets unsigned bytes wrap below.
+        *(_wrapping(dtype) for dtype in (np.int8, np.int16, np.uint8)),
+    ]
+    yield from telling(x.astype(np.float32), scheme, encoders)
+
+
+def _scale_changed(change: Callable[[Array], Array]) -> Encoder:
+    def scale(step: Step) -> tuple[Array, Array]:
+        right, zero = right_scale(step)
+        return change(right), zero
+
+    return Encoder(scale=scale)
+
+
+def _wrapping(dtype: type[np.integer[Any]]) -> Encoder:
+    return _rounding(lambda quotient: wrong.wrapped(quotient, dtype))
+
+
+@_family("collapse")
+def _collapses(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Tokens that are not zero but decode to zero."""
+    if scheme.bits == 2 and scheme.axis == "channel" and scheme.separate_norm:
+        yield np.vstack([np.eye(4), np.ones((1, 4))])
+    x = draw.bell(3, 4)
+    x[1] = np.ldexp(x[1], -140)
+    yield x
+
+
+# --- outlier channels, search -------------------------------------------------------------------
+
+
+@_family("outlier-channels")
+def _outliers(scheme: Scheme, draw: Draw) -> Iterator[Array | _Also]:
+    kept = scheme.outlier_channels
+    for magnitude in (10.0, 1000.0):
+        x = draw.bell(4, kept + 5)
+        x[:, [1, 3]] *= np.float32(magnitude)
+        yield x
+    if not kept:
+        return
+    equal = draw.bell(4, kept + 4) * np.float32(0.25)
+    equal[1], equal[2, ::2] = 2, -2  # equal peaks, of both signs
+    yield equal
+    # One spike against a larger mean: the peak decides.
+    spiked = np.abs(draw.bell(5, kept + 4)) * np.float32(0.0625)
+    spiked[:, : kept + 1] = 1
+    spiked[3, -kept - 1 :] = -1.5 if kept == 1 else 1.5
+    spiked[3, -1] = -1.75
+    yield spiked
+    ordered = draw.bell(3, kept + 3) * np.float32(0.125)
+    ordered[1, ::-1] = 1 + np.arange(kept + 3) / 8
+    yield ordered
+    for head_dim in dict.fromkeys((max(kept - 1, 1), kept, kept + 1)):
+        yield draw.bell(3, head_dim)
+    # A value of another token's outlier channel that is narrowed to -0, and to a subnormal.
+    tiny = draw.bell(3, kept + 3)
+    tiny[:, :kept] = np.float32([[-(2.0**-27)], [8], [-3 * 2.0**-26]])
+    yield _Also(tiny, "negative-zero")
+    # Ties of float16, on both sides of the even one.
+    half = np.float32([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1.5 + 2.0**-11 + 2.0**-23])
+    yield np.concatenate([np.repeat(half[:, None], kept, axis=1), draw.bell(3, 3) / 16], axis=1)
+    if not scheme.separate_norm:
+        for value in (65519.0, 65520.0):
+            over = draw.bell(3, kept + 3)
+            over[:, :kept] = 300
+            over[1, 0] = value
+            yield over
+
+
+@_family("search")
+def _searches(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.scale_rule == "search":
+        for tokens, head_dim in ((24, 4), (9, 6), (3, 40), (2, 3)):
+            x = draw.bell(tokens, head_dim)
+            x[0] *= 2
+            yield x
+        x = draw.bell(12, 4)
+        x[5] = 0
+        yield x * np.float32(x > 0)

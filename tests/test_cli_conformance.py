@@ -138,7 +138,9 @@ def test_json_and_junit(wrong, tmp_path) -> None:
 
 def test_what_is_not_implemented_fails_unless_partial(wrong) -> None:
     arguments = ("check", f"{wrong}:half", "--scheme", "naive4")
-    assert "not implemented" in run(*arguments, code=1).lower()
+    text = run(*arguments, code=1)
+    assert "not implemented" in text.lower()
+    assert "odd head_dim" in text
     assert "not implemented" in run(*arguments, "--partial").lower()
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from nsq_ref import KVCache, Scheme, attention, codec, quantize, rounding, spec
 from nsq_ref.conformance import model
-from nsq_ref.conformance.cases import FLAGS, cases
+from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.operations import Case
 from nsq_ref.scheme import FLOAT_DTYPES, scheme_names

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nsq_ref import Scheme
-from nsq_ref.conformance.cases import FLAGS
 from nsq_ref.conformance.findings import Diagnosis, Explained, Finding, Report, SchemeReport
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import Case, Failure, Operation
 from nsq_ref.conformance.report import as_json, as_junit, as_text, axes_of, exit_code, finding_text
 from nsq_ref.conformance.rules import RULES
@@ -366,7 +366,8 @@ def test_json_survives_a_round_trip_and_keeps_its_keys() -> None:
     )
     first, second = found["schemes"]
     assert " ".join(first) == (
-        "name scheme conforms cases judged stages diagnoses explained failures notImplemented"
+        "name scheme conforms cases judged stages diagnoses explained failures notImplemented "
+            "reasons"
     )
     (diagnosis,) = first["diagnoses"]
     assert " ".join(diagnosis) == "rule title mistake says stages alike findings"

@@ -24,7 +24,7 @@ from safetensors.numpy import load as load_safetensors
 from nsq_ref import KVCache, Quantized, Scheme, attention, dequantize, quantize, rounding
 from nsq_ref.codec import Backend, block_of
 from nsq_ref.conformance import exact, model, vectors
-from nsq_ref.conformance.cases import FLAGS
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_array, scheme_of
 from nsq_ref.conformance.operations import Case
 

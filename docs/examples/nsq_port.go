@@ -1,4 +1,4 @@
-// All schemes of NSQ-1 in Go, as a program that answers `nsq check`: encode, decode, attend, stream.
+// All schemes of NSQ-1 in Go: a program that answers `nsq check` (encode, decode, attend, stream).
 // Ids such as N1 are rules of NSQ-1.
 //
 //	go build -o nsq_port nsq_port.go
@@ -419,7 +419,7 @@ func (s scheme) fit(directions []float32) (float32, float32) {
 		if !s.symmetric {
 			low, high = middle-float32(f*radius), middle+float32(f*radius)
 		}
-		newScale, newZero := s.rangeScale(low, high)
+		newScale, newZero := s.rangeScale(low, high) // if infinite, so is the sum, or not a number
 		if sum := s.squaredError(directions, newScale, newZero); sum < least {
 			least, scale, zero = sum, newScale, newZero
 		}

@@ -180,8 +180,9 @@ def _synthetic(scheme: Scheme, seed: int) -> Iterator[tuple[str, spec.Block]]:
     for tokens, head_dim in ((4, 6), (3, 25)):
         pool = stored_blocks(scheme, draw, POOL // 2, tokens, head_dim)
         right = spec.decode(pool, scheme).view(np.uint32)
-        for flag, *decoder in _WRONG_DECODERS:
-            counts = differences([right], [_decoded(pool, scheme, *decoder).view(np.uint32)])
+        for flag, dequantize, renormalise in _WRONG_DECODERS:
+            decoded = _decoded(pool, scheme, dequantize, renormalise).view(np.uint32)
+            counts = differences([right], [decoded])
             best = int(np.argmax(counts))
             if counts[best] and (head_dim == 6 or flag == "length-accumulation"):
                 yield flag, _one(pool, best)
@@ -334,7 +335,80 @@ def _stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterato
         if flag == "crop-saturation":
             block = _decoded_beyond_float16(scheme, draw, size, head_dim)
             if block is None:
-                block = x[0, sinks:]
+                continue
             x = np.concatenate([np.ones((sinks, head_dim), FLOAT16), block])[None]
         inputs = _stream_inputs(x, steps, row)
         yield Case(f"{flag}/{next(numbers[flag])}", "stream", scheme, (flag,), inputs)
+
+
+_Steps = Sequence[tuple[int, ...]]  # ``(kind, number of row 0, number of row 1, ...)``
+
+
+def _stream_inputs(x: Array, steps: _Steps, row: int) -> dict[str, Array]:
+    return {"x": x, "steps": np.array(steps, np.int32), "row": np.array([row], np.int32)}
+
+
+def _rows(draw: Draw, steps: _Steps, row: int, size: int, head_dim: int) -> Array:
+    """Draw rows, each block of another magnitude, and other rows a thousand times as large."""
+    appended = np.array([numbers for kind, *numbers in steps if kind == model.APPEND])
+    tokens = int(appended.sum(axis=0).max())
+    x = draw.bell(appended.shape[1], tokens, head_dim).astype(np.float64)
+    x *= np.ldexp(1.0, (np.arange(tokens) * 2 // size) % 5)[:, None]
+    x[np.arange(len(x)) != row] *= 1000
+    return x
+
+
+def _histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int, _Steps]]:
+    """Yield flag, dtype, the row that is asked about, and appends (0) and crops (1)."""
+    inside = sinks + size + (size + 1) // 2  # in the second block
+    whole = sinks + 2 * size + 1
+
+    def one(flag: str, *steps: tuple[int, int]) -> tuple[str, np.dtype[Any], int, _Steps]:
+        return flag, FLOAT32, 0, steps
+
+    yield one("stream-append", (0, whole))
+    yield one("stream-append", *[(0, 1)] * (sinks + size + 1))
+    yield one("stream-append", (0, sinks + size - 1), (0, 2), (0, size), (0, 0))
+    yield one("stream-append", (0, sinks), (0, size), (0, size))
+    yield one("stream-append", (0, sinks + max(size - 1, 1)))
+    if sinks:
+        yield one("stream-append", (0, sinks - 1), (0, size))
+        yield one("stream-append", (0, sinks))
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16):
+        if size > 1:
+            yield "crop-block", dtype, 0, [(0, whole), (1, inside)]
+            yield "crop-block", dtype, 0, [(0, whole), (1, inside), (0, 2 * size)]
+        yield "crop-edge", dtype, 0, [(0, whole), (1, sinks + size), (0, size + 1)]
+    if size > 1:
+        yield one("crop-block", (0, whole), (1, sinks + 1), (0, 1), (0, size))
+        yield one("crop-block", (0, whole), (1, inside), (1, inside - 1), (0, size))
+        yield one("crop-tail", (0, sinks + 2 * size - 1), (1, inside), (0, size))
+        yield "crop-tail", FLOAT16, 0, [(0, sinks + size - 1), (1, sinks + 1), (0, size)]
+    yield one("crop-start", (0, sinks + size), (1, 0), (0, sinks + size))
+    yield one("crop-start", (0, sinks + size), (1, sinks), (0, size))
+    for length in range(1, sinks):
+        yield one("crop-start", (0, sinks + size), (1, length), (0, sinks + size))
+    yield one("crop-edge", (0, whole), (1, whole), (0, 1))
+    ragged = [(0, size, sinks + size + 1, 1), (0, size, 0, 2), (0, 0, size, size)]
+    for row in range(3):
+        yield "ragged-batch", FLOAT32, row, ragged
+    cropped = [(1, sinks + 1, sinks + size + size // 2, 0), (0, size, size, size)]
+    yield "ragged-batch", FLOAT32, 1, ragged + cropped
+    if size > 1:
+        yield "crop-saturation", FLOAT16, 0, [(0, sinks + size), (1, sinks + size - 1)]
+
+
+def _decoded_beyond_float16(scheme: Scheme, draw: Draw, size: int, head_dim: int) -> Array | None:
+    """Return a block of float16 that is accepted, and decodes to values beyond float16."""
+    x = 500 * draw.bell(1024, size, head_dim).astype(np.float64)
+    x[:, 0] = 65504 * draw.uniform(-0.02, 0.02, 1024, head_dim)
+    x[:, 0, 0] = 65504
+    x[:, 0, 1] = 65504 * draw.uniform(-0.12, 0.12, 1024)
+    pool = x.astype(FLOAT16)
+    decoded = spec.decode(spec.encode(pool.astype(np.float32), scheme), scheme)
+    beyond = np.isfinite(decoded).all(axis=(1, 2))
+    beyond &= np.any(np.abs(decoded[:, :-1]) >= 65520, axis=(1, 2))
+    for block in pool[beyond][:8]:
+        if refusal(block, replace(scheme, sink_tokens=0)) is None:
+            return np.asarray(block)
+    return None

@@ -234,6 +234,7 @@ def _scheme_report(
     judged: list[Judged] = []
     failures: list[tuple[Case, Failure]] = []
     missing: list[Case] = []
+    reasons: dict[str, None] = {}
     explained: list[Explained] = []
     counts: Counter[str] = Counter()
     stages: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -243,6 +244,8 @@ def _scheme_report(
             failures.append((case, answer))
         elif answer.status == NOT_IMPLEMENTED:
             missing.append(case)
+            if answer.message:
+                reasons[answer.message] = None
         else:
             verdict = judge(case, answer, latitudes)
             findings = verdict.findings
@@ -273,6 +276,7 @@ def _scheme_report(
         explained=explained,
         failures=failures,
         not_implemented=missing,
+        reasons=list(reasons) if missing else [],
         cases=[case for case, _ in asked],
     )
     return report, unclaimed

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from nsq_ref.conformance.findings import Diagnosis, Finding
-from nsq_ref.conformance.judge import STAGES, Latitudes, judge
+from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
 from nsq_ref.conformance.reference import Mistake, Reference
@@ -207,7 +207,9 @@ class _Search:
         if stage not in UNEXPLAINABLE:
             # Where plain random data is wrong too, the engineered cases tell nothing more.
             plain = [f.rule for f in here if _is_plain(f)]
-            rule = Counter(plain or rules).most_common(1)[0][0]
+            rule, count = Counter(plain or rules).most_common(1)[0]
+            if self.operation == "encode" and count < LEAST_SHARE * len(plain or rules):
+                rule = default_rule(stage, here[0].case.scheme)  # the flags disagree
             rules = ["B1" if self._needs_blocks(here) else rule] * len(here)
         for rule in dict.fromkeys(rules):
             of_rule = [f for f, r in zip(here, rules, strict=True) if r == rule]

@@ -6,7 +6,7 @@ of a pool of near-ties on which a wrong encoder gives other bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def encode_cases(scheme: Scheme, seed: int) -> Iterator[Case]:
 
 def _with_sinks(x: Array, scheme: Scheme) -> Array:
     """Put as many sinks in front as the scheme takes, so large that they would change scales."""
-    sinks = np.resize(np.float32([96.0, -160.0, 0.375]), (scheme.sink_tokens, x.shape[-1]))
+    sinks = np.resize(np.array([96.0, -160.0, 0.375]), (scheme.sink_tokens, x.shape[-1]))
     sinks = np.broadcast_to(sinks, (*x.shape[:-2], *sinks.shape))
     return np.concatenate([sinks.astype(x.dtype), x], axis=-2)
 
@@ -197,16 +197,39 @@ def _padding(scheme: Scheme, draw: Draw) -> Iterator[Array]:
         yield draw.bell(2, head_dim)
 
 
-# --- picked from pools: codes -------------------------------------------------------------------
+# --- picked from pools --------------------------------------------------------------------------
 
 
-def _quotient(step: Step) -> Float32:
-    return np.asarray((step.direction - step.zero) / wrong.divisor(step.scale))
+def _pick(
+    flag: str,
+    *always: Encoder,
+    normed: Sequence[Encoder] = (),
+    asymmetric: Sequence[Encoder] = (),
+    most: int = 2,
+    shrinks: Sequence[int] = (0,),
+    scale_ties: bool = False,
+    exponent: int = 0,
+) -> None:
+    """Register near-ties that tell wrong encoders, some of them of normed or asymmetric schemes."""
+
+    def family(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+        encoders = [
+            *(normed if scheme.separate_norm else ()),
+            *always,
+            *(() if scheme.symmetric else asymmetric),
+        ]
+        for shrink in shrinks if encoders else ():
+            pool = near_ties(scheme, draw, scale_ties=scale_ties, exponent=exponent, shrink=shrink)
+            yield from telling(pool, scheme, encoders, most)
+
+    _FAMILIES[flag] = family
 
 
 def _rounding(function: Callable[[Array], Array]) -> Encoder:
     """Q1 with another rounding of the quotient."""
-    return Encoder(code=lambda step: function(_quotient(step)))
+    return Encoder(
+        code=lambda step: function((step.direction - step.zero) / wrong.divisor(step.scale))
+    )
 
 
 def _dividing(function: Callable[[Array, Array, Array], Array]) -> Encoder:
@@ -214,34 +237,10 @@ def _dividing(function: Callable[[Array, Array, Array], Array]) -> Encoder:
     return Encoder(code=lambda step: np.rint(function(step.direction, step.scale, step.zero)))
 
 
-@_family("half-even")
-def _half_even(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    roundings = (
-        wrong.half_away, wrong.half_up, wrong.half_toward_zero, wrong.half_up_in_float32,
-    )  # fmt: skip
-    yield from telling(near_ties(scheme, draw), scheme, map(_rounding, roundings))
-
-
-@_family("reciprocal-of-scale")
-def _reciprocals_of_scale(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoders = [_dividing(wrong.quotient_by_reciprocal)]
-    yield from telling(near_ties(scheme, draw), scheme, encoders)
-
-
-@_family("merged-division")
-def _merged_divisions(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoders = []
-    if scheme.separate_norm:
-        encoders = [Encoder(code=_merged_division), Encoder(code=_merged_reciprocals)]
-    if not scheme.symmetric:
-        encoders += [_dividing(wrong.divided_apart), _dividing(wrong.fused_subtraction)]
-    yield from telling(near_ties(scheme, draw), scheme, encoders)
-
-
 def _merged_division(step: Step) -> Array:
     norm = step.norm[..., None]
     above = step.x - norm * step.zero if not step.scheme.symmetric else step.x
-    return np.rint(above / wrong.divisor(norm * wrong.divisor(step.scale)))
+    return np.asarray(np.rint(above / wrong.divisor(norm * wrong.divisor(step.scale))))
 
 
 def _merged_reciprocals(step: Step) -> Array:
@@ -251,44 +250,42 @@ def _merged_reciprocals(step: Step) -> Array:
     return np.rint(step.x * (np.float32(1) / (norm * wrong.divisor(step.scale))))
 
 
-@_family("double-precision-quotient")
-def _double_quotients(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoders = [_dividing(wrong.double_quotient), Encoder(code=_double_throughout)]
-    yield from telling(near_ties(scheme, draw), scheme, encoders)
-
-
 def _double_throughout(step: Step) -> Array:
     direction = step.x.astype(np.float64) / wrong.divisor(step.norm)[..., None]
     return np.rint((direction - step.zero) / wrong.divisor(step.scale))
-
-
-@_family("unnarrowed-scale")
-def _unnarrowed_scales(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoders = [
-        Encoder(code=_unnarrowed_scale),
-        Encoder(code=lambda step: np.rint((step.direction - step.low) / wrong.divisor(step.scale))),
-    ]
-    yield from telling(near_ties(scheme, draw), scheme, encoders, most=1)
 
 
 def _unnarrowed_scale(step: Step) -> Array:
     zero = np.zeros_like(step.low) if step.scheme.symmetric else step.low
     span = spec.range_span(step.low, step.high, zero, step.scheme)
     scale = wrong.divisor(span / np.float32(step.scheme.code_range[1]))
-    return np.rint((step.direction - step.zero) / scale)
+    return np.rint((step.direction - zero) / scale)
 
 
-@_family("scale-epsilon")
-def _scale_epsilons(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoder = _dividing(lambda direction, scale, zero: (direction - zero) / (scale + EPSILON))
-    for shrink in (0, 4, 10):
-        yield from telling(near_ties(scheme, draw, shrink=shrink), scheme, [encoder], most=1)
+def _unnarrowed_zero(step: Step) -> Array:
+    return np.rint((step.direction - step.low) / wrong.divisor(step.scale))
 
 
-EPSILON = np.float32(1e-8)
+def _with_epsilon(direction: Array, scale: Array, zero: Array) -> Array:
+    return np.asarray((direction - zero) / (wrong.divisor(scale) + np.float32(1e-8)))
 
 
-# --- picked from pools: scales, outliers, directions, norms -------------------------------------
+_pick(
+    "half-even",
+    *map(_rounding, (wrong.half_away, wrong.half_up, wrong.half_toward_zero)),
+    _rounding(wrong.half_up_in_float32),
+)
+_pick("reciprocal-of-scale", _dividing(wrong.quotient_by_reciprocal))
+_pick(
+    "merged-division",
+    normed=[Encoder(code=_merged_division), Encoder(code=_merged_reciprocals)],
+    asymmetric=[_dividing(wrong.divided_apart), _dividing(wrong.fused_subtraction)],
+)
+_pick(
+    "double-precision-quotient", _dividing(wrong.double_quotient), Encoder(code=_double_throughout)
+)
+_pick("unnarrowed-scale", Encoder(code=_unnarrowed_scale), Encoder(code=_unnarrowed_zero), most=1)
+_pick("scale-epsilon", _dividing(_with_epsilon), shrinks=(0, 4, 10), most=1)
 
 
 def _range_scale(divide: Callable[[Step, Float32, np.float32], Array]) -> Encoder:
@@ -311,44 +308,10 @@ def _beyond_ties(step: Step, span: Float32, levels: np.float32) -> Array:
     return np.asarray(np.nextafter(wide, np.copysign(np.float32(np.inf), wide)))
 
 
-_UNROUNDED_MINIMUM = _range_scale(lambda step, span, levels: (step.high - step.low) / levels)
-
-
-@_family("scale-narrowing")
-def _scale_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    encoders = [
-        _range_scale(lambda step, span, levels: span * (np.float32(1) / levels)),
-        _range_scale(_beyond_ties),
-    ]
-    if not scheme.symmetric:
-        encoders.append(_UNROUNDED_MINIMUM)
-    yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
-
-
-@_family("outlier-narrowing")
-def _outlier_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    if scheme.outlier_channels and scheme.separate_norm:
-        encoders = [
-            Encoder(outliers=_direct_outliers),
-            Encoder(direction=wrong.direction_by_reciprocal),
-        ]
-        yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
-
-
 def _direct_outliers(step: Step) -> Array:
     """Narrow the float64 direction at once."""
     direction = step.x / wrong.divisor(step.norm)[..., None].astype(np.float64)
     return wrong.narrowed_at_once(np.take_along_axis(direction, step.outlier_index, -1), "float16")
-
-
-@_family("reciprocal-of-norm")
-def _reciprocals_of_norm(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    if scheme.separate_norm:
-        encoders = [
-            Encoder(direction=wrong.direction_by_reciprocal),
-            Encoder(direction=_root_of_reciprocal),
-        ]
-        yield from telling(near_ties(scheme, draw), scheme, encoders)
 
 
 def _root_of_reciprocal(x: Float32, norm: Float32) -> Float32:
@@ -356,23 +319,41 @@ def _root_of_reciprocal(x: Float32, norm: Float32) -> Float32:
     return x * (1 / np.sqrt(wrong.divisor(square))).astype(np.float32)[..., None]
 
 
-@_family("norm-epsilon")
-def _norm_epsilons(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    if scheme.separate_norm:
-        encoder = Encoder(direction=lambda x, norm: x / (norm + np.float32(1e-12))[..., None])
-        yield from telling(near_ties(scheme, draw, exponent=-19), scheme, [encoder])
+def _narrowed_norm(dtype: str) -> Encoder:
+    def direction(x: Float32, norm: Float32) -> Float32:
+        return spec.direction_of(x, rounding.narrow(norm, FLOAT_DTYPES[dtype]).astype(np.float32))
+
+    return Encoder(direction=direction)
 
 
-@_family("norm-before-narrowing")
-def _norms_before_narrowing(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    if scheme.separate_norm:
-        dtypes = {"float16", "bfloat16", scheme.norm_dtype} - {"float32"}
-        encoders = [Encoder(direction=_narrowed_norm(FLOAT_DTYPES[d])) for d in sorted(dtypes)]
-        yield from telling(near_ties(scheme, draw), scheme, encoders, most=1)
+_UNROUNDED_MINIMUM = _range_scale(lambda step, span, levels: (step.high - step.low) / levels)
+_RECIPROCAL_OF_NORM = Encoder(direction=wrong.direction_by_reciprocal)
+
+_pick(
+    "scale-narrowing",
+    _range_scale(lambda step, span, levels: span * (np.float32(1) / levels)),
+    _range_scale(_beyond_ties),
+    asymmetric=[_UNROUNDED_MINIMUM],
+    scale_ties=True,
+)
 
 
-def _narrowed_norm(dtype: np.dtype[Any]) -> Callable[[Float32, Float32], Float32]:
-    return lambda x, norm: spec.direction_of(x, rounding.narrow(norm, dtype).astype(np.float32))
+@_family("outlier-narrowing")
+def _outlier_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    if scheme.outlier_channels and scheme.separate_norm:
+        encoders = [Encoder(outliers=_direct_outliers), _RECIPROCAL_OF_NORM]
+        yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
+
+
+_pick("reciprocal-of-norm", normed=[_RECIPROCAL_OF_NORM, Encoder(direction=_root_of_reciprocal)])
+_pick(
+    "norm-epsilon",
+    normed=[Encoder(direction=lambda x, norm: x / (norm + np.float32(1e-12))[..., None])],
+    exponent=-19,
+)
+_pick(
+    "norm-before-narrowing", normed=[_narrowed_norm("bfloat16"), _narrowed_norm("float16")], most=1
+)
 
 
 @_family("norm-accumulation")
@@ -568,7 +549,7 @@ def _coded_midpoints(scheme: Scheme, draw: Draw) -> Float32 | None:
     by_channel = scheme.axis == "channel"
     if scheme.outlier_channels or (by_channel and (scheme.block_size or 4) < 4):
         return None
-    low, high = np.float32([0.0 if scheme.symmetric else -0.375]), np.float32([0.5])
+    low, high = np.array([[0.0 if scheme.symmetric else -0.375], [0.5]], np.float32)
     scale, zero = (float(part[0]) for part in spec.range_scale(low, high, scheme))
     width = 72
     blocks = []
@@ -620,7 +601,7 @@ def _norm_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array | _Also]:
         return
     precision, least, _ = FORMATS[scheme.norm_dtype]
     half = 2.0**-precision
-    ties = np.float32([1 + half, 1 + 3 * half, 1 + half])
+    ties = np.array([1 + half, 1 + 3 * half, 1 + half], np.float32)
     near = [ties, np.nextafter(ties, np.float32(2)), np.nextafter(ties, np.float32(0))]
     x = np.zeros((9, 3))
     x[:, 0] = np.concatenate(near)
@@ -776,10 +757,10 @@ def _outliers(scheme: Scheme, draw: Draw) -> Iterator[Array | _Also]:
         yield draw.bell(3, head_dim)
     # A value of another token's outlier channel that is narrowed to -0, and to a subnormal.
     tiny = draw.bell(3, kept + 3)
-    tiny[:, :kept] = np.float32([[-(2.0**-27)], [8], [-3 * 2.0**-26]])
+    tiny[:, :kept] = np.array([[-(2.0**-27)], [8], [-3 * 2.0**-26]])
     yield _Also(tiny, "negative-zero")
     # Ties of float16, on both sides of the even one.
-    half = np.float32([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1.5 + 2.0**-11 + 2.0**-23])
+    half = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1.5 + 2.0**-11 + 2.0**-23])
     yield np.concatenate([np.repeat(half[:, None], kept, axis=1), draw.bell(3, 3) / 16], axis=1)
     if not scheme.separate_norm:
         for value in (65519.0, 65520.0):

@@ -105,6 +105,8 @@ class SchemeReport:
     failures : sequence of (Case, Failure)
         Cases without an answer.
     not_implemented : sequence of Case
+    reasons : sequence of str
+        What the port said of them, each once.
     cases : sequence of Case
         All that were asked, in order.
     """
@@ -117,6 +119,7 @@ class SchemeReport:
     explained: Sequence[Explained] = ()
     failures: Sequence[tuple[Case, Failure]] = ()
     not_implemented: Sequence[Case] = ()
+    reasons: Sequence[str] = ()
     cases: Sequence[Case] = ()
 
 

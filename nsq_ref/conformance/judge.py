@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.codec import Quantized
-from nsq_ref.conformance.cases import FLAGS
 from nsq_ref.conformance.findings import Explained, Finding
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.operations import REFUSED, Answer, Case
 from nsq_ref.conformance.reference import Reference
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme
 
-__all__ = ["LATITUDES", "STAGES", "Latitudes", "Verdict", "judge"]
+__all__ = ["LATITUDES", "STAGES", "Latitudes", "Verdict", "default_rule", "judge"]
 
 Array = npt.NDArray[Any]
 
@@ -33,8 +33,8 @@ STAGES = {
     "refusal": "refusals",
     "structure": "arrays",
     "sinks": "sinks",
-    "outlier_index": "outlier channels",
     "norm": "norms",
+    "outlier_index": "outlier channels",
     "outliers": "outliers",
     "zero": "zeros",
     "scale": "scales",
@@ -187,6 +187,21 @@ def _the_specification() -> Reference:
     return _SPECIFICATION[0]
 
 
+def default_rule(stage: str, scheme: Scheme) -> str:
+    """Return the rule that a stage breaks where nothing tells more.
+
+    Examples
+    --------
+    >>> default_rule("scale", Scheme()), default_rule("scale", Scheme(symmetric=False))
+    ('S1', 'S2')
+    """
+    if stage == "scale" and not scheme.symmetric:
+        return "S2"
+    if stage == "gain":
+        return {"gain": "M2", "lsq": "M3"}.get(scheme.magnitude, "M1")
+    return _RULES[stage][0]
+
+
 # --- one answer ---------------------------------------------------------------------------------
 
 
@@ -319,13 +334,8 @@ class _Judging:
         return candidates[0]
 
     def _rule(self, stage: str) -> str:
-        default, *others = _RULES[stage]
-        if stage == "scale" and not self.scheme.symmetric:
-            default = "S2"
-        if stage == "gain":
-            default = {"gain": "M2", "lsq": "M3"}.get(self.scheme.magnitude, "M1")
         chief = FLAGS[self.case.flags[0]].rule
-        return chief if chief in others else default
+        return chief if chief in _RULES[stage][1:] else default_rule(stage, self.scheme)
 
     def _wrong(self, stage: str, what: str, *, rule: str | None = None, **details: Any) -> None:
         finding = Finding(self.case, stage, rule or self._rule(stage), what, **details)

@@ -323,16 +323,27 @@ def without_zero_tokens(original: Function, direction: Any, coded: Any, scheme: 
 def wide_scale(reference: Reference, direction: Any, scheme: Scheme) -> tuple[Any, Any]:
     """Scale and zero of a block in float32, before they are narrowed."""
     wide = replace(scheme, scale_dtype="float32", scale_rule="range")
-    coded = np.ones(direction.shape, bool)
+    coded = reference.coded.get(direction.tobytes(), np.ones(direction.shape, bool))
     low, high = reference.spec.extent(direction, coded, wide)
     scale, zero = reference.spec.range_scale(low, high, wide)
     return scale, zero
 
 
+def remember_coded(original: Function, reference: Reference) -> Function:
+    """Keep which channels of which directions are coded: the others enter no scale."""
+    reference.coded = {}
+
+    def extent(direction: Any, coded: Any, scheme: Scheme) -> Any:
+        reference.coded = {direction.tobytes(): coded, **dict([*reference.coded.items()][:64])}
+        return original(direction, coded, scheme)
+
+    return extent
+
+
 def code_before_narrowing(original: Function, reference: Reference) -> Function:
     def code(direction: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
         wide, wide_zero = wide_scale(reference, direction, scheme)
-        return original(direction, np.where(scale == 0, F32(0), wide), wide_zero, scheme)
+        return original(direction, wide, wide_zero, scheme)
 
     return code
 
@@ -931,10 +942,10 @@ def _mistakes() -> list[Mistake]:
         # S3
         ("codes from the scale before narrowing", "S3",
          "codes were made with the scale before it was narrowed",
-         ENCODE, {"spec.code": code_before_narrowing}),
+         ENCODE, {"spec.extent": remember_coded, "spec.code": code_before_narrowing}),
         ("codes from the zero before narrowing", "S3",
          "codes were made with the zero before it was narrowed",
-         ENCODE, {"spec.code": zero_before_narrowing}),
+         ENCODE, {"spec.extent": remember_coded, "spec.code": zero_before_narrowing}),
         ("maximum narrowed before the division", "S3",
          "the maximum was narrowed before it was divided; narrow the quotient",
          ENCODE, {"spec.scale_of": knowing(lambda reference, span, scheme: reference.rounding.narrow(

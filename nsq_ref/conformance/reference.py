@@ -75,7 +75,8 @@ class Reference:
     spec: Any
     attention: Any
     model: Any
-    sinks: Any  # that a mistake remembers
+    sinks: Any  # what mistakes remember
+    coded: Any
 
     def __init__(self, mistakes: Sequence[Mistake] = ()) -> None:
         self.mistakes = tuple(mistakes)

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.conformance.cases import FLAGS
 from nsq_ref.conformance.findings import Diagnosis, Explained, Finding, Report, SchemeReport
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case
 from nsq_ref.conformance.rules import RULES
 from nsq_ref.scheme import SPEC_VERSION
@@ -464,6 +464,8 @@ def _not_implemented_lines(report: Report) -> Iterator[Line]:
     yield Line()
     yield Line(f"Not implemented, {effect}: {_count(len(cases), 'case')}", style="head")
     yield Line(_abbreviated(cases), 2)
+    for reason in dict.fromkeys(reason for one in report.schemes for reason in one.reasons):
+        yield from _message_lines(reason, 6, in_full=False)
 
 
 def _explained_lines(report: Report, alone: Case | None) -> Iterator[Line]:
@@ -628,6 +630,7 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
             for case, failure in one.failures
         ],
         "notImplemented": [case_name(case) for case in one.not_implemented],
+        "reasons": list(one.reasons),
     }
 
 

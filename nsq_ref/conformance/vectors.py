@@ -24,6 +24,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from nsq_ref.conformance import cases, exact
+from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 
@@ -291,9 +292,9 @@ def _json(operation: Operation, name: str) -> bytes:
         lines.append(json.dumps(one, separators=(",", ":")))
     notes = {
         flag: {
-            "bugType": cases.FLAGS[flag].bug_type,
-            "rule": cases.FLAGS[flag].rule,
-            "description": cases.FLAGS[flag].description,
+            "bugType": FLAGS[flag].bug_type,
+            "rule": FLAGS[flag].rule,
+            "description": FLAGS[flag].description,
         }
         for flag in sorted(flags)
     }

@@ -13,6 +13,7 @@ test: .venv/test.done
 
 test-torch: .venv/torch.done
 	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
+	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

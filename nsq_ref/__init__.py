@@ -11,6 +11,9 @@ Examples
 >>> restored = nsq.dequantize(q)
 """
 
+import importlib
+from typing import Any
+
 from nsq_ref import attention, bounds
 from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
@@ -27,7 +30,15 @@ __all__ = [
     "Scheme",
     "attention",
     "bounds",
+    "conformance",
     "dequantize",
     "quantize",
     "scheme_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `nsq_ref.conformance` when it is asked for: most who import nsq_ref do not need it."""
+    if name == "conformance":
+        return importlib.import_module("nsq_ref.conformance")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.compilers import compile_library
+
 NSQ = Path(sys.executable).with_name("nsq")
 ROOT = Path(__file__).parents[1]
+C_EXAMPLE = ROOT / "docs" / "examples" / "nsq_port.c"
 RIGHT = "tests/ports/functions.py"
 
 WRONG = '''
@@ -134,6 +137,24 @@ def test_json_and_junit(wrong, tmp_path) -> None:
     suites = ElementTree.parse(tmp_path / "report.xml").getroot()
     assert suites.findall(".//failure")
     assert len(suites.findall(".//testcase")) > len(suites.findall(".//failure"))
+
+
+def test_c_example_conforms(tmp_path) -> None:
+    """Within seconds, with no latitude: N1 S3 Q1 P1 M1 D1."""
+    library = tmp_path / "libport.so"
+    compile_library(C_EXAMPLE, library)
+    assert "CONFORMS to nsep+pchan4 in all that was asked" in run("check", library)
+
+
+def test_report_in_the_porting_page_is_real(tmp_path) -> None:
+    """Q1: the page shows what the command prints."""
+    source = tmp_path / "nsq_port.c"
+    source.write_text(C_EXAMPLE.read_text().replace("rintf(", "roundf("))
+    compile_library(source, tmp_path / "libport.so")
+    printed = run("check", "./libport.so", code=1, cwd=tmp_path)
+    page = (ROOT / "docs" / "porting.md").read_text()
+    shown = page.partition("```text\n$ nsq check ./libport.so\n")[2].partition("```")[0]
+    assert printed == "nsq check ./libport.so\n" + shown
 
 
 def test_what_is_not_implemented_fails_unless_partial(wrong) -> None:

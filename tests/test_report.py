@@ -367,7 +367,7 @@ def test_json_survives_a_round_trip_and_keeps_its_keys() -> None:
     first, second = found["schemes"]
     assert " ".join(first) == (
         "name scheme conforms cases judged stages diagnoses explained failures notImplemented "
-            "reasons"
+        "reasons"
     )
     (diagnosis,) = first["diagnoses"]
     assert " ".join(diagnosis) == "rule title mistake says stages alike findings"

@@ -58,7 +58,6 @@ class Knobs:
     outlier_norm: str = "all"  # or "coded": without the outlier channels
     outlier_values: str = "direction"  # or "x"
     outlier_scales: bool = False  # scales of outlier channels are stored
-    outliers_of: str = "block"  # or "sequence"
     # S1 to S5, Z1
     levels: float = 0.0  # more than there are
     extent: str = "own"
@@ -138,7 +137,6 @@ class Knobs:
     head_order: str = "groups"
     subtract: bool = True
     value_scheme: str = "own"
-    tail_of_keys: str = "seen"
     # between calls
     state: str = "none"
     writes: bool = False
@@ -253,7 +251,6 @@ NORMS: dict[str, Callable[[Array], Any]] = {
     "even channels": lambda row: exact_length(row[::2]),
     "first 64": lambda row: exact_length(row[:64]),
     "last one out": lambda row: exact_length(row[:-1]),
-    "rsqrt": lambda row: F32(1) / nothing(F32(1) / nothing(exact_length(row))),
     "hypot": lambda row: F32(np.hypot.reduce(row)),
 }
 
@@ -423,7 +420,6 @@ def outlier_channels(direction: Array, kept: int, knobs: Knobs) -> Array:
         "square": lambda: (size**2).sum(axis=0),
         "value": lambda: direction.max(axis=0),
         "median": lambda: np.median(size, axis=0),
-        "spread": lambda: direction.astype(F64).max(axis=0) - direction.min(axis=0),
     }
     rank = ranks[knobs.rank]()
     sign = -1 if knobs.equals == "higher" else 1

@@ -734,13 +734,11 @@ def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Ar
         how = "float64" if knobs.gain == "float64" else how
         wide = np.where(np.any(y != 0, axis=1) | (knobs.gain == "norm"), wide, 0)
     else:
-        dots = np.array([x32 @ y32 for x32, y32 in zip(x, y, strict=True)], F32)
         squares = nothing(np.array([one_by_one(row) for row in y], F32))
         products = np.array([np.add.accumulate(a * b)[-1] for a, b in zip(x, y, strict=True)], F32)
         ways = {
             "right": lambda: np.array([ratio(a, b) for a, b in zip(x, y, strict=True)], F32),
             "float32": lambda: products / squares,
-            "float32 dot": lambda: dots / squares,
             "float64": lambda: (x64 * y64).sum(1) / nothing((y64**2).sum(1)),
             "over x": lambda: ((x64 * y64).sum(1) / nothing((x64**2).sum(1))).astype(F32),
             "gain": lambda: norm / nothing(norms_of(y, RIGHT)),
@@ -749,8 +747,6 @@ def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Ar
                 [ratio(a / nothing(n), b) for a, b, n in zip(x, y, norm, strict=True)], F32),
             "norm times direction": lambda: norm * np.array(
                 [ratio(a / nothing(n), b) for a, b, n in zip(x, y, norm, strict=True)], F32),
-            "magnitude": lambda: np.abs(
-                np.array([ratio(a, b) for a, b in zip(x, y, strict=True)], F32)) + F32(0),
         }  # fmt: skip
         wide = ways[knobs.lsq]()
         how = "float64" if knobs.lsq == "float64" else how

@@ -6,7 +6,7 @@ of a pool of near-ties on which a wrong encoder gives other bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -14,19 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance import wrong_arithmetic as wrong
 from nsq_ref.conformance.operations import Case
-from nsq_ref.conformance.pools import (
-    FORMATS,
-    POOL,
-    Draw,
-    Encoder,
-    Step,
-    factor_ties,
-    near_ties,
-    right_scale,
-    telling,
-)
+from nsq_ref.conformance.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
+from nsq_ref.conformance.wrong_arithmetic import FLOAT32_SUMS, WRONG_ENCODERS, Encoder, in_order
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 Array = npt.NDArray[Any]
@@ -200,217 +190,64 @@ def _padding(scheme: Scheme, draw: Draw) -> Iterator[Array]:
 # --- picked from pools --------------------------------------------------------------------------
 
 
-def _pick(
-    flag: str,
-    *always: Encoder,
-    normed: Sequence[Encoder] = (),
-    asymmetric: Sequence[Encoder] = (),
-    most: int = 2,
-    shrinks: Sequence[int] = (0,),
-    scale_ties: bool = False,
-    exponent: int = 0,
-) -> None:
-    """Register near-ties that tell wrong encoders, some of them of normed or asymmetric schemes."""
-
-    def family(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-        encoders = [
-            *(normed if scheme.separate_norm else ()),
-            *always,
-            *(() if scheme.symmetric else asymmetric),
-        ]
-        for shrink in shrinks if encoders else ():
-            pool = near_ties(scheme, draw, scale_ties=scale_ties, exponent=exponent, shrink=shrink)
-            yield from telling(pool, scheme, encoders, most)
-
-    _FAMILIES[flag] = family
+def _wrong(flag: str, scheme: Scheme) -> list[Encoder]:
+    return [encoder for encoder in WRONG_ENCODERS[flag] if encoder.concerns(scheme)]
 
 
-def _rounding(function: Callable[[Array], Array]) -> Encoder:
-    """Q1 with another rounding of the quotient."""
-    return Encoder(
-        code=lambda step: function((step.direction - step.zero) / wrong.divisor(step.scale))
-    )
+def _picked(
+    scheme: Scheme, draw: Draw, flag: str, *, most: int = 2, **options: Any
+) -> Iterator[Array]:
+    """Yield near-ties that tell the wrong encoders of a flag; `options` are those of the pool."""
+    encoders = _wrong(flag, scheme)
+    if encoders:
+        yield from telling(near_ties(scheme, draw, **options), scheme, encoders, most)
 
 
-def _dividing(function: Callable[[Array, Array, Array], Array]) -> Encoder:
-    """Q1 with another quotient of direction, scale and zero."""
-    return Encoder(code=lambda step: np.rint(function(step.direction, step.scale, step.zero)))
+def _family_of_near_ties(flag: str, **options: Any) -> None:
+    _FAMILIES[flag] = lambda scheme, draw: _picked(scheme, draw, flag, **options)
 
 
-def _merged_division(step: Step) -> Array:
-    norm = step.norm[..., None]
-    above = step.x - norm * step.zero if not step.scheme.symmetric else step.x
-    return np.asarray(np.rint(above / wrong.divisor(norm * wrong.divisor(step.scale))))
+_family_of_near_ties("half-even")
+_family_of_near_ties("reciprocal-of-scale")
+_family_of_near_ties("merged-division")
+_family_of_near_ties("double-precision-quotient")
+_family_of_near_ties("unnarrowed-scale", most=1)
 
 
-def _merged_reciprocals(step: Step) -> Array:
-    norm = wrong.divisor(step.norm[..., None])
-    if not step.scheme.symmetric:
-        return np.rint(wrong.divided_apart(step.x / norm, step.scale, step.zero))
-    return np.rint(step.x * (np.float32(1) / (norm * wrong.divisor(step.scale))))
+@_family("scale-epsilon")
+def _scale_epsilons(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    for shrink in (0, 4, 10):
+        yield from _picked(scheme, draw, "scale-epsilon", most=1, shrink=shrink)
 
 
-def _double_throughout(step: Step) -> Array:
-    direction = step.x.astype(np.float64) / wrong.divisor(step.norm)[..., None]
-    return np.rint((direction - step.zero) / wrong.divisor(step.scale))
-
-
-def _unnarrowed_scale(step: Step) -> Array:
-    zero = np.zeros_like(step.low) if step.scheme.symmetric else step.low
-    span = spec.range_span(step.low, step.high, zero, step.scheme)
-    scale = wrong.divisor(span / np.float32(step.scheme.code_range[1]))
-    return np.rint((step.direction - zero) / scale)
-
-
-def _unnarrowed_zero(step: Step) -> Array:
-    return np.rint((step.direction - step.low) / wrong.divisor(step.scale))
-
-
-def _with_epsilon(direction: Array, scale: Array, zero: Array) -> Array:
-    return np.asarray((direction - zero) / (wrong.divisor(scale) + np.float32(1e-8)))
-
-
-_pick(
-    "half-even",
-    *map(_rounding, (wrong.half_away, wrong.half_up, wrong.half_toward_zero)),
-    _rounding(wrong.half_up_in_float32),
-)
-_pick("reciprocal-of-scale", _dividing(wrong.quotient_by_reciprocal))
-_pick(
-    "merged-division",
-    normed=[Encoder(code=_merged_division), Encoder(code=_merged_reciprocals)],
-    asymmetric=[_dividing(wrong.divided_apart), _dividing(wrong.fused_subtraction)],
-)
-_pick(
-    "double-precision-quotient", _dividing(wrong.double_quotient), Encoder(code=_double_throughout)
-)
-_pick("unnarrowed-scale", Encoder(code=_unnarrowed_scale), Encoder(code=_unnarrowed_zero), most=1)
-_pick("scale-epsilon", _dividing(_with_epsilon), shrinks=(0, 4, 10), most=1)
-
-
-def _range_scale(divide: Callable[[Step, Float32, np.float32], Array]) -> Encoder:
-    """S1 to S3 with another quotient of what is spanned and the number of levels."""
-
-    def scale(step: Step) -> tuple[Array, Array]:
-        zero = spec.range_zero(step.low, step.scheme)
-        span = spec.range_span(step.low, step.high, zero, step.scheme)
-        wide = divide(step, span, np.float32(step.scheme.code_range[1]))
-        return rounding.narrow(wide, FLOAT_DTYPES[step.scheme.scale_dtype]), zero
-
-    return Encoder(scale=scale)
-
-
-def _beyond_ties(step: Step, span: Float32, levels: np.float32) -> Array:
-    """Ties are narrowed away from zero: the next float32 is none."""
-    wide = span / levels
-    if step.scheme.scale_dtype == "float32":
-        return wide
-    return np.asarray(np.nextafter(wide, np.copysign(np.float32(np.inf), wide)))
-
-
-def _direct_outliers(step: Step) -> Array:
-    """Narrow the float64 direction at once."""
-    direction = step.x / wrong.divisor(step.norm)[..., None].astype(np.float64)
-    return wrong.narrowed_at_once(np.take_along_axis(direction, step.outlier_index, -1), "float16")
-
-
-def _root_of_reciprocal(x: Float32, norm: Float32) -> Float32:
-    square = norm.astype(np.float64) ** 2
-    return x * (1 / np.sqrt(wrong.divisor(square))).astype(np.float32)[..., None]
-
-
-def _narrowed_norm(dtype: str) -> Encoder:
-    def direction(x: Float32, norm: Float32) -> Float32:
-        return spec.direction_of(x, rounding.narrow(norm, FLOAT_DTYPES[dtype]).astype(np.float32))
-
-    return Encoder(direction=direction)
-
-
-_UNROUNDED_MINIMUM = _range_scale(lambda step, span, levels: (step.high - step.low) / levels)
-_RECIPROCAL_OF_NORM = Encoder(direction=wrong.direction_by_reciprocal)
-
-_pick(
-    "scale-narrowing",
-    _range_scale(lambda step, span, levels: span * (np.float32(1) / levels)),
-    _range_scale(_beyond_ties),
-    asymmetric=[_UNROUNDED_MINIMUM],
-    scale_ties=True,
-)
+_family_of_near_ties("scale-narrowing", scale_ties=True)
 
 
 @_family("outlier-narrowing")
 def _outlier_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     if scheme.outlier_channels and scheme.separate_norm:
-        encoders = [Encoder(outliers=_direct_outliers), _RECIPROCAL_OF_NORM]
-        yield from telling(near_ties(scheme, draw, scale_ties=True), scheme, encoders)
+        yield from _picked(scheme, draw, "outlier-narrowing", scale_ties=True)
 
 
-_pick("reciprocal-of-norm", normed=[_RECIPROCAL_OF_NORM, Encoder(direction=_root_of_reciprocal)])
-_pick(
-    "norm-epsilon",
-    normed=[Encoder(direction=lambda x, norm: x / (norm + np.float32(1e-12))[..., None])],
-    exponent=-19,
-)
-_pick(
-    "norm-before-narrowing", normed=[_narrowed_norm("bfloat16"), _narrowed_norm("float16")], most=1
-)
+_family_of_near_ties("reciprocal-of-norm")
+_family_of_near_ties("norm-epsilon", exponent=-19)
+_family_of_near_ties("norm-before-narrowing", most=1)
 
 
 @_family("norm-accumulation")
 def _norm_accumulations(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     if scheme.separate_norm:
-        summed = [_norm_summed(total) for total in wrong.FLOAT32_SUMS]
-        moved = [_norm_moved(toward) for toward in (np.inf, 0)]
-        yield from telling(near_ties(scheme, draw), scheme, summed + moved, most=1)
+        yield from _picked(scheme, draw, "norm-accumulation", most=1)
+        summed = WRONG_ENCODERS["norm-accumulation"][: len(FLOAT32_SUMS)]
         for head_dim in (8, 40):
             yield from telling(factor_ties(scheme, draw, head_dim), scheme, summed, most=1)
-
-
-def _norm_summed(total: wrong.Sum) -> Encoder:
-    return Encoder(norm=lambda x: np.sqrt(total(x, x)))
-
-
-def _norm_moved(toward: float) -> Encoder:
-    return Encoder(norm=lambda x: np.nextafter(rounding.norm(x), np.float32(toward)))
 
 
 @_family("factor-narrowing")
 def _factor_narrowings(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     if scheme.separate_norm:
-        encoders = [
-            _factor_summed(wrong.in_order, np.float64),
-            *(_factor_summed(total, np.float32) for total in wrong.FLOAT32_SUMS),
-            Encoder(factor=_factor_by_reciprocal),
-            Encoder(factor=_factor_of_directions),
-        ]
+        encoders = _wrong("factor-narrowing", scheme)
         yield from telling(factor_ties(scheme, draw, 8), scheme, encoders, most=1)
-
-
-def _factor_summed(total: wrong.Sum, dtype: type[np.floating[Any]]) -> Encoder:
-    """M1 to M3 by sums of another kind, in float32 or float64."""
-
-    def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-        x_wide, y_wide = x.astype(dtype), y.astype(dtype)
-        length = norm if dtype == np.float32 else np.sqrt(total(x_wide, x_wide))
-        below = wrong.divisor(total(y_wide, y_wide))
-        if scheme.magnitude == "gain":
-            return np.asarray(length / np.sqrt(below))
-        return np.asarray(total(x_wide, y_wide) / below) if scheme.magnitude == "lsq" else length
-
-    return Encoder(factor=factor)
-
-
-def _factor_by_reciprocal(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    if scheme.magnitude != "gain":
-        return spec.factor(x, y, norm, scheme)
-    return np.asarray(norm * (np.float32(1) / wrong.divisor(rounding.norm(y))))
-
-
-def _factor_of_directions(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    """Least squares on the direction, times the norm: a rounding more."""
-    if scheme.magnitude != "lsq":
-        return spec.factor(x, y, norm, scheme)
-    return norm * rounding.least_squares_gain(spec.direction_of(x, norm), y)
 
 
 # --- exact ties ---------------------------------------------------------------------------------
@@ -513,12 +350,7 @@ def _norm_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
         yield _around_midpoint(2**24 + 1, 60)
     pool = _coded_midpoints(scheme, draw)
     if pool is not None:
-        yield from telling(pool, scheme, [Encoder(norm=_double_norm)])
-
-
-def _double_norm(x: Float32) -> Float32:
-    wide = x.astype(np.float64)
-    return np.sqrt(wrong.in_order(wide, wide)).astype(np.float32)
+        yield from telling(pool, scheme, _wrong("norm-midpoint", scheme))
 
 
 def _around_midpoint(root: int, exponent: int) -> Array:
@@ -693,30 +525,11 @@ def _narrow_ranges(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     if scheme.outlier_channels:
         x = np.concatenate([np.full((*x.shape[:-1], scheme.outlier_channels), 3.0), x], axis=-1)
     if scheme.separate_norm:
-        x = x / np.sqrt(wrong.in_order(x, x))[..., None]
+        x = x / np.sqrt(in_order(x, x))[..., None]
         if scheme.axis == "channel":  # the directions of a channel are to be alike again
             x = x[:, :1] + spread * draw.uniform(0, 1, *x.shape)
         x = np.ldexp(x, draw.integers(-3, 4, POOL // 2, tokens, 1))
-    encoders = [
-        _scale_changed(lambda scale: np.maximum(scale, scale.dtype.type(0))),
-        _scale_changed(np.abs),
-        _UNROUNDED_MINIMUM,
-        # The last clamps only above, and lets unsigned bytes wrap below.
-        *(_wrapping(dtype) for dtype in (np.int8, np.int16, np.uint8)),
-    ]
-    yield from telling(x.astype(np.float32), scheme, encoders)
-
-
-def _scale_changed(change: Callable[[Array], Array]) -> Encoder:
-    def scale(step: Step) -> tuple[Array, Array]:
-        right, zero = right_scale(step)
-        return change(right), zero
-
-    return Encoder(scale=scale)
-
-
-def _wrapping(dtype: type[np.integer[Any]]) -> Encoder:
-    return _rounding(lambda quotient: wrong.wrapped(quotient, dtype))
+    yield from telling(x.astype(np.float32), scheme, _wrong("narrow-range", scheme))
 
 
 @_family("collapse")

@@ -6,6 +6,7 @@ So one wrong norm does not make every code wrong. All stages come from the funct
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from nsq_ref.codec import Quantized
 from nsq_ref.conformance.findings import Explained, Finding
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_of
+from nsq_ref.conformance.model import APPEND
 from nsq_ref.conformance.operations import REFUSED, Answer, Case
 from nsq_ref.conformance.reference import Reference
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme
@@ -289,7 +291,9 @@ class _Judging:
         ]
         for name, what, got_text, expected in problems:
             rule = self._part_rule(name, layout)
-            self._wrong("structure", what, rule=rule, got=got_text, expected=expected)
+            self._wrong(
+                "structure", what, rule=rule, got=got_text, expected=expected, shown=self._history()
+            )
         if problems:
             raise _Wrong
         return {
@@ -649,17 +653,33 @@ class _Judging:
         )
         layout = {name: Field(part.shape, part.dtype) for name, part in expected.items()}
         parts = self._structure(layout)
+        factor = "norm" if self.scheme.magnitude == "norm" else "gain"
         for name, stage in (
-            ("sinks", "sinks"), ("outlier_index", "outlier_index"), ("norm", "norm"),
-            ("outliers", "outliers"), ("zero", "zero"), ("scale", "scale"), ("packed", "codes"),
+            ("sinks", "sinks"), ("outlier_index", "outlier_index"), ("norm", factor),
+            ("outliers", "outliers"), ("zero", "zero"), ("scale", "scale"), ("packed", "packed"),
             ("tail", "tail"),
         ):  # fmt: skip
             if name in parts:
                 before = len(self.verdict.findings)
-                self._compare(stage, parts[name], expected[name], what=f"stored {name} differ")
+                self._compare(
+                    stage, parts[name], expected[name], shown=lambda _: iter(self._history())
+                )
                 for i in range(before, len(self.verdict.findings)):
                     rule = self._flag_rule(("B1", "B2", "C1", "K1"))
                     self.verdict.findings[i] = _with_rule(self.verdict.findings[i], rule)
+
+    def _history(self) -> tuple[tuple[str, str], ...]:
+        """What the row of a cache went through."""
+        if self.case.operation != "stream":
+            return ()
+        inputs = self.case.inputs
+        steps = inputs["steps"][:, [0, 1 + int(inputs["row"].item())]].tolist()
+        words = []
+        for (kind, count), same in itertools.groupby(map(tuple, steps)):
+            times = len(list(same))
+            step = f"append {count}" if kind == APPEND else f"crop to {count}"
+            words.append(step if times == 1 else f"{times} times {step}")
+        return (("steps", ", ".join(words)),)
 
     # --- attention
 

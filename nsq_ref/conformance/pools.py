@@ -1,4 +1,4 @@
-"""Drawn data next to ties, and encoders with one wrong decision, to pick what tells them.
+"""Drawn data next to ties, and how cases are picked from it.
 
 Where it cannot be computed on which data a mistake shows, many blocks are drawn, a *pool*, and
 those are picked on which an encoder with that mistake differs most from the specification.
@@ -7,14 +7,14 @@ those are picked on which an encoder with that mistake differs most from the spe
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance.wrong_arithmetic import in_order, narrowed_at_once
+from nsq_ref.conformance.wrong_arithmetic import Encoder, in_order
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 Array = npt.NDArray[Any]
@@ -84,76 +84,7 @@ class Draw:
         return ((total - 6 * 0xFFFF) * 2.0**-16).astype(np.float32)
 
 
-# --- encoders with one wrong decision -----------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """What is known of blocks when their scales, and then their codes, are made."""
-
-    x: Float32
-    norm: Float32
-    direction: Float32
-    outlier_index: npt.NDArray[np.int32]
-    coded: npt.NDArray[np.bool_]
-    low: Float32
-    high: Float32
-    scheme: Scheme
-    scale: Array  # float32 of what is stored, once it is known
-    zero: Array
-
-
-def right_scale(step: Step) -> tuple[Array, Array]:
-    """Return scale and zero (rules S1 to S4)."""
-    return spec.scale_and_zero(step.low, step.high, step.direction, step.coded, step.scheme)
-
-
-class Encoder(NamedTuple):
-    """The decisions of `spec.encode`, any of which may be replaced by a wrong one.
-
-    Examples
-    --------
-    >>> x = np.float32([[[7], [0.5], [2.5]]])
-    >>> cut_off = Encoder(code=lambda step: np.trunc(step.direction / step.scale))
-    >>> [one(x, Scheme(separate_norm=False))[0].ravel().tolist() for one in (Encoder(), cut_off)]
-    [[7, 0, 2], [7, 0, 2]]
-    """
-
-    norm: Callable[[Float32], Float32] = rounding.norm
-    direction: Callable[[Float32, Float32], Float32] = spec.direction_of
-    scale: Callable[[Step], tuple[Array, Array]] = right_scale
-    code: Callable[[Step], Array] = lambda step: spec.code(
-        step.direction, step.scale, step.zero, step.scheme
-    )
-    outliers: Callable[[Step], Array] = lambda step: spec.kept_outliers(
-        step.direction, step.outlier_index
-    )
-    factor: Callable[[Float32, Float32, Float32, Scheme], Array] = spec.factor
-
-    def __call__(self, x: Float32, scheme: Scheme) -> list[Array]:
-        """Encode blocks ``[N, T, D]``: codes, stored factors, scales, zeros, outliers.
-
-        Codes are clamped, and factors narrowed, whatever made them.
-        """
-        norm, direction = np.ones(x.shape[:-1], np.float32), x
-        if scheme.separate_norm:
-            norm = self.norm(x)
-            direction = self.direction(x, norm)
-        index = spec.outlier_channels(direction, scheme)
-        coded = ~spec.mark(index, x.shape[-1])
-        low, high = spec.extent(direction, coded, scheme)
-        step = Step(x, norm, direction, index, coded, low, high, scheme, low, low)
-        scale, zero = self.scale(step)
-        step = step._replace(scale=scale.astype(np.float32), zero=zero.astype(np.float32))
-        clamped = np.clip(self.code(step), *scheme.code_range).astype(np.float32)
-        codes = spec.without_codes(clamped, coded, norm)
-        outliers = self.outliers(step)
-        y = spec.dequantized_direction(codes, scale, zero, index, outliers)
-        factor = self.factor(x, y, norm, scheme)
-        if factor.dtype == np.float64:
-            stored = narrowed_at_once(factor, scheme.norm_dtype)
-        else:
-            stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
-        return [codes, stored, scale, zero, outliers]
+# --- picking --------------------------------------------------------------------------------------
 
 
 def differences(some: Iterable[Array], others: Iterable[Array]) -> npt.NDArray[np.int64]:

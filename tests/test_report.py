@@ -120,7 +120,7 @@ Q1  Round, then clamp  (docs/spec.md#codes)
       Just this case:
         nsq check ./libmine.so --scheme nsep+pchan4 --case encode/exact-tie/0
 
-    All 4 cases: encode/exact-tie/0 to 2, 4
+    All 4 cases that show it: encode/exact-tie/0 to 2, 4
 
 Cases in which each stage is right, given the port's own stage before it:
   encode: norm 6/6, codes 2/6
@@ -267,7 +267,7 @@ def test_an_unknown_mistake_shows_three_findings_and_a_second_diagnosis_is_marke
     assert chief.count("Just this case:") == 1
     assert re.findall("--case (.*)", rest) == [f"encode/sum/{i}" for i in (0, 2, 4)]
     assert "cannot tell it from: swapped nibbles." in rest
-    assert "All 5 cases: encode/sum/0 to 4\n" in rest
+    assert "All 5 cases that show it: encode/sum/0 to 4\n" in rest
 
 
 def test_long_lists_of_cases_are_counted() -> None:

@@ -334,7 +334,7 @@ def _stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterato
         x = _rows(draw, steps, row, size, head_dim).astype(dtype)
         if flag == "crop-saturation":
             block = _decoded_beyond_float16(scheme, draw, size, head_dim)
-            if block is None:
+            if block is None:  # the scheme decodes to nothing so large
                 continue
             x = np.concatenate([np.ones((sinks, head_dim), FLOAT16), block])[None]
         inputs = _stream_inputs(x, steps, row)

@@ -178,6 +178,7 @@ def run(
     total = sum(len(chosen) for *_, chosen in questions)
     must = tuple(operations if required is None else required)
     reports, notes, done = [], [], 0
+    unclaimed: dict[Operation, list[str]] = defaultdict(list)
     if not refusals:
         notes.append("not asked: input that must be refused, as a graph cannot refuse")
     for name, scheme, chosen in questions:
@@ -188,9 +189,13 @@ def run(
             asked.append((case, port.ask(at, case)))
             done += 1
         again = [] if isinstance(port, Stream) else _asked_again(port, chosen, asked)
-        one, unclaimed = _scheme_report(name, scheme, asked, again, allowed, must, progress)
+        one, of_scheme = _scheme_report(name, scheme, asked, again, allowed, must, progress)
         reports.append(one)
-        notes += [f"{name}: {operation} is not implemented" for operation in unclaimed]
+        for operation in of_scheme:
+            unclaimed[operation].append(name)
+    for operation, names in unclaimed.items():
+        where = "" if len(names) == len(schemes) else f" for {', '.join(names)}"
+        notes.append(f"{operation} is not implemented{where}")
     return Report(port.name, seed, tuple(latitudes), reports, partial, command, notes)
 
 
@@ -209,7 +214,9 @@ def _asked_again(
         if seen[case.operation] > ASKED_AGAIN:
             continue
         second = port.ask(number, case)
-        if not isinstance(second, Answer) or not _same(answer, second):
+        if isinstance(second, Failure) and second.kind == "missing":
+            continue  # a port that failed too often is not asked any more, which is told as that
+        if isinstance(second, Failure) or not _same(answer, second):
             what = "the same question got another answer later: something is kept between calls"
             findings.append(Finding(case, "again", "B2", what))
     return findings

@@ -182,9 +182,10 @@ class _Search:
             alike = before.alike
         if not gone:
             return
-        gone.sort(key=lambda f: ORDER.index(f.stage))
+        gone.sort(key=lambda f: (OPERATIONS.index(f.case.operation), ORDER.index(f.stage)))
         stages = tuple(dict.fromkeys(f.stage for f in gone))
-        first = [f for f in gone if f.stage == stages[0]]
+        operation = gone[0].case.operation
+        first = [f for f in gone if (f.case.operation, f.stage) == (operation, stages[0])]
         says = f"{_amount(first)}: {mistake.says}."
         self.found[mistake.name] = Diagnosis(
             mistake.rule, mistake.name, says, stages, tuple(gone), alike

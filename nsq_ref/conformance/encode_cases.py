@@ -83,17 +83,18 @@ def refusal(x: Array, scheme: Scheme) -> str | None:
     coded = x[..., scheme.sink_tokens :, :].astype(np.float32)
     if not coded.size:
         return None
-    if scheme.separate_norm and np.isinf(rounding.norm(coded)).any():
-        return "N1"
-    block = spec.encode_blocks(coded, scheme)
-    for rule, *parts in (
-        ("O1", block.outliers),
-        ("S5", block.scale, block.zero),
-        ("M4", block.norm),
-        ("D3", spec.decode_blocks(block, scheme)),
-    ):
-        if not all(np.isfinite(part).all() for part in parts):
-            return rule
+    with np.errstate(all="ignore"):
+        if scheme.separate_norm and np.isinf(rounding.norm(coded)).any():
+            return "N1"
+        block = spec.encode_blocks(coded, scheme)
+        for rule, *parts in (
+            ("O1", block.outliers),
+            ("S5", block.scale, block.zero),
+            ("M4", block.norm),
+            ("D3", spec.decode_blocks(block, scheme)),
+        ):
+            if not all(np.isfinite(part).all() for part in parts):
+                return rule
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nsq_ref.conformance.operations import Case, Failure
-from nsq_ref.scheme import Scheme
+from nsq_ref.scheme import Scheme, scheme_names
 
 __all__ = ["Diagnosis", "Explained", "Finding", "Report", "SchemeReport"]
 
@@ -121,6 +121,25 @@ class SchemeReport:
     not_implemented: Sequence[Case] = ()
     reasons: Sequence[str] = ()
     cases: Sequence[Case] = ()
+
+    @property
+    def title(self) -> str:
+        """The name, and the fields in which the scheme differs from the one of that name.
+
+        Examples
+        --------
+        >>> SchemeReport("nsep4", Scheme(bits=3, axis="token"), {}, {}).title
+        'nsep4 with bits=3'
+        """
+        if self.name not in scheme_names():
+            return self.name
+        usual = Scheme.named(self.name)
+        changes = [
+            f"{field}={value}"
+            for field, value in self.scheme.to_dict().items()
+            if value != getattr(usual, field)
+        ]
+        return f"{self.name} with {', '.join(changes)}" if changes else self.name
 
 
 @dataclass(frozen=True)

@@ -376,8 +376,10 @@ class _Judging:
         if not wrong.any():
             return
         index = _first(wrong)
+        only_signs = stage != "x_hat" and bool((got == expected)[wrong].all())
         self._wrong(
-            stage, what or f"{STAGES[stage]} differ", index=index, got=_text(got[index]),
+            stage, what or f"{STAGES[stage]} differ", rule="Z1" if only_signs else None,
+            index=index, got=_text(got[index]),
             expected=_text(expected[index]), shown=tuple(shown(index)) if shown else (),
             wrong=int(wrong.sum()), of=wrong.size,
         )  # fmt: skip

@@ -926,6 +926,11 @@ def _mistakes() -> list[Mistake]:
         ("range from the unrounded minimum", "S2",
          "scales are (max - min) over the levels; subtract the narrowed zero",
          ENCODE, {"spec.range_span": only_if(False, lambda span, low, high, *_: high - low)}),
+        ("range in double precision", "S2",
+         "scales are from a float64 difference; it is to be rounded to float32 before it is divided",
+         ENCODE, {"spec.range_span": only_if(
+             False, lambda span, low, high, zero, scheme: high.astype(F64) - zero.astype(F64)),
+                  "spec.scale_of": scale_from(lambda span, levels: (span / levels).astype(F32))}),
         ("negative scale forced to zero", "S2",
          "negative scales, where narrowing lifts zero above the maximum, are set to 0",
          ENCODE, {"spec.scale_of": after(lambda scale, *_: np.maximum(scale, scale.dtype.type(0)))}),

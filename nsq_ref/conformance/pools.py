@@ -159,12 +159,8 @@ def near_ties(
     shrink : int
         Makes scales smaller by that power of two; where channels share a scale, it adds channels.
     """
-    by_channel, symmetric, kept = (
-        scheme.axis == "channel",
-        scheme.symmetric,
-        scheme.outlier_channels,
-    )
-    search = scheme.scale_rule == "search"
+    by_channel, search = scheme.axis == "channel", scheme.scale_rule == "search"
+    symmetric, kept = scheme.symmetric, scheme.outlier_channels
     tokens = min(scheme.block_size or 6, 6)
     if by_channel and tokens <= (1 if symmetric else 2) and not scale_ties:
         return _subnormal_ties(scheme, draw, tokens)
@@ -180,13 +176,13 @@ def near_ties(
         widest = float(np.ldexp(0.94 / np.sqrt(coded + fillers), -shrink))
         least = 0.6 * widest
     low, high = _extremes(scheme, draw, least, widest, own, scale_ties)
-    range_ = low.astype(np.float32), high.astype(np.float32), scheme
+    low32, high32 = low.astype(np.float32), high.astype(np.float32)
     if search:
         chosen = draw.integers(0, len(spec.SHRINK), 1, *high.shape)
-        candidates = spec.shrunken_scales(*range_)
+        candidates = spec.shrunken_scales(low32, high32, scheme)
         scale, zero = (np.take_along_axis(part, chosen, 0)[0] for part in candidates)
     else:
-        scale, zero = spec.range_scale(*range_)
+        scale, zero = spec.range_scale(low32, high32, scheme)
     ties = draw.integers(*scheme.code_range, POOL, tokens, coded) + 0.5
     if search:  # among ties alone, another scale would have less error
         ties += 0.5 * (draw.integers(0, 3, *ties.shape) > 0)
@@ -196,11 +192,10 @@ def near_ties(
         draw.uniform(1, 2, POOL, tokens, 1), exponent + draw.integers(-2, 3, POOL, tokens, 1)
     )
     outlier_signs = draw.signs(1, 1, kept)
-    x = np.empty(0, np.float32)
     for _ in range(3 if search else 1):
         target = zero.astype(np.float64) + ties * scale.astype(np.float64)
         target = np.clip(target, low, high)
-        # A view whose second axis is that of the elements that share a scale.
+        # The second axis of this view is that of the elements that share a scale.
         members = target if by_channel else target.swapaxes(1, 2)
         ends = [high * signs] if symmetric else [high * signs, low]
         for i, end in enumerate(ends[: members.shape[1]]):
@@ -218,7 +213,7 @@ def near_ties(
                 scale, zero = (
                     np.ldexp(part.astype(np.float64), -exponent) for part in (scale, zero)
                 )
-    return x
+    return np.asarray(x)
 
 
 def _extremes(

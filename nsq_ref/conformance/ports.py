@@ -68,9 +68,10 @@ PROTOCOL = 1
 MOST_FAILURES = 3  # of one operation: a port that hangs on every case would take hours
 START_SECONDS = 120.0  # importing torch or compiling kernels takes long
 ENDING_SECONDS = 2.0  # for a process to end that closed its output, and for its pipes to run dry
-STDERR_BYTES = 1 << 14  # that are kept
-STDERR_LINES = 5  # that a message shows
-MESSAGE_CHARACTERS = 2000
+STDERR_BYTES = 1 << 14  # that are kept of either end
+STDERR_LINES = 5  # that a message shows of either end
+STDERR_CHARACTERS = 300  # of a line
+MESSAGE_BYTES = 2000
 
 HEADER_FILE = "header.nsq"
 _Kind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
@@ -271,7 +272,7 @@ def _text_array(text: str) -> Array:
 
 
 def _text(array: Array) -> str:
-    return array.tobytes()[:MESSAGE_CHARACTERS].decode("utf-8", "backslashreplace")
+    return array.tobytes()[:MESSAGE_BYTES].decode("utf-8", "backslashreplace")
 
 
 def _file_name(number: int) -> str:
@@ -554,7 +555,7 @@ class _Program:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._last_words = b""
+        self._words = b""
         self._given_up = False
         self._patience = ENDING_SECONDS
         self._writer = _thread(lambda: None)
@@ -639,7 +640,10 @@ class _Program:
     def _listen(self) -> None:
         with self._pipe(self._process.stderr) as stderr:
             while chunk := os.read(stderr.fileno(), STDERR_BYTES):
-                self._last_words = (self._last_words + chunk)[-STDERR_BYTES:]
+                words = self._words + chunk
+                if len(words) > 2 * STDERR_BYTES:
+                    words = words[:STDERR_BYTES] + words[-STDERR_BYTES:]
+                self._words = words
 
     @contextlib.contextmanager
     def _pipe(self, pipe: IO[bytes] | None) -> Iterator[Any]:
@@ -661,14 +665,17 @@ class _Program:
         return f"it ended with signal {-code}"
 
     def _stderr(self) -> str:
-        """Return the last lines of the standard error, of a program that is given up."""
+        """Return the ends of the standard error, of a program that is given up."""
         self._kill_group()
         self._wait_for(self._listener)
-        text = self._last_words.decode("utf-8", "backslashreplace")
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()][-STDERR_LINES:]
+        text = self._words.decode("utf-8", "backslashreplace")
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         if not lines:
             return ""
-        return "; last lines of stderr:\n" + "\n".join(lines)[-MESSAGE_CHARACTERS:]
+        # Some languages say first why they end, and some last.
+        if len(lines) > 2 * STDERR_LINES:
+            lines = [*lines[:STDERR_LINES], "...", *lines[-STDERR_LINES:]]
+        return "; stderr:\n" + "\n".join(line[:STDERR_CHARACTERS] for line in lines)
 
 
 def _thread(work: Callable[[], None]) -> threading.Thread:

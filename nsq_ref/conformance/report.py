@@ -242,7 +242,7 @@ def _only_case(report: Report) -> Case | None:
 
 
 def _verdict_lines(report: Report) -> Iterator[Line]:
-    names = " and ".join(one.name for one in report.schemes)
+    names = " and ".join(one.title for one in report.schemes)
     alone = _only_case(report)
     checked = {operation: _checked(report, operation) for operation in OPERATIONS}
     if not any(checked.values()):
@@ -261,7 +261,7 @@ def _verdict_lines(report: Report) -> Iterator[Line]:
         yield Line(f"CONFORMS to {which} in {where}: {_counted(judged)}.", style="good")
     else:
         bad = [one for one in report.schemes if not report.conforms_to(one)]
-        which = bad[0].name if len(bad) == 1 else f"{len(bad)} of {len(report.schemes)} schemes"
+        which = bad[0].title if len(bad) == 1 else f"{len(bad)} of {len(report.schemes)} schemes"
         yield Line(f"DOES NOT CONFORM to {which}", style="bad")
         wrong = sum(len({case_name(f.case) for f in _findings(one)}) for one in bad)
         failed = sum(len(one.failures) for one in bad)
@@ -382,7 +382,7 @@ def _diagnosis_lines(
     if len(diagnosis.findings) > len(detailed):
         cases = list({case_name(f.case): f.case for f in diagnosis.findings}.values())
         yield Line()
-        yield Line(f"All {len(cases)} cases: {_abbreviated(cases)}", 4)
+        yield Line(f"All {len(cases)} cases that show it: {_abbreviated(cases)}", 4)
 
 
 def _telling(diagnosis: Diagnosis) -> list[Finding]:

@@ -41,7 +41,8 @@ RULES: dict[str, Rule] = {
         "Crop",
         "input",
         "Cropping a cache to a length inside a sealed block returns the surviving tokens of that "
-        "block to the tail, as their decoded values",
+        "block to the tail, as their decoded values, rounded once to the tail's dtype, half to "
+        "even; one beyond that dtype becomes its largest value of that sign.",
     ),
     "N1": Rule(
         "Norm",
@@ -132,8 +133,7 @@ RULES: dict[str, Rule] = {
     "A1": Rule(
         "The function",
         "attention",
-        "p_t = exp(s_t) / sum_i exp(s_i) over the tokens that are seen (A2); 0 for others "
-        "output = sum_t p_t v_t",
+        "p_t = exp(s_t) / sum_i exp(s_i) over the tokens that are seen (A2); 0 for others",
     ),
     "A2": Rule("What is seen", "attention", "The queries of a row are its last tokens"),
     "A3": Rule(

@@ -740,6 +740,8 @@ def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Ar
             "right": lambda: np.array([ratio(a, b) for a, b in zip(x, y, strict=True)], F32),
             "float32": lambda: products / squares,
             "float64": lambda: (x64 * y64).sum(1) / nothing((y64**2).sum(1)),
+            "float64 rounded": lambda: (
+                (x64 * y64).sum(1) / nothing((y64**2).sum(1))).astype(F32),
             "over x": lambda: ((x64 * y64).sum(1) / nothing((x64**2).sum(1))).astype(F32),
             "gain": lambda: norm / nothing(norms_of(y, RIGHT)),
             "norm": lambda: norm,

@@ -299,6 +299,8 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
         query, keys, values = drawn(2, 1, 1, tokens, 4, 4)
         grown = np.ldexp(np.float32(1), np.arange(sinks + tokens) // scheme.block_size)[:, None]
         yield "block-boundary", query, keys, values * grown, scheme, {}
+    query, keys, values = drawn(2, 3, 1, 6, 8, 4)  # a cap after the mask would let masked ones in
+    yield "softcap", query * np.float32(4), keys, values, scheme, {"softcap": 2.0}
 
 
 # --- stream -------------------------------------------------------------------------------------

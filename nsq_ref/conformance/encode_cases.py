@@ -418,6 +418,54 @@ def _coded_midpoints(scheme: Scheme, draw: Draw) -> Float32 | None:
 # --- ends of ranges -----------------------------------------------------------------------------
 
 
+# --- gains half way between two float32 ---------------------------------------------------------
+
+
+@_family("factor-midpoint")
+def _factor_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Tokens (m, m, m + u, m + u, m t), u a step of m, of which four channels decode to 1/2.
+
+    Their exact gain is 2 m + u, half way, but for about the rounding of t / 2 times t.
+    """
+    if not (
+        scheme.separate_norm
+        and scheme.magnitude == "lsq"
+        and scheme.axis == "channel"
+        and scheme.symmetric
+        and scheme.scale_rule == "range"
+        and scheme.scale_dtype != "float16"  # which would flush the scale of t
+        and not scheme.outlier_channels
+        and (scheme.block_size is None or scheme.block_size >= 5)
+    ):
+        return
+    # Each of four tokens makes the scale of its channel 1 / (qmax + 1): its norm is qmax + 1.
+    most = scheme.code_range[1]
+    block = np.zeros((5, 9))
+    block[:4, :4], block[:4, 5:] = most * np.eye(4), _four_squares(2 * most + 1)
+    tie = 1 + 2.0 ** -FORMATS[scheme.norm_dtype].precision
+    exponents = range(14, 23) if scheme.scale_dtype == "float32" else range(24, 30)
+    found = 0
+    for t in np.ldexp(1.0, [-exponent for exponent in exponents]):
+        for steps in draw.integers(0, 2**12, 64):
+            # Of float32, any m; of the others one that makes 2 m a tie of norm_dtype.
+            m = tie if scheme.norm_dtype != "float32" else 1 + steps * 2.0**-23
+            odd = 1 + draw.integers(0, 2**10, 1)[0] * 2.0**-12
+            block[4, :5] = m, m, m + 2.0**-23, m + 2.0**-23, m * t * odd
+            x = block.astype(np.float32)
+            encoded = spec.encode(x, scheme)
+            y = spec.dequantized_direction(
+                encoded.codes, encoded.scale, encoded.zero, encoded.outlier_index, encoded.outliers
+            )[4].astype(np.float64)
+            gain = float(in_order(x[4].astype(np.float64), y) / in_order(y, y))
+            dtype = FLOAT_DTYPES[scheme.norm_dtype]
+            if rounding.narrow(np.float32(gain), dtype) != encoded.norm[4]:
+                yield x
+                found += 1
+                break
+        if found == 3:
+            return
+
+
 @_family("tiny-norm")
 def _tiny_norms(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     """Norms whose squares leave float32, in tokens that are coded like any other."""

@@ -84,6 +84,8 @@ FLAGS: dict[str, Flag] = {
     "factor-narrowing": Flag("M1", "Precision",
         "Norms or gains next to ties of their dtype: float32 sums, a reciprocal, or float64 "
         "narrowed at once give another one."),
+    "factor-midpoint": Flag("M3", "Precision",
+        "Exact gains next to the middle of two float32, nearer than a float64 quotient can tell."),
     "norm-midpoint": Flag("N1", "Precision",
         "Norms half way between two float32, and off it by less than float64 can see. The exact "
         "sum of squares decides."),

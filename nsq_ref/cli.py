@@ -289,12 +289,16 @@ def demo(
 # --- conformance --------------------------------------------------------------------------------
 
 TARGETS = "package.module:function, file.py:function, a shared library (nsq.h), an ONNX model"
-SchemeOption = Annotated[str, typer.Option(help="A name of `nsq info`.")]
+SchemeOption = Annotated[
+    str, typer.Option(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the scheme."),
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="All schemes that have a name.")]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="All schemes that have a name, variants too.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the drawn cases.")]
 CaseOption = Annotated[
     str | None, typer.Option("--case", metavar="ID", help="One case only, as encode/exact-tie/3.")
@@ -518,17 +522,15 @@ def _check_answers(
 
 def _questions(hello: Hello) -> list[str]:
     """Return the options of `nsq gen` that ask the same again."""
-    from nsq_ref import Scheme, scheme_names
     from nsq_ref.conformance.check import DTYPES
+    from nsq_ref.conformance.family import FAMILY
 
     options = ["--seed", str(hello.seed)] if hello.seed else []
-    names = [name for name, _ in hello.schemes]
-    if names == scheme_names():
+    if [name for name, _ in hello.schemes] == list(FAMILY):
         options.append("--all")
     else:
         for name, scheme in hello.schemes:
-            named = Scheme.named(name)
-            usual = named.to_dict() if isinstance(named, Scheme) else {}
+            usual = FAMILY[name].to_dict() if name in FAMILY else {}
             options += ["--scheme", name]
             for field, value in scheme.to_dict().items():
                 options += ["--set", f"{field}={value}"] if usual.get(field) != value else []
@@ -557,20 +559,14 @@ def _repeated(
 def _checked_schemes(name: str, every: bool, changes: list[str] | None) -> list[tuple[str, Scheme]]:
     from dataclasses import replace
 
-    from nsq_ref import Scheme, scheme_names
+    from nsq_ref.conformance.family import FAMILY, scheme_named
 
     if every:
         if changes:
-            raise ValueError(
-                "--all checks the named schemes; --set changes one of them, so give one"
-            )
-        return [(one, Scheme.named(one)) for one in scheme_names()]
-    scheme = Scheme.named(name)
-    if not isinstance(scheme, Scheme):
-        raise ValueError(
-            f"--scheme {name} is a pair for keys and values; check one after the other"
-        )
-    return [(name, replace(scheme, **dict(_change(text) for text in changes or ())))]
+            raise ValueError("--all checks the named schemes as they are; leave --set out")
+        return list(FAMILY.items())
+    fields = dict(_change(text) for text in changes or ())
+    return [(name, replace(scheme_named(name), **fields))]
 
 
 def _dtypes(chosen: list[InputDtype] | None) -> list[FloatName]:

@@ -109,7 +109,7 @@ def test_right_functions_conform() -> None:
 
 def test_every_named_scheme_of_a_right_port_conforms() -> None:
     text = run("check", "nsq_ref:quantize", "--all")
-    assert "CONFORMS to all 28 schemes" in text
+    assert "CONFORMS to all 38 schemes" in text
 
 
 def test_wrong_function_is_told_the_rule(wrong) -> None:

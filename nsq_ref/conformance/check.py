@@ -8,6 +8,7 @@ from typing import Any
 
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.diagnose import Judged, diagnose
+from nsq_ref.conformance.family import scheme_named
 from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.operations import (
@@ -89,9 +90,9 @@ def check(
     operations = [name for name, function in given.items() if function is not None]
     if not operations:
         raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
-    chosen = Scheme.named(scheme) if isinstance(scheme, str) else scheme
+    chosen = scheme_named(scheme) if isinstance(scheme, str) else scheme
     if not isinstance(chosen, Scheme):
-        raise ValueError(f"scheme={scheme!r} is not one scheme; a pair is checked one by one")
+        raise TypeError(f"scheme must be a Scheme or a name, got {scheme!r}")
     port = Callables("callables", **given)
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(

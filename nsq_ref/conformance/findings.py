@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.operations import Case, Failure
-from nsq_ref.scheme import Scheme, scheme_names
+from nsq_ref.scheme import Scheme
 
 __all__ = ["Diagnosis", "Explained", "Finding", "Report", "SchemeReport"]
 
@@ -131,9 +132,9 @@ class SchemeReport:
         >>> SchemeReport("nsep4", Scheme(bits=3, axis="token"), {}, {}).title
         'nsep4 with bits=3'
         """
-        if self.name not in scheme_names():
+        usual = FAMILY.get(self.name)
+        if usual is None:
             return self.name
-        usual = Scheme.named(self.name)
         changes = [
             f"{field}={value}"
             for field, value in self.scheme.to_dict().items()

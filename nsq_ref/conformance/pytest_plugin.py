@@ -198,22 +198,17 @@ class CaseItem(pytest.Item):
 
 
 def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
+    from nsq_ref.conformance.family import FAMILY, scheme_named
     from nsq_ref.conformance.judge import Latitudes
     from nsq_ref.conformance.operations import OPERATIONS
     from nsq_ref.conformance.ports import target_kind
-    from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
 
     names: list[str] = config.getoption("nsq_scheme") or ["nsep+pchan4"]
     if config.getoption("nsq_all"):
         if config.getoption("nsq_scheme"):
             raise ValueError("--nsq-all checks every named scheme; leave --nsq-scheme out")
-        names = list(scheme_names())
-    schemes = []
-    for name in dict.fromkeys(names):
-        scheme = Scheme.named(name)
-        if isinstance(scheme, KeyValueSchemes):
-            raise ValueError(f"--nsq-scheme {name} is a pair for keys and values; check each alone")
-        schemes.append((name, scheme))
+        names = list(FAMILY)
+    schemes = [(name, scheme_named(name)) for name in dict.fromkeys(names)]
     does_all = "encode" in targets and target_kind(targets["encode"]) in ("library", "program")
     allowed: list[str] = config.getoption("nsq_allow") or []
     seed: int = config.getoption("nsq_seed") or 0

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from nsq_ref.conformance import cases, exact
+from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
 from nsq_ref.scheme import SPEC_VERSION, Scheme
@@ -50,21 +51,14 @@ DTYPES = {
     "uint8": np.dtype(np.uint8),
 }
 
-_PLAIN = Scheme()
 SCHEMES: dict[str, Scheme] = {
-    **{
-        name: Scheme.named(name)
-        for name in (
-            "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep4", "pchan4",
-            "outlier4", "nsep+out4", "streaming4", "streaming3", "streaming2",
-        )
-    },
-    "nsep+pchan4-gain": replace(_PLAIN, magnitude="gain"),
-    "nsep+pchan4-lsq": replace(_PLAIN, magnitude="lsq"),
-    "nsep+pchan4-bfloat16": replace(_PLAIN, scale_dtype="bfloat16", norm_dtype="bfloat16"),
-    "nsep+pchan4-float32": replace(_PLAIN, scale_dtype="float32", norm_dtype="float32"),
-    "nsep+pchan4-asymmetric": replace(_PLAIN, symmetric=False),
-    "nsep+pchan4-search": replace(_PLAIN, scale_rule="search"),
+    name: FAMILY[name]
+    for name in (
+        "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep4", "pchan4",
+        "outlier4", "nsep+out4", "streaming4", "streaming3", "streaming2", "nsep+pchan4-gain",
+        "nsep+pchan4-lsq", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-asymmetric",
+        "nsep+pchan4-search",
+    )
 }  # fmt: skip
 # A decoder that is right on these is right on the others, which take no other way through it.
 DECODED = (

@@ -32,6 +32,7 @@ benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.start
+	$(BIN)/python -m benchmarks.conformance
 
 .venv/%.done: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -17,6 +17,7 @@ __all__ = ["Judged", "diagnose"]
 
 ORDER = tuple(STAGES)
 UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
+STORED_FACTORS = ("norm", "gain")  # the stages at which they are compared
 LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
 PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
 
@@ -187,9 +188,10 @@ class _Search:
         operation = gone[0].case.operation
         first = [f for f in gone if (f.case.operation, f.stage) == (operation, stages[0])]
         says = f"{_amount(first)}: {mistake.says}."
-        self.found[mistake.name] = Diagnosis(
-            mistake.rule, mistake.name, says, stages, tuple(gone), alike
-        )
+        rule = mistake.rule
+        if stages[0] in STORED_FACTORS:
+            rule = mistake.factor_rules.get(gone[0].case.scheme.magnitude, rule)
+        self.found[mistake.name] = Diagnosis(rule, mistake.name, says, stages, tuple(gone), alike)
 
     def _needs_blocks(self, findings: Sequence[Finding]) -> bool:
         """Whether half of what has several blocks is wrong, and all that has one right: B1."""

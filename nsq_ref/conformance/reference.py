@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -41,6 +41,9 @@ class Mistake:
     changes : mapping of str to callable
         ``"module.function"`` to what makes the wrong function from the right one and the
         reference whose function it is to be.
+    factor_rules : mapping of str to str, optional
+        Magnitude of a scheme to the rule that is broken there instead, where stored factors are
+        the first that is wrong.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Mistake:
     says: str
     operations: tuple[str, ...]
     changes: Mapping[str, Change]
+    factor_rules: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reference:

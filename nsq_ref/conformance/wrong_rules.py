@@ -220,11 +220,11 @@ def levels(scheme: Scheme) -> np.float32:
     return count
 
 
-def scale_from(quotient: Function) -> Change:
-    """S1 to S3 from another ``quotient(span, scheme)`` of span and number of levels."""
+def scale_from(divided: Function) -> Change:
+    """S1 to S3 from another quotient ``divided(span, scheme)`` of span and number of levels."""
     return knowing(
         lambda reference, span, scheme: reference.rounding.narrow(
-            quotient(span, scheme), FLOAT_DTYPES[scheme.scale_dtype]
+            divided(span, scheme), FLOAT_DTYPES[scheme.scale_dtype]
         )
     )
 
@@ -348,46 +348,48 @@ def zero_before_narrowing(original: Function, reference: Reference) -> Function:
 # --- Q1 Q2: codes ---------------------------------------------------------------------------------
 
 
-def rounding_with(rounded: Function) -> Change:
-    """Q1 with another rounding of the quotient."""
-    return dividing_with(
-        lambda direction, scale, zero: (direction - zero) / divisor(scale), rounded
-    )
+def quotient(direction: Any, scale: Any, zero: Any) -> Any:
+    """Divide as Q1 says."""
+    return (direction - zero) / divisor(scale)
 
 
-def dividing_with(quotient: Function, rounded: Function = np.rint) -> Change:
+def dividing_with(divided: Function, rounded: Function = np.rint) -> Change:
     """Q1 with another quotient of ``direction``, float32 ``scale`` and ``zero``."""
 
     def code(direction: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
-        codes = rounded(quotient(direction, scale.astype(F32), zero.astype(F32)))
+        codes = rounded(divided(direction, scale.astype(F32), zero.astype(F32)))
         return np.clip(codes, *map(F32, scheme.code_range)).astype(F32)
 
     return instead(code)
 
 
-def half_down(quotient: Any) -> Any:
+def rounding_with(rounded: Function) -> Change:
+    """Q1 with another rounding of the quotient."""
+    return dividing_with(quotient, rounded)
+
+
+def half_down(value: Any) -> Any:
     """Round ties down."""
-    return np.ceil(quotient.astype(F64) - 0.5)
+    return np.ceil(value.astype(F64) - 0.5)
 
 
-def half_odd(quotient: Any) -> Any:
+def half_odd(value: Any) -> Any:
     """Round ties to odd."""
-    rounded = np.rint(quotient)
-    tie = np.abs(quotient - np.trunc(quotient)) == 0.5
-    return np.where(tie, 2 * quotient - rounded, rounded)
+    rounded = np.rint(value)
+    tie = np.abs(value - np.trunc(value)) == 0.5
+    return np.where(tie, 2 * value - rounded, rounded)
 
 
-def plus_half_in_float32(quotient: Any) -> Any:
+def plus_half_in_float32(value: Any) -> Any:
     """Add 1/2 to the magnitude by a sum that rounds itself, and cut off."""
-    return np.copysign(np.floor(np.abs(quotient) + F32(0.5)), quotient)
+    return np.copysign(np.floor(np.abs(value) + F32(0.5)), value)
 
 
-def clamped_below_range(original: Function, *arguments: Any) -> Any:
-    """Q2 with one more symmetric code: the most negative pattern."""
-    direction, scale, _, scheme = arguments
-    codes = original(*arguments)
-    below = np.rint(direction / divisor(scale.astype(F32))) < scheme.code_range[0]
-    return codes - F32(scheme.symmetric) * below
+def with_most_negative(direction: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
+    """Clamp symmetric codes one lower, at the most negative pattern."""
+    codes = np.rint(quotient(direction, scale.astype(F32), zero.astype(F32)))
+    low, high = scheme.code_range
+    return np.clip(codes, low - scheme.symmetric, high)
 
 
 # --- P1: bytes ------------------------------------------------------------------------------------

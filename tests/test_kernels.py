@@ -101,12 +101,12 @@ def test_core_on_a_generic_processor(tmp_path: Path) -> None:
     """D1: without AVX or FMA, whose rounding instruction is then a library call, equal bytes."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["tests/test_backends.py", "-k", "engineered or any_tensor"]
+    command += ["tests/test_backends.py", "-k", "engineered or any_tensor"]  # one a scheme
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"\d{3} passed", done.stdout)
+    assert re.search(r"\d{2} passed", done.stdout)
 
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

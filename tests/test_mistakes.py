@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsq_ref import Scheme
+from nsq_ref import Scheme, rounding
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.frames import scheme_of
@@ -100,7 +100,27 @@ def test_mistake_is_caught_and_explained(name: str) -> None:
 
 
 def test_rules_of_mistakes_exist() -> None:
-    assert {mistake.rule for mistake in MISTAKES.values()} <= set(RULES)
+    for mistake in MISTAKES.values():
+        assert {mistake.rule, *mistake.factor_rules.values()} <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitude"),
+    [
+        ("norm narrowed at once from float64", "norm"),
+        ("gain in double precision", "gain"),
+        ("least squares in float64 alone", "lsq"),
+    ],
+)
+def test_float64_factors_do_not_stop_at_float32(name: str, magnitude: Any) -> None:
+    """M1 M2 M3. They lie above a tie of bfloat16, on which they are once they are float32."""
+    x, y = np.float32([[1 + 2.0**-8, 2.0**-15]]), np.float32([[1, 2.0**-20]])
+    scheme = Scheme(magnitude=magnitude, norm_dtype="bfloat16")
+    right, wrong = (
+        Reference(mistakes).spec.stored_factor(x, y, rounding.norm(x), scheme)
+        for mistakes in ([], [MISTAKES[name]])
+    )
+    assert (float(right[0]), float(wrong[0])) == (1, 1 + 2.0**-7)
 
 
 def test_reference_without_mistakes_is_the_specification() -> None:

@@ -197,9 +197,8 @@ def later_of_equals(direction: Any, scheme: Scheme) -> Any:
 def by_magnitude(direction: Any, scheme: Scheme) -> Any:
     """Store the channels by descending magnitude."""
     peak = np.max(np.abs(direction), axis=-2, keepdims=True)
-    return np.argsort(-peak, axis=-1, kind="stable")[..., : scheme.outlier_channels].astype(
-        np.int32
-    )
+    largest = np.argsort(-peak, axis=-1, kind="stable")
+    return largest[..., : scheme.outlier_channels].astype(np.int32)
 
 
 def outliers_in_extent(axis: str) -> Change:
@@ -248,14 +247,14 @@ def over_everything(direction: Any, coded: Any, scheme: Scheme) -> Any:
     return np.broadcast_to(low, shape), np.broadcast_to(high, shape)
 
 
-# --- S3 M4: narrowing -----------------------------------------------------------------------------
+# --- S3 M1 M2 M3: narrowing -----------------------------------------------------------------------
 
 
 def scale_narrowed(function: Function) -> Change:
     """S3 with another narrowing, of scales only."""
 
     def scale_of(reference: Reference, span: Any, scheme: Scheme) -> Any:
-        wide, dtype = span / F32(scheme.code_range[1]), FLOAT_DTYPES[scheme.scale_dtype]
+        wide, dtype = span / levels(scheme), FLOAT_DTYPES[scheme.scale_dtype]
         return function(reference.rounding.narrow(wide, dtype), wide, dtype)
 
     return knowing(scale_of)
@@ -318,7 +317,7 @@ def remember_coded(original: Function, reference: Reference) -> Function:
 
 
 def wide_scale(reference: Reference, direction: Any, scheme: Scheme) -> tuple[Any, Any]:
-    """Scale and zero of a block in float32, before they are narrowed."""
+    """Return scale and zero of a block in float32, before they are narrowed."""
     wide = replace(scheme, scale_dtype="float32", scale_rule="range")
     coded = reference.coded.get(direction.tobytes(), np.ones(direction.shape, bool))
     low, high = reference.spec.extent(direction, coded, wide)
@@ -578,7 +577,7 @@ def factor_narrowed_at_once(magnitude: str, function: Function) -> Change:
 
 
 def shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) -> Any:
-    """One range for all leading axes."""
+    """Take one range for all leading axes."""
     low, high = result
     lead = tuple(range(direction.ndim - 2))
     return (
@@ -718,7 +717,7 @@ def truncated_survivors(original: Function, reference: Reference) -> Function:
 
 
 def reconstruct_with(function: Function) -> Change:
-    """Another ``function(reference, y, norm)`` where the reader renormalises."""
+    """Call ``function(reference, y, norm)`` where the reader renormalises."""
 
     def change(original: Function, reference: Reference) -> Function:
         def reconstruct(y: Any, norm: Any, scheme: Scheme) -> Any:
@@ -777,7 +776,7 @@ def all_in_float64(reference: Reference, y: Any, norm: Any) -> Any:
 
 
 def renormalized_gain(original: Function, reference: Reference) -> Function:
-    """Renormalise where the gain makes up for it."""
+    """Renormalise where a gain is stored."""
 
     def reconstruct(y: Any, norm: Any, scheme: Scheme) -> Any:
         if not scheme.separate_norm or scheme.magnitude == "norm":

@@ -432,8 +432,10 @@ def gen(
     elif sys.stdout.isatty():
         raise ValueError("the questions are binary; pipe them into a program, or give --dir")
     else:
-        with contextlib.suppress(BrokenPipeError):  # `nsq verify` says what became of the program
+        try:
             ports.write_requests(sys.stdout.buffer, header, questions)
+        except BrokenPipeError:  # `nsq verify` says what became of the program
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
 
 
 @app.command()

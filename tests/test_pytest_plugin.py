@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -62,9 +63,12 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *PLUGIN, "-p", "no:cacheprovider", "-q", *options]
+    # In CI pytest repeats failures in full below its summary.
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(
-        command, cwd=folder, check=False, capture_output=True, text=True, timeout=300
-    )
+        command, cwd=folder, env=environment, check=False, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
 
 
 def test_a_right_port_passes_beside_other_tests(folder: Path) -> None:

@@ -176,6 +176,21 @@ def test_flushed_subnormals_need_their_latitude(scheme: Scheme) -> None:
     assert {one.latitude for one in report.schemes[0].explained} == {"flush-subnormals"}
 
 
+@pytest.mark.parametrize(("value", "rule"), [(np.inf, "S5"), (-0.0, "Z1")])
+def test_a_searched_scale_is_not_just_anything(value: float, rule: str) -> None:
+    """S4 S5 Z1: the choice is the encoder's, but it must be one that can be stored."""
+
+    def encode(x: Any, scheme: Scheme) -> Any:
+        parts = dict(nsq.quantize(x, scheme).parts)
+        scale = parts["scale"].copy()
+        scale[..., -1] = value
+        return {**parts, "scale": scale}
+
+    report = check(encode, scheme=Scheme(scale_rule="search"))
+    assert not report.conforms
+    assert rule in {one.rule for one in report.schemes[0].diagnoses}
+
+
 @pytest.mark.parametrize(
     "name", ["tie-ulp", "tie-ulp=0", "tie-ulp=-1", "tie-ulp=x", "flush-subnormals=1", "ulp=1", ""]
 )

@@ -14,7 +14,7 @@ from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
-from nsq_ref.conformance.operations import DONE, Answer, Case
+from nsq_ref.conformance.operations import DONE, Answer, Case, attention_options
 from nsq_ref.conformance.reference import Mistake, Reference
 from nsq_ref.conformance.rules import RULES
 
@@ -63,12 +63,7 @@ def answer(reference: Reference, case: Case) -> Answer:
                 parts = {n.partition(".")[2]: v for n, v in x.items() if n.startswith(side + ".")}
                 shape = tuple(parts.pop("shape").tolist())
                 decoded.append(model.decode(parts, scheme, shape))
-            options = {
-                "scale": float(x["scale"].item()),
-                "causal": bool(x["causal"].item()),
-                "softcap": float(x["softcap"].item()) or None,
-                "sliding_window": int(x["sliding_window"].item()) or None,
-            }
+            options = attention_options(x)
             output = reference.model.attend(x["query"].astype(np.float64), *decoded, options)
             result = {"output": output.astype(np.float32)}
     return Answer(DONE, result)

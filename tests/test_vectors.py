@@ -26,7 +26,7 @@ from nsq_ref.codec import Backend, block_of
 from nsq_ref.conformance import exact, model, vectors
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_array, scheme_of
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import Case, attention_options
 
 ROOT = Path(__file__).parents[1]
 MANIFEST: dict[str, Any] = json.loads((vectors.FOLDER / "manifest.json").read_bytes())
@@ -249,7 +249,7 @@ def test_backends_attend_as_the_vectors(name: str) -> None:
             stored_side(case, side, scheme)
             for side, scheme in zip(("keys", "values"), schemes, strict=True)
         )
-        options = exact.attention_options(case.inputs)
+        options = attention_options(case.inputs)
         query, output = case.inputs["query"], vector.expected["output"]
         x_hat = [dequantize(q) for q in (keys, values)]
         for side, decoded in zip(("keys", "values"), x_hat, strict=True):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from nsq_ref import attention, oracle
 from nsq_ref.codec import Quantized
 from nsq_ref.conformance.frames import scheme_of
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import Case, attention_options
 from nsq_ref.scheme import Scheme
 
 __all__ = ["Exact", "answer"]
@@ -212,16 +212,6 @@ def attended(case: Case) -> Exact:
     return Exact(
         (), expected, {f"{side}.x_hat": x_hat[side] for side in schemes} | {"weights": weights}
     )
-
-
-def attention_options(inputs: Mapping[str, Array]) -> dict[str, Any]:
-    """Return the inputs of a case as the options that `attention.attend` takes."""
-    return {
-        "scale": float(inputs["scale"].item()),
-        "causal": bool(inputs["causal"].item()),
-        "softcap": float(inputs["softcap"].item()) or None,
-        "sliding_window": int(inputs["sliding_window"].item()) or None,
-    }
 
 
 def exact_attention(

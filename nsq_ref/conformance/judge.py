@@ -21,7 +21,7 @@ from nsq_ref.conformance.findings import Explained, Finding
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.model import APPEND
-from nsq_ref.conformance.operations import REFUSED, Answer, Case
+from nsq_ref.conformance.operations import REFUSED, Answer, Case, attention_options
 from nsq_ref.conformance.reference import Reference
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme
 
@@ -384,6 +384,21 @@ class _Judging:
             wrong=int(wrong.sum()), of=wrong.size,
         )  # fmt: skip
 
+    def _storable(self, stage: str, part: Array) -> None:
+        """Find what no encoder may store, whatever it chooses (rules S5, Z1)."""
+        self.verdict.stages.append(stage)
+        for wrong, rule, expected in (
+            (~np.isfinite(part), "S5", "a finite value"),
+            ((part == 0) & np.signbit(part), "Z1", "+0"),
+        ):
+            if wrong.any():
+                index = _first(wrong)
+                self._wrong(
+                    stage, f"{STAGES[stage]} differ", rule=rule, index=index,
+                    got=_text(part[index]), expected=expected, wrong=int(wrong.sum()),
+                    of=wrong.size,
+                )  # fmt: skip
+
     def _flushed(self, got: Array, expected: Array) -> dict[str, Array]:
         if not self.latitudes.flush_subnormals:
             return {}
@@ -479,6 +494,9 @@ class _Judging:
                 {**self._near_scale(own.scale, span, spec.scale_of),
                  **self._flushed(own.scale, expected)}, range_story,
             )  # fmt: skip
+        else:  # the encoder's choice (S4), but not just anything
+            self._storable("zero", own.zero)
+            self._storable("scale", own.scale)
         if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
             raise _Wrong
 
@@ -498,7 +516,7 @@ class _Judging:
         if self.verdict.findings and _renamed(own.codes, codes):
             last = self.verdict.findings[-1]
             if last.stage == "codes":
-                self.verdict.findings[-1] = _with_rule(last, "P1")
+                self.verdict.findings[-1] = replace(last, rule="P1")
         lowest, highest = scheme.code_range
         if (own.codes < lowest).any() or (own.codes > highest).any():
             raise _Wrong
@@ -615,7 +633,7 @@ class _Judging:
         self._compare("x_hat", got, expected, allowed, lambda at: self._decode_story(parts, at))
         for finding in self.verdict.findings:
             if finding.index and finding.index[-2] < scheme.sink_tokens:
-                self.verdict.findings = [_with_rule(finding, "K1")]
+                self.verdict.findings = [replace(finding, rule="K1")]
 
     def _decode_story(
         self, parts: Mapping[str, Array], at: tuple[int, ...]
@@ -668,7 +686,7 @@ class _Judging:
                 )
                 for i in range(before, len(self.verdict.findings)):
                     rule = self._flag_rule(("B1", "B2", "C1", "K1"))
-                    self.verdict.findings[i] = _with_rule(self.verdict.findings[i], rule)
+                    self.verdict.findings[i] = replace(self.verdict.findings[i], rule=rule)
 
     def _history(self) -> tuple[tuple[str, str], ...]:
         """What the row of a cache went through."""
@@ -698,12 +716,7 @@ class _Judging:
             shape = tuple(inputs[f"{side}.shape"].tolist())
             decoded = spec.model.decode(parts, scheme, shape)
             sides.append((decoded, _quantized(parts, scheme, shape)))
-        options = {
-            "scale": float(inputs["scale"].item()),
-            "causal": bool(inputs["causal"].item()),
-            "softcap": float(inputs["softcap"].item()) or None,
-            "sliding_window": int(inputs["sliding_window"].item()) or None,
-        }
+        options = attention_options(inputs)
         (keys, key_parts), (values, value_parts) = sides
         shape = (*query.shape[:2], values.shape[-1])
         got = self._structure({"output": Field(shape, np.dtype(np.float32))})["output"]
@@ -794,7 +807,3 @@ def _renamed(got: Array, expected: Array) -> bool:
     kinds = [len(np.unique(side)) for side in pairs]
     different = int((pairs[0] != pairs[1]).sum())
     return bool(kinds[0] == kinds[1] == pairs.shape[1] >= 4 and 2 * different > pairs.shape[1])
-
-
-def _with_rule(finding: Finding, rule: str) -> Finding:
-    return replace(finding, rule=rule)

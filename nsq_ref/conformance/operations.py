@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nsq_ref.conformance.frames import Frame, scheme_array
 from nsq_ref.scheme import Scheme
 
-__all__ = ["OPERATIONS", "Answer", "Case", "Failure", "Port", "request_of"]
+__all__ = ["OPERATIONS", "Answer", "Case", "Failure", "Port", "attention_options", "request_of"]
 
 Array = npt.NDArray[Any]
 Operation = Literal["encode", "decode", "attend", "stream"]
@@ -108,4 +108,22 @@ def request_of(number: int, case: Case) -> Frame:
         "operation": np.array([OPERATIONS.index(case.operation)], np.int32),
         "scheme": scheme_array(case.scheme),
         **case.inputs,
+    }
+
+
+def attention_options(inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the inputs of an ``attend`` case as the options of `attention.attend`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> names = ("scale", "causal", "softcap", "sliding_window")
+    >>> attention_options(dict(zip(names, np.float32([[0.5], [1], [0], [0]]))))
+    {'scale': 0.5, 'causal': True, 'softcap': None, 'sliding_window': None}
+    """
+    return {
+        "scale": float(inputs["scale"].item()),
+        "causal": bool(inputs["causal"].item()),
+        "softcap": float(inputs["softcap"].item()) or None,
+        "sliding_window": int(inputs["sliding_window"].item()) or None,
     }

@@ -44,6 +44,7 @@ from nsq_ref.conformance.operations import (
     Failure,
     Operation,
     Port,
+    attention_options,
     request_of,
 )
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
@@ -368,12 +369,7 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
     if case.operation == "stream":
         return [given["x"], case.scheme, given["steps"], given["row"].item()], {}
     schemes = case.scheme, scheme_of(given["value_scheme"])
-    return [given["query"], parts("keys."), parts("values."), *schemes], {
-        "scale": given["scale"].item(),
-        "causal": bool(given["causal"].item()),
-        "softcap": given["softcap"].item() or None,
-        "sliding_window": given["sliding_window"].item() or None,
-    }
+    return [given["query"], parts("keys."), parts("values."), *schemes], attention_options(given)
 
 
 def _answer(result: Any, case: Case) -> Answer | Failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,115 @@ class Nodes:
         node.attribute.add(name=field, type=attribute_type, ref_attr_name=name)
         self.nodes.append(node)
         return str(node.output[0])
+
+    def is_one_of(self, name: str, values: Sequence[str]) -> list[str]:
+        """Tell for each of some strings whether an attribute of the function is it.
+
+        Examples
+        --------
+        >>> add = Nodes()
+        >>> channel, token = add.is_one_of("axis", ["channel", "token"])
+        >>> add.nodes[-1].op_type
+        'Gather'
+        """
+        # Sliced from one tensor, as onnx.reference compares only strings of one length.
+        known = self._new("strings")
+        self.nodes.append(helper.make_node("Constant", [], [known], value_strings=list(values)))
+        value = self("Unsqueeze", self.attribute(name, "string"), [0])
+        both = self("Concat", value, known, axis=0)
+        same = self("Equal", self("Slice", both, [0], [1]), both)
+        return [self("Gather", same, 1 + i) for i in range(len(values))]
+
+    def choose(
+        self,
+        condition: str,
+        then: Callable[[Nodes], Sequence[str]],
+        otherwise: Callable[[Nodes], Sequence[str]],
+        dtypes: Sequence[int],
+    ) -> list[str]:
+        """Add an If: only the branch that is chosen is computed.
+
+        Parameters
+        ----------
+        condition : str
+            A boolean scalar.
+        then, otherwise : callable
+            Add the nodes of a branch to the builder that they are given, and return the names of
+            its results, which may be tensors of the graph around it.
+        dtypes : sequence of int
+            Of the results.
+
+        Returns
+        -------
+        list of str
+            The names of the results.
+
+        Examples
+        --------
+        >>> add = Nodes()
+        >>> add.choose("late", lambda add: [add("Neg", "x")], lambda add: ["x"], [1])
+        ['chosen_0_0']
+        """
+        kind = self._new("chosen")
+        branches = {}
+        for name, fill in (("then_branch", then), ("else_branch", otherwise)):
+            branch = Nodes(f"{kind}_{name[:4]}_")
+            # A result of a branch must be made in it.
+            results = [branch("Identity", one) for one in fill(branch)]
+            made = [helper.make_tensor_value_info(*r, None) for r in zip(results, dtypes, strict=True)]
+            branches[name] = helper.make_graph(branch.nodes, name, [], made)
+        outputs = [f"{kind}_{i}" for i in range(len(dtypes))]
+        self.several("If", [condition], outputs, **branches)
+        return outputs
+
+    def repeat(
+        self,
+        times: Any,
+        step: Callable[[Nodes, str, Sequence[str]], Sequence[str]],
+        state: Sequence[str],
+        dtypes: Sequence[int],
+    ) -> list[str]:
+        """Add a Loop that changes some tensors again and again.
+
+        Parameters
+        ----------
+        times : int or str
+        step : callable
+            Given a builder, the name of the number of the step, an int64 scalar, and those of the
+            state, it adds the nodes of one step, and returns the names of the new state.
+        state : sequence of str
+            The state at first.
+        dtypes : sequence of int
+            Of the state.
+
+        Returns
+        -------
+        list of str
+            The names of the last state.
+
+        Examples
+        --------
+        >>> add = Nodes()
+        >>> add.repeat(3, lambda add, index, state: [add("Add", *state, *state)], ["x"], [1])
+        ['repeated_0_0']
+        """
+        kind = self._new("repeated")
+        body = Nodes(f"{kind}_")
+        index, more = f"{kind}_index", f"{kind}_more"
+        before = [f"{kind}_before_{i}" for i in range(len(state))]
+        info = helper.make_tensor_value_info
+        # ONNX Runtime wants to know that these are scalars.
+        given = [info(index, onnx.TensorProto.INT64, []), info(more, onnx.TensorProto.BOOL, [])]
+        given += [info(name, dtype, None) for name, dtype in zip(before, dtypes, strict=True)]
+        after = [body("Identity", one) for one in step(body, index, before)]
+        made = [info(body("Identity", more), onnx.TensorProto.BOOL, [])]
+        made += [info(name, dtype, None) for name, dtype in zip(after, dtypes, strict=True)]
+        outputs = [f"{kind}_{i}" for i in range(len(state))]
+        self.several(
+            "Loop", [times, np.bool_(True), *state], outputs,
+            body=helper.make_graph(body.nodes, "body", given, made),
+        )  # fmt: skip
+        return outputs
 
     def _new(self, kind: str) -> str:
         return f"{self._prefix}{kind}_{len(self.nodes)}"

@@ -44,14 +44,17 @@ struct Kernels {
   void (*narrow)(const float* values, Dtype dtype, int64_t count, void* stored);
 
   // Whether score_codes and add_codes take blocks of this scheme; the others are decoded.
-  bool (*reads_codes)(const Scheme&);
+  bool (*reads_codes)(const Scheme&, int64_t head_dim);
   // scores[row * stride + t] = <query[row], y of token t>, for rows of query[rows, head_dim].
-  // int8 and int32 arithmetic: see docs/onnx.md for its error.
+  // Products of integers: docs/onnx.md derives their error.
   void (*score_codes)(const Scheme&, const Block& block, int64_t tokens, int64_t head_dim,
                       const float* query, int64_t rows, float* scores, int64_t stride);
   // out[row, j] += sum over t of weights[row * stride + t] * (token t)[j], for out[rows, head_dim].
+  // Where no weight of a block is above coarse[row], 8 bits of them are enough, otherwise 16.
   void (*add_codes)(const Scheme&, const Block& block, int64_t tokens, int64_t head_dim,
-                    const float* weights, int64_t stride, int64_t rows, float* out);
+                    const float* weights, int64_t stride, int64_t rows, const float* coarse,
+                    float* out);
+  float (*sum_of_squares)(const float* values, int64_t count);
 
   // The same two for float tokens[tokens, head_dim], in float32.
   void (*score_floats)(const float* tokens, int64_t count, int64_t head_dim, const float* query,

@@ -1,0 +1,491 @@
+"""nsq.Attention in standard operators: append to a quantized cache, seal full blocks, attend.
+
+Tokens are counted from the first of their sequence, sinks among them: position 0. All arithmetic is
+float32, whatever the model's dtype is; tensors of that dtype are widened, which is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnx_export.function_builder import Nodes
+
+__all__ = ["attention"]
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+LARGEST_INDEX = np.iinfo(np.int64).max
+NOTHING = np.float32(-np.inf)  # the logarithm of a weight of 0
+
+PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
+INPUTS = (
+    "query", "key", "value", "past_lengths", "new_lengths", "cos", "sin", "position_ids",
+    "attention_bias", "head_sink",
+    *(f"past_{side}_{part}" for side in ("key", "value") for part in PARTS),
+)  # fmt: skip
+OUTPUTS = (
+    "output", "present_lengths",
+    *(f"present_{side}_{part}" for side in ("key", "value") for part in PARTS),
+)  # fmt: skip
+# What Quantize and Dequantize get from here as it is; a block is coded by itself, without sinks.
+SCHEME = {
+    "bits": "int",
+    "separate_norm": "int",
+    "axis": "string",
+    "symmetric": "int",
+    "scale_rule": "string",
+    "magnitude": "string",
+    "scale_dtype": "int",
+    "norm_dtype": "int",
+}
+ATTRIBUTES = (
+    "heads", "kv_heads", "scale", "causal", "softcap", "sliding_window", "rotary_interleaved",
+    "smooth_softmax",
+    *(
+        f"{side}_{name}"
+        for side in ("key", "value")
+        for name in [*SCHEME, "block_size", "sink_tokens"]
+    ),
+)  # fmt: skip
+
+
+class Lengths(NamedTuple):
+    """Tokens of each row, int64 [B]: before the append, of the append, and after it."""
+
+    past: str
+    new: str
+    present: str
+
+
+class Side(NamedTuple):
+    """Keys or values after the append, decoded: float32 [B, kv_heads, n, D].
+
+    Their tokens are all sinks, all sealed ones that there is room for, and a tail.
+    """
+
+    tokens: str
+    first_free: str  # [B, 1]: where sealed tokens end
+    first_tail: str  # where the tail begins
+
+
+def attention(opset: int = 21) -> onnx.FunctionProto:
+    """Return the body of nsq.Attention; its attributes and inputs decide what it does.
+
+    It calls nsq.Quantize and nsq.Dequantize. An input that does not fit ends in an error of some
+    operator, as does a length beyond the capacity; keys, values and blocks that rules I2, N1, M4,
+    S5 and D3 refuse are not told.
+
+    Parameters
+    ----------
+    opset : int
+        Of the standard operators, at least 18.
+
+    Returns
+    -------
+    onnx.FunctionProto
+
+    Examples
+    --------
+    >>> body = attention()
+    >>> body.name, body.input[:3], len(body.output)
+    ('Attention', ['query', 'key', 'value'], 14)
+    """
+    add = Nodes()
+    heads, kv_heads = (
+        add("Unsqueeze", add.attribute(name, "int"), [0]) for name in ("heads", "kv_heads")
+    )
+    query, key, value = _heads(add, heads, kv_heads)
+    tokens = add("Shape", query, start=2, end=3)
+    lengths, real, positions = _lengths(add, tokens)
+    padding = add("Not", add("Unsqueeze", real, [1, 3]))
+    query, key, value = (add("Where", padding, np.float32(0), x) for x in (query, key, value))
+    query, key = _rotary(add, query, key, real, positions)
+    keys = _append(add, "key", key, lengths)
+    values = _append(add, "value", value, lengths)
+    # At least one token, so that no axis is empty: it is masked.
+    longest = add("Max", add("ReduceMax", lengths.present, keepdims=0), 1)
+    token = add("Unsqueeze", add("Range", 0, longest, 1), [0])
+    seen = _seen(add, token, lengths, real, positions)
+    keys_by_position, values_by_position = (
+        _by_position(add, side, token, lengths) for side in (keys, values)
+    )
+    scores = _scores(add, query, keys_by_position, kv_heads, longest)
+    weights = _weights(add, scores, seen, heads)
+    _output(add, weights, values_by_position, kv_heads)
+    add("Identity", lengths.present, name="present_lengths")
+    return helper.make_function(
+        "nsq", "Attention", INPUTS, OUTPUTS, add.nodes,
+        [helper.make_opsetid("", opset), helper.make_opsetid("nsq", 1)], ATTRIBUTES,
+    )  # fmt: skip
+
+
+# --- what may be absent --------------------------------------------------------------------------
+
+
+def _optional(
+    add: Nodes,
+    name: str,
+    dtype: int,
+    then: Callable[[Nodes], str],
+    otherwise: Callable[[Nodes], str],
+    present: str = "",
+) -> str:
+    """Choose by whether the function has an input, or by a condition that says the same.
+
+    Where it has not, ``then`` is not computed, but must pass the checks of ONNX, which take the
+    name of an absent tensor only as an input of an operator with any number of inputs, and not as
+    the first: begin with `_joined` or `_widened`. Its other inputs must be no constants, or the
+    runtime computes it beforehand.
+    """
+    present = present or add("OptionalHasElement", name)
+    return add.choose(present, lambda add: [then(add)], lambda add: [otherwise(add)], [dtype])[0]
+
+
+def _joined(add: Nodes, name: str, like: str, axis: int) -> str:
+    """Return an input of the function, for `_optional`; ``like`` has its dtype and other axes."""
+    return add("Concat", add("Slice", like, [0], [0], [axis]), name, axis=axis)
+
+
+def _widened(add: Nodes, name: str) -> str:
+    """Return an input of the model's dtype as float32, for `_optional`."""
+    data = add("Cast", add("ReduceMax", "past_lengths", keepdims=0), to=FLOAT)
+    least = add("Sub", NOTHING, add("Mul", data, np.float32(0)))
+    return add("Cast", add("Max", add("CastLike", least, "query"), name), to=FLOAT)
+
+
+# --- the new tokens ------------------------------------------------------------------------------
+
+
+def _heads(add: Nodes, heads: str, kv_heads: str) -> list[str]:
+    """Return query, key and value as float32 [B, heads, S, D], also where they come in one."""
+    width = add("Shape", "query", start=2)
+    pairs = add("Mul", kv_heads, 2)
+    own = add("Div", add("Mul", width, heads), add("Add", heads, pairs))
+    end = _optional(add, "key", INT64, lambda _: width, lambda _: own)
+    middle = add("Div", add("Add", end, width), 2)
+    parts = [add("Slice", "query", [0], end, [2])]
+    for name, start, stop in (("key", end, middle), ("value", middle, width)):
+
+        def separate(add: Nodes, name: str = name) -> str:
+            return add("Cast", _joined(add, name, "query", 2), to=FLOAT)
+
+        def together(add: Nodes, start: str = start, stop: str = stop) -> str:
+            return add("Cast", add("Slice", "query", start, stop, [2]), to=FLOAT)
+
+        parts.append(_optional(add, name, FLOAT, separate, together))
+    split = []
+    for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True):
+        shape = add("Concat", [0, 0], count, [-1], axis=0)
+        split.append(
+            add("Transpose", add("Reshape", add("Cast", part, to=FLOAT), shape), perm=[0, 2, 1, 3])
+        )
+    return split
+
+
+def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
+    """Return the lengths, which new tokens are no padding, and their positions, [B, S] both."""
+    new = _optional(
+        add,
+        "new_lengths",
+        INT64,
+        lambda add: _joined(add, "new_lengths", "past_lengths", 0),
+        lambda add: add("Expand", tokens, add("Shape", "past_lengths")),
+    )
+    lengths = Lengths("past_lengths", new, add("Add", "past_lengths", new))
+    index = add("Unsqueeze", add("Range", 0, add("Squeeze", tokens), 1), [0])
+    real = add("Less", index, add("Unsqueeze", new, [1]))
+    return lengths, real, add("Add", add("Unsqueeze", "past_lengths", [1]), index)
+
+
+def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list[str]:
+    """Rotate query and key where the function has cos and sin."""
+    ids = _optional(
+        add,
+        "position_ids",
+        INT64,
+        lambda add: _joined(add, "position_ids", positions, 1),
+        lambda _: positions,
+    )
+    known = add("Where", real, ids, 0)
+    interleaved = add("Cast", add.attribute("rotary_interleaved", "int"), to=TensorProto.BOOL)
+
+    def rotated(add: Nodes) -> list[str]:
+        cos, sin = (
+            add("Unsqueeze", add("Gather", _widened(add, name), known), [1])
+            for name in ("cos", "sin")
+        )
+        half = add("Squeeze", add("Shape", cos, start=3))
+        count = add("Add", half, half)
+        pair = add("Range", 0, half, 1)
+        channel = add("Range", 0, count, 1)
+        even = add("Mul", pair, 2)
+        first = add("Where", interleaved, even, pair)
+        second = add("Where", interleaved, add("Add", even, 1), add("Add", pair, half))
+        # Where each channel is, once first and second ones are apart.
+        found = add("Add", add("Mul", add("Mod", channel, 2), half), add("Div", channel, 2))
+        found = add("Where", interleaved, found, channel)
+        results = []
+        for x in (query, key):
+            a, b = (add("Gather", x, index, axis=3) for index in (first, second))
+            turned = add(
+                "Concat",
+                add("Sub", add("Mul", a, cos), add("Mul", b, sin)),
+                add("Add", add("Mul", b, cos), add("Mul", a, sin)),
+                axis=3,
+            )
+            narrowed = add("Cast", add("CastLike", turned, "query"), to=FLOAT)
+            rest = add("Slice", x, add("Unsqueeze", count, [0]), [LARGEST_INDEX], [3])
+            results.append(add("Concat", add("Gather", narrowed, found, axis=3), rest, axis=3))
+        return results
+
+    present = add("OptionalHasElement", "cos")
+    return add.choose(present, rotated, lambda _: [query, key], [FLOAT, FLOAT])
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
+    """Append float32 ``new[B, kv_heads, S, D]``, padded with 0, to keys or values."""
+    past = {part: f"past_{side}_{part}" for part in PARTS}
+    block = add("Unsqueeze", add.attribute(f"{side}_block_size", "int"), [0])
+    sinks = add("Unsqueeze", add.attribute(f"{side}_sink_tokens", "int"), [0])
+    head_dim = add("Shape", new, start=3)
+    capacity = add("Div", add("Shape", past["packed"], start=2, end=3), block)
+
+    # Sealed blocks of each row, [B]; beyond the capacity the index is, and the runtime tells.
+    places = add("Range", 0, add("Squeeze", add("Add", capacity, 1)), 1)
+    sealed_before, sealed = (
+        add("Gather", places, add("Div", add("Max", add("Sub", length, sinks), 0), block))
+        for length in (lengths.past, lengths.present)
+    )
+
+    # All tokens that are not sealed yet: the sinks, the tail, the new ones.
+    past_sinks = _optional(
+        add,
+        past["sinks"],
+        FLOAT,
+        lambda add: add("Cast", _joined(add, past["sinks"], past["tail"], 2), to=FLOAT),
+        lambda add: add("Slice", new, [0], [0], [2]),
+        add("Greater", add("Squeeze", sinks), 0),
+    )
+    plain = add("Concat", past_sinks, add("Cast", past["tail"], to=FLOAT), new, axis=2)
+    before = add("Unsqueeze", lengths.past, [1])
+    first_tail = add("Add", add("Mul", add("Unsqueeze", sealed_before, [1]), block), sinks)
+
+    def plain_tokens(first: str, count: str) -> str:
+        """Take tokens by position, [B, kv_heads, count, D]; 0 behind the last."""
+        position = add("Add", first, add("Unsqueeze", add("Range", 0, count, 1), [0]))
+        is_new = add("GreaterOrEqual", position, before)
+        from_new = add("Add", add("Add", sinks, block), add("Sub", position, before))
+        from_tail = add("Add", sinks, add("Sub", position, first_tail))
+        old = add("Where", add("Less", position, sinks), position, from_tail)
+        valid = add("Less", position, add("Unsqueeze", lengths.present, [1]))
+        index = add("Where", valid, add("Where", is_new, from_new, old), 0)
+        taken = _take(add, plain, index)
+        return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
+
+    present_sinks = plain_tokens(add("Mul", before, 0), add("Squeeze", sinks))
+    add("CastLike", present_sinks, past["tail"], name=f"present_{side}_sinks")
+
+    # The blocks that may be full now, from the one that the tail was.
+    most = add("Div", add("Sub", add("Add", add("Shape", new, start=2, end=3), block), 1), block)
+    candidates = plain_tokens(first_tail, add("Squeeze", add("Mul", most, block)))
+    in_blocks = add("Concat", [0, 0], most, block, head_dim, axis=0)
+    # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
+    coded = [f"new_{side}_{part}" for part in ("packed", "scale", "norm", "zero")] + [""] * 3
+    _call(add, "Quantize", side, [add("Reshape", candidates, in_blocks)], coded)
+
+    # Blocks of each row that are new, and where among the candidates they are: [B, capacity].
+    index = add("Unsqueeze", add("Range", 0, add("Squeeze", capacity), 1), [0])
+    start, stop = (add("Unsqueeze", count, [1]) for count in (sealed_before, sealed))
+    kept = add("Unsqueeze", add("Less", index, start), [1, 3])
+    valid = add("Less", index, stop)
+    is_new = add("And", valid, add("GreaterOrEqual", index, start))
+    source = add("Where", is_new, add("Sub", index, start), 0)
+    changed = add("Unsqueeze", is_new, [1, 3])
+    rows = add("Concat", [0, 0], capacity, [-1], axis=0)
+
+    def stored(add: Nodes, old: str, fresh: str, nothing: object) -> str:
+        """Replace the new blocks of a part; [B, kv_heads, capacity, everything of a block]."""
+        fresh = add("Reshape", fresh, add("Concat", [0, 0], most, [-1], axis=0))
+        cleared = add("Where", kept, add("Reshape", old, rows), nothing)
+        return add("Where", changed, _take(add, fresh, source), cleared)
+
+    packed = stored(add, past["packed"], coded[0], np.uint8(0))
+    scale = stored(add, add("Cast", past["scale"], to=FLOAT), coded[1], np.float32(0))
+
+    def norms(add: Nodes) -> str:
+        counts = add("Slice", past["packed"], [0], [1], [3])
+        like = add("Squeeze", counts, [3])
+        typed = add("Cast", like, to=FLOAT)
+        _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+        old = add("Cast", _joined(add, past["norm"], typed, 2), to=FLOAT)
+        return stored(add, old, coded[2], np.float32(0))
+
+    def zeros(add: Nodes) -> str:
+        old = add("Cast", _joined(add, past["zero"], past["scale"], 2), to=FLOAT)
+        return stored(add, old, coded[3], np.float32(0))
+
+    blank = add("Mul", add("Cast", add("Slice", packed, [0], [1], [3]), to=FLOAT), np.float32(0))
+    no_norm = add("Expand", blank, add("Concat", [1, 1, 1], block, axis=0))
+    no_zero = add("Mul", scale, np.float32(0))
+    # By attributes: OptionalHasElement does not take bfloat16.
+    has_norm = add("Equal", add.attribute(f"{side}_separate_norm", "int"), 1)
+    has_zero = add("Equal", add.attribute(f"{side}_symmetric", "int"), 0)
+    norm = _optional(add, past["norm"], FLOAT, norms, lambda _: no_norm, has_norm)
+    zero = _optional(add, past["zero"], FLOAT, zeros, lambda _: no_zero, has_zero)
+    for part, value in (("packed", packed), ("scale", scale), ("zero", zero)):
+        shape = add("Shape", past["scale" if part == "zero" else part])
+        flat = add("Reshape", value, shape)
+        like = past["packed" if part == "packed" else "scale"]
+        add("CastLike", flat, like, name=f"present_{side}_{part}")
+    norm_shape = add("Shape", past["packed"], end=3)
+    add("Cast", add("Reshape", norm, norm_shape), name=f"present_{side}_norm", to=FLOAT)
+    _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+
+    in_tail = add("Add", add("Mul", add("Unsqueeze", sealed, [1]), block), sinks)
+    tail = plain_tokens(in_tail, add("Squeeze", block))
+    add("CastLike", tail, past["tail"], name=f"present_{side}_tail")
+
+    # Decoded block by block; a scale has one row a block, or one number a token.
+    split = add("Concat", [0, 0], capacity, block, [-1], axis=0)
+    by_token = add.is_one_of(f"{side}_axis", ["token"])[0]
+    one_row = add("Concat", [0, 0], capacity, [1, -1], axis=0)
+    scale_shape = add("Where", by_token, split, one_row)
+    decoded = f"decoded_{side}"
+    _call(
+        add,
+        "Dequantize",
+        side,
+        [
+            add("Reshape", packed, split),
+            add("Reshape", scale, scale_shape),
+            norm,
+            add("Reshape", zero, scale_shape),
+            "",
+            "",
+            "",
+            add("Squeeze", head_dim),
+        ],
+        [decoded],
+    )
+    flat = add("Concat", [0, 0], add("Mul", capacity, block), head_dim, axis=0)
+    everything = add("Concat", present_sinks, add("Reshape", decoded, flat), tail, axis=2)
+    room = add("Add", sinks, add("Mul", capacity, block))
+    return Side(everything, in_tail, room)
+
+
+def _take(add: Nodes, x: str, index: str) -> str:
+    """Pick tokens ``index[B, m]`` of each row of ``x[B, kv_heads, n, D]``."""
+    by_token = add("Transpose", x, perm=[0, 2, 1, 3])
+    taken = add("GatherND", by_token, add("Unsqueeze", index, [2]), batch_dims=1)
+    return add("Transpose", taken, perm=[0, 2, 1, 3])
+
+
+def _call(
+    add: Nodes, operator: str, side: str, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    """Call Quantize or Dequantize on blocks, with the attributes of keys or values."""
+    add.several(
+        operator, inputs, outputs, domain="nsq", block_size=0, sink_tokens=0, outlier_channels=0
+    )
+    kinds = {"int": onnx.AttributeProto.INT, "string": onnx.AttributeProto.STRING}
+    for name, kind in SCHEME.items():
+        _refer(add.nodes[-1], name, f"{side}_{name}", kinds[kind])
+
+
+def _refer(
+    node: onnx.NodeProto, name: str, attribute: str, kind: onnx.AttributeProto.AttributeType
+) -> None:
+    """Let an attribute of a node be one of the function's."""
+    for given in list(node.attribute):
+        if given.name == name:
+            node.attribute.remove(given)
+    node.attribute.add(name=name, type=kind, ref_attr_name=attribute)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def _by_position(add: Nodes, side: Side, token: str, lengths: Lengths) -> str:
+    """Bring the tokens in the order of the sequence; 0 behind the last."""
+    from_tail = add("Add", side.first_tail, add("Sub", token, side.first_free))
+    index = add("Where", add("Less", token, side.first_free), token, from_tail)
+    valid = add("Less", token, add("Unsqueeze", lengths.present, [1]))
+    taken = _take(add, side.tokens, add("Where", valid, index, 0))
+    return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
+
+
+def _seen(add: Nodes, token: str, lengths: Lengths, real: str, positions: str) -> str:
+    """Return which tokens a query sees, [B, 1, S, tokens] (A2); padding sees nothing."""
+    token = add("Unsqueeze", token, [1])
+    at = add("Unsqueeze", positions, [2])
+    inside = add("Less", token, add("Unsqueeze", lengths.present, [1, 2]))
+    inside = add("And", inside, add("Unsqueeze", real, [2]))
+    anything = add("Equal", add.attribute("causal", "int"), 0)
+    not_later = add("Or", anything, add("LessOrEqual", token, at))
+    window = add.attribute("sliding_window", "int")
+    not_earlier = add("Or", add("Equal", window, 0), add("Less", add("Sub", at, token), window))
+    return add("Unsqueeze", add("And", inside, add("And", not_later, not_earlier)), [1])
+
+
+def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> str:
+    """Return the scores before the mask, [B, heads, S, tokens] (A1)."""
+    shape = add("Shape", query)
+    given = add.attribute("scale", "float")
+    channels = add("Cast", add("Squeeze", add("Shape", query, start=3)), to=FLOAT)
+    usual = add("Div", np.float32(1), add("Sqrt", channels))
+    scale = add("Where", add("Equal", given, np.float32(0)), usual, given)
+    # The query heads of one key/value head are as many more queries.
+    grouped = add("Concat", [0], kv_heads, [-1], add("Shape", query, start=3), axis=0)
+    products = add(
+        "MatMul", add("Reshape", query, grouped), add("Transpose", keys, perm=[0, 1, 3, 2])
+    )
+    rows = add("Concat", add("Slice", shape, [0], [3]), add("Unsqueeze", longest, [0]), axis=0)
+    scores = add("Mul", add("Reshape", products, rows), scale)
+    softcap = add.attribute("softcap", "float")
+    without = add("Equal", softcap, np.float32(0))
+    divisor = add("Where", without, np.float32(1), softcap)
+    capped = add("Mul", add("Tanh", add("Div", scores, divisor)), softcap)
+    scores = add("Where", without, scores, capped)
+
+    def biased(add: Nodes) -> str:
+        bias = _widened(add, "attention_bias")
+        own = add("Slice", bias, [0], add("Unsqueeze", longest, [0]), [3])
+        return add("Add", scores, own)
+
+    return _optional(add, "attention_bias", FLOAT, biased, lambda _: scores)
+
+
+def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
+    """Return the softmax over what is seen, a sink of each head in its denominator."""
+    smooth = add("Cast", add.attribute("smooth_softmax", "int"), to=TensorProto.BOOL)
+    usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
+    sink = _optional(
+        add, "head_sink", FLOAT, lambda add: _widened(add, "head_sink"), lambda _: usual
+    )
+    sink = add("Unsqueeze", sink, [0, 2, 3])
+    scores = add("Where", seen, scores, NOTHING)
+    most = add("Max", add("ReduceMax", scores, [3]), sink)
+    most = add("Where", add("Equal", most, NOTHING), np.float32(0), most)
+    raised = add("Exp", add("Sub", scores, most))
+    raised = add("Where", add("Equal", scores, NOTHING), np.float32(0), raised)
+    total = add("Add", add("ReduceSum", raised, [3]), add("Exp", add("Sub", sink, most)))
+    # A query that sees nothing has no weights.
+    total = add("Where", add("Equal", total, np.float32(0)), np.float32(1), total)
+    return add("Div", raised, total)
+
+
+def _output(add: Nodes, weights: str, values: str, kv_heads: str) -> None:
+    """Add the values up, [B, S, heads * D_v]."""
+    tokens = add("Shape", weights, start=3)
+    grouped = add("Reshape", weights, add("Concat", [0], kv_heads, [-1], tokens, axis=0))
+    mixed = add("MatMul", grouped, values)
+    shape = add("Concat", add("Shape", weights, end=3), [-1], axis=0)
+    by_token = add("Transpose", add("Reshape", mixed, shape), perm=[0, 2, 1, 3])
+    add("CastLike", add("Reshape", by_token, [0, 0, -1]), "query", name="output")

@@ -1,0 +1,500 @@
+"""Quantize and Dequantize as ONNX functions: NSQ-1 in standard operators, for every scheme.
+
+One body serves all schemes: what depends on the scheme follows from attributes. Leading axes may be
+any. A graph cannot refuse: what rules I2, N1, M4, S5, O1 and D3 refuse gives numbers of no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from nsq_ref.scheme import Scheme
+from nsq_ref.spec import SHRINK
+from onnx_export import rounding_nodes
+from onnx_export.function_builder import Nodes
+from onnx_export.rounding_nodes import narrow, where_zero
+
+__all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
+
+DOMAIN = "nsq"
+VERSION = 1
+
+FLOAT, FLOAT16, UINT8, INT32, INT64, BOOL, DOUBLE = (
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT32,
+    TensorProto.INT64, TensorProto.BOOL, TensorProto.DOUBLE,
+)  # fmt: skip
+DTYPES = {"float32": FLOAT, "float16": FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+INFINITY = np.float32(np.inf)
+POWERS = 2.0 ** np.arange(8, dtype=np.float32)
+
+
+def scheme_attributes(scheme: Scheme, prefix: str = "") -> dict[str, Any]:
+    """Return a scheme as attributes of a node.
+
+    Parameters
+    ----------
+    scheme : Scheme
+    prefix : str
+        Of the names, as ``key_``.
+
+    Returns
+    -------
+    dict
+        0 is ``block_size=None``, and dtypes are those of `onnx.TensorProto`.
+
+    Examples
+    --------
+    >>> attributes = scheme_attributes(Scheme(bits=2), "key_")
+    >>> attributes["key_bits"], attributes["key_block_size"], attributes["key_scale_dtype"]
+    (2, 0, 10)
+    """
+    values = scheme.to_dict()
+    for name in ("separate_norm", "symmetric"):
+        values[name] = int(values[name])
+    for name in ("scale_dtype", "norm_dtype"):
+        values[name] = DTYPES[values[name]]
+    values["block_size"] = values["block_size"] or 0
+    return {prefix + name: value for name, value in values.items()}
+
+
+def quantize(opset: int = 21) -> onnx.FunctionProto:
+    """Return ``nsq.Quantize``.
+
+    Parameters
+    ----------
+    opset : int
+        Of the standard operators, at least 21.
+
+    Returns
+    -------
+    onnx.FunctionProto
+        Input ``x [..., T, D]``, float32, float16 or bfloat16. Outputs ``packed`` (uint8), ``scale``,
+        ``norm`` and ``zero`` (float32, which hold values of the stored dtypes), ``outlier_index``
+        (int32), ``outliers`` (float16) and ``sinks`` (dtype of ``x``), of which a scheme
+        stores some.
+
+    Examples
+    --------
+    >>> quantize().output[:3]
+    ['packed', 'scale', 'norm']
+    """
+    add = Nodes()
+    fields = _fields(add)
+    x = add("Cast", "x", to=FLOAT)  # I1
+    lead = add("Shape", x, end=-2)
+    channels = add("Shape", x, start=-1)
+    all_tokens = add("Shape", x, start=-2, end=-1)
+    sinks = add("Min", all_tokens, fields.sink_tokens)
+    tokens = add("Sub", all_tokens, sinks)
+    size = _tokens_per_block(add, tokens, fields)
+    blocks = add("Div", add("Sub", add("Add", tokens, size), 1), size)
+
+    # A last block that is short is filled with its last token, which changes no extent.
+    places = _range(add, add("Mul", blocks, size))
+    source = add("Min", add("Add", places, sinks), add("Sub", all_tokens, 1))
+    cut = add("Concat", lead, blocks, size, channels, axis=0)
+    x_blocks = _reshape(add, add("Gather", x, source, axis=-2), cut)
+
+    norm = add.choose(
+        fields.separate_norm,
+        lambda add: [rounding_nodes.norm(add, x_blocks)],  # N1
+        lambda add: [add("Expand", np.float32(1), add("Shape", x_blocks, end=-1))],
+        [FLOAT],
+    )[0]
+    direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
+    index, outliers, coded = _outliers(add, direction, fields)  # O1
+    present = add("Less", places, tokens)
+    present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
+    scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
+    codes = _code(add, direction, scale, zero, fields)  # Q1 Q2
+    has_code = add("And", coded, _a_token(add, add("Cast", norm, to=BOOL)))
+    codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
+    factor = _factor(add, x_blocks, norm, (codes, scale, zero, index, outliers), fields)
+
+    def joined(array: str, end: str) -> str:
+        """Join ``[..., blocks, n, m]`` to ``[..., blocks * n, m]``, without what was filled in."""
+        rows = add("Mul", blocks, add("Shape", array, start=-2, end=-1))
+        shape = add("Concat", lead, rows, add("Shape", array, start=-1), axis=0)
+        return add("Slice", _reshape(add, array, shape), [0], end, [-2])
+
+    scales = add("Where", fields.channel, blocks, tokens)
+    _pack(add, joined(codes, tokens), fields)
+    add("Identity", joined(scale, scales), name="scale")
+    add("Squeeze", joined(_a_token(add, factor), tokens), [-1], name="norm")
+    add("Identity", joined(zero, scales), name="zero")
+    add("Cast", joined(index, blocks), name="outlier_index", to=INT32)
+    add("Cast", joined(outliers, tokens), name="outliers", to=FLOAT16)
+    add("CastLike", add("Slice", x, [0], sinks, [-2]), "x", name="sinks")  # K1
+    outputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks"]
+    return _function("Quantize", ["x"], outputs, add, opset)
+
+
+def dequantize(opset: int = 21) -> onnx.FunctionProto:
+    """Return ``nsq.Dequantize``.
+
+    Parameters
+    ----------
+    opset : int
+        Of the standard operators, at least 21.
+
+    Returns
+    -------
+    onnx.FunctionProto
+        Inputs are the outputs of ``nsq.Quantize``, sinks as float32, and ``head_dim``, an int64
+        scalar that is only needed for axis token; what a scheme does not store is left out. Output
+        ``x_hat [..., T, D]``, float32.
+
+    Examples
+    --------
+    >>> dequantize().input[-1], dequantize().output[0]
+    ('head_dim', 'x_hat')
+    """
+    add = Nodes()
+    fields = _fields(add)
+    lead = add("Shape", "packed", end=-2)
+    tokens = add("Shape", "packed", start=-2, end=-1)
+
+    # An input that is left out may only be among several, and not the first of these: else a model
+    # is refused, even where the branch is not taken.
+    channels = add.choose(
+        fields.channel,
+        lambda add: [add("Shape", "scale", start=-1)],
+        lambda add: [add("Max", [1], "head_dim")],
+        [INT64],
+    )[0]
+
+    def given(add: Nodes, name: str, kind: Any, *shape: Any) -> str:
+        """Return an optional input of a dtype, whose axis of length 0 here may have any length."""
+        sizes = add("Concat", lead, *shape, axis=0)
+        empty = add("ConstantOfShape", sizes, value=numpy_helper.from_array(np.zeros(1, kind)))
+        return add("Concat", empty, name, axis=-len(shape))
+
+    count = _range(add, tokens)
+    block = add("Div", count, _tokens_per_block(add, tokens, fields))
+    of_token = add("Where", fields.channel, block, count)
+    scale = add("Gather", "scale", of_token, axis=-2)
+    zero = add.choose(
+        fields.symmetric,
+        lambda add: [add.constant(np.float32(0))],
+        lambda add: [
+            add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
+                of_token, axis=-2)
+        ],
+        [FLOAT],
+    )[0]  # fmt: skip
+    y = _dequantized(add, _unpack(add, channels, fields), scale, zero)
+
+    def with_outliers(add: Nodes) -> list[str]:
+        kept = add("Min", fields.outlier_channels, channels)
+        index = add("Gather", given(add, "outlier_index", np.int32, [0], kept), block, axis=-2)
+        outliers = add("Cast", given(add, "outliers", np.float16, [0], kept), to=FLOAT)
+        return [_in_rows(add, "ScatterElements", y, add("Cast", index, to=INT64), outliers)]
+
+    y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+
+    def with_norm(add: Nodes) -> list[str]:
+        norm = _a_token(add, given(add, "norm", np.float32, [0]))
+
+        def renormalized(add: Nodes) -> list[str]:
+            length = where_zero(add, rounding_nodes.norm(add, y), INFINITY)
+            return [add("Div", y, _a_token(add, length))]
+
+        unit = add.choose(fields.stores_norm, renormalized, lambda _: [y], [FLOAT])[0]
+        return [add("Mul", norm, unit)]
+
+    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], [FLOAT])[0]  # D1
+
+    def with_sinks(add: Nodes) -> list[str]:
+        return [add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)]
+
+    has_sinks = add("Greater", fields.sink_tokens, 0)
+    whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], [FLOAT])[0]
+    add("Identity", whole, name="x_hat")
+    inputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks", "head_dim"]
+    return _function("Dequantize", inputs, ["x_hat"], add, opset)
+
+
+def _function(
+    name: str, inputs: Sequence[str], outputs: Sequence[str], add: Nodes, opset: int
+) -> onnx.FunctionProto:
+    defaults = [
+        helper.make_attribute(field, value) for field, value in scheme_attributes(Scheme()).items()
+    ]
+    return helper.make_function(
+        DOMAIN, name, inputs, outputs, add.nodes, [helper.make_opsetid("", opset)],
+        attribute_protos=defaults,
+    )  # fmt: skip
+
+
+class _Fields(NamedTuple):
+    """Names of scalars: the fields of the scheme, and what follows from them."""
+
+    bits: str
+    block_size: str
+    sink_tokens: str
+    outlier_channels: str
+    scale_dtype: str
+    norm_dtype: str
+    separate_norm: str
+    symmetric: str
+    channel: str  # one scale a channel of a block, not a token
+    search: str
+    stores_norm: str  # with norm separation: not a gain
+    least_squares: str
+    has_outliers: str
+    least: str  # code
+    greatest: str
+    offset: str
+
+
+def _fields(add: Nodes) -> _Fields:
+    numbers = {
+        name: add.attribute(name, "int")
+        for name in (
+            "bits", "block_size", "sink_tokens", "outlier_channels", "scale_dtype", "norm_dtype",
+        )
+    }  # fmt: skip
+    separate_norm, symmetric = (
+        add("Cast", add.attribute(name, "int"), to=BOOL) for name in ("separate_norm", "symmetric")
+    )
+    channel, _ = add.is_one_of("axis", ["channel", "token"])
+    _, search = add.is_one_of("scale_rule", ["range", "search"])
+    stores_norm, _, least_squares = add.is_one_of("magnitude", ["norm", "gain", "lsq"])
+    half = add("Gather", POWERS, add("Sub", numbers["bits"], 1))
+    full = add("Add", half, half)
+    above = add("Where", symmetric, half, full)
+    return _Fields(
+        **numbers, separate_norm=separate_norm, symmetric=symmetric, channel=channel,
+        search=search, stores_norm=stores_norm, least_squares=least_squares,
+        has_outliers=add("Greater", numbers["outlier_channels"], 0),
+        least=add("Where", symmetric, add("Sub", np.float32(1), half), np.float32(0)),
+        greatest=add("Sub", above, np.float32(1)),
+        offset=add("Where", symmetric, half, np.float32(0)),
+    )  # fmt: skip
+
+
+def _tokens_per_block(add: Nodes, tokens: str, fields: _Fields) -> str:
+    """B1: the size of a block, at most all tokens and at least 1."""
+    whole = add("Equal", fields.block_size, 0)
+    size = add("Where", whole, tokens, add("Min", fields.block_size, tokens))
+    return add("Max", size, 1)
+
+
+def _range(add: Nodes, count: str) -> str:
+    return add("Range", 0, add("Squeeze", count), 1)
+
+
+def _reshape(add: Nodes, array: str, shape: str) -> str:
+    return add("Reshape", array, shape, allowzero=1)
+
+
+def _a_token(add: Nodes, values: str) -> str:
+    return add("Unsqueeze", values, [-1])
+
+
+def _in_rows(add: Nodes, operator: str, array: str, *others: str) -> str:
+    """Gather or scatter along the last axis; onnx.reference counts axes from the front."""
+    rows = []
+    for one in (array, *others):
+        rows.append(add("Reshape", one, add("Concat", [-1], add("Shape", one, start=-1), axis=0)))
+    result_like = array if operator == "ScatterElements" else others[0]
+    return _reshape(add, add(operator, *rows, axis=1), add("Shape", result_like))
+
+
+# --- encode -------------------------------------------------------------------------------------
+
+
+def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
+    """Return index, narrowed directions, and which channels are coded (O1)."""
+
+    def kept(add: Nodes) -> list[str]:
+        peak = add("ReduceMax", add("Abs", direction), [-2], keepdims=1)
+        channels = add("Shape", direction, start=-1)
+        count = add("Min", fields.outlier_channels, channels)
+        # Of equals the lower index: float64 has room for a rank below the last bit of float32.
+        rank = add("Cast", add("Sub", channels, _range(add, channels)), to=DOUBLE)
+        factor = add("Add", add("Mul", rank, np.float64(2.0**-50)), np.float64(1))
+        size = add("Mul", add("Cast", peak, to=DOUBLE), factor)
+        ranked = add("Add", size, add("Mul", rank, np.float64(2.0**-400)))
+        prefix = f"{size}_"
+        add.several("TopK", [ranked, count], [f"{prefix}values", f"{prefix}channels"])
+        add.several(
+            "TopK", [f"{prefix}channels", count], [f"{prefix}ascending", f"{prefix}order"], largest=0
+        )
+        index = f"{prefix}ascending"
+        every = add("Cast", add("Expand", np.float32(1), add("Shape", peak)), to=BOOL)
+        none = add("Cast", add("Expand", np.float32(0), add("Shape", index)), to=BOOL)
+        coded = _in_rows(add, "ScatterElements", every, index, none)
+        rows = add("Concat", add("Shape", direction, end=-1), count, axis=0)
+        values = _in_rows(add, "GatherElements", direction, add("Expand", index, rows))
+        return [index, narrow(add, values, add.constant(FLOAT16)), coded]
+
+    def none(add: Nodes) -> list[str]:
+        rows = add("Shape", direction, end=-1)
+        blocks = add("Shape", direction, end=-2)
+        no_index = add("Expand", 0, add("Concat", blocks, [1, 0], axis=0))
+        no_values = add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
+        return [no_index, no_values, add.constant(np.ones((1, 1), bool))]
+
+    return add.choose(fields.has_outliers, kept, none, [INT64, FLOAT, BOOL])
+
+
+def _scale_and_zero(
+    add: Nodes, direction: str, coded: str, present: str, fields: _Fields
+) -> list[str]:
+    axis = add("Where", fields.channel, -2, -1)
+    axes = add("Unsqueeze", axis, [0])
+    low = add("ReduceMin", add("Where", coded, direction, INFINITY), axes, keepdims=1)
+    high = add("ReduceMax", add("Where", coded, direction, -INFINITY), axes, keepdims=1)
+    nothing = add("Greater", low, high)
+    low, high = (add("Where", nothing, np.float32(0), end) for end in (low, high))
+    widest = _range_scale(add, low, high, fields)
+    counted = add("And", coded, present)
+
+    def error(add: Nodes, scale: str, zero: str, refused: Any) -> str:
+        """Return the sum of squared errors, in the order of S4, or what is told if not finite."""
+        y = _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
+        wide = add("Cast", add("Where", counted, add("Sub", direction, y), np.float32(0)), to=DOUBLE)
+        sums = add("CumSum", add("Mul", wide, wide), axis)
+        total = add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
+        fits = [add("Less", add("Abs", one), INFINITY) for one in (scale, zero)]
+        return add("Where", add("And", *fits), total, refused)
+
+    def search(add: Nodes) -> list[str]:
+        half = np.float32(0.5)
+        half_high, half_low = add("Mul", high, half), add("Mul", low, half)
+        middle, radius = add("Add", half_high, half_low), add("Sub", half_high, half_low)
+
+        def shrink(add: Nodes, step: str, state: Sequence[str]) -> list[str]:
+            factor = add("Gather", SHRINK[1:], step)
+            shorter = add("Mul", factor, radius)
+            scale, zero = _range_scale(
+                add,
+                add("Where", fields.symmetric, add("Mul", factor, low), add("Sub", middle, shorter)),
+                add("Where", fields.symmetric, add("Mul", factor, high), add("Add", middle, shorter)),
+                fields,
+            )
+            new = [scale, zero, error(add, scale, zero, np.float64(np.inf))]
+            better = add("Less", new[2], state[2])
+            return [add("Where", better, one, old) for one, old in zip(new, state, strict=True)]
+
+        # Nothing is less than -infinity: a full range that does not fit is kept.
+        first = [*widest, error(add, *widest, np.float64(-np.inf))]
+        return add.repeat(len(SHRINK) - 1, shrink, first, [FLOAT, FLOAT, DOUBLE])[:2]
+
+    return add.choose(fields.search, search, lambda _: widest, [FLOAT, FLOAT])
+
+
+def _range_scale(add: Nodes, low: str, high: str, fields: _Fields) -> list[str]:
+    """S1 S2 S3: scale and zero that make the range that of the codes."""
+    least = add("Where", fields.symmetric, np.float32(0), low)
+    zero = narrow(add, least, fields.scale_dtype)
+    both = add("Max", high, add("Neg", low))
+    span = add("Where", fields.symmetric, both, add("Sub", high, zero))
+    return [narrow(add, add("Div", span, fields.greatest), fields.scale_dtype), zero]
+
+
+def _code(add: Nodes, direction: str, scale: str, zero: str, fields: _Fields) -> str:
+    """Q1 Q2: codes as float32."""
+    shifted = add("Sub", direction, zero)
+    quotient = add("Div", shifted, where_zero(add, scale, INFINITY))
+    return add("Clip", add("Round", quotient), fields.least, fields.greatest)
+
+
+def _dequantized(add: Nodes, codes: str, scale: str, zero: str) -> str:
+    return add("Add", add("Mul", codes, scale), zero)
+
+
+def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields) -> str:
+    """M1 M2 M3: the narrowed factor of each token."""
+
+    def gain(add: Nodes) -> list[str]:
+        codes, scale, zero, index, outliers = coded
+        y = _dequantized(add, codes, scale, zero)
+
+        def with_outliers(add: Nodes) -> list[str]:
+            of_token = add("Expand", index, add("Shape", outliers))
+            return [_in_rows(add, "ScatterElements", y, of_token, outliers)]
+
+        y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+        return add.choose(
+            fields.least_squares,
+            lambda add: [rounding_nodes.least_squares_gain(add, x, y)],
+            lambda add: [
+                add("Div", norm, where_zero(add, rounding_nodes.norm(add, y), INFINITY))
+            ],
+            [FLOAT],
+        )
+
+    factor = add.choose(fields.stores_norm, lambda _: [norm], gain, [FLOAT])[0]
+    return narrow(add, factor, fields.norm_dtype)  # M4
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+def _pack(add: Nodes, codes: str, fields: _Fields) -> None:
+    """P1: write ``packed``, codes being [..., T', D]."""
+    channels = add("Shape", codes, start=-1)
+    missing = add("Mod", add("Neg", channels), 8)
+    pads = add("Concat", [0], missing, axis=0)
+    padded = add("Pad", add("Add", codes, fields.offset), pads, fields.offset, [-1])
+
+    def row(add: Nodes, numbers: str, bits: Any) -> str:
+        """Pack numbers of so many bits."""
+        shifts = add("Range", 0, 8, bits)
+        size = add("Div", add("Add", add("Mul", channels, bits), 7), 8)
+        shape = add("Concat", add("Shape", numbers, end=-1), add("Div", add(
+            "Mul", add("Shape", numbers, start=-1), bits), 8), add("Shape", shifts), axis=0)  # fmt: skip
+        groups = add("Mul", _reshape(add, numbers, shape), add("Gather", POWERS, shifts))
+        row_bytes = add("Cast", add("ReduceSum", groups, [-1], keepdims=0), to=UINT8)
+        return add("Slice", row_bytes, [0], size, [-1])
+
+    def two_rows(add: Nodes) -> list[str]:
+        high = add("Floor", add("Mul", padded, np.float32(0.25)))
+        low = add("Sub", padded, add("Mul", high, np.float32(4)))
+        return [add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)]
+
+    packed = add.choose(
+        add("Equal", fields.bits, 3),
+        two_rows,
+        lambda add: [row(add, padded, fields.bits)],
+        [UINT8],
+    )[0]
+    add("Identity", packed, name="packed")
+
+
+def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
+    """P1: return codes [..., T', D] as float32."""
+
+    def row(add: Nodes, row_bytes: str, bits: Any) -> str:
+        """Return the numbers of so many bits that were packed."""
+        shifts = add("Range", 0, 8, bits)
+        mask = add("Sub", add("Gather", [2, 4, 8, 16, 32, 64, 128, 256], add("Sub", bits, 1)), 1)
+        groups = add(
+            "BitShift", _a_token(add, row_bytes), add("Cast", shifts, to=UINT8), direction="RIGHT"
+        )
+        numbers = add("BitwiseAnd", groups, add("Cast", mask, to=UINT8))
+        size = add("Mul", add("Shape", row_bytes, start=-1), add("Shape", shifts))
+        shape = add("Concat", add("Shape", row_bytes, end=-1), size, axis=0)
+        flat = add("Cast", _reshape(add, numbers, shape), to=FLOAT)
+        return add("Slice", flat, [0], channels, [-1])
+
+    def two_rows(add: Nodes) -> list[str]:
+        split = add("Div", add("Add", channels, 3), 4)
+        low = add("Slice", "packed", [0], split, [-1])
+        high = add("Slice", "packed", split, [np.iinfo(np.int64).max], [-1])
+        return [add("Add", row(add, low, 2), add("Mul", row(add, high, 1), np.float32(4)))]
+
+    numbers = add.choose(
+        add("Equal", fields.bits, 3),
+        two_rows,
+        lambda add: [row(add, "packed", fields.bits)],
+        [FLOAT],
+    )[0]
+    return add("Sub", numbers, fields.offset)

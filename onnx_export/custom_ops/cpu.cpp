@@ -1,0 +1,82 @@
+// Which instruction set runs, and what else the environment chooses.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#ifdef NSQ_X86
+#include <cpuid.h>
+#endif
+
+namespace nsq {
+
+namespace portable {
+extern const Kernels kernels;
+}
+#ifdef NSQ_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+#ifdef NSQ_X86
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1U << 29)) != 0;
+}
+
+// The builtins ask the operating system too, whether it keeps the registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+const Kernels* avx2_kernels() { return has_avx2() ? &avx2::kernels : nullptr; }
+const Kernels* avx512_kernels() { return has_avx512() ? &avx512::kernels : nullptr; }
+#else
+const Kernels* avx2_kernels() { return nullptr; }
+const Kernels* avx512_kernels() { return nullptr; }
+#endif
+
+}  // namespace
+
+const Kernels* choose_kernels(const char** problem) {
+  const char* name = std::getenv("NSQ_CPU");
+  if (name == nullptr || *name == '\0') {
+    if (const Kernels* kernels = avx512_kernels()) return kernels;
+    if (const Kernels* kernels = avx2_kernels()) return kernels;
+    return &portable::kernels;
+  }
+  if (std::strcmp(name, "portable") == 0) return &portable::kernels;
+  if (std::strcmp(name, "avx2") == 0) {
+    *problem = "the environment variable NSQ_CPU is avx2, which this machine cannot run; unset it";
+    return avx2_kernels();
+  }
+  if (std::strcmp(name, "avx512") == 0) {
+    *problem =
+        "the environment variable NSQ_CPU is avx512, which this machine cannot run (AVX-512 with "
+        "VNNI); unset it";
+    return avx512_kernels();
+  }
+  *problem =
+      "the environment variable NSQ_CPU is none of portable, avx2, avx512; choose one, or unset "
+      "it for the best that this machine can run";
+  return nullptr;
+}
+
+bool exact_attention() {
+  const char* value = std::getenv("NSQ_EXACT");
+  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
+
+}  // namespace nsq

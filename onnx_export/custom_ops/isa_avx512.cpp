@@ -1,0 +1,23 @@
+// For processors with AVX-512 F, BW, DQ, VL and VNNI.
+#define NSQ_ISA avx512
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+#include "codec.inc"
+#include "float_attention.inc"
+#include "code_attention.inc"
+
+namespace nsq::NSQ_ISA {
+
+extern const Kernels kernels = {
+    "avx512",       encode_block, decode_block, widen,      narrow,
+    reads_codes,  score_codes,  add_codes,    sum_of_squares,
+    score_floats, add_floats,   largest,      cap,        exponentials,
+};
+
+}  // namespace nsq::NSQ_ISA

@@ -30,6 +30,7 @@ benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.onnx
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.conformance

@@ -588,6 +588,66 @@ def _show_report(report: Report, as_json: bool, junit: Path | None) -> None:
     raise typer.Exit(exit_code(report))
 
 
+# --- ONNX ---------------------------------------------------------------------------------------
+
+onnx_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(onnx_app, name="onnx", help="Write ONNX models.")
+
+
+@onnx_app.command()
+def codec(
+    scheme: Annotated[
+        str, typer.Argument(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
+    ] = "nsep+pchan4",
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder.")],
+    changes: SetOption = None,
+    dtype: Annotated[InputDtype, typer.Option(help="Of the array.")] = InputDtype.float32,
+    rank: Annotated[
+        int | None, typer.Option(help="Axes of the array; any number by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace models that are there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write encode.onnx and decode.onnx: a scheme in standard operators, bit for bit.
+
+    Inputs and outputs are the arrays that NSQ-1 stores, by their names, as `nsq check` takes them.
+    A graph cannot refuse: what `nsq quantize` refuses gives numbers of no meaning.
+    """
+    if "KIVI" in scheme:
+        raise ValueError(
+            f"{scheme} is a pair for keys and values; name one of its schemes, such as pchan2"
+        )
+    ((_, chosen),) = _checked_schemes(scheme, False, changes)
+    try:
+        from onnx_export.codec import dequantize_model, quantize_model, save_models
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"nsq onnx needs {error.name}; pip install 'nsq-ref[onnx]' brings all it uses"
+        ) from error
+    models = {
+        output / "encode.onnx": quantize_model(chosen, dtype.value, rank),
+        output / "decode.onnx": dequantize_model(chosen, dtype.value, rank),
+    }
+    for path in models:
+        if path.exists() and not force:
+            raise ValueError(f"{path} exists; choose another folder, or replace it with --force")
+    output.mkdir(parents=True, exist_ok=True)
+    save_models(models)
+    if as_json:
+        _print_json(
+            {
+                "scheme": chosen.to_dict(),
+                "dtype": dtype.value,
+                "encode": str(output / "encode.onnx"),
+                "decode": str(output / "decode.onnx"),
+            }
+        )
+    else:
+        for path in models:
+            typer.echo(path)
+
+
 # --- schemes ------------------------------------------------------------------------------------
 
 

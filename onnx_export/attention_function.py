@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from nsq_ref.scheme import Scheme
+from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
 from onnx_export.function_builder import Nodes
 
 __all__ = ["attention"]
@@ -31,26 +33,17 @@ OUTPUTS = (
     "output", "present_lengths",
     *(f"present_{side}_{part}" for side in ("key", "value") for part in PARTS),
 )  # fmt: skip
-# What Quantize and Dequantize get from here as it is; a block is coded by itself, without sinks.
-SCHEME = {
-    "bits": "int",
-    "separate_norm": "int",
-    "axis": "string",
-    "symmetric": "int",
-    "scale_rule": "string",
-    "magnitude": "string",
-    "scale_dtype": "int",
-    "norm_dtype": "int",
+REQUIRED = ("heads", "kv_heads", "key_block_size", "value_block_size")
+DEFAULTS = {
+    "scale": 0.0,
+    "causal": 1,
+    "softcap": 0.0,
+    "sliding_window": 0,
+    "rotary_interleaved": 0,
+    "smooth_softmax": 0,
 }
-ATTRIBUTES = (
-    "heads", "kv_heads", "scale", "causal", "softcap", "sliding_window", "rotary_interleaved",
-    "smooth_softmax",
-    *(
-        f"{side}_{name}"
-        for side in ("key", "value")
-        for name in [*SCHEME, "block_size", "sink_tokens"]
-    ),
-)  # fmt: skip
+# What a block is coded with; its tokens are all of one block, without sinks.
+OF_A_BLOCK = {"block_size": 0, "sink_tokens": 0, "outlier_channels": 0}
 
 
 class Lengths(NamedTuple):
@@ -117,9 +110,16 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     weights = _weights(add, scores, seen, heads)
     _output(add, weights, values_by_position, kv_heads)
     add("Identity", lengths.present, name="present_lengths")
+    defaults = DEFAULTS | {
+        name: value
+        for side in ("key_", "value_")
+        for name, value in scheme_attributes(Scheme(), side).items()
+        if name not in REQUIRED and not name.endswith("outlier_channels")
+    }
     return helper.make_function(
-        "nsq", "Attention", INPUTS, OUTPUTS, add.nodes,
-        [helper.make_opsetid("", opset), helper.make_opsetid("nsq", 1)], ATTRIBUTES,
+        DOMAIN, "Attention", INPUTS, OUTPUTS, add.nodes,
+        [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)], REQUIRED,
+        [helper.make_attribute(name, value) for name, value in defaults.items()],
     )  # fmt: skip
 
 
@@ -277,9 +277,8 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
     before = add("Unsqueeze", lengths.past, [1])
     first_tail = add("Add", add("Mul", add("Unsqueeze", sealed_before, [1]), block), sinks)
 
-    def plain_tokens(first: str, count: str) -> str:
-        """Take tokens by position, [B, kv_heads, count, D]; 0 behind the last."""
-        position = add("Add", first, add("Unsqueeze", add("Range", 0, count, 1), [0]))
+    def plain_tokens(position: str) -> str:
+        """Take tokens by position[B, n]: [B, kv_heads, n, D]; 0 behind the last."""
         is_new = add("GreaterOrEqual", position, before)
         from_new = add("Add", add("Add", sinks, block), add("Sub", position, before))
         from_tail = add("Add", sinks, add("Sub", position, first_tail))
@@ -289,12 +288,18 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
         taken = _take(add, plain, index)
         return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
 
-    present_sinks = plain_tokens(add("Mul", before, 0), add("Squeeze", sinks))
+    def positions_from(first: str, count: str) -> str:
+        """Return [B, count] positions from ``first[B, 1]`` on."""
+        return add("Add", first, add("Unsqueeze", add("Range", 0, add("Squeeze", count), 1), [0]))
+
+    # Not 0 + these: onnxruntime 1.22 drops the addition of a constant without elements.
+    first = add("Unsqueeze", add("Range", 0, add("Squeeze", sinks), 1), [0])
+    present_sinks = plain_tokens(add("Expand", first, add("Shape", before)))
     add("CastLike", present_sinks, past["tail"], name=f"present_{side}_sinks")
 
     # The blocks that may be full now, from the one that the tail was.
     most = add("Div", add("Sub", add("Add", add("Shape", new, start=2, end=3), block), 1), block)
-    candidates = plain_tokens(first_tail, add("Squeeze", add("Mul", most, block)))
+    candidates = plain_tokens(positions_from(first_tail, add("Mul", most, block)))
     in_blocks = add("Concat", [0, 0], most, block, head_dim, axis=0)
     # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
     coded = [f"new_{side}_{part}" for part in ("packed", "scale", "norm", "zero")] + [""] * 3
@@ -349,7 +354,7 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
     _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
 
     in_tail = add("Add", add("Mul", add("Unsqueeze", sealed, [1]), block), sinks)
-    tail = plain_tokens(in_tail, add("Squeeze", block))
+    tail = plain_tokens(positions_from(in_tail, block))
     add("CastLike", tail, past["tail"], name=f"present_{side}_tail")
 
     # Decoded block by block; a scale has one row a block, or one number a token.
@@ -391,12 +396,11 @@ def _call(
     add: Nodes, operator: str, side: str, inputs: Sequence[str], outputs: Sequence[str]
 ) -> None:
     """Call Quantize or Dequantize on blocks, with the attributes of keys or values."""
-    add.several(
-        operator, inputs, outputs, domain="nsq", block_size=0, sink_tokens=0, outlier_channels=0
-    )
-    kinds = {"int": onnx.AttributeProto.INT, "string": onnx.AttributeProto.STRING}
-    for name, kind in SCHEME.items():
-        _refer(add.nodes[-1], name, f"{side}_{name}", kinds[kind])
+    add.several(operator, inputs, outputs, domain=DOMAIN, **OF_A_BLOCK)
+    kinds = {int: onnx.AttributeProto.INT, str: onnx.AttributeProto.STRING}
+    for name, value in scheme_attributes(Scheme()).items():
+        if name not in OF_A_BLOCK:
+            _refer(add.nodes[-1], name, f"{side}_{name}", kinds[type(value)])
 
 
 def _refer(

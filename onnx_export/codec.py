@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
@@ -11,10 +15,10 @@ from onnx import TensorProto, helper
 from nsq_ref import __version__
 from nsq_ref.codec import PARTS
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme
+from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
 from onnx_export.function_builder import Nodes
-from onnx_export.functions import DOMAIN, VERSION, functions, scheme_attributes
 
-__all__ = ["dequantize_model", "quantize_model"]
+__all__ = ["dequantize_model", "quantize_model", "save_models"]
 
 OPSET, IR_VERSION = 21, 10
 DTYPES = {
@@ -72,7 +76,7 @@ def quantize_model(
     add.several("Quantize", ["x"], outputs, domain=DOMAIN, **scheme_attributes(scheme))
     for name in filter(_is_widened, kinds):
         add("Cast", made[name], name=name, to=kinds[name])
-    return _model("quantize", add, {"x": DTYPES[dtype]}, kinds, scheme, rank)
+    return _model(quantize(OPSET), add, {"x": DTYPES[dtype]}, kinds, scheme, rank)
 
 
 def dequantize_model(
@@ -91,7 +95,7 @@ def dequantize_model(
     Returns
     -------
     onnx.ModelProto
-        Inputs are the outputs of `quantize_model`, and ``shape``, that of ``x``, as int64. Output
+        Inputs are the outputs of `quantize_model`, and ``shape``, that of ``x``, as int32. Output
         ``x_hat [..., T, D]``, float32.
 
     Raises
@@ -107,7 +111,7 @@ def dequantize_model(
     >>> import numpy as np, onnxruntime, nsq_ref
     >>> session = onnxruntime.InferenceSession(model.SerializeToString())
     >>> q = nsq_ref.quantize(np.random.default_rng(0).standard_normal((2, 8, 16)))
-    >>> (x_hat,) = session.run(None, {**q.parts, "shape": np.array(q.shape)})
+    >>> (x_hat,) = session.run(None, {**q.parts, "shape": np.int32(q.shape)})
     >>> bool((x_hat == nsq_ref.dequantize(q)).all())
     True
     """
@@ -119,11 +123,52 @@ def dequantize_model(
         else name
         for name in kinds
     }
-    head_dim = add("Gather", "shape", -1)
+    head_dim = add("Cast", add("Gather", "shape", -1), to=TensorProto.INT64)
     inputs = [*(given.get(name, "") for name in PARTS), head_dim]
     add.several("Dequantize", inputs, ["x_hat"], domain=DOMAIN, **scheme_attributes(scheme))
-    taken = {**kinds, "shape": TensorProto.INT64}
-    return _model("dequantize", add, taken, {"x_hat": TensorProto.FLOAT}, scheme, rank)
+    taken = {**kinds, "shape": TensorProto.INT32}
+    made = {"x_hat": TensorProto.FLOAT}
+    return _model(dequantize(OPSET), add, taken, made, scheme, rank)
+
+
+def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
+    """Write models to files, all of them or none.
+
+    Parameters
+    ----------
+    models : mapping of path to onnx.ModelProto
+        Existing files are replaced, and only once all new ones are on disk.
+
+    Raises
+    ------
+    OSError
+        Where a file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name, "encode.onnx")
+    >>> save_models({path: quantize_model(Scheme())})
+    >>> onnx.load(path).graph.name
+    'Quantize'
+    >>> folder.cleanup()
+    """
+    written = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in models}
+    try:
+        for path, model in models.items():
+            if path.exists() and not path.is_file():
+                raise OSError(f"{path} exists and is not a regular file; choose another folder")
+            with open(written[path], "xb") as file:
+                file.write(model.SerializeToString())
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in written.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _is_widened(name: str) -> bool:
@@ -141,22 +186,21 @@ def _dtypes(scheme: Scheme, dtype: str, rank: int | None) -> dict[str, int]:
 
 
 def _model(
-    name: str,
+    function: onnx.FunctionProto,
     add: Nodes,
     inputs: Mapping[str, int],
     outputs: Mapping[str, int],
     scheme: Scheme,
     rank: int | None,
 ) -> onnx.ModelProto:
-    ends = [
+    given, made = (
         [helper.make_tensor_value_info(one, kind, _axes(one, scheme, rank)) for one, kind in end]
         for end in (inputs.items(), outputs.items())
-    ]
-    operator = name.capitalize()
+    )
     model = helper.make_model(
-        helper.make_graph(add.nodes, name, *ends),
+        helper.make_graph(add.nodes, function.name, given, made),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[function for function in functions(OPSET) if function.name == operator],
+        functions=[function],
         ir_version=IR_VERSION,
         producer_name="nsq-ref",
         producer_version=__version__,
@@ -172,6 +216,7 @@ def _axes(name: str, scheme: Scheme, rank: int | None) -> Sequence[str | int] | 
         return ["rank" if rank is None else rank]
     if rank is None:
         return None
+    scales: list[str | int]
     scales = ["blocks", "head_dim"] if scheme.axis == "channel" else ["coded_tokens", 1]
     own: dict[str, list[str | int]] = {
         "x": ["tokens", "head_dim"],

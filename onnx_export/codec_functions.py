@@ -73,10 +73,10 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     Returns
     -------
     onnx.FunctionProto
-        Input ``x [..., T, D]``, float32, float16 or bfloat16. Outputs ``packed`` (uint8), ``scale``,
-        ``norm`` and ``zero`` (float32, which hold values of the stored dtypes), ``outlier_index``
-        (int32), ``outliers`` (float16) and ``sinks`` (dtype of ``x``), of which a scheme
-        stores some.
+        Input ``x [..., T, D]``, float32, float16 or bfloat16. Outputs ``packed`` (uint8),
+        ``scale``, ``norm`` and ``zero`` (float32, which hold values of the stored dtypes),
+        ``outlier_index`` (int32), ``outliers`` (float16) and ``sinks`` (dtype of ``x``), of which
+        a scheme stores some.
 
     Examples
     --------
@@ -93,6 +93,9 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     tokens = add("Sub", all_tokens, sinks)
     size = _tokens_per_block(add, tokens, fields)
     blocks = add("Div", add("Sub", add("Add", tokens, size), 1), size)
+    stored_blocks = blocks
+    # Where all tokens are sinks one is coded in vain, as runtimes differ in reducing nothing.
+    blocks = add("Max", blocks, 1)
 
     # A last block that is short is filled with its last token, which changes no extent.
     places = _range(add, add("Mul", blocks, size))
@@ -116,18 +119,18 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
     factor = _factor(add, x_blocks, norm, (codes, scale, zero, index, outliers), fields)
 
-    def joined(array: str, end: str) -> str:
+    def joined(array: str, end: str, **name: str) -> str:
         """Join ``[..., blocks, n, m]`` to ``[..., blocks * n, m]``, without what was filled in."""
         rows = add("Mul", blocks, add("Shape", array, start=-2, end=-1))
         shape = add("Concat", lead, rows, add("Shape", array, start=-1), axis=0)
-        return add("Slice", _reshape(add, array, shape), [0], end, [-2])
+        return add("Slice", _reshape(add, array, shape), [0], end, [-2], **name)
 
-    scales = add("Where", fields.channel, blocks, tokens)
-    _pack(add, joined(codes, tokens), fields)
-    add("Identity", joined(scale, scales), name="scale")
+    scales = add("Where", fields.channel, stored_blocks, tokens)
+    joined(_pack(add, codes, fields), tokens, name="packed")
+    joined(scale, scales, name="scale")
     add("Squeeze", joined(_a_token(add, factor), tokens), [-1], name="norm")
-    add("Identity", joined(zero, scales), name="zero")
-    add("Cast", joined(index, blocks), name="outlier_index", to=INT32)
+    joined(zero, scales, name="zero")
+    add("Cast", joined(index, stored_blocks), name="outlier_index", to=INT32)
     add("Cast", joined(outliers, tokens), name="outliers", to=FLOAT16)
     add("CastLike", add("Slice", x, [0], sinks, [-2]), "x", name="sinks")  # K1
     outputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks"]
@@ -193,7 +196,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
         kept = add("Min", fields.outlier_channels, channels)
         index = add("Gather", given(add, "outlier_index", np.int32, [0], kept), block, axis=-2)
         outliers = add("Cast", given(add, "outliers", np.float16, [0], kept), to=FLOAT)
-        return [_in_rows(add, "ScatterElements", y, add("Cast", index, to=INT64), outliers)]
+        return [add("ScatterElements", y, add("Cast", index, to=INT64), outliers, axis=-1)]
 
     y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
 
@@ -204,7 +207,9 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
             length = where_zero(add, rounding_nodes.norm(add, y), INFINITY)
             return [add("Div", y, _a_token(add, length))]
 
-        unit = add.choose(fields.stores_norm, renormalized, lambda _: [y], [FLOAT])[0]
+        # Not without tokens, as runtimes differ in reducing nothing.
+        some = add("And", fields.stores_norm, add("Squeeze", add("Greater", tokens, 0)))
+        unit = add.choose(some, renormalized, lambda _: [y], [FLOAT])[0]
         return [add("Mul", norm, unit)]
 
     x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], [FLOAT])[0]  # D1
@@ -297,15 +302,6 @@ def _a_token(add: Nodes, values: str) -> str:
     return add("Unsqueeze", values, [-1])
 
 
-def _in_rows(add: Nodes, operator: str, array: str, *others: str) -> str:
-    """Gather or scatter along the last axis; onnx.reference counts axes from the front."""
-    rows = []
-    for one in (array, *others):
-        rows.append(add("Reshape", one, add("Concat", [-1], add("Shape", one, start=-1), axis=0)))
-    result_like = array if operator == "ScatterElements" else others[0]
-    return _reshape(add, add(operator, *rows, axis=1), add("Shape", result_like))
-
-
 # --- encode -------------------------------------------------------------------------------------
 
 
@@ -321,17 +317,18 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         factor = add("Add", add("Mul", rank, np.float64(2.0**-50)), np.float64(1))
         size = add("Mul", add("Cast", peak, to=DOUBLE), factor)
         ranked = add("Add", size, add("Mul", rank, np.float64(2.0**-400)))
-        prefix = f"{size}_"
-        add.several("TopK", [ranked, count], [f"{prefix}values", f"{prefix}channels"])
-        add.several(
-            "TopK", [f"{prefix}channels", count], [f"{prefix}ascending", f"{prefix}order"], largest=0
-        )
-        index = f"{prefix}ascending"
+        largest, index = f"{size}_largest", f"{size}_index"
+        add.several("TopK", [ranked, count], [f"{largest}_value", largest])
+        add.several("TopK", [largest, count], [index, f"{index}_order"], largest=0)
         every = add("Cast", add("Expand", np.float32(1), add("Shape", peak)), to=BOOL)
         none = add("Cast", add("Expand", np.float32(0), add("Shape", index)), to=BOOL)
-        coded = _in_rows(add, "ScatterElements", every, index, none)
-        rows = add("Concat", add("Shape", direction, end=-1), count, axis=0)
-        values = _in_rows(add, "GatherElements", direction, add("Expand", index, rows))
+        coded = add("ScatterElements", every, index, none, axis=-1)
+        shape = add("Concat", add("Shape", direction, end=-1), count, axis=0)
+        # Not GatherElements, which onnx.reference has only for up to 64 channels.
+        flat = add("Concat", [-1], count, [1], axis=0)
+        places = add("Reshape", add("Expand", index, shape), flat)
+        rows = add("Reshape", direction, add("Concat", [-1], channels, axis=0))
+        values = _reshape(add, add("GatherND", rows, places, batch_dims=1), shape)
         return [index, narrow(add, values, add.constant(FLOAT16)), coded]
 
     def none(add: Nodes) -> list[str]:
@@ -359,7 +356,8 @@ def _scale_and_zero(
     def error(add: Nodes, scale: str, zero: str, refused: Any) -> str:
         """Return the sum of squared errors, in the order of S4, or what is told if not finite."""
         y = _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
-        wide = add("Cast", add("Where", counted, add("Sub", direction, y), np.float32(0)), to=DOUBLE)
+        off = add("Where", counted, add("Sub", direction, y), np.float32(0))
+        wide = add("Cast", off, to=DOUBLE)
         sums = add("CumSum", add("Mul", wide, wide), axis)
         total = add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
         fits = [add("Less", add("Abs", one), INFINITY) for one in (scale, zero)]
@@ -373,18 +371,18 @@ def _scale_and_zero(
         def shrink(add: Nodes, step: str, state: Sequence[str]) -> list[str]:
             factor = add("Gather", SHRINK[1:], step)
             shorter = add("Mul", factor, radius)
-            scale, zero = _range_scale(
-                add,
-                add("Where", fields.symmetric, add("Mul", factor, low), add("Sub", middle, shorter)),
-                add("Where", fields.symmetric, add("Mul", factor, high), add("Add", middle, shorter)),
-                fields,
-            )
+            ends = (low, add("Sub", middle, shorter)), (high, add("Add", middle, shorter))
+            shrunken = [
+                add("Where", fields.symmetric, add("Mul", factor, end), asymmetric)
+                for end, asymmetric in ends
+            ]
+            scale, zero = _range_scale(add, shrunken[0], shrunken[1], fields)
             new = [scale, zero, error(add, scale, zero, np.float64(np.inf))]
             better = add("Less", new[2], state[2])
             return [add("Where", better, one, old) for one, old in zip(new, state, strict=True)]
 
         # Nothing is less than -infinity: a full range that does not fit is kept.
-        first = [*widest, error(add, *widest, np.float64(-np.inf))]
+        first = [*widest, error(add, widest[0], widest[1], np.float64(-np.inf))]
         return add.repeat(len(SHRINK) - 1, shrink, first, [FLOAT, FLOAT, DOUBLE])[:2]
 
     return add.choose(fields.search, search, lambda _: widest, [FLOAT, FLOAT])
@@ -419,15 +417,13 @@ def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields
 
         def with_outliers(add: Nodes) -> list[str]:
             of_token = add("Expand", index, add("Shape", outliers))
-            return [_in_rows(add, "ScatterElements", y, of_token, outliers)]
+            return [add("ScatterElements", y, of_token, outliers, axis=-1)]
 
         y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
         return add.choose(
             fields.least_squares,
             lambda add: [rounding_nodes.least_squares_gain(add, x, y)],
-            lambda add: [
-                add("Div", norm, where_zero(add, rounding_nodes.norm(add, y), INFINITY))
-            ],
+            lambda add: [add("Div", norm, where_zero(add, rounding_nodes.norm(add, y), INFINITY))],
             [FLOAT],
         )
 
@@ -438,8 +434,8 @@ def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields
 # --- bytes --------------------------------------------------------------------------------------
 
 
-def _pack(add: Nodes, codes: str, fields: _Fields) -> None:
-    """P1: write ``packed``, codes being [..., T', D]."""
+def _pack(add: Nodes, codes: str, fields: _Fields) -> str:
+    """P1: return rows of bytes."""
     channels = add("Shape", codes, start=-1)
     missing = add("Mod", add("Neg", channels), 8)
     pads = add("Concat", [0], missing, axis=0)
@@ -449,8 +445,9 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> None:
         """Pack numbers of so many bits."""
         shifts = add("Range", 0, 8, bits)
         size = add("Div", add("Add", add("Mul", channels, bits), 7), 8)
-        shape = add("Concat", add("Shape", numbers, end=-1), add("Div", add(
-            "Mul", add("Shape", numbers, start=-1), bits), 8), add("Shape", shifts), axis=0)  # fmt: skip
+        filled = add("Div", add("Mul", add("Shape", numbers, start=-1), bits), 8)
+        lead = add("Shape", numbers, end=-1)
+        shape = add("Concat", lead, filled, add("Shape", shifts), axis=0)
         groups = add("Mul", _reshape(add, numbers, shape), add("Gather", POWERS, shifts))
         row_bytes = add("Cast", add("ReduceSum", groups, [-1], keepdims=0), to=UINT8)
         return add("Slice", row_bytes, [0], size, [-1])
@@ -460,13 +457,12 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> None:
         low = add("Sub", padded, add("Mul", high, np.float32(4)))
         return [add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)]
 
-    packed = add.choose(
+    return add.choose(
         add("Equal", fields.bits, 3),
         two_rows,
         lambda add: [row(add, padded, fields.bits)],
         [UINT8],
     )[0]
-    add("Identity", packed, name="packed")
 
 
 def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:

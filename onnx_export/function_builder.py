@@ -164,7 +164,9 @@ class Nodes:
             branch = Nodes(f"{kind}_{name[:4]}_")
             # A result of a branch must be made in it.
             results = [branch("Identity", one) for one in fill(branch)]
-            made = [helper.make_tensor_value_info(*r, None) for r in zip(results, dtypes, strict=True)]
+            made = [
+                helper.make_tensor_value_info(*r, None) for r in zip(results, dtypes, strict=True)
+            ]
             branches[name] = helper.make_graph(branch.nodes, name, [], made)
         outputs = [f"{kind}_{i}" for i in range(len(dtypes))]
         self.several("If", [condition], outputs, **branches)

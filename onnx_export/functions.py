@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx
 
+from onnx_export.attention_function import attention
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
 
 __all__ = ["DOMAIN", "VERSION", "functions", "scheme_attributes"]
@@ -27,6 +28,6 @@ def functions(opset: int = 21) -> list[onnx.FunctionProto]:
     Examples
     --------
     >>> [function.name for function in functions()]
-    ['Quantize', 'Dequantize']
+    ['Quantize', 'Dequantize', 'Attention']
     """
-    return [quantize(opset), dequantize(opset)]
+    return [quantize(opset), dequantize(opset), attention(opset)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,10 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from nsq_ref import KVCache, Scheme, attention
+from nsq_ref import KVCache, Quantized, Scheme, attention
 from nsq_ref.scheme import FLOAT_DTYPES, row_bytes
+from onnx_export.functions import functions as project_functions
+from onnx_export.functions import scheme_attributes
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -40,6 +42,7 @@ INPUTS = (
     "attention_bias", "head_sink",
 )  # fmt: skip
 UNIT = 2.0**-24
+COARSE, FINE = 2 * 127.0, 2 * (127.0 * 256 + 127)  # how many half units the largest is
 BLOCKS_OF_4 = Scheme(block_size=4)
 
 
@@ -124,14 +127,8 @@ class Config:
             "rotary_interleaved": int(self.rotary_interleaved),
             "smooth_softmax": int(self.smooth_softmax),
         }
-        for side, scheme in (("key", self.key), ("value", self.value)):
-            for field in fields(Scheme):
-                value = getattr(scheme, field.name)
-                if field.name == "outlier_channels":
-                    continue
-                if field.name.endswith("dtype"):
-                    value = ELEMENT[value]
-                own[f"{side}_{field.name}"] = value if isinstance(value, str) else int(value)
+        own |= scheme_attributes(self.key, "key_") | scheme_attributes(self.value, "value_")
+        del own["key_outlier_channels"], own["value_outlier_channels"]
         return own
 
 
@@ -142,9 +139,7 @@ def model(
 ) -> onnx.ModelProto:
     """Return a model of one nsq.Attention; ``functions`` are those of the project by default."""
     if functions is None:
-        from onnx_export.functions import functions as project_functions
-
-        functions = project_functions()
+        functions = project_functions(opset)
     plain = ELEMENT[config.dtype]
     channels = (config.heads + 2 * config.kv_heads) * config.head_dim
     shapes: dict[str, tuple[int, list[Any]]] = {
@@ -225,7 +220,7 @@ class Runner:
         self.reference = ReferenceEvaluator(built) if reference else None
         if not reference:
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
+            options.log_severity_level = 4
             options.intra_op_num_threads = 1
             if not optimised:
                 options.graph_optimization_level = (
@@ -292,11 +287,29 @@ class Result(NamedTuple):
     bound: Float64
 
 
-class Expected:
-    """`KVCache` and the formula: what the operator must give, step by step."""
+class Tokens(NamedTuple):
+    """Keys or values as a decoder sees them, [B, kv_heads, T, D], and what bounds errors.
 
-    def __init__(self, config: Config, batch: int) -> None:
-        self.config = config
+    The last three are for integer arithmetic, and 0 for tokens that are not coded: a direction is
+    less than ``swing`` beside a level of its channel, ``gain`` is its factor, and ``length`` the
+    relative error that this factor has where it is computed in integers (M1).
+    """
+
+    decoded: Array
+    reach: Float64
+    swing: Float64
+    gain: Float64  # [B, kv_heads, T]
+    length: Float64  # [B, kv_heads, T]
+
+
+class Expected:
+    """`KVCache` and the formula: what the operator must give, step by step.
+
+    With ``integers`` the bound is that of a kernel that rounds queries and weights to 8 or 16 bits.
+    """
+
+    def __init__(self, config: Config, batch: int, integers: bool = False) -> None:
+        self.config, self.integers = config, integers
         self.cache = KVCache(
             batch, config.kv_heads, config.head_dim, config.key, config.value,
             value_head_dim=config.value_dim, dtype=config.dtype,
@@ -326,24 +339,58 @@ class Expected:
             cos, sin = (inputs[name][positions][:, None] for name in ("cos", "sin"))
             query, key = (rotated(x, cos, sin, config.rotary_interleaved) for x in (query, key))
         self.cache.append(key, value, counts)
-        keys, values = self.cache.dequantize()
-        reaches = [np.zeros(x.shape) for x in (keys, values)]
-        for row in range(batch):
-            for reach, stored in zip(reaches, self.cache.stored(row), strict=True):
-                runs = [np.abs(stored.sinks.astype(np.float64))]
-                if stored.sealed is not None:
-                    runs.append(attention.reach(stored.sealed))
-                runs.append(np.abs(stored.tail.astype(np.float64)))
-                run = np.concatenate(runs, axis=1)
-                reach[row, :, : run.shape[1]] = run
         result = attend(
-            config, query, keys, values, reaches[0], reaches[1], self.cache.lengths, counts,
-            inputs.get("attention_bias"), inputs.get("head_sink"),
+            config, query, *self.tokens(), self.cache.lengths, counts,
+            inputs.get("attention_bias"), inputs.get("head_sink"), self.integers,
         )  # fmt: skip
         output, bound = (
             x.swapaxes(1, 2).reshape(batch, tokens, config.heads * config.value_dim) for x in result
         )
         return Result(output, bound)
+
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """Return keys and values."""
+        sides = []
+        for side, decoded in enumerate(self.cache.dequantize()):
+            tokens = Tokens(
+                decoded, *np.zeros((2, *decoded.shape)), *np.zeros((2, *decoded.shape[:3]))
+            )
+            for row, length in enumerate(self.cache.lengths):
+                stored = self.cache.stored(row)[side]
+                tokens.reach[row, :, :length] = np.abs(decoded[row, :, :length])
+                if stored.sealed is not None:
+                    first = stored.sinks.shape[1]
+                    sealed = np.s_[row, :, first : first + stored.sealed.shape[1]]
+                    tokens.reach[sealed] = attention.reach(stored.sealed)
+                    for name, found in rounding(stored.sealed).items():
+                        getattr(tokens, name)[sealed] = found
+            sides.append(tokens)
+        return sides[0], sides[1]
+
+
+def rounding(sealed: Quantized) -> dict[str, Float64]:
+    """Return the fields of `Tokens` that are for integer arithmetic."""
+    scheme, tokens = sealed.scheme, sealed.shape[1]
+    parts = {name: part.astype(np.float64) for name, part in sealed.parts.items()}
+    each = np.arange(tokens) // (scheme.block_size or 1) if scheme.axis == "channel" else np.s_[:]
+    scale = parts["scale"][:, each]
+    zero = parts["zero"][:, each] if "zero" in parts else np.zeros_like(scale)
+    swing = np.broadcast_to(2.0 ** (scheme.bits - 1) * np.abs(scale), sealed.shape)
+    gain, length = np.ones(sealed.shape[:2]), np.zeros(sealed.shape[:2])
+    if scheme.separate_norm:
+        gain = parts["norm"]
+    if scheme.separate_norm and scheme.magnitude == "norm":
+        # The square of a length is summed as (scale e / 2)^2 + scale e level + level^2, e an
+        # integer below 2^bits; the numbers that e^2 and e are multiplied with have 16 bits.
+        y = sealed.codes * scale + zero
+        square = np.square(y).sum(axis=-1)
+        square = np.where(square == 0, np.inf, square)
+        level = np.abs(zero + (2.0 ** (scheme.bits - 1) - 0.5) * scale) * (not scheme.symmetric)
+        largest = np.square(swing).max(axis=-1) + 2 * (swing * level).max(axis=-1)
+        terms = np.square(swing + level).sum(axis=-1)
+        off = (y.shape[-1] * largest / FINE + 32 * UNIT * terms) / square
+        gain, length = gain / np.sqrt(square), np.where(off < 0.5, off, np.inf)
+    return {"swing": swing, "gain": gain, "length": length}
 
 
 def rotated(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
@@ -367,23 +414,26 @@ def gamma(roundings: int) -> float:
 def attend(
     config: Config,
     query: Array,
-    keys: Array,
-    values: Array,
-    key_reach: Float64,
-    value_reach: Float64,
+    keys: Tokens,
+    values: Tokens,
     lengths: Array,
     counts: Array,
     bias: Array | None,
     head_sink: Array | None,
+    integers: bool = False,
 ) -> Result:
     """Rules A1 to A3, with a bias of the scores and a sink in the softmax: [B, heads, S, D_v].
 
     The bias is added to the capped score: one rounding more, of a relative u. The sink is one more
     token whose score is exact and whose value is 0; a kernel may take the maximum without it.
     A bias of -infinity hides a token, and a query that sees nothing gives 0.
+
+    In integers, a query times scales, or weights times gains, are rounded to bytes of -127 to 127,
+    which moves each by up to 1 / 254 of the largest, or to 16 bits, always for fewer than 16
+    channels. What is rounded is multiplied with e / 2^(bits - 1), a number of -1 to 1.
     """
     batch, heads, tokens, head_dim = query.shape
-    kv_heads, value_dim = values.shape[1], values.shape[3]
+    kv_heads, value_dim = values.decoded.shape[1::2]
     scale = float(np.float32(config.scale or 1 / math.sqrt(head_dim)))
     output, bound = np.zeros((2, batch, heads, tokens, value_dim))
     sink = np.full(heads, 0.0 if config.smooth_softmax else -np.inf)
@@ -392,10 +442,19 @@ def attend(
     for row, (n, m) in enumerate(zip(lengths.tolist(), np.asarray(counts).tolist(), strict=True)):
         group = (kv_heads, heads // kv_heads, m)
         q = query[row, :, :m].astype(np.float64).reshape(*group, head_dim)
-        k, v = (x[row, :, None, :n].astype(np.float64) for x in (keys, values))
-        k_reach, v_reach = (x[row, :, None, :n] for x in (key_reach, value_reach))
-        s = scale * (q @ k.swapaxes(-1, -2))
-        off = gamma(head_dim + 16) * abs(scale) * (np.abs(q) @ k_reach.swapaxes(-1, -2))
+        k, v = (
+            Tokens(*(x[row, :, None, :n].astype(np.float64) for x in side))
+            for side in (keys, values)
+        )
+        s = scale * (q @ k.decoded.swapaxes(-1, -2))
+        reached = np.abs(q) @ k.reach.swapaxes(-1, -2)
+        off = gamma(head_dim + 16) * abs(scale) * reached
+        if integers:
+            peak = (np.abs(q)[..., None, :] * k.swing[:, :, None]).max(axis=-1, initial=0)
+            unit = peak * k.gain[:, :, None] / (FINE if head_dim < 16 else COARSE)
+            with np.errstate(invalid="ignore"):
+                moved = head_dim * unit + k.length[:, :, None] * reached
+            off = off + 1.1 * abs(scale) * np.nan_to_num(moved, nan=0.0, posinf=np.inf)
         if config.softcap:
             s = config.softcap * np.tanh(s / config.softcap)
             off = off + 10 * UNIT * np.abs(s)
@@ -434,9 +493,14 @@ def attend(
             moved = np.where(seen, np.minimum(moved + 2.0**-125, 1), 0)[..., :-1]
             moved, p = np.nan_to_num(moved, nan=1.0), p[..., :-1]
             changed = gamma(min(n, 512) + value_dim + 16)
-            error = moved @ np.abs(v) + changed * ((p + moved) @ v_reach)
+            most = p + moved
+            error = moved @ np.abs(v.decoded) + changed * (most @ v.reach)
+            if integers:
+                peak = (most * v.gain[:, :, None]).max(axis=-1, keepdims=True, initial=0)
+                swing = v.swing.max(axis=2, keepdims=True, initial=0)
+                error += 1.1 * (n * peak * swing / COARSE + (most * v.length[:, :, None]) @ v.reach)
             error = np.nan_to_num(error, nan=np.inf, posinf=np.inf)
-        output[row, :, :m] = (p @ v).reshape(heads, m, value_dim)
+        output[row, :, :m] = (p @ v.decoded).reshape(heads, m, value_dim)
         bound[row, :, :m] = error.reshape(heads, m, value_dim)
     return Result(output, bound)
 
@@ -543,7 +607,7 @@ def make_inputs(
         inputs |= {"cos": np.cos(angle).astype(plain), "sin": np.sin(angle).astype(plain)}
     if config.attention_bias:
         shape = (int(rng.choice([1, batch])), int(rng.choice([1, config.heads])))
-        bias = floats(*shape, tokens, int(after.max()) + int(rng.integers(0, 3)))
+        bias = floats(*shape, tokens, max(int(after.max()), 1) + int(rng.integers(0, 3)))
         bias[rng.random(bias.shape) < 0.1] = -np.inf
         bias[..., int(after.max()) :] = np.nan
         if shape[0] > 1:

@@ -18,13 +18,15 @@ constexpr int64_t kTile = 512;
 // Rows of scores must not be a multiple of a cache's period apart.
 constexpr int64_t kStride = kTile + 16;
 // Query rows (of a token, one for each head that shares keys) that are worth decoding a block for.
-constexpr int64_t kManyRows = 64;
+constexpr int64_t kManyRows = 256;
 constexpr int64_t kPassRows = 128;   // rows whose scores are held at a time
 constexpr int64_t kTaskRows = 1024;  // rows for which a block is decoded once
 // Enough tasks for many threads; their number must not depend on that of the threads.
 constexpr int64_t kTasks = 64;
 constexpr int64_t kSegment = 2048;  // tokens that are worth a task
 constexpr int64_t kStagedTokens = 32;
+// Weights up to so many times their root mean square may be coarse: see Kernels::add_codes.
+constexpr float kCoarse = 3;
 
 long long shown(int64_t number) { return static_cast<long long>(number); }
 
@@ -145,13 +147,25 @@ class Attention {
 
   Status attend();
   Plan plan() const;
+  bool allocate(const Plan& plan, Workspace* space) const;
+  Queries queries_of(const Plan& plan, int64_t tile) const;
   Tokens tokens_of(const Side& side, int64_t row, int64_t head) const;
   Piece piece_at(const Tokens& tokens, int64_t first, int64_t last, Workspace& space) const;
   void load(const Tokens& tokens, int64_t first, int64_t last, Workspace& space, float* out) const;
-  void attend_tokens(const Queries& queries, int64_t low, int64_t high, const Plan& plan,
-                     Workspace& space, const Partial& result) const;
-  void weigh(const Queries& queries, int64_t query, int64_t count, int64_t low, int64_t high,
-             Workspace& space, const Partial& result) const;
+  void clear_padding() const;
+  void attend_segment(const Queries& queries, int64_t segment, const Plan& plan, Workspace& space,
+                      const Partial& result) const;
+  void score(const Queries& queries, const Tokens& keys, int64_t low, int64_t high,
+             int64_t decoded, Workspace& space) const;
+  void weigh(const Queries& queries, int64_t low, int64_t high, Workspace& space,
+             const Partial& result) const;
+  void add_bias(const Queries& queries, int64_t r, int64_t low, int64_t high, Workspace& space,
+                float* scores) const;
+  void find_coarse(const Queries& queries, int64_t tokens, int64_t seen, Workspace& space,
+                   const Partial& result) const;
+  void add(const Queries& queries, const Tokens& values, int64_t low, int64_t high,
+           int64_t decoded, Workspace& space, const Partial& result) const;
+  void merge(const Queries& queries, const Partial& other, const Partial& result) const;
   void finish(const Queries& queries, const Partial& result) const;
 
   const float* staged(const Side& side) const {
@@ -296,53 +310,51 @@ bool Attention::stage_tokens(int64_t row, int64_t first, int64_t last, Place* re
   }
   float* turned = room.data() + most;
   const float *cos = nullptr, *sin = nullptr;
-  // Of a token, head by head; `out` says where a head goes.
   const auto rotated = [&](const float* x) -> const float* {
     if (cos == nullptr) return x;
     rotate(x, cos, sin, half, call_.options.rotary_interleaved, head_dim, turned);
-    if (call_.dtype != Dtype::float32) {
-      kernels_.narrow(turned, call_.dtype, head_dim, narrowed.data());
-      kernels_.widen(narrowed.data(), call_.dtype, head_dim, turned);
-    }
+    if (call_.dtype == Dtype::float32) return turned;
+    kernels_.narrow(turned, call_.dtype, head_dim, narrowed.data());
+    kernels_.widen(narrowed.data(), call_.dtype, head_dim, turned);
     return turned;
+  };
+  // All heads of one token; out_of(head) is where a head goes.
+  const auto stage = [&](const char* name, const void* token, int64_t i, int64_t count,
+                         int64_t channels, bool rotates, double factor, const auto& out_of) {
+    const float* x = widened(token, count * channels, room.data());
+    for (int64_t head = 0; head < count; ++head, x += channels) {
+      const float* from = rotates ? rotated(x) : x;
+      float* out = out_of(head);
+      for (int64_t j = 0; j < channels; ++j) out[j] = static_cast<float>(from[j] * factor);
+      const int64_t channel = first_not_finite(out, channels);
+      if (channel == channels || refused->name != nullptr) continue;
+      *refused = {name, row, i, head, channel};
+    }
   };
   const double scale = call_.options.scale != 0 ? call_.options.scale
                                                 : 1 / std::sqrt(static_cast<double>(head_dim));
-  const auto refuse_unless_finite = [&](const char* name, int64_t token, int64_t head,
-                                        const float* values, int64_t count) {
-    const int64_t channel = first_not_finite(values, count);
-    if (channel < count && refused->name == nullptr) *refused = {name, row, token, head, channel};
-  };
   for (int64_t i = first; i < last; ++i) {
     const int64_t token = row * call_.tokens + i;
     if (call_.cos != nullptr) {
       const int64_t position =
           call_.position_ids != nullptr ? call_.position_ids[token] : rows_[row].past + i;
-      cos = widened(at(call_.cos, position * half, call_.dtype), half, turned + head_dim);
-      sin = widened(at(call_.sin, position * half, call_.dtype), half, turned + head_dim + half);
+      float* angles = turned + head_dim;
+      cos = widened(at(call_.cos, position * half, call_.dtype), half, angles);
+      sin = widened(at(call_.sin, position * half, call_.dtype), half, angles + half);
     }
-    const float* x = widened(at(call_.query, token * call_.query_stride, call_.dtype),
-                             heads * head_dim, room.data());
-    for (int64_t head = 0; head < heads; ++head) {
-      const float* query = rotated(x + head * head_dim);
-      float* out = staged_.query.data() +
-                   (((row * kv_heads_ + head / group_) * call_.tokens + i) * group_ +
-                    head % group_) * head_dim;
-      for (int64_t j = 0; j < head_dim; ++j) out[j] = static_cast<float>(query[j] * scale);
-      refuse_unless_finite("query", i, head, out, head_dim);
-    }
+    stage("query", at(call_.query, token * call_.query_stride, call_.dtype), i, heads, head_dim,
+          true, scale, [&](int64_t head) {
+            const int64_t kv_head = row * kv_heads_ + head / group_;
+            const int64_t line = (kv_head * call_.tokens + i) * group_ + head % group_;
+            return staged_.query.data() + line * head_dim;
+          });
     for (const Side* side : {&call_.key, &call_.value}) {
       const bool is_key = side == &call_.key;
-      x = widened(at(side->tokens, token * side->stride, call_.dtype), kv_heads_ * side->head_dim,
-                  room.data());
-      float* all = is_key ? staged_.key.data() : staged_.value.data();
-      for (int64_t head = 0; head < kv_heads_; ++head) {
-        const float* from = x + head * side->head_dim;
-        if (is_key) from = rotated(from);
-        float* out = all + ((row * kv_heads_ + head) * call_.tokens + i) * side->head_dim;
-        std::copy(from, from + side->head_dim, out);
-        refuse_unless_finite(side->name, i, head, out, side->head_dim);
-      }
+      float* out = is_key ? staged_.key.data() : staged_.value.data();
+      stage(side->name, at(side->tokens, token * side->stride, call_.dtype), i, kv_heads_,
+            side->head_dim, is_key, 1, [&](int64_t head) {
+              return out + ((row * kv_heads_ + head) * call_.tokens + i) * side->head_dim;
+            });
     }
   }
   return true;
@@ -524,7 +536,8 @@ struct Attention::Piece {
 struct Attention::Workspace {
   Scratch<float> memory;
   float* scores;   // [pass rows, kStride]
-  float* factors;  // [pass rows]
+  float* factors;  // [pass rows]: what earlier weights must be multiplied with
+  float* coarse;   // [pass rows]: weights up to this are small beside the others
   float* sums;     // [pass rows, value_dim]: the output of one tile of tokens
   float* scale;    // of one block
   float* zero;
@@ -533,6 +546,7 @@ struct Attention::Workspace {
   float* stored;  // [kTile, head_dim or value_dim]: widened tokens of the tail
   float* keys;    // [kTile, head_dim], where they are decoded
   float* values;
+  float* partial;  // what `Plan::partial_at` takes, unless segments have theirs
 };
 
 Attention::Tokens Attention::tokens_of(const Side& side, int64_t row, int64_t head) const {
@@ -596,30 +610,41 @@ void Attention::load(const Tokens& tokens, int64_t first, int64_t last, Workspac
 
 // --- attention -----------------------------------------------------------------------------------
 
-// How the work is cut, by sizes alone.
+// How the work is cut, by sizes alone. A task is for some queries of the heads that share a
+// key/value head, and for a segment of the tokens.
 struct Attention::Plan {
   bool decode_keys, decode_values;  // or codes are read
   int64_t task_queries;             // query tokens of a task
   int64_t pass_queries;             // of them, those whose scores are held at a time
-  int64_t tiles;                    // tasks of a head, by queries
+  int64_t tiles;                    // tasks of a row and head, by queries
   int64_t segments;                 // and by tokens
   int64_t segment_tokens;
+
+  int64_t task_rows, pass_rows;  // the same for all heads that share keys
+  int64_t partial_size;          // floats of sums over a segment
+
+  Partial partial_at(float* memory) const;
 };
 
-// Query tokens of one row, and the query heads that share one key/value head.
+// Query tokens of one row, for all query heads that share one key/value head.
 struct Attention::Queries {
-  int64_t row, head;      // `head` counts through rows and key/value heads
-  int64_t first, count;   // query tokens
-  int64_t position;       // of the first
-  const float* rows;      // [count, group, head_dim]
+  int64_t row, head;     // `head` counts through rows and key/value heads
+  int64_t first, count;  // query tokens
+  int64_t position;      // of the first
+  const float* rows;     // [count, group, head_dim]
 };
 
-// Sums over some of the tokens, of all rows of some queries.
+// Sums over some of the tokens, for all rows of some queries.
 struct Attention::Partial {
-  float* most;    // [rows], the maximum that exponentials are taken from; -infinity if none is seen
-  float* total;   // [rows], the sum of exponentials
-  float* output;  // [rows, value_dim]
+  float* most;     // [rows], the maximum that exponentials are taken from; -infinity: none is seen
+  float* total;    // [rows], the sum of exponentials
+  float* squares;  // [rows], that of their squares
+  float* output;   // [rows, value_dim]
 };
+
+Attention::Partial Attention::Plan::partial_at(float* memory) const {
+  return {memory, memory + task_rows, memory + 2 * task_rows, memory + 3 * task_rows};
+}
 
 Attention::Plan Attention::plan() const {
   const AttentionOptions& options = call_.options;
@@ -630,8 +655,8 @@ Attention::Plan Attention::plan() const {
   plan.decode_values = exact || !kernels_.reads_codes(call_.value.scheme, call_.value.head_dim);
   const int64_t heads = call_.batch * kv_heads_;
   // Few tasks leave threads idle: then a block is decoded for fewer rows.
-  const int64_t task_rows = heads * (rows / kTaskRows) >= kTasks ? kTaskRows : kTaskRows / 4;
-  plan.task_queries = std::min(std::max<int64_t>(1, task_rows / group_), call_.tokens);
+  const int64_t most_rows = heads * (rows / kTaskRows) >= kTasks ? kTaskRows : kTaskRows / 4;
+  plan.task_queries = std::min(std::max<int64_t>(1, most_rows / group_), call_.tokens);
   plan.pass_queries = std::min(std::max<int64_t>(1, kPassRows / group_), plan.task_queries);
   plan.tiles = (call_.tokens + plan.task_queries - 1) / plan.task_queries;
   int64_t longest = 0;
@@ -640,10 +665,52 @@ Attention::Plan Attention::plan() const {
     longest = std::min(longest, options.sliding_window + plan.task_queries - 1);
   }
   const int64_t wanted = (kTasks + heads * plan.tiles - 1) / (heads * plan.tiles);
-  plan.segments =
-      std::max<int64_t>(1, std::min(wanted, (longest + kSegment - 1) / kSegment));
+  plan.segments = std::max<int64_t>(1, std::min(wanted, (longest + kSegment - 1) / kSegment));
   plan.segment_tokens = round_up((longest + plan.segments - 1) / plan.segments, kTile);
+  plan.task_rows = plan.task_queries * group_;
+  plan.pass_rows = plan.pass_queries * group_;
+  plan.partial_size = plan.task_rows * (call_.value.head_dim + 3);
   return plan;
+}
+
+bool Attention::allocate(const Plan& plan, Workspace* space) const {
+  const int64_t head_dim = call_.key.head_dim, value_dim = call_.value.head_dim;
+  const int64_t wide = std::max(head_dim, value_dim), scales = std::max(wide, kTile);
+  struct {
+    float** part;
+    int64_t size;
+  } const parts[] = {
+      {&space->scores, plan.pass_rows * kStride},
+      {&space->factors, plan.pass_rows},
+      {&space->coarse, plan.pass_rows},
+      {&space->sums, plan.pass_rows * value_dim},
+      {&space->scale, scales},
+      {&space->zero, scales},
+      {&space->norm, kTile},
+      {&space->bias, kTile},
+      {&space->stored, call_.dtype == Dtype::float32 ? 0 : kTile * wide},
+      {&space->keys, plan.decode_keys ? kTile * head_dim : 0},
+      {&space->values, plan.decode_values ? kTile * value_dim : 0},
+      {&space->partial, plan.segments > 1 ? 0 : plan.partial_size},
+  };
+  int64_t all = 0;
+  for (const auto& one : parts) all += round_up(one.size, 16);
+  if (!space->memory.allocate(all).ok()) return false;
+  float* next = space->memory.data();
+  for (const auto& one : parts) {
+    *one.part = next;
+    next += round_up(one.size, 16);
+  }
+  return true;
+}
+
+Attention::Queries Attention::queries_of(const Plan& plan, int64_t tile) const {
+  const int64_t heads = call_.batch * kv_heads_, head = tile % heads, row = head / kv_heads_;
+  // The last queries see the most tokens: begin with them, so that nobody waits for them at last.
+  const int64_t first = (plan.tiles - 1 - tile / heads) * plan.task_queries;
+  return {row, head, first, std::min(plan.task_queries, rows_[row].added - first),
+          rows_[row].past + first,
+          staged_.query.data() + (head * call_.tokens + first) * group_ * call_.key.head_dim};
 }
 
 // A position at or below this one where a block of the keys begins, unless blocks are long.
@@ -654,182 +721,125 @@ int64_t block_start(const Scheme& scheme, int64_t position) {
 
 Status Attention::attend() {
   const Plan plan = this->plan();
-  const int64_t head_dim = call_.key.head_dim, value_dim = call_.value.head_dim;
-  const int64_t task_rows = plan.task_queries * group_, pass_rows = plan.pass_queries * group_;
   const int64_t tiles = call_.batch * kv_heads_ * plan.tiles;
   Scratch<float> partials;
-  const int64_t partial_size = task_rows * (value_dim + 2);
-  if (plan.segments > 1) NSQ_TRY(partials.allocate(tiles * plan.segments, partial_size));
-  const auto partial_at = [&](float* memory) {
-    return Partial{memory, memory + task_rows, memory + 2 * task_rows};
-  };
-  const auto queries_of = [&](int64_t tile) {
-    const int64_t head = tile % (call_.batch * kv_heads_), row = head / kv_heads_;
-    // The last queries see the most tokens: begin with them, so that none waits for them at last.
-    const int64_t first = (plan.tiles - 1 - tile / (call_.batch * kv_heads_)) * plan.task_queries;
-    return Queries{row, head, first, std::min(plan.task_queries, rows_[row].added - first),
-                   rows_[row].past + first,
-                   staged_.query.data() + (head * call_.tokens + first) * group_ * head_dim};
-  };
-  for (int64_t b = 0; b < call_.batch; ++b) {
-    const int64_t channels = call_.options.heads * value_dim, added = rows_[b].added;
-    std::memset(at(call_.output, (b * call_.tokens + added) * channels, call_.dtype), 0,
-                static_cast<size_t>((call_.tokens - added) * channels * size_of(call_.dtype)));
-  }
+  if (plan.segments > 1) NSQ_TRY(partials.allocate(tiles * plan.segments, plan.partial_size));
+  clear_padding();
   NSQ_TRY(parallel(call_.threads, tiles * plan.segments, [&](int64_t task) {
-    const Queries queries = queries_of(task / plan.segments);
+    const Queries queries = queries_of(plan, task / plan.segments);
     if (queries.count <= 0) return true;
-    const int64_t segment = task % plan.segments, length = rows_[queries.row].length;
-    const int64_t high = call_.options.causal ? queries.position + queries.count : length;
-    const int64_t low = first_seen(queries.position);
-    const auto edge = [&](int64_t number) {
-      if (number == 0 || number == plan.segments) return number == 0 ? low : high;
-      const int64_t position = block_start(call_.key.scheme, low + number * plan.segment_tokens);
-      return std::min(std::max(position, low), high);
-    };
-    const int64_t wide = std::max(head_dim, value_dim), scales = std::max(wide, kTile);
-    const bool decodes = plan.decode_keys || plan.decode_values;
-    const int64_t sizes[] = {pass_rows * kStride, round_up(pass_rows, 16), pass_rows * value_dim,
-                             scales, scales, kTile, kTile,
-                             call_.dtype == Dtype::float32 ? 0 : kTile * wide,
-                             decodes ? kTile * head_dim : 0, decodes ? kTile * value_dim : 0,
-                             plan.segments > 1 ? 0 : partial_size};
-    int64_t all = 0;
-    for (int64_t size : sizes) all += round_up(size, 16);
     Workspace space;
-    if (!space.memory.allocate(all).ok()) return false;
-    float* own = space.memory.data();
-    float** parts[] = {&space.scores, &space.factors, &space.sums, &space.scale, &space.zero,
-                       &space.norm, &space.bias, &space.stored, &space.keys, &space.values};
-    for (int i = 0; i < 10; ++i) {
-      *parts[i] = own;
-      own += round_up(sizes[i], 16);
-    }
-    const Partial result =
-        partial_at(plan.segments > 1 ? partials.data() + task * partial_size : own);
-    const int64_t rows = queries.count * group_;
-    std::fill(result.most, result.most + rows, -kInfinity);
-    std::fill(result.total, result.total + rows, 0.0f);
-    std::fill(result.output, result.output + rows * value_dim, 0.0f);
-    attend_tokens(queries, edge(segment), edge(segment + 1), plan, space, result);
+    if (!allocate(plan, &space)) return false;
+    const Partial result = plan.partial_at(
+        plan.segments > 1 ? partials.data() + task * plan.partial_size : space.partial);
+    attend_segment(queries, task % plan.segments, plan, space, result);
     if (plan.segments == 1) finish(queries, result);
     return true;
   }));
   if (plan.segments == 1) return Status();
   return parallel(call_.threads, tiles, [&](int64_t tile) {
-    const Queries queries = queries_of(tile);
+    const Queries queries = queries_of(plan, tile);
     if (queries.count <= 0) return true;
-    const int64_t rows = queries.count * group_;
-    float* memory = partials.data() + tile * plan.segments * partial_size;
-    const Partial result = partial_at(memory);
+    float* memory = partials.data() + tile * plan.segments * plan.partial_size;
+    const Partial result = plan.partial_at(memory);
     for (int64_t segment = 1; segment < plan.segments; ++segment) {
-      const Partial other = partial_at(memory + segment * partial_size);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float most = std::max(result.most[r], other.most[r]);
-        if (!(other.most[r] > -kInfinity)) continue;
-        const float own = std::exp(result.most[r] - most), more = std::exp(other.most[r] - most);
-        float* out = result.output + r * value_dim;
-        const float* added = other.output + r * value_dim;
-        for (int64_t j = 0; j < value_dim; ++j) out[j] = out[j] * own + added[j] * more;
-        result.total[r] = result.total[r] * own + other.total[r] * more;
-        result.most[r] = most;
-      }
+      merge(queries, plan.partial_at(memory + segment * plan.partial_size), result);
     }
     finish(queries, result);
     return true;
   });
 }
 
-// Adds tokens [low, high) to the result, a tile at a time.
-void Attention::attend_tokens(const Queries& queries, int64_t low, int64_t high, const Plan& plan,
-                              Workspace& space, const Partial& result) const {
-  const int64_t head_dim = call_.key.head_dim, value_dim = call_.value.head_dim;
+void Attention::clear_padding() const {
+  const int64_t channels = call_.options.heads * call_.value.head_dim;
+  for (int64_t b = 0; b < call_.batch; ++b) {
+    const int64_t added = rows_[b].added;
+    std::memset(at(call_.output, (b * call_.tokens + added) * channels, call_.dtype), 0,
+                static_cast<size_t>((call_.tokens - added) * channels * size_of(call_.dtype)));
+  }
+}
+
+void Attention::attend_segment(const Queries& queries, int64_t segment, const Plan& plan,
+                               Workspace& space, const Partial& result) const {
+  const int64_t rows = queries.count * group_;
+  std::fill(result.most, result.most + rows, -kInfinity);
+  std::fill(result.total, result.total + rows, 0.0f);
+  std::fill(result.squares, result.squares + rows, 0.0f);
+  std::fill(result.output, result.output + rows * call_.value.head_dim, 0.0f);
+  const int64_t low = first_seen(queries.position);
+  const int64_t high =
+      call_.options.causal ? queries.position + queries.count : rows_[queries.row].length;
+  const auto edge = [&](int64_t number) {
+    if (number == 0 || number == plan.segments) return number == 0 ? low : high;
+    const int64_t position = block_start(call_.key.scheme, low + number * plan.segment_tokens);
+    return std::min(std::max(position, low), high);
+  };
+  const int64_t start = edge(segment), end = edge(segment + 1);
   const Tokens keys = tokens_of(call_.key, queries.row, queries.head);
   const Tokens values = tokens_of(call_.value, queries.row, queries.head);
-  for (int64_t first = low, last; first < high; first = last) {
-    const int64_t end = block_start(call_.key.scheme, first + kTile);
-    last = std::min(end > first ? end : first + kTile, high);
+  for (int64_t first = start, last; first < end; first = last) {
+    const int64_t whole = block_start(call_.key.scheme, first + kTile);
+    last = std::min(whole > first ? whole : first + kTile, end);
     if (plan.decode_keys) load(keys, first, last, space, space.keys);
     if (plan.decode_values) load(values, first, last, space, space.values);
-    for (int64_t q = 0; q < queries.count; q += plan.pass_queries) {
-      const int64_t count = std::min(plan.pass_queries, queries.count - q);
-      const int64_t position = queries.position + q, rows = count * group_;
-      const int64_t from = std::max(first, first_seen(position));
-      const int64_t to = call_.options.causal ? std::min(last, position + count) : last;
+    for (int64_t i = 0; i < queries.count; i += plan.pass_queries) {
+      Queries pass = queries;
+      pass.first += i;
+      pass.count = std::min(plan.pass_queries, queries.count - i);
+      pass.position += i;
+      pass.rows += i * group_ * call_.key.head_dim;
+      const int64_t from = std::max(first, first_seen(pass.position));
+      const int64_t to = call_.options.causal ? std::min(last, pass.position + pass.count) : last;
       if (from >= to) continue;
-      const float* query = queries.rows + q * group_ * head_dim;
-      if (plan.decode_keys) {
-        kernels_.score_floats(space.keys + (from - first) * head_dim, to - from, head_dim, query,
-                              rows, space.scores, kStride);
-      } else {
-        for (int64_t t = from; t < to;) {
-          const Piece piece = piece_at(keys, t, to, space);
-          float* scores = space.scores + (t - from);
-          if (piece.floats != nullptr) {
-            kernels_.score_floats(piece.floats, piece.tokens, head_dim, query, rows, scores,
-                                  kStride);
-          } else {
-            kernels_.score_codes(call_.key.scheme, piece.block, piece.tokens, head_dim, query,
-                                 rows, scores, kStride);
-          }
-          t += piece.tokens;
-        }
-      }
-      const Partial part = {result.most + q * group_, result.total + q * group_,
-                            result.output + q * group_ * value_dim};
-      weigh(queries, q, count, from, to, space, part);
-      std::fill(space.sums, space.sums + rows * value_dim, 0.0f);
-      if (plan.decode_values) {
-        kernels_.add_floats(space.values + (from - first) * value_dim, to - from, value_dim,
-                            space.scores, kStride, rows, space.sums);
-      } else {
-        for (int64_t t = from; t < to;) {
-          const Piece piece = piece_at(values, t, to, space);
-          const float* weights = space.scores + (t - from);
-          if (piece.floats != nullptr) {
-            kernels_.add_floats(piece.floats, piece.tokens, value_dim, weights, kStride, rows,
-                                space.sums);
-          } else {
-            kernels_.add_codes(call_.value.scheme, piece.block, piece.tokens, value_dim, weights,
-                               kStride, rows, nullptr, space.sums);
-          }
-          t += piece.tokens;
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const float factor = space.factors[r];
-        float* out = part.output + r * value_dim;
-        const float* sum = space.sums + r * value_dim;
-        for (int64_t j = 0; j < value_dim; ++j) out[j] = out[j] * factor + sum[j];
-      }
+      const int64_t r = i * group_;
+      const Partial part = {result.most + r, result.total + r, result.squares + r,
+                            result.output + r * call_.value.head_dim};
+      score(pass, keys, from, to, plan.decode_keys ? from - first : -1, space);
+      weigh(pass, from, to, space, part);
+      if (!plan.decode_values) find_coarse(pass, to - from, to - start, space, part);
+      add(pass, values, from, to, plan.decode_values ? from - first : -1, space, part);
     }
   }
 }
 
-// Turns scores of tokens [low, high) into weights relative to each row's maximum so far, and leaves
-// in `factors` what earlier weights must be multiplied with.
-void Attention::weigh(const Queries& queries, int64_t query, int64_t count, int64_t low,
-                      int64_t high, Workspace& space, const Partial& result) const {
+// Scores of tokens [low, high), which begin at `decoded` of those that are decoded, or are not.
+void Attention::score(const Queries& queries, const Tokens& keys, int64_t low, int64_t high,
+                      int64_t decoded, Workspace& space) const {
+  const int64_t head_dim = call_.key.head_dim, rows = queries.count * group_;
+  if (decoded >= 0) {
+    kernels_.score_floats(space.keys + decoded * head_dim, high - low, head_dim, queries.rows,
+                          rows, space.scores, kStride);
+    return;
+  }
+  for (int64_t first = low; first < high;) {
+    const Piece piece = piece_at(keys, first, high, space);
+    float* scores = space.scores + (first - low);
+    if (piece.floats != nullptr) {
+      kernels_.score_floats(piece.floats, piece.tokens, head_dim, queries.rows, rows, scores,
+                            kStride);
+    } else {
+      kernels_.score_codes(call_.key.scheme, piece.block, piece.tokens, head_dim, queries.rows,
+                           rows, scores, kStride);
+    }
+    first += piece.tokens;
+  }
+}
+
+// Turns scores of tokens [low, high) into weights relative to each row's maximum so far.
+void Attention::weigh(const Queries& queries, int64_t low, int64_t high, Workspace& space,
+                      const Partial& result) const {
   const AttentionOptions& options = call_.options;
-  for (int64_t r = 0; r < count * group_; ++r) {
-    const int64_t i = query + r / group_, position = queries.position + i;
+  for (int64_t r = 0; r < queries.count * group_; ++r) {
+    const int64_t position = queries.position + r / group_;
     const int64_t from = std::max(low, first_seen(position));
     const int64_t to = options.causal ? std::min(high, position + 1) : high;
     float* scores = space.scores + r * kStride;
-    float& most = result.most[r];
+    const float most = result.most[r];
     float new_most = most;
     if (from < to) {
       float* seen = scores + (from - low);
       if (options.softcap > 0) kernels_.cap(seen, to - from, options.softcap);
-      if (call_.bias != nullptr) {
-        const int64_t head = queries.head % kv_heads_ * group_ + r % group_;
-        const int64_t row = call_.bias_batch > 1 ? queries.row : 0;
-        const int64_t line = (row * call_.bias_heads + (call_.bias_heads > 1 ? head : 0)) *
-                                 call_.tokens + queries.first + i;
-        const float* bias = widened(at(call_.bias, line * call_.bias_tokens + from, call_.dtype),
-                                    to - from, space.bias);
-        for (int64_t t = 0; t < to - from; ++t) seen[t] += bias[t];
-      }
+      if (call_.bias != nullptr) add_bias(queries, r, from, to, space, seen);
       new_most = std::max(most, kernels_.largest(seen, to - from));
     }
     if (!(from < to) || new_most == -kInfinity) {
@@ -839,37 +849,100 @@ void Attention::weigh(const Queries& queries, int64_t query, int64_t count, int6
     }
     std::fill(scores, scores + (from - low), 0.0f);
     std::fill(scores + (to - low), scores + (high - low), 0.0f);
-    const float factor = std::exp(most - new_most);
+    const float factor = most == new_most ? 1 : std::exp(most - new_most);
     result.total[r] = result.total[r] * factor +
                       kernels_.exponentials(scores + (from - low), to - from, new_most);
-    most = new_most;
+    result.most[r] = new_most;
     space.factors[r] = factor;
   }
 }
 
-// Sums over all tokens to outputs.
+void Attention::add_bias(const Queries& queries, int64_t r, int64_t low, int64_t high,
+                         Workspace& space, float* scores) const {
+  const int64_t head = queries.head % kv_heads_ * group_ + r % group_;
+  const int64_t row = call_.bias_batch > 1 ? queries.row : 0;
+  const int64_t line = (row * call_.bias_heads + (call_.bias_heads > 1 ? head : 0)) *
+                           call_.tokens + queries.first + r / group_;
+  const float* bias = widened(at(call_.bias, line * call_.bias_tokens + low, call_.dtype),
+                              high - low, space.bias);
+  for (int64_t t = 0; t < high - low; ++t) scores[t] += bias[t];
+}
+
+// `seen` is the number of tokens so far, `tokens` that of those whose weights are held.
+void Attention::find_coarse(const Queries& queries, int64_t tokens, int64_t seen,
+                            Workspace& space, const Partial& result) const {
+  for (int64_t r = 0; r < queries.count * group_; ++r) {
+    const float factor = space.factors[r];
+    result.squares[r] = result.squares[r] * factor * factor +
+                        kernels_.sum_of_squares(space.scores + r * kStride, tokens);
+    space.coarse[r] = kCoarse * std::sqrt(result.squares[r] / static_cast<float>(seen));
+  }
+}
+
+// Adds the values of tokens [low, high) times their weights to the result.
+void Attention::add(const Queries& queries, const Tokens& values, int64_t low, int64_t high,
+                    int64_t decoded, Workspace& space, const Partial& result) const {
+  const int64_t value_dim = call_.value.head_dim, rows = queries.count * group_;
+  std::fill(space.sums, space.sums + rows * value_dim, 0.0f);
+  if (decoded >= 0) {
+    kernels_.add_floats(space.values + decoded * value_dim, high - low, value_dim, space.scores,
+                        kStride, rows, space.sums);
+  }
+  for (int64_t first = low; decoded < 0 && first < high;) {
+    const Piece piece = piece_at(values, first, high, space);
+    const float* weights = space.scores + (first - low);
+    if (piece.floats != nullptr) {
+      kernels_.add_floats(piece.floats, piece.tokens, value_dim, weights, kStride, rows,
+                          space.sums);
+    } else {
+      kernels_.add_codes(call_.value.scheme, piece.block, piece.tokens, value_dim, weights,
+                         kStride, rows, space.coarse, space.sums);
+    }
+    first += piece.tokens;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float factor = space.factors[r];
+    float* out = result.output + r * value_dim;
+    const float* sum = space.sums + r * value_dim;
+    for (int64_t j = 0; j < value_dim; ++j) out[j] = out[j] * factor + sum[j];
+  }
+}
+
+// Adds sums over other tokens to the result.
+void Attention::merge(const Queries& queries, const Partial& other, const Partial& result) const {
+  const int64_t value_dim = call_.value.head_dim;
+  for (int64_t r = 0; r < queries.count * group_; ++r) {
+    if (other.most[r] == -kInfinity) continue;
+    const float most = std::max(result.most[r], other.most[r]);
+    const float own = std::exp(result.most[r] - most), others = std::exp(other.most[r] - most);
+    float* out = result.output + r * value_dim;
+    const float* more = other.output + r * value_dim;
+    for (int64_t j = 0; j < value_dim; ++j) out[j] = out[j] * own + more[j] * others;
+    result.total[r] = result.total[r] * own + other.total[r] * others;
+    result.most[r] = most;
+  }
+}
+
+// Turns sums over all tokens into outputs.
 void Attention::finish(const Queries& queries, const Partial& result) const {
   const AttentionOptions& options = call_.options;
   const int64_t value_dim = call_.value.head_dim;
   for (int64_t r = 0; r < queries.count * group_; ++r) {
     const int64_t head = queries.head % kv_heads_ * group_ + r % group_;
     const int64_t token = queries.row * call_.tokens + queries.first + r / group_;
-    float sink = -kInfinity, most = result.most[r], factor = 1;
+    float sink = options.smooth_softmax ? 0 : -kInfinity, room;
     if (call_.head_sink != nullptr) {
-      float room;
       sink = *widened(at(call_.head_sink, head, call_.dtype), 1, &room);
-    } else if (options.smooth_softmax) {
-      sink = 0;
     }
-    float total = result.total[r];
-    float* out = result.output + r * value_dim;
+    float total = result.total[r], factor = 1;
+    const float most = result.most[r], larger = std::max(most, sink);
     if (most == -kInfinity) {
       total = 1;  // nothing is seen: 0
     } else if (sink != -kInfinity) {
-      const float larger = std::max(most, sink);
       factor = std::exp(most - larger);
       total = total * factor + std::exp(sink - larger);
     }
+    float* out = result.output + r * value_dim;
     for (int64_t j = 0; j < value_dim; ++j) out[j] = out[j] * factor / total;
     kernels_.narrow(out, call_.dtype, value_dim,
                     at(call_.output, (token * options.heads + head) * value_dim, call_.dtype));

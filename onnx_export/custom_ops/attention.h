@@ -1,4 +1,4 @@
-// Attention on a quantized cache: append new tokens, seal full blocks, attend (rules K1, B1, A1-A3).
+// Attention on a quantized cache: append new tokens, seal full blocks, attend (K1, B1, A1 to A3).
 // Knows neither the runtime nor the instruction set: it is given threads and a table of kernels.
 #pragma once
 

@@ -201,9 +201,9 @@ Status AttentionKernel::check_new_tokens(const Tensors& tensors, AttentionCall* 
   call->dtype = dtype(query.element);
   call->key.head_dim = call->value.head_dim = head_dim;
   call->key.stride = call->value.stride = query.dim(2);
-  const int64_t first_key = options_.heads * head_dim * size_of(query.element);
-  call->key.tokens = query.as<uint8_t>() + first_key;
-  call->value.tokens = query.as<uint8_t>() + first_key + kv_heads * head_dim * size_of(query.element);
+  const int64_t head_bytes = head_dim * size_of(query.element);
+  call->key.tokens = query.as<uint8_t>() + options_.heads * head_bytes;
+  call->value.tokens = query.as<uint8_t>() + (options_.heads + kv_heads) * head_bytes;
   if (together) return Status();
   NSQ_TRY(expect_present(key));
   NSQ_TRY(expect_present(value));
@@ -255,8 +255,8 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     NSQ_TRY(expect_shape(bias, {-1, -1, tokens, -1}));
     if ((bias.dim(0) != 1 && bias.dim(0) != batch) ||
         (bias.dim(1) != 1 && bias.dim(1) != options_.heads)) {
-      return Status::error("attention_bias is for %lld rows and %lld heads; expected 1 or %lld, and "
-                           "1 or %lld", static_cast<long long>(bias.dim(0)),
+      return Status::error("attention_bias is for %lld rows and %lld heads; expected 1 or %lld, "
+                           "and 1 or %lld", static_cast<long long>(bias.dim(0)),
                            static_cast<long long>(bias.dim(1)), static_cast<long long>(batch),
                            static_cast<long long>(options_.heads));
     }
@@ -322,10 +322,15 @@ Status AttentionKernel::make_outputs(Context& context, const AttentionCall& call
     constexpr int64_t none[] = {0};
     NSQ_TRY(context.output(kPresentKey + i, past ? past.dims : none, past ? past.rank : 1,
                            &present));
-    NSQ_TRY(expect_stored(present, past.present));
+    if (present.present == past.present) continue;
+    return Status::error(past ? "%s is not connected; the cache is not whole without it"
+                              : "%s is connected, but the scheme does not store it; leave it out",
+                         present.name);
   }
-  NSQ_TRY(expect_present(outputs[kOutput]));
-  return expect_present(outputs[kPresentLengths]);
+  for (int i : {kOutput, kPresentLengths}) {
+    if (!outputs[i]) return Status::error("%s is not connected", outputs[i].name);
+  }
+  return Status();
 }
 
 Status AttentionKernel::compute(Context& context) const {

@@ -1,4 +1,4 @@
-// Conversions between float32 and the stored dtypes: exact widening, narrowing half to even (S3, Z1).
+// Float32 to the stored dtypes and back: narrowing half to even (S3, Z1), exact widening.
 //
 // Everything here has internal linkage: this header is compiled for several instruction sets, and
 // the linker must not pick one copy for all.

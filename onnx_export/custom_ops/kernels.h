@@ -23,7 +23,8 @@ struct Block {
 
 // Why a block cannot be coded, and where in it; `rule` is null if nothing is wrong.
 struct Refusal {
-  const char* rule = nullptr;   // "I2", "N1", "M4", "S5", "O1" or "D3"
+  // "I2", "N1", "M4", "S5", "O1" or "D3"; "memory" if there is none to work in.
+  const char* rule = nullptr;
   const char* reason = nullptr;  // a sentence that says the remedy
   int64_t token = 0;            // in the block; with S5 and axis channel the channel instead
 };

@@ -93,17 +93,14 @@ Status expect_rank(const Tensor& tensor, int rank) {
                        ShapeText(tensor.dims, tensor.rank).text, rank);
 }
 
-Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> dims) {
-  const int rank = static_cast<int>(dims.size());
+Status expect_shape(const Tensor& tensor, const int64_t* dims, int rank) {
   bool same = tensor.rank == rank;
   for (int axis = 0; same && axis < rank; ++axis) {
-    const int64_t dim = dims.begin()[axis];
-    same = dim < 0 || tensor.dims[axis] == dim;
+    same = dims[axis] < 0 || tensor.dims[axis] == dims[axis];
   }
   if (same) return Status();
   return Status::error("%s has shape %s, expected %s", tensor.name,
-                       ShapeText(tensor.dims, tensor.rank).text,
-                       ShapeText(dims.begin(), rank).text);
+                       ShapeText(tensor.dims, tensor.rank).text, ShapeText(dims, rank).text);
 }
 
 // Attributes.

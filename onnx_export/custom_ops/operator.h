@@ -77,7 +77,10 @@ struct Tensor {
 };
 
 // An error that names the tensor unless its shape is this one; -1 stands for any number.
-Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> dims);
+Status expect_shape(const Tensor& tensor, const int64_t* dims, int rank);
+inline Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> dims) {
+  return expect_shape(tensor, dims.begin(), static_cast<int>(dims.size()));
+}
 Status expect_rank(const Tensor& tensor, int rank);
 Status expect_element(const Tensor& tensor, Element element);
 Status expect_present(const Tensor& tensor);

@@ -312,13 +312,9 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         peak = add("ReduceMax", add("Abs", direction), [-2], keepdims=1)
         channels = add("Shape", direction, start=-1)
         count = add("Min", fields.outlier_channels, channels)
-        # Of equals the lower index: float64 has room for a rank below the last bit of float32.
-        rank = add("Cast", add("Sub", channels, _range(add, channels)), to=DOUBLE)
-        factor = add("Add", add("Mul", rank, np.float64(2.0**-50)), np.float64(1))
-        size = add("Mul", add("Cast", peak, to=DOUBLE), factor)
-        ranked = add("Add", size, add("Mul", rank, np.float64(2.0**-400)))
-        largest, index = f"{size}_largest", f"{size}_index"
-        add.several("TopK", [ranked, count], [f"{largest}_value", largest])
+        largest, index = f"{peak}_largest", f"{peak}_index"
+        # Of equals TopK takes the lower index.
+        add.several("TopK", [peak, count], [f"{largest}_value", largest])
         add.several("TopK", [largest, count], [index, f"{index}_order"], largest=0)
         every = add("Cast", add("Expand", np.float32(1), add("Shape", peak)), to=BOOL)
         none = add("Cast", add("Expand", np.float32(0), add("Shape", index)), to=BOOL)

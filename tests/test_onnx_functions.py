@@ -101,10 +101,18 @@ def test_equal_outlier_channels(runner: Callable[[onnx.ModelProto], Run]) -> Non
 def test_search_sums_in_the_order_of_the_tokens(
     runner: Callable[[onnx.ModelProto], Run],
 ) -> None:
-    """S4. The errors of a long block, where another order would choose other scales."""
-    x = np.random.default_rng(4).standard_normal((200, 24)).astype(np.float32)
-    for axis in ("channel", "token"):
-        assert_agrees(runner, x, Scheme(bits=3, axis=axis, scale_rule="search", block_size=150))
+    """S4. Where the errors of two ranges are nearly equal, the order of the sum decides."""
+    options = {"separate_norm": False, "scale_rule": "search", "scale_dtype": "float32"}
+    scheme = Scheme(bits=2, **options)
+    drawn = np.random.default_rng(0).integers(-9, 10, (24, 1 << 16)).astype(np.float32) / 3
+    turned = nsq.quantize(drawn, scheme).scale != nsq.quantize(drawn[::-1], scheme).scale
+    x = drawn[:, np.flatnonzero(turned)]
+    assert x.shape[1] > 4
+    for tokens in (x, x[::-1]):
+        assert_agrees(runner, tokens, scheme)
+        assert_agrees(runner, tokens.T, Scheme(bits=2, axis="token", **options))
+    longer = drawn[:, :64]  # its last block is short
+    assert_agrees(runner, longer, Scheme(scale_rule="search", block_size=16))
 
 
 def test_narrowing(runner: Callable[[onnx.ModelProto], Run]) -> None:

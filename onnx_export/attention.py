@@ -1,0 +1,293 @@
+"""Models and buffers of nsq.Attention: attention over a quantized cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme
+from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
+from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
+from onnx_export.functions import functions
+
+__all__ = ["attention_model", "attention_node", "cache_fields"]
+
+OPSET, IR_VERSION = 21, 10
+ELEMENT = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "uint8": TensorProto.UINT8,
+}
+OPTIONAL = INPUTS[1:3] + INPUTS[4:10]  # between the query and the cache
+
+
+def cache_fields(
+    key: Scheme,
+    value: Scheme,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    capacity: int,
+    dtype: FloatName = "float32",
+) -> dict[str, Field]:
+    """Return shape and dtype of every tensor of a cache, the batch axis left out.
+
+    Parameters
+    ----------
+    key, value : Scheme
+        With a block size and without outlier channels.
+    kv_heads, head_dim : int
+    value_head_dim : int, optional
+        ``head_dim`` by default.
+    capacity : int
+        Sealed tokens that there is room for, rounded up to whole blocks.
+    dtype : {"float32", "float16"}
+        Of the model, in which sinks and tail are kept.
+
+    Returns
+    -------
+    dict of str to Field
+        ``key_packed``, ``key_scale`` and so on, in the order of the operator's inputs.
+
+    Raises
+    ------
+    ValueError
+        For a scheme that a cache cannot have.
+
+    Examples
+    --------
+    >>> scheme = Scheme.named("streaming4")
+    >>> fields = cache_fields(scheme, scheme, kv_heads=8, head_dim=128, capacity=1000)
+    >>> fields["key_packed"].shape, fields["value_tail"].shape
+    ((8, 1024, 64), (8, 128, 128))
+    """
+    plain = FLOAT_DTYPES[dtype]
+    fields = {}
+    sides = (("key", key, head_dim), ("value", value, value_head_dim or head_dim))
+    for side, scheme, channels in sides:
+        block = _block_size(side, scheme)
+        sinks = scheme.sink_tokens
+        stored = scheme.layout(sinks + -(-capacity // block) * block, channels, plain)
+        stored["tail"] = Field((block, channels), plain)
+        for part in PARTS:
+            if part in stored:
+                shape, kind = stored[part]
+                fields[f"{side}_{part}"] = Field((kv_heads, *shape), kind)
+    return fields
+
+
+def attention_node(
+    key: Scheme,
+    value: Scheme,
+    *,
+    heads: int,
+    kv_heads: int,
+    inputs: Collection[str] = ("key", "value"),
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    rotary_interleaved: bool = False,
+    smooth_softmax: bool = False,
+) -> onnx.NodeProto:
+    """Return a node of nsq.Attention, whose tensors have the names of the operator's.
+
+    Parameters
+    ----------
+    key, value : Scheme
+        With a block size and without outlier channels.
+    heads, kv_heads : int
+        Query heads, a multiple of the key/value heads.
+    inputs : collection of str
+        Which of the optional inputs it has: ``key`` and ``value``, unless the query has both packed
+        behind it, ``new_lengths``, ``cos`` and ``sin``, ``position_ids``, ``attention_bias`` and
+        ``head_sink``.
+    scale : float, optional
+        Of the scores; ``1 / sqrt(head_dim)`` by default.
+    causal : bool
+        A query sees its own position and those before it.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``.
+    sliding_window : int, optional
+        A query sees this many positions at most, its own the last of them.
+    rotary_interleaved : bool
+        Rotate channels 2i and 2i + 1 together, not i and i + R / 2.
+    smooth_softmax : bool
+        Add 1 to the sum of exponentials.
+
+    Returns
+    -------
+    onnx.NodeProto
+
+    Raises
+    ------
+    ValueError
+        For a scheme that a cache cannot have, heads that do not fit, and other inputs.
+
+    Examples
+    --------
+    >>> scheme = Scheme.named("streaming4")
+    >>> node = attention_node(scheme, scheme, heads=32, kv_heads=8)
+    >>> node.op_type, node.input[:4], node.output[:2]
+    ('Attention', ['query', 'key', 'value', 'past_lengths'], ['output', 'present_lengths'])
+    """
+    stored = {side: _stored(side, scheme) for side, scheme in (("key", key), ("value", value))}
+    for name, count in (("heads", heads), ("kv_heads", kv_heads)):
+        if count < 1:
+            raise ValueError(f"{name}={count} is not positive")
+    if heads % kv_heads:
+        raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+    if unknown := set(inputs) - set(OPTIONAL):
+        raise ValueError(f"inputs has {sorted(unknown)}; optional are {', '.join(OPTIONAL)}")
+    for pair in (("key", "value"), ("cos", "sin")):
+        if len(set(pair) & set(inputs)) == 1:
+            raise ValueError(f"inputs has one of {' and '.join(pair)}; give both, or neither")
+    if sliding_window is not None and not causal:
+        raise ValueError(
+            f"sliding_window={sliding_window} counts back from the query, which causal=False does "
+            "not; use one of the two"
+        )
+    attributes: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "scale": float(scale or 0),
+        "causal": int(causal),
+        "softcap": float(softcap or 0),
+        "sliding_window": sliding_window or 0,
+        "rotary_interleaved": int(rotary_interleaved),
+        "smooth_softmax": int(smooth_softmax),
+    }
+    attributes |= scheme_attributes(key, "key_") | scheme_attributes(value, "value_")
+    del attributes["key_outlier_channels"], attributes["value_outlier_channels"]
+    cache = {f"{side}_{part}" for side, parts in stored.items() for part in parts}
+    given = {"query", "past_lengths", *inputs, *(f"past_{name}" for name in cache)}
+    made = {"output", "present_lengths", *(f"present_{name}" for name in cache)}
+    return helper.make_node(
+        "Attention",
+        [name if name in given else "" for name in INPUTS],
+        [name if name in made else "" for name in OUTPUTS],
+        domain=DOMAIN,
+        **attributes,
+    )
+
+
+def attention_model(
+    key: Scheme,
+    value: Scheme,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    dtype: FloatName = "float32",
+    **options: Any,
+) -> onnx.ModelProto:
+    """Return a model of one nsq.Attention, which any ONNX runtime can run.
+
+    Parameters
+    ----------
+    key, value : Scheme
+        With a block size and without outlier channels.
+    heads, kv_heads, head_dim : int
+    value_head_dim : int, optional
+        ``head_dim`` by default.
+    dtype : {"float32", "float16"}
+        Of query, keys, values and output.
+    **options
+        As `attention_node` takes them.
+
+    Returns
+    -------
+    onnx.ModelProto
+        Its inputs and outputs are those of the node, by the operator's names; batch, tokens and
+        capacity are free.
+
+    Raises
+    ------
+    ValueError
+        As `attention_node`.
+
+    Examples
+    --------
+    One token, with a cache of its own:
+
+    >>> import numpy as np, onnxruntime
+    >>> scheme = Scheme.named("streaming4")
+    >>> shape = {"kv_heads": 2, "head_dim": 16}
+    >>> model = attention_model(scheme, scheme, heads=4, **shape)
+    >>> cache = {
+    ...     f"past_{name}": np.zeros((1, *field.shape), field.dtype)
+    ...     for name, field in cache_fields(scheme, scheme, capacity=128, **shape).items()
+    ... }
+    >>> x = np.random.default_rng(0).standard_normal((1, 1, 64)).astype(np.float32)
+    >>> feeds = {"query": x, "key": x[..., :32], "value": x[..., :32]}
+    >>> feeds["past_lengths"] = np.array([0])
+    >>> session = onnxruntime.InferenceSession(model.SerializeToString())
+    >>> output, lengths = session.run(["output", "present_lengths"], feeds | cache)
+    >>> bool((output[..., :16] == x[..., :16]).all()), int(lengths[0])  # attends to itself
+    (True, 1)
+    """
+    node = attention_node(key, value, heads=heads, kv_heads=kv_heads, **options)
+    value_dim = value_head_dim or head_dim
+    plain = ELEMENT[dtype]
+    packed = "key" not in node.input
+    shapes: dict[str, tuple[int, Sequence[Any]]] = {
+        "query": (plain, ("B", "S", (heads + 2 * kv_heads * packed) * head_dim)),
+        "key": (plain, ("B", "S", kv_heads * head_dim)),
+        "value": (plain, ("B", "S", kv_heads * value_dim)),
+        "past_lengths": (TensorProto.INT64, ("B",)),
+        "new_lengths": (TensorProto.INT64, ("B",)),
+        "cos": (plain, ("rotary_positions", "rotary_half")),
+        "sin": (plain, ("rotary_positions", "rotary_half")),
+        "position_ids": (TensorProto.INT64, ("B", "S")),
+        "attention_bias": (plain, ("bias_batch", "bias_heads", "S", "bias_tokens")),
+        "head_sink": (plain, (heads,)),
+        "output": (plain, ("B", "S", heads * value_dim)),
+        "present_lengths": (TensorProto.INT64, ("B",)),
+    }
+    fields = cache_fields(
+        key, value, kv_heads=kv_heads, head_dim=head_dim, value_head_dim=value_dim, capacity=0,
+        dtype=dtype,
+    )  # fmt: skip
+    for name, field in fields.items():
+        # 0 stands where the capacity does.
+        axes = ("B", *(size or f"{name}_capacity" for size in field.shape))
+        for time in ("past", "present"):
+            shapes[f"{time}_{name}"] = ELEMENT[field.dtype.name], axes
+    graph = helper.make_graph(
+        [node], "attention", _infos(node.input, shapes), _infos(node.output, shapes)
+    )
+    return helper.make_model(
+        graph,
+        functions=functions(OPSET),
+        producer_name="onnx_export",
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=IR_VERSION,
+    )
+
+
+def _infos(
+    names: Sequence[str], shapes: Mapping[str, tuple[int, Sequence[Any]]]
+) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, *shapes[name]) for name in names if name]
+
+
+def _block_size(side: str, scheme: Scheme) -> int:
+    if scheme.block_size is None:
+        raise ValueError(f"{side}.block_size is None; a cache needs blocks that become full")
+    if scheme.outlier_channels:
+        raise ValueError(
+            f"{side}.outlier_channels={scheme.outlier_channels}; nsq.Attention has no place for "
+            "outliers, use a scheme without"
+        )
+    return scheme.block_size
+
+
+def _stored(side: str, scheme: Scheme) -> set[str]:
+    _block_size(side, scheme)
+    return {*scheme.layout(0, 1), "tail"}

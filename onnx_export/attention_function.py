@@ -75,7 +75,7 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     Parameters
     ----------
     opset : int
-        Of the standard operators, at least 18.
+        Of the standard operators, at least 21, as in the model.
 
     Returns
     -------
@@ -94,14 +94,12 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     query, key, value = _heads(add, heads, kv_heads)
     tokens = add("Shape", query, start=2, end=3)
     lengths, real, positions = _lengths(add, tokens)
-    padding = add("Not", add("Unsqueeze", real, [1, 3]))
-    query, key, value = (add("Where", padding, np.float32(0), x) for x in (query, key, value))
     query, key = _rotary(add, query, key, real, positions)
     keys = _append(add, "key", key, lengths)
     values = _append(add, "value", value, lengths)
     # At least one token, so that no axis is empty: it is masked.
     longest = add("Max", add("ReduceMax", lengths.present, keepdims=0), 1)
-    token = add("Unsqueeze", add("Range", 0, longest, 1), [0])
+    token = _count(add, longest)
     seen = _seen(add, token, lengths, real, positions)
     keys_by_position, values_by_position = (
         _by_position(add, side, token, lengths) for side in (keys, values)
@@ -196,7 +194,7 @@ def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
         lambda add: add("Expand", tokens, add("Shape", "past_lengths")),
     )
     lengths = Lengths("past_lengths", new, add("Add", "past_lengths", new))
-    index = add("Unsqueeze", add("Range", 0, add("Squeeze", tokens), 1), [0])
+    index = _count(add, tokens)
     real = add("Less", index, add("Unsqueeze", new, [1]))
     return lengths, real, add("Add", add("Unsqueeze", "past_lengths", [1]), index)
 
@@ -250,139 +248,154 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
 
 
 def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
-    """Append float32 ``new[B, kv_heads, S, D]``, padded with 0, to keys or values."""
-    past = {part: f"past_{side}_{part}" for part in PARTS}
+    """Append float32 ``new[B, kv_heads, S, D]``, of which some is padding, to keys or values."""
+    packed, past_sinks, past_tail = (f"past_{side}_{part}" for part in ("packed", "sinks", "tail"))
     block = add("Unsqueeze", add.attribute(f"{side}_block_size", "int"), [0])
     sinks = add("Unsqueeze", add.attribute(f"{side}_sink_tokens", "int"), [0])
-    head_dim = add("Shape", new, start=3)
-    capacity = add("Div", add("Shape", past["packed"], start=2, end=3), block)
+    capacity = add("Div", add("Shape", packed, start=2, end=3), block)
 
-    # Sealed blocks of each row, [B]; beyond the capacity the index is, and the runtime tells.
+    # Sealed blocks of each row, [B, 1]; beyond the capacity the index is, and the runtime tells.
     places = add("Range", 0, add("Squeeze", add("Add", capacity, 1)), 1)
+    before, after = (add("Unsqueeze", one, [1]) for one in (lengths.past, lengths.present))
     sealed_before, sealed = (
         add("Gather", places, add("Div", add("Max", add("Sub", length, sinks), 0), block))
-        for length in (lengths.past, lengths.present)
+        for length in (before, after)
+    )
+    first_tail_before, first_tail = (
+        add("Add", add("Mul", count, block), sinks) for count in (sealed_before, sealed)
     )
 
     # All tokens that are not sealed yet: the sinks, the tail, the new ones.
-    past_sinks = _optional(
+    old_sinks = _optional(
         add,
-        past["sinks"],
+        past_sinks,
         FLOAT,
-        lambda add: add("Cast", _joined(add, past["sinks"], past["tail"], 2), to=FLOAT),
+        lambda add: add("Cast", _joined(add, past_sinks, past_tail, 2), to=FLOAT),
         lambda add: add("Slice", new, [0], [0], [2]),
         add("Greater", add("Squeeze", sinks), 0),
     )
-    plain = add("Concat", past_sinks, add("Cast", past["tail"], to=FLOAT), new, axis=2)
-    before = add("Unsqueeze", lengths.past, [1])
-    first_tail = add("Add", add("Mul", add("Unsqueeze", sealed_before, [1]), block), sinks)
+    plain = add("Concat", old_sinks, add("Cast", past_tail, to=FLOAT), new, axis=2)
 
     def plain_tokens(position: str) -> str:
         """Take tokens by position[B, n]: [B, kv_heads, n, D]; 0 behind the last."""
         is_new = add("GreaterOrEqual", position, before)
         from_new = add("Add", add("Add", sinks, block), add("Sub", position, before))
-        from_tail = add("Add", sinks, add("Sub", position, first_tail))
+        from_tail = add("Add", sinks, add("Sub", position, first_tail_before))
         old = add("Where", add("Less", position, sinks), position, from_tail)
-        valid = add("Less", position, add("Unsqueeze", lengths.present, [1]))
-        index = add("Where", valid, add("Where", is_new, from_new, old), 0)
-        taken = _take(add, plain, index)
-        return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
-
-    def positions_from(first: str, count: str) -> str:
-        """Return [B, count] positions from ``first[B, 1]`` on."""
-        return add("Add", first, add("Unsqueeze", add("Range", 0, add("Squeeze", count), 1), [0]))
+        return _take_valid(add, plain, add("Where", is_new, from_new, old), position, after)
 
     # Not 0 + these: onnxruntime 1.22 drops the addition of a constant without elements.
-    first = add("Unsqueeze", add("Range", 0, add("Squeeze", sinks), 1), [0])
-    present_sinks = plain_tokens(add("Expand", first, add("Shape", before)))
-    add("CastLike", present_sinks, past["tail"], name=f"present_{side}_sinks")
+    first = add("Expand", _count(add, sinks), add("Shape", before))
+    present_sinks = plain_tokens(first)
+    add("CastLike", present_sinks, past_tail, name=f"present_{side}_sinks")
+    tail = plain_tokens(add("Add", first_tail, _count(add, block)))
+    add("CastLike", tail, past_tail, name=f"present_{side}_tail")
 
     # The blocks that may be full now, from the one that the tail was.
     most = add("Div", add("Sub", add("Add", add("Shape", new, start=2, end=3), block), 1), block)
-    candidates = plain_tokens(positions_from(first_tail, add("Mul", most, block)))
-    in_blocks = add("Concat", [0, 0], most, block, head_dim, axis=0)
+    from_tail = _count(add, add("Mul", most, block))
+    candidates = plain_tokens(add("Add", first_tail_before, from_tail))
+    shape = add("Concat", [0, 0], most, block, add("Shape", new, start=3), axis=0)
+    blocks = add("Reshape", candidates, shape)
+    parts = _seal(add, side, blocks, capacity, sealed_before, sealed)
+    decoded = _decode(add, side, parts, block, add("Squeeze", add("Shape", new, start=3)))
+    tokens = add("Concat", present_sinks, decoded, tail, axis=2)
+    return Side(tokens, first_tail, add("Add", sinks, add("Mul", capacity, block)))
+
+
+def _seal(
+    add: Nodes, side: str, blocks: str, capacity: str, sealed_before: str, sealed: str
+) -> dict[str, str]:
+    """Code ``blocks[B, kv_heads, n, block_size, D]``, and store those that are full.
+
+    Returns packed, scale, norm and zero as [B, kv_heads, capacity, all of a block]; what is behind
+    the sealed blocks is 0, and so is what the scheme does not store.
+    """
+    past = {part: f"past_{side}_{part}" for part in ("packed", "scale", "norm", "zero")}
     # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
-    coded = [f"new_{side}_{part}" for part in ("packed", "scale", "norm", "zero")] + [""] * 3
-    _call(add, "Quantize", side, [add("Reshape", candidates, in_blocks)], coded)
+    coded = {part: f"new_{side}_{part}" for part in past}
+    _call(add, "Quantize", side, [blocks], [*coded.values(), "", "", ""])
 
-    # Blocks of each row that are new, and where among the candidates they are: [B, capacity].
-    index = add("Unsqueeze", add("Range", 0, add("Squeeze", capacity), 1), [0])
-    start, stop = (add("Unsqueeze", count, [1]) for count in (sealed_before, sealed))
-    kept = add("Unsqueeze", add("Less", index, start), [1, 3])
-    valid = add("Less", index, stop)
-    is_new = add("And", valid, add("GreaterOrEqual", index, start))
-    source = add("Where", is_new, add("Sub", index, start), 0)
+    # Which blocks of each row are new, and where among the candidates they are: [B, capacity].
+    index = _count(add, capacity)
+    is_new = add("And", add("Less", index, sealed), add("GreaterOrEqual", index, sealed_before))
+    source = add("Where", is_new, add("Sub", index, sealed_before), 0)
     changed = add("Unsqueeze", is_new, [1, 3])
-    rows = add("Concat", [0, 0], capacity, [-1], axis=0)
+    kept = add("Unsqueeze", add("Less", index, sealed_before), [1, 3])
 
-    def stored(add: Nodes, old: str, fresh: str, nothing: object) -> str:
-        """Replace the new blocks of a part; [B, kv_heads, capacity, everything of a block]."""
-        fresh = add("Reshape", fresh, add("Concat", [0, 0], most, [-1], axis=0))
-        cleared = add("Where", kept, add("Reshape", old, rows), nothing)
+    def stored(add: Nodes, part: str, old: str, nothing: object) -> str:
+        by_block = add("Concat", [0, 0], capacity, [-1], axis=0)
+        fresh = add(
+            "Reshape", coded[part], add("Concat", add("Shape", blocks, end=3), [-1], axis=0)
+        )
+        cleared = add("Where", kept, add("Reshape", old, by_block), nothing)
         return add("Where", changed, _take(add, fresh, source), cleared)
 
-    packed = stored(add, past["packed"], coded[0], np.uint8(0))
-    scale = stored(add, add("Cast", past["scale"], to=FLOAT), coded[1], np.float32(0))
-
     def norms(add: Nodes) -> str:
-        counts = add("Slice", past["packed"], [0], [1], [3])
-        like = add("Squeeze", counts, [3])
-        typed = add("Cast", like, to=FLOAT)
+        typed = add("Cast", add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3]))
         _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
         old = add("Cast", _joined(add, past["norm"], typed, 2), to=FLOAT)
-        return stored(add, old, coded[2], np.float32(0))
+        return stored(add, "norm", old, np.float32(0))
 
     def zeros(add: Nodes) -> str:
         old = add("Cast", _joined(add, past["zero"], past["scale"], 2), to=FLOAT)
-        return stored(add, old, coded[3], np.float32(0))
+        return stored(add, "zero", old, np.float32(0))
 
-    blank = add("Mul", add("Cast", add("Slice", packed, [0], [1], [3]), to=FLOAT), np.float32(0))
-    no_norm = add("Expand", blank, add("Concat", [1, 1, 1], block, axis=0))
-    no_zero = add("Mul", scale, np.float32(0))
+    packed = stored(add, "packed", past["packed"], np.uint8(0))
+    scale = stored(add, "scale", add("Cast", past["scale"], to=FLOAT), np.float32(0))
+    tokens = add(
+        "Concat", add("Shape", packed, end=3), add("Shape", blocks, start=3, end=4), axis=0
+    )
     # By attributes: OptionalHasElement does not take bfloat16.
     has_norm = add("Equal", add.attribute(f"{side}_separate_norm", "int"), 1)
     has_zero = add("Equal", add.attribute(f"{side}_symmetric", "int"), 0)
-    norm = _optional(add, past["norm"], FLOAT, norms, lambda _: no_norm, has_norm)
-    zero = _optional(add, past["zero"], FLOAT, zeros, lambda _: no_zero, has_zero)
-    for part, value in (("packed", packed), ("scale", scale), ("zero", zero)):
-        shape = add("Shape", past["scale" if part == "zero" else part])
-        flat = add("Reshape", value, shape)
-        like = past["packed" if part == "packed" else "scale"]
-        add("CastLike", flat, like, name=f"present_{side}_{part}")
-    norm_shape = add("Shape", past["packed"], end=3)
-    add("Cast", add("Reshape", norm, norm_shape), name=f"present_{side}_norm", to=FLOAT)
-    _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
-
-    in_tail = add("Add", add("Mul", add("Unsqueeze", sealed, [1]), block), sinks)
-    tail = plain_tokens(positions_from(in_tail, block))
-    add("CastLike", tail, past["tail"], name=f"present_{side}_tail")
-
-    # Decoded block by block; a scale has one row a block, or one number a token.
-    split = add("Concat", [0, 0], capacity, block, [-1], axis=0)
-    by_token = add.is_one_of(f"{side}_axis", ["token"])[0]
-    one_row = add("Concat", [0, 0], capacity, [1, -1], axis=0)
-    scale_shape = add("Where", by_token, split, one_row)
-    decoded = f"decoded_{side}"
-    _call(
-        add,
-        "Dequantize",
-        side,
-        [
-            add("Reshape", packed, split),
-            add("Reshape", scale, scale_shape),
-            norm,
-            add("Reshape", zero, scale_shape),
-            "",
-            "",
-            "",
-            add("Squeeze", head_dim),
-        ],
-        [decoded],
+    norm = _optional(
+        add, past["norm"], FLOAT, norms, lambda add: add("Expand", np.float32(0), tokens), has_norm
     )
-    flat = add("Concat", [0, 0], add("Mul", capacity, block), head_dim, axis=0)
-    everything = add("Concat", present_sinks, add("Reshape", decoded, flat), tail, axis=2)
-    room = add("Add", sinks, add("Mul", capacity, block))
-    return Side(everything, in_tail, room)
+    zero = _optional(
+        add, past["zero"], FLOAT, zeros, lambda add: add("Mul", scale, np.float32(0)), has_zero
+    )
+    for part, value, like in (
+        ("packed", packed, "packed"),
+        ("scale", scale, "scale"),
+        ("zero", zero, "scale"),
+    ):
+        flat = add("Reshape", value, add("Shape", past[like]))
+        add("CastLike", flat, past[like], name=f"present_{side}_{part}")
+    flat = add("Reshape", norm, add("Shape", past["packed"], end=3))
+    add("Cast", flat, name=f"present_{side}_norm")
+    _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+    return {"packed": packed, "scale": scale, "norm": norm, "zero": zero}
+
+
+def _decode(add: Nodes, side: str, parts: dict[str, str], block: str, head_dim: str) -> str:
+    """Decode what `_seal` returned, [B, kv_heads, capacity * block_size, D]."""
+    rows = add("Concat", [0, 0, 0], block, [-1], axis=0)
+    by_token = add.is_one_of(f"{side}_axis", ["token"])[0]
+    # A scale has one row a block, or one number a token.
+    scales = add("Where", by_token, rows, [0, 0, 0, 1, -1])
+    inputs = [
+        add("Reshape", parts["packed"], rows),
+        add("Reshape", parts["scale"], scales),
+        parts["norm"],
+        add("Reshape", parts["zero"], scales),
+    ]
+    decoded = f"decoded_{side}"
+    _call(add, "Dequantize", side, [*inputs, "", "", "", head_dim], [decoded])
+    flat = add("Concat", [0, 0, -1], add("Unsqueeze", head_dim, [0]), axis=0)
+    return add("Reshape", decoded, flat)
+
+
+def _count(add: Nodes, number: str) -> str:
+    """Return [1, number]: 0, 1, 2 and so on."""
+    return add("Unsqueeze", add("Range", 0, add("Squeeze", number), 1), [0])
+
+
+def _take_valid(add: Nodes, x: str, index: str, position: str, length: str) -> str:
+    """Pick tokens of each row, as `_take`; 0 for positions [B, m] from ``length[B, 1]`` on."""
+    valid = add("Less", position, length)
+    taken = _take(add, x, add("Where", valid, index, 0))
+    return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
 
 
 def _take(add: Nodes, x: str, index: str) -> str:
@@ -407,9 +420,6 @@ def _refer(
     node: onnx.NodeProto, name: str, attribute: str, kind: onnx.AttributeProto.AttributeType
 ) -> None:
     """Let an attribute of a node be one of the function's."""
-    for given in list(node.attribute):
-        if given.name == name:
-            node.attribute.remove(given)
     node.attribute.add(name=name, type=kind, ref_attr_name=attribute)
 
 
@@ -420,9 +430,7 @@ def _by_position(add: Nodes, side: Side, token: str, lengths: Lengths) -> str:
     """Bring the tokens in the order of the sequence; 0 behind the last."""
     from_tail = add("Add", side.first_tail, add("Sub", token, side.first_free))
     index = add("Where", add("Less", token, side.first_free), token, from_tail)
-    valid = add("Less", token, add("Unsqueeze", lengths.present, [1]))
-    taken = _take(add, side.tokens, add("Where", valid, index, 0))
-    return add("Where", add("Unsqueeze", valid, [1, 3]), taken, np.float32(0))
+    return _take_valid(add, side.tokens, index, token, add("Unsqueeze", lengths.present, [1]))
 
 
 def _seen(add: Nodes, token: str, lengths: Lengths, real: str, positions: str) -> str:
@@ -478,7 +486,6 @@ def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     most = add("Max", add("ReduceMax", scores, [3]), sink)
     most = add("Where", add("Equal", most, NOTHING), np.float32(0), most)
     raised = add("Exp", add("Sub", scores, most))
-    raised = add("Where", add("Equal", scores, NOTHING), np.float32(0), raised)
     total = add("Add", add("ReduceSum", raised, [3]), add("Exp", add("Sub", sink, most)))
     # A query that sees nothing has no weights.
     total = add("Where", add("Equal", total, np.float32(0)), np.float32(1), total)

@@ -26,7 +26,7 @@ constexpr int64_t kTasks = 64;
 constexpr int64_t kSegment = 2048;  // tokens that are worth a task
 constexpr int64_t kStagedTokens = 32;
 // Weights up to so many times their root mean square may be coarse: see Kernels::add_codes.
-constexpr float kCoarse = 3;
+constexpr float kCoarse = 6;
 
 long long shown(int64_t number) { return static_cast<long long>(number); }
 

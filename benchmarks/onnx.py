@@ -59,6 +59,7 @@ INSTRUCTION_SETS = ("avx512", "avx2")
 INT4_STEP = 0.5  # of GroupQueryAttention's static scales: standard normal data reach 7 of them
 PEER, PEER_FLOAT = "GQA int4", "GQA float32"
 READ_BYTES = 1 << 28  # more than caches of the processor hold
+SETTLE = 0.1  # seconds: threads of the sessions before spin for up to half of it
 OPSET, IR_VERSION = 21, 10
 ELEMENT = {
     "float32": TensorProto.FLOAT,
@@ -238,7 +239,7 @@ def prefill(natives: Sequence[Native], options: argparse.Namespace) -> tuple[lis
     cache, _ = native_cache(MAIN, empty, empty, capacity - BLOCK_SIZE)
     steps = {PEER_FLOAT: peer_step(new, empty, empty.copy(), 0, threads)}
     steps |= {native.name: native_step(native, MAIN, new, cache, 0, threads) for native in natives}
-    timed = interleaved([Case(*item) for item in steps.items()], options.rounds)
+    timed = interleaved([Case(*item) for item in steps.items()], options.rounds, SETTLE)
     exact = steps[PEER_FLOAT].results["output"]
     found = [
         f"{native.name} {difference(steps[native.name].results['output'], exact):.2%}"
@@ -282,7 +283,7 @@ def timed_beside_reading(
     much = np.array_split(np.ones(READ_BYTES // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
         cases = [Case("read", lambda: list(pool.map(np.max, much)))]
-        timed = interleaved([*cases, *(Case(*item) for item in steps.items())], rounds)
+        timed = interleaved([*cases, *(Case(*item) for item in steps.items())], rounds, SETTLE)
     return timed, READ_BYTES / timed["read"].seconds
 
 
@@ -320,7 +321,7 @@ def codec(natives: Sequence[Native], options: argparse.Namespace) -> tuple[list[
                     if not native.exact:
                         step = Step(model, threads, native, feeds, results)
                         cases.append(Case(native.name, step))
-                timed = interleaved(cases, options.rounds)
+                timed = interleaved(cases, options.rounds, SETTLE)
                 title = f"{verb}, {scheme_name}, {threads} thread{'s' if threads > 1 else ''}"
                 rows += [
                     replace(row, what=f"{title}: {row.what}")

@@ -115,10 +115,10 @@ class Timed(NamedTuple):
         return float(np.nanmedian(self.processor_seconds / self.seconds))
 
 
-def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
+def interleaved(cases: Sequence[Case], rounds: int, settle: float = SETTLE) -> dict[str, Timed]:
     """Time all cases round by round, so that drift of the machine hits all alike.
 
-    Each timed call follows untimed ones of the same case, for `SETTLE`: what is measured is steady
+    Each timed call follows untimed ones of the same case, for `settle`: what is measured is steady
     use, not how quickly the system wakes a second core after whatever came before. The order is
     shuffled each round, always in the same way, so that no case always finds the cache as the same
     other one left it.
@@ -127,6 +127,8 @@ def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
     ----------
     cases : sequence of Case
     rounds : int
+    settle : float
+        Seconds.
 
     Returns
     -------
@@ -137,7 +139,7 @@ def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
     for number in range(rounds):
         for case in random.Random(number).sample(cases, len(cases)):
             if number % case.every == 0:
-                _settle(case)
+                _settle(case, settle)
                 start, processor_start = time.perf_counter(), time.process_time()
                 result = case.call()
                 timed[case.name].seconds[number] = time.perf_counter() - start
@@ -146,9 +148,9 @@ def interleaved(cases: Sequence[Case], rounds: int) -> dict[str, Timed]:
     return timed
 
 
-def _settle(case: Case) -> None:
+def _settle(case: Case, seconds: float) -> None:
     start = time.perf_counter()
-    while time.perf_counter() - start < SETTLE:
+    while time.perf_counter() - start < seconds:
         result = case.call()
         del result
 

@@ -157,7 +157,7 @@ def model(
         "attention_bias": (plain, ["bias_batch", "bias_heads", "S", "N"]),
         "head_sink": (plain, [config.heads]),
     }
-    cache = {
+    cache: dict[str, tuple[int, list[Any]]] = {
         name: (ELEMENT[dtype.name], ["B", *shape[1:]])
         for name, (dtype, shape) in config.cache(1).items()
     }
@@ -181,7 +181,7 @@ def model(
         domain="nsq",
         **config.attributes,
     )
-    results = {
+    results: dict[str, tuple[int, list[Any]]] = {
         "output": (plain, ["B", "S", config.heads * config.value_dim]),
         "present_lengths": (TensorProto.INT64, ["B"]),
     }
@@ -255,7 +255,7 @@ class Runner:
             **{f"present_{name}": array for name, array in cache.items()},
         }
         if self.reference is not None:
-            names = [one.name for one in self.reference.proto_.graph.output]  # type: ignore[union-attr]
+            names = self.reference.output_names
             with np.errstate(all="ignore"):  # of padding
                 found = self.reference.run(None, feeds)
             for name, got in zip(names, found, strict=True):

@@ -118,13 +118,13 @@ def test_formula(config: Config, seed: int) -> None:
         rng.standard_normal((*shape, channels)) for channels in (config.head_dim, config.value_dim)
     )
     reaches = 2 * np.abs(keys), 3 * np.abs(values)
-    tokens = [
+    key, value = (
         Tokens(x, reach, np.zeros_like(x), *np.zeros((2, *shape)))
         for x, reach in zip((keys, values), reaches, strict=True)
-    ]
+    )
     lengths, counts = np.array([6, 4]), np.array([2, 3])
     plain = Config(**vars(config) | {"smooth_softmax": False})
-    got = attend(plain, query, *tokens, lengths, counts, None, None)
+    got = attend(plain, query, key, value, lengths, counts, None, None)
     options: dict[str, Any] = {
         "lengths": lengths,
         "query_lengths": counts,
@@ -191,7 +191,7 @@ def test_beyond_the_capacity(how: str) -> None:
 @pytest.fixture(params=CPUS)
 def native(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Options of a runner that has nothing but the library, on one instruction set."""
-    options = {"functions": (), "library": library_path()}
+    options: dict[str, Any] = {"functions": (), "library": library_path()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NSQ_CPU", request.param)
         try:

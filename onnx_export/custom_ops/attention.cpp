@@ -649,7 +649,7 @@ Attention::Partial Attention::Plan::partial_at(float* memory) const {
 Attention::Plan Attention::plan() const {
   const AttentionOptions& options = call_.options;
   const int64_t rows = call_.tokens * group_;
-  const bool exact = exact_attention() || (rows > kManyRows && call_.tokens > 1);
+  const bool exact = call_.exact || (rows > kManyRows && call_.tokens > 1);
   Plan plan = {};
   plan.decode_keys = exact || !kernels_.reads_codes(call_.key.scheme, call_.key.head_dim);
   plan.decode_values = exact || !kernels_.reads_codes(call_.value.scheme, call_.value.head_dim);

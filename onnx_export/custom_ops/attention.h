@@ -55,6 +55,7 @@ struct AttentionOptions {
 // null if they are not given. Arrays of void have elements of `dtype`.
 struct AttentionCall {
   const Kernels* kernels = nullptr;
+  bool exact = false;  // float32 throughout: codes are decoded
   Threads threads = {};
   AttentionOptions options;
   Dtype dtype = Dtype::float32;  // or float16

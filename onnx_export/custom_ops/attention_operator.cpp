@@ -130,11 +130,17 @@ struct AttentionKernel {
                     Side* side) const;
   Status make_outputs(Context& context, const AttentionCall& call, Tensors* tensors) const;
 
+  const Kernels* kernels_ = nullptr;
+  bool exact_ = false;
   AttentionOptions options_;
   Scheme key_, value_;
 };
 
 Status AttentionKernel::create(const Attributes& attributes) {
+  const char* problem = "";
+  kernels_ = choose_kernels(&problem);
+  if (kernels_ == nullptr) return Status::error("%s", problem);
+  exact_ = exact_attention();
   NSQ_TRY(attributes.get("heads", &options_.heads, 1));
   NSQ_TRY(attributes.get("kv_heads", &options_.kv_heads, 1));
   if (options_.heads > kMostHeads || options_.heads % options_.kv_heads != 0) {
@@ -334,14 +340,12 @@ Status AttentionKernel::make_outputs(Context& context, const AttentionCall& call
 }
 
 Status AttentionKernel::compute(Context& context) const {
-  const char* problem = nullptr;
-  const Kernels* kernels = choose_kernels(&problem);
-  if (kernels == nullptr) return Status::error("%s", problem);
   Tensors tensors;
   for (int i = 0; i < kInputs; ++i) NSQ_TRY(context.input(i, &tensors.inputs[i]));
 
   AttentionCall call;
-  call.kernels = kernels;
+  call.kernels = kernels_;
+  call.exact = exact_;
   call.threads = {[](const void* runtime, void (*task)(void*, size_t), int64_t tasks, void* data) {
                     return static_cast<const Context*>(runtime)->parallel_for(
                         tasks, [=](int64_t number) { task(data, static_cast<size_t>(number)); });

@@ -76,7 +76,7 @@ struct Kernels {
 const Kernels* choose_kernels(const char** problem);
 
 // True if the environment variable NSQ_EXACT is set and not 0: codes are then decoded and all
-// arithmetic of attention is float32.
+// arithmetic of attention is float32. Both are read when a session is made.
 bool exact_attention();
 
 }  // namespace nsq

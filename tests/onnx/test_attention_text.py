@@ -24,7 +24,7 @@ from onnx_export.tokenizer import Tokenizer
 SCHEME = Scheme(symmetric=False, magnitude="lsq", block_size=32, sink_tokens=1)
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 9, 3, 64, 30
 CAPACITY = 160
-PROMPT, CONTINUATION = 100, 24  # tokens: three blocks are sealed at first, and one on the way
+PROMPT, CONTINUATION = 92, 12  # tokens: two blocks are sealed at first, and one on the way
 FIELDS = cache_fields(
     SCHEME, SCHEME, kv_heads=KV_HEADS, head_dim=HEAD_DIM, capacity=CAPACITY
 )  # fmt: skip

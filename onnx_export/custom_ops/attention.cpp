@@ -585,6 +585,8 @@ Attention::Piece Attention::piece_at(const Tokens& tokens, int64_t first, int64_
                          float* room) -> float* {
     if (part == nullptr) return nullptr;
     kernels_.widen(at(part, place, dtype), dtype, number, room);
+    const auto* next = at(part, place + number, dtype);
+    for (int64_t i = 0; i < number * size_of(dtype); i += 64) __builtin_prefetch(next + i);
     return room;
   };
   block.scale = widen(side.present.scale, from.scale, scales, scheme.scale_dtype, space.scale);

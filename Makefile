@@ -1,9 +1,10 @@
 # Two commands: `make demo` and `make test`. Both set up .venv inside this clone by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
+NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-torch lint types docs benchmark clean
+.PHONY: demo test test-torch sanitize lint types docs benchmark clean
 
 demo: .venv/demo.done
 	$(BIN)/nsq demo
@@ -14,6 +15,16 @@ test: .venv/test.done
 test-torch: .venv/torch.done
 	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
+
+# Python itself leaks, by intention; hypothesis draws few examples, as this is slow.
+sanitize: .venv/test.done
+	@mkdir -p build/sanitize
+	cd build/sanitize && PATH="$(abspath $(BIN)):$$PATH" cmake ../../onnx_export/custom_ops \
+	  -DNSQ_SANITIZE=address,undefined && PATH="$(abspath $(BIN)):$$PATH" cmake --build . --parallel 2
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	NSQ_CUSTOM_OPS=build/sanitize/libnsq_onnx.so NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -q \
+	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
+	  tests/test_onnx_attention.py
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -35,7 +46,7 @@ benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.conformance
 
-.venv/%.done: pyproject.toml
+.venv/%.done: pyproject.toml $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Setting up .venv for 'make $*' (once)"
 	@$(BIN)/python -m pip install --quiet --editable ".[$*]"

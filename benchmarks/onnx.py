@@ -39,9 +39,10 @@ from benchmarks.timing import (
     write_json,
 )
 from nsq_ref.scheme import SchemeName
+from onnx_export.attention import attention_node
 from onnx_export.codec import dequantize_model, quantize_model
 from onnx_export.custom_ops import register
-from onnx_export.functions import DOMAIN, VERSION, scheme_attributes
+from onnx_export.functions import DOMAIN, VERSION
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -54,7 +55,6 @@ CODECS: tuple[SchemeName, ...] = ("streaming4", "nsep+pchan4")
 CODEC_SHAPE = (8, 4096, 128)
 BLOCK_SIZE = 128
 IN_TAIL = BLOCK_SIZE // 2  # tokens beyond whole blocks, sinks included: half a block
-PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
 INSTRUCTION_SETS = ("avx512", "avx2")
 INT4_STEP = 0.5  # of GroupQueryAttention's static scales: standard normal data reach 7 of them
 PEER, PEER_FLOAT = "GQA int4", "GQA float32"
@@ -360,7 +360,6 @@ class Step:
         results: Arrays,
     ) -> None:
         self.feeds, self.results = feeds, results  # which own the memory
-        self.environment = {} if native is None else native.environment
         self.session = open_session(model, threads, native)
         self.binding = self.session.io_binding()
         for bind, arrays in (
@@ -373,7 +372,6 @@ class Step:
 
     def __call__(self) -> None:
         """Run."""
-        os.environ.update(self.environment)  # Attention reads it at each call
         self.session.run_with_iobinding(self.binding)
 
 
@@ -386,7 +384,7 @@ def open_session(
     if native is not None:
         del model.functions[:]  # so that nothing but the library can answer
         register(options)
-        os.environ.update(native.environment)
+        os.environ.update(native.environment)  # which is read when the session is made
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
@@ -439,19 +437,8 @@ def native_step(
     results = {"output": np.zeros_like(new["query"]), "present_lengths": np.zeros(batch, np.int64)}
     feeds |= {f"past_{name}": array for name, array in cache.items()}
     results |= {f"present_{name}": array for name, array in cache.items()}
-    parts = [f"{side}_{part}" for side in ("key", "value") for part in PARTS]
     scheme = replace(nsq.Scheme.named(scheme_name), block_size=BLOCK_SIZE)
-    attributes = scheme_attributes(scheme, "key_") | scheme_attributes(scheme, "value_")
-    del attributes["key_outlier_channels"], attributes["value_outlier_channels"]
-    node = helper.make_node(
-        "Attention",
-        [*new, "past_lengths", *[""] * 6, *(f"past_{x}" if x in cache else "" for x in parts)],
-        ["output", "present_lengths", *(f"present_{x}" if x in cache else "" for x in parts)],
-        domain=DOMAIN,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
-        **attributes,
-    )
+    node = attention_node(scheme, scheme, heads=HEADS, kv_heads=KV_HEADS)
     model = one_node(node, feeds, results, helper.make_opsetid(DOMAIN, VERSION))
     return Step(model, threads, native, feeds, results)
 

@@ -185,6 +185,7 @@ def attention_model(
     head_dim: int,
     value_head_dim: int | None = None,
     dtype: FloatName = "float32",
+    opset: int = OPSET,
     **options: Any,
 ) -> onnx.ModelProto:
     """Return a model of one nsq.Attention, which any ONNX runtime can run.
@@ -198,6 +199,8 @@ def attention_model(
         ``head_dim`` by default.
     dtype : {"float32", "float16"}
         Of query, keys, values and output.
+    opset : int
+        Of the standard operators in the function bodies, at least 21.
     **options
         As `attention_node` takes them.
 
@@ -264,9 +267,9 @@ def attention_model(
     )
     return helper.make_model(
         graph,
-        functions=functions(OPSET),
+        functions=functions(opset),
         producer_name="onnx_export",
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=IR_VERSION,
     )
 

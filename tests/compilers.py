@@ -13,11 +13,11 @@ def compile_library(source: Path, output: Path, *flags: str) -> Path:
     """Compile a C file to a shared library that finds ``nsq.h``."""
     # Contraction would fuse multiply-adds; the sanitizer is zig's default and is not portable.
     options = ["-shared", "-fPIC", "-O2", "-ffp-contract=off", "-fno-sanitize=undefined"]
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "ziglang", "cc"),
-            *(*options, f"-I{INCLUDE}", *flags, str(source), "-o", str(output)),
-        ],
-        check=True,
-    )
+    return compile_program(source, output, *options, f"-I{INCLUDE}", *flags)
+
+
+def compile_program(source: Path, output: Path, *flags: str) -> Path:
+    """Compile a C file."""
+    command = [sys.executable, "-m", "ziglang", "cc", *flags, str(source), "-o", str(output)]
+    subprocess.run(command, check=True)
     return output

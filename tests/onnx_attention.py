@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from nsq_ref import KVCache, Quantized, Scheme, attention
-from nsq_ref.scheme import FLOAT_DTYPES, row_bytes
-from onnx_export.functions import functions as project_functions
-from onnx_export.functions import scheme_attributes
+from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName
+from onnx_export.attention import attention_model, cache_fields
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -56,7 +55,7 @@ class Config:
     value_head_dim: int | None = None
     key: Scheme = BLOCKS_OF_4
     value: Scheme = BLOCKS_OF_4
-    dtype: str = "float32"
+    dtype: FloatName = "float32"
     capacity: int = 16  # tokens; each side has room for as many whole blocks as hold them
     scale: float | None = None
     causal: bool = True
@@ -85,51 +84,13 @@ class Config:
         optional = ("new_lengths", "position_ids", "attention_bias", "head_sink")
         return names | {name for name in optional if getattr(self, name)}
 
-    def cache(self, batch: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Dtype and shape of every tensor of the cache, by the name behind past_ or present_."""
-        plain = FLOAT_DTYPES[self.dtype]
-        found = {}
-        for side, scheme, channels in (
-            ("key", self.key, self.head_dim),
-            ("value", self.value, self.value_dim),
-        ):
-            block = scheme.block_size or 1
-            blocks = -(-self.capacity // block)
-            narrow, factor = FLOAT_DTYPES[scheme.scale_dtype], FLOAT_DTYPES[scheme.norm_dtype]
-            scales = (blocks, channels) if scheme.axis == "channel" else (blocks * block, 1)
-            shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-                "packed": (
-                    np.dtype(np.uint8), (blocks * block, row_bytes(channels, scheme.bits))
-                ),
-                "scale": (narrow, scales),
-                "tail": (plain, (block, channels)),
-            }  # fmt: skip
-            if scheme.separate_norm:
-                shapes["norm"] = factor, (blocks * block,)
-            if not scheme.symmetric:
-                shapes["zero"] = narrow, scales
-            if scheme.sink_tokens:
-                shapes["sinks"] = plain, (scheme.sink_tokens, channels)
-            for part, (dtype, shape) in shapes.items():
-                found[f"{side}_{part}"] = dtype, (batch, self.kv_heads, *shape)
-        return {name: found[name] for name in CACHE if name in found}
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """The attributes of the node."""
-        own: dict[str, Any] = {
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "scale": float(self.scale or 0),
-            "causal": int(self.causal),
-            "softcap": float(self.softcap or 0),
-            "sliding_window": self.sliding_window or 0,
-            "rotary_interleaved": int(self.rotary_interleaved),
-            "smooth_softmax": int(self.smooth_softmax),
-        }
-        own |= scheme_attributes(self.key, "key_") | scheme_attributes(self.value, "value_")
-        del own["key_outlier_channels"], own["value_outlier_channels"]
-        return own
+    def cache(self, batch: int) -> dict[str, Field]:
+        """Shape and dtype of every tensor of the cache, by the name behind past_ or present_."""
+        fields = cache_fields(
+            self.key, self.value, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            value_head_dim=self.value_dim, capacity=self.capacity, dtype=self.dtype,
+        )  # fmt: skip
+        return {name: Field((batch, *field.shape), field.dtype) for name, field in fields.items()}
 
 
 def model(
@@ -138,61 +99,17 @@ def model(
     opset: int = 21,
 ) -> onnx.ModelProto:
     """Return a model of one nsq.Attention; ``functions`` are those of the project by default."""
-    if functions is None:
-        functions = project_functions(opset)
-    plain = ELEMENT[config.dtype]
-    channels = (config.heads + 2 * config.kv_heads) * config.head_dim
-    shapes: dict[str, tuple[int, list[Any]]] = {
-        "query": (
-            plain,
-            ["B", "S", channels if config.packed else config.heads * config.head_dim],
-        ),
-        "key": (plain, ["B", "S", config.kv_heads * config.head_dim]),
-        "value": (plain, ["B", "S", config.kv_heads * config.value_dim]),
-        "past_lengths": (TensorProto.INT64, ["B"]),
-        "new_lengths": (TensorProto.INT64, ["B"]),
-        "cos": (plain, ["P", config.rotary // 2]),
-        "sin": (plain, ["P", config.rotary // 2]),
-        "position_ids": (TensorProto.INT64, ["B", "S"]),
-        "attention_bias": (plain, ["bias_batch", "bias_heads", "S", "N"]),
-        "head_sink": (plain, [config.heads]),
-    }
-    cache: dict[str, tuple[int, list[Any]]] = {
-        name: (ELEMENT[dtype.name], ["B", *shape[1:]])
-        for name, (dtype, shape) in config.cache(1).items()
-    }
-
-    def tensors(
-        names: Sequence[str], known: dict[str, tuple[int, list[Any]]], prefix: str = ""
-    ) -> list[onnx.ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info(prefix + name, *known[name])
-            for name in names
-            if name in known
-        ]
-
-    given = [name for name in INPUTS if name in config.inputs]
-    node = helper.make_node(
-        "Attention",
-        [name if name in given else "" for name in INPUTS]
-        + [f"past_{name}" if name in cache else "" for name in CACHE],
-        ["output", "present_lengths"]
-        + [f"present_{name}" if name in cache else "" for name in CACHE],
-        domain="nsq",
-        **config.attributes,
-    )
-    results: dict[str, tuple[int, list[Any]]] = {
-        "output": (plain, ["B", "S", config.heads * config.value_dim]),
-        "present_lengths": (TensorProto.INT64, ["B"]),
-    }
-    graph = helper.make_graph(
-        [node],
-        "attention",
-        tensors(given, shapes) + tensors(CACHE, cache, "past_"),
-        tensors(list(results), results) + tensors(CACHE, cache, "present_"),
-    )
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("nsq", 1)]
-    return helper.make_model(graph, functions=list(functions), opset_imports=imports, ir_version=10)
+    built = attention_model(
+        config.key, config.value, heads=config.heads, kv_heads=config.kv_heads,
+        head_dim=config.head_dim, value_head_dim=config.value_dim, dtype=config.dtype, opset=opset,
+        inputs=config.inputs - {"query", "past_lengths"}, scale=config.scale,
+        causal=config.causal, softcap=config.softcap, sliding_window=config.sliding_window,
+        rotary_interleaved=config.rotary_interleaved, smooth_softmax=config.smooth_softmax,
+    )  # fmt: skip
+    if functions is not None:
+        del built.functions[:]
+        built.functions.extend(functions)
+    return built
 
 
 class Runner:
@@ -239,7 +156,7 @@ class Runner:
             name: np.frombuffer(
                 self.garbage.bytes(int(np.prod(shape)) * dtype.itemsize), dtype
             ).reshape(shape).copy()
-            for name, (dtype, shape) in self.config.cache(len(self.lengths)).items()
+            for name, (shape, dtype) in self.config.cache(len(self.lengths)).items()
         }  # fmt: skip
 
     def step(self, inputs: Inputs) -> Array:

@@ -40,7 +40,9 @@ def library_path() -> Path:
             raise FileNotFoundError(f"NSQ_CUSTOM_OPS={named!r} is not a file; unset it or build it")
         return Path(named)
     name = _FILE_NAMES.get(sys.platform, "libnsq_onnx.so")
-    for folder in __path__:  # two if the package is installed from a clone: sources, and what was built
+    for (
+        folder
+    ) in __path__:  # two if the package is installed from a clone: sources, and what was built
         if (path := Path(folder) / name).is_file():
             return path
     raise FileNotFoundError(

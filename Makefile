@@ -16,13 +16,16 @@ test-torch: .venv/torch.done
 	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
 
-# Python itself leaks, by intention; hypothesis draws few examples, as this is slow.
+# Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
+# finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.
 sanitize: .venv/test.done
 	@mkdir -p build/sanitize
 	cd build/sanitize && PATH="$(abspath $(BIN)):$$PATH" cmake ../../onnx_export/custom_ops \
 	  -DNSQ_SANITIZE=address,undefined && PATH="$(abspath $(BIN)):$$PATH" cmake --build . --parallel 2
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	NSQ_CUSTOM_OPS=build/sanitize/libnsq_onnx.so NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -q \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	NSQ_CUSTOM_OPS="$(CURDIR)/build/sanitize/libnsq_onnx.so" NSQ_TEST_PROFILE=few \
+	  $(BIN)/python -m pytest -n 2 -q \
 	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
 	  tests/test_onnx_attention.py
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from rich.console import Console
 from rich.progress import track
 
@@ -172,8 +172,8 @@ def available() -> list[str]:
     for cpu in INSTRUCTION_SETS:
         try:
             open_session(quantize_model(nsq.Scheme()), 1, Native(cpu, False))
-        except InvalidArgument as error:
-            if "NSQ_CPU" not in str(error):
+        except RuntimeException as error:
+            if "this machine cannot run" not in str(error):
                 raise
         else:
             found.append(cpu)

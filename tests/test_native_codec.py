@@ -31,11 +31,11 @@ from nsq_ref.conformance.worker import Model
 from onnx_export import custom_ops
 from onnx_export.codec import dequantize_model, quantize_model
 from onnx_export.functions import DOMAIN, VERSION, scheme_attributes
+from tests.processors import CPUS
 
 Array = npt.NDArray[Any]
 
 ROOT = Path(__file__).parents[1]
-CPUS = ("portable", "avx2", "avx512")
 SCHEMES = (
     "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "pchan3", "nsep2",
     "nsep+out4", "outlier8", "streaming4", "streaming3", "nsep+pchan4-gain", "nsep+pchan4-lsq",

@@ -1,4 +1,4 @@
-"""The native library as onnxruntime sees it: registration, the choice of a processor, bad models."""
+"""The native library in onnxruntime: registration, the choice of a processor, bad models."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_bad_attributes_are_named(make: Any, message: str) -> None:
 def test_bad_attributes_of_a_cache_are_named(prefix: str, message: str) -> None:
     given = {prefix + name: value for name, value in BAD_ATTRIBUTES[message].items()}
     sizes = {"key_block_size": 4, "value_block_size": 4, "heads": 2, "kv_heads": 1}
-    with pytest.raises(Exception, match="nsq.Attention") as error:
+    with pytest.raises(Exception, match=r"nsq\.Attention") as error:
         attention(**(sizes | given))
     assert prefix + message.removeprefix("attribute ") in str(error.value)
 

@@ -28,13 +28,13 @@ from tests.onnx_attention import (
     make_inputs,
     model,
 )
+from tests.processors import CPUS
 
 FUNCTION: dict[str, dict[str, Any]] = {
     "optimised": {},
     "as it is": {"optimised": False},
     "onnx.reference": {"reference": True},
 }
-CPUS = ("portable", "avx2", "avx512")
 
 
 def cache_schemes(**fixed: Any) -> st.SearchStrategy[Scheme]:

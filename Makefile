@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-torch sanitize lint types docs benchmark clean
+.PHONY: demo test test-torch test-oldest sanitize lint types docs benchmark clean
 
 demo: .venv/demo.done
 	$(BIN)/nsq demo
@@ -15,6 +15,13 @@ test: .venv/test.done
 test-torch: .venv/torch.done
 	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
+
+# The oldest onnxruntime that is supported, in front of the one in .venv.
+test-oldest: .venv/test.done
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
+	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
+	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
+	  tests/test_onnx_attention.py tests/test_onnx_codec.py tests/test_onnx_host.py
 
 # Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
 # finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.

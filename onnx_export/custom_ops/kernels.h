@@ -1,7 +1,7 @@
 // What is compiled once for each instruction set: one table of functions, chosen at run time.
 //
-// A block is a run of consecutive tokens of one key/value head that share scales (B1). Scales, zeros
-// and norms are float32 here: narrowed values of the stored dtype, widened, which is exact.
+// A block is a run of consecutive tokens of one key/value head that share scales (B1). Scales,
+// zeros and norms are float32 here: narrowed values of the stored dtype, widened, which is exact.
 #pragma once
 
 #include <cstdint>

@@ -30,7 +30,9 @@ struct Scheme {
   Dtype scale_dtype = Dtype::float16;
   Dtype norm_dtype = Dtype::float16;
 
-  NSQ_INLINE int greatest_code() const { return symmetric ? (1 << (bits - 1)) - 1 : (1 << bits) - 1; }
+  NSQ_INLINE int greatest_code() const {
+    return symmetric ? (1 << (bits - 1)) - 1 : (1 << bits) - 1;
+  }
   NSQ_INLINE int least_code() const { return symmetric ? -greatest_code() : 0; }
   // Added to a code before it is packed (P1).
   NSQ_INLINE int code_offset() const { return symmetric ? 1 << (bits - 1) : 0; }

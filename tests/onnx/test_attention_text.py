@@ -142,7 +142,7 @@ def test_same_text_with_and_without_the_library(
 ) -> None:
     """A1 B1 K1: on a bare runtime, and in the library, by integers and in float32."""
     # Blocks turn differences in the last bit into differences of codes, which later layers enlarge:
-    # logits of two correct runs differ by up to 0.5. In a text that repeats itself the model is sure.
+    # logits of two correct runs differ by up to 0.5. In a text that repeats the model is sure.
     sentence = smollm2_tokenizer.encode(read_address("1793-washington"))[:SENTENCE]
     prompt = np.tile(sentence, TIMES)
     bare = continuation(model, prompt, library=False)

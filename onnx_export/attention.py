@@ -10,18 +10,12 @@ from onnx import TensorProto, helper
 
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme
 from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
+from onnx_export.codec import DTYPES, IR_VERSION, OPSET
 from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
 from onnx_export.functions import functions
 
 __all__ = ["attention_model", "attention_node", "cache_fields"]
 
-OPSET, IR_VERSION = 21, 10
-ELEMENT = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "uint8": TensorProto.UINT8,
-}
 OPTIONAL = INPUTS[1:3] + INPUTS[4:10]  # between the query and the cache
 
 
@@ -237,7 +231,7 @@ def attention_model(
     """
     node = attention_node(key, value, heads=heads, kv_heads=kv_heads, **options)
     value_dim = value_head_dim or head_dim
-    plain = ELEMENT[dtype]
+    plain = DTYPES[dtype]
     packed = "key" not in node.input
     shapes: dict[str, tuple[int, Sequence[Any]]] = {
         "query": (plain, ("B", "S", (heads + 2 * kv_heads * packed) * head_dim)),
@@ -261,7 +255,7 @@ def attention_model(
         # 0 stands where the capacity does.
         axes = ("B", *(size or f"{name}_capacity" for size in field.shape))
         for time in ("past", "present"):
-            shapes[f"{time}_{name}"] = ELEMENT[field.dtype.name], axes
+            shapes[f"{time}_{name}"] = DTYPES[field.dtype.name], axes
     graph = helper.make_graph(
         [node], "attention", _infos(node.input, shapes), _infos(node.output, shapes)
     )

@@ -137,9 +137,7 @@ struct AttentionKernel {
 };
 
 Status AttentionKernel::create(const Attributes& attributes) {
-  const char* problem = "";
-  kernels_ = choose_kernels(&problem);
-  if (kernels_ == nullptr) return Status::error("%s", problem);
+  NSQ_TRY(choose_kernels(&kernels_));
   exact_ = exact_attention();
   NSQ_TRY(attributes.get("heads", &options_.heads, 1));
   NSQ_TRY(attributes.get("kv_heads", &options_.kv_heads, 1));

@@ -135,13 +135,6 @@ Status expect_channels(const char* name, int64_t channels) {
                        static_cast<long long>(channels), static_cast<long long>(kMostChannels));
 }
 
-Status choose(const Kernels** kernels) {
-  const char* problem = "";
-  *kernels = choose_kernels(&problem);
-  if (*kernels != nullptr) return Status();
-  return Status::error("%s", problem);
-}
-
 int64_t count_sequences(const Tensor& tensor) {
   int64_t sequences = 1;
   for (int axis = 0; axis < tensor.rank - 2; ++axis) sequences *= tensor.dims[axis];
@@ -213,7 +206,7 @@ struct Quantize {
   };
 
   Status create(const Attributes& attributes) {
-    NSQ_TRY(choose(&kernels_));
+    NSQ_TRY(choose_kernels(&kernels_));
     return attributes.get("", &scheme_);
   }
 
@@ -360,7 +353,7 @@ struct Dequantize {
   static constexpr Parameter outputs[] = {{"x_hat", Element::float32}};
 
   Status create(const Attributes& attributes) {
-    NSQ_TRY(choose(&kernels_));
+    NSQ_TRY(choose_kernels(&kernels_));
     return attributes.get("", &scheme_);
   }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "operator.h"
 
 #ifdef NSQ_X86
 #include <cpuid.h>
@@ -50,28 +51,30 @@ const Kernels* avx512_kernels() { return nullptr; }
 
 }  // namespace
 
-const Kernels* choose_kernels(const char** problem) {
+Status choose_kernels(const Kernels** kernels) {
   const char* name = std::getenv("NSQ_CPU");
   if (name == nullptr || *name == '\0') {
-    if (const Kernels* kernels = avx512_kernels()) return kernels;
-    if (const Kernels* kernels = avx2_kernels()) return kernels;
-    return &portable::kernels;
+    *kernels = avx512_kernels();
+    if (*kernels == nullptr) *kernels = avx2_kernels();
+    if (*kernels == nullptr) *kernels = &portable::kernels;
+    return Status();
   }
-  if (std::strcmp(name, "portable") == 0) return &portable::kernels;
-  if (std::strcmp(name, "avx2") == 0) {
-    *problem = "the environment variable NSQ_CPU is avx2, which this machine cannot run; unset it";
-    return avx2_kernels();
-  }
-  if (std::strcmp(name, "avx512") == 0) {
-    *problem =
-        "the environment variable NSQ_CPU is avx512, which this machine cannot run (AVX-512 with "
-        "VNNI); unset it";
-    return avx512_kernels();
-  }
-  *problem =
+  const char* problem =
       "the environment variable NSQ_CPU is none of portable, avx2, avx512; choose one, or unset "
       "it for the best that this machine can run";
-  return nullptr;
+  *kernels = nullptr;
+  if (std::strcmp(name, "portable") == 0) {
+    *kernels = &portable::kernels;
+  } else if (std::strcmp(name, "avx2") == 0) {
+    problem = "the environment variable NSQ_CPU is avx2, which this machine cannot run; unset it";
+    *kernels = avx2_kernels();
+  } else if (std::strcmp(name, "avx512") == 0) {
+    problem =
+        "the environment variable NSQ_CPU is avx512, which this machine cannot run (AVX-512 with "
+        "VNNI); unset it";
+    *kernels = avx512_kernels();
+  }
+  return *kernels != nullptr ? Status() : Status::error("%s", problem);
 }
 
 bool exact_attention() {

@@ -71,12 +71,4 @@ struct Kernels {
   float (*exponentials)(float* values, int64_t count, float most);
 };
 
-// The best table that this processor can run, or that the environment variable NSQ_CPU names
-// (portable, avx2, avx512); null, and a sentence in `*problem`, if it names one that cannot run.
-const Kernels* choose_kernels(const char** problem);
-
-// True if the environment variable NSQ_EXACT is set and not 0: codes are then decoded and all
-// arithmetic of attention is float32. Both are read when a session is made.
-bool exact_attention();
-
 }  // namespace nsq

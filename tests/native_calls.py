@@ -100,12 +100,18 @@ Calls = Iterator[tuple[str, dict[str, Array]]]  # what is called, and its output
 # --- the calls -----------------------------------------------------------------------------------
 
 
-def values(rng: np.random.Generator, shape: Sequence[int], tiny: bool) -> Array:
-    """Return normal data; if ``tiny``, about half of it is subnormal in float32."""
-    x = rng.standard_normal(shape)
-    if tiny:
-        x *= 2.0 ** rng.integers(-149, -110, (*shape[:-1], 1))
-    return x.astype(np.float32)
+def values(rng: np.random.Generator, shape: Sequence[int], dtype: Any, tiny: bool) -> Array:
+    """Return normal data; if ``tiny``, about half of it is subnormal.
+
+    Then made of bits, as this thread may flush what it computes.
+    """
+    if not tiny:
+        return rng.standard_normal(shape).astype(dtype)
+    mantissa = np.finfo(dtype).nmant
+    exponents = rng.integers(0, 2, (*shape[:-1], 1)) * rng.integers(0, 12, (*shape[:-1], 1))
+    bits = rng.integers(0, 1 << mantissa, shape) | exponents << mantissa
+    bits |= rng.integers(0, 2, shape) << (8 * np.dtype(dtype).itemsize - 1)
+    return bits.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)
 
 
 def codec_model(operator: str, scheme: Scheme) -> onnx.ModelProto:
@@ -132,7 +138,7 @@ def codec_calls(run: Run, tiny: bool, **options: Any) -> Calls:
             for operator in ("Quantize", "Dequantize")
         }
         for shape in SHAPES:
-            known = {"x": values(rng, shape, tiny), "head_dim": np.array(shape[-1])}
+            known = {"x": values(rng, shape, np.float32, tiny), "head_dim": np.array(shape[-1])}
             for operator, session in sessions.items():
                 results = run(session, known)
                 known |= results
@@ -163,8 +169,7 @@ def attention_calls(run: Run, tiny: bool, **options: Any) -> Calls:
             inputs = make_inputs(config, rng, known["past_lengths"], tokens, counts)
             if tiny:
                 for one in ("query", "key", "value"):
-                    x = inputs[one]
-                    inputs[one] = values(rng, x.shape, tiny).astype(x.dtype)
+                    inputs[one] = values(rng, inputs[one].shape, inputs[one].dtype, tiny)
             results = run(session, inputs | known)
             yield f"Attention, {name}, step {number}", results
             known = {k.replace("present", "past"): x for k, x in results.items() if k != "output"}

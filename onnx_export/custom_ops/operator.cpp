@@ -5,6 +5,10 @@
 #include <cstdio>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 namespace nsq {
 
 Status Status::error(const char* format, ...) {
@@ -261,6 +265,30 @@ Status Attributes::get(const char* prefix, Scheme* scheme) const {
   return Status();
 }
 
+// Arithmetic.
+
+#if defined(__SSE2__)
+
+IeeeArithmetic::IeeeArithmetic() : before_(_mm_getcsr()) {
+  _mm_setcsr(0x1f80);  // as a program begins: all exceptions are masked
+}
+IeeeArithmetic::~IeeeArithmetic() { _mm_setcsr(static_cast<unsigned>(before_)); }
+
+#elif defined(__aarch64__)
+
+IeeeArithmetic::IeeeArithmetic() {
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+  __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+}
+IeeeArithmetic::~IeeeArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+
+#else
+
+IeeeArithmetic::IeeeArithmetic() = default;
+IeeeArithmetic::~IeeeArithmetic() = default;
+
+#endif
+
 // Calls.
 
 Status Context::from_runtime(OrtStatus* status) const {
@@ -419,6 +447,7 @@ OrtStatus* ORT_API_CALL create(const OrtCustomOp* op, const OrtApi* api, const O
 
 OrtStatus* ORT_API_CALL compute(void* kernel, OrtKernelContext* context) {
   const auto* instance = static_cast<const Instance*>(kernel);
+  const IeeeArithmetic arithmetic;
   Context call(*instance->api, *context, *instance->definition);
   return to_runtime(instance->api, instance->definition,
                     instance->definition->compute(instance + 1, call));

@@ -165,6 +165,20 @@ struct Variants {
   size_t count;
 };
 
+// While it lives, its thread's arithmetic is that of the specification: subnormals are numbers like
+// others, roundings go to even, and nothing traps. Threads of a session may be in another mode
+// (session.set_denormal_as_zero), which comes back after it.
+class IeeeArithmetic {
+ public:
+  IeeeArithmetic();
+  ~IeeeArithmetic();
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+
+ private:
+  uint64_t before_ = 0;  // the processor's control register
+};
+
 // One call of an operator.
 class Context {
  public:
@@ -186,6 +200,7 @@ class Context {
       return Status();
     }
     auto call = [](void* data, size_t task) {
+      const IeeeArithmetic arithmetic;  // of a thread that may be another
       (*static_cast<const Function*>(data))(static_cast<int64_t>(task));
     };
     return run_parallel(call, tasks, const_cast<Function*>(&function));

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from tests.native_calls import Array, Arrays, Session, calls, digests
+from nsq_ref import Scheme
+from tests.native_calls import Array, Arrays, Session, calls, codec_model, digests
 from tests.onnx_attention import Config, Inputs, Runner, make_inputs
 from tests.test_onnx_attention import Run, native, runs
 
@@ -126,3 +127,34 @@ def test_new_memory_is_that_of_the_function(native: dict[str, Any], run: Run) ->
         function.step(inputs)
         for name, array in kernel.cache.items():
             assert array.tobytes() == function.cache[name].tobytes(), name
+
+
+# --- tensors that share memory -------------------------------------------------------------------
+
+
+def test_outputs_that_overlap_are_named() -> None:
+    """I2. Not the values, which were another's by then, nor bytes of no meaning."""
+    scheme = Scheme(symmetric=False, sink_tokens=1, outlier_channels=1)
+    quantize, dequantize = (Session(codec_model(one, scheme)) for one in ("Quantize", "Dequantize"))
+    memory = np.zeros(10_000, np.uint8)
+
+    def within(like: Array, start: int) -> Array:
+        there = memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+        there[...] = like
+        return there
+
+    x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
+    parts = quantize.run({"x": x})
+    for name, part in parts.items():
+        with pytest.raises(RuntimeError, match=f"Quantize: {name} overlaps x in memory; bind"):
+            quantize.run({"x": within(x, 0)}, parts | {name: within(part, x.nbytes - 4)})
+    with pytest.raises(RuntimeError, match="Quantize: norm overlaps scale in memory; bind"):
+        quantize.run(
+            {"x": x}, parts | {"scale": within(parts["scale"], 0), "norm": within(parts["norm"], 4)}
+        )
+    feeds = parts | {"head_dim": np.array(8)}
+    x_hat = within(x, 8)
+    for name, part in feeds.items():
+        with pytest.raises(RuntimeError, match=f"Dequantize: x_hat overlaps {name} in memory"):
+            dequantize.run(feeds | {name: within(part, 8)}, {"x_hat": x_hat})
+    assert np.isfinite(dequantize.run(feeds, {"x_hat": within(x, 0)})["x_hat"]).all()

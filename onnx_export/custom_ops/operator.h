@@ -84,6 +84,11 @@ inline Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> 
 Status expect_rank(const Tensor& tensor, int rank);
 Status expect_element(const Tensor& tensor, Element element);
 Status expect_present(const Tensor& tensor);
+// An error that names two tensors if an output shares memory with an input or with another output.
+// own[i] is the input that output i may be in place of, all of it, or -1; no output is in place
+// of any without `own`.
+Status expect_apart(const Tensor* outputs, int output_count, const Tensor* inputs, int input_count,
+                    const int* own = nullptr);
 
 // The attributes of a node. Where the node has no attribute of a name, the value stays as it was,
 // which makes it the default; an attribute of another type is an error.

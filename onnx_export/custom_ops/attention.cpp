@@ -120,6 +120,7 @@ class Attention {
     NSQ_TRY(copy_past());
     NSQ_TRY(seal());
     NSQ_TRY(attend());
+    NSQ_TRY(check_bias());
     write_tails();
     return Status();
   }
@@ -135,6 +136,7 @@ class Attention {
 
   Status read_lengths();
   Status check_positions(int64_t row) const;
+  Status check_bias() const;
 
   Status stage();
   bool stage_tokens(int64_t row, int64_t first, int64_t last, Place* refused);
@@ -187,6 +189,7 @@ class Attention {
   const int64_t group_;  // query heads that share a key/value head
   Scratch<Row> rows_;
   Staged staged_;
+  mutable std::atomic<bool> bias_spoils_{false};  // NaN or infinity was added to a score
 };
 
 // --- lengths and positions -----------------------------------------------------------------------
@@ -235,6 +238,30 @@ Status Attention::check_positions(int64_t row) const {
     if (position < 0 || position >= call_.rotary_positions) {
       return Status::error("position_ids[%lld, %lld] is %lld; cos has %lld positions", shown(row),
                            shown(i), shown(position), shown(call_.rotary_positions));
+    }
+  }
+  return Status();
+}
+
+// What was seen of the bias was looked at when it was added: here only the place is found.
+Status Attention::check_bias() const {
+  if (!bias_spoils_) return Status();
+  const int64_t queries = call_.bias_batch * call_.bias_heads * call_.tokens;
+  for (int64_t line = 0; line < queries; ++line) {
+    const int64_t query = line % call_.tokens, head = line / call_.tokens % call_.bias_heads;
+    const int64_t row = line / call_.tokens / call_.bias_heads;
+    for (int64_t b = row; b < (call_.bias_batch > 1 ? row + 1 : call_.batch); ++b) {
+      const int64_t position = rows_[b].past + query;
+      const int64_t high = call_.options.causal ? position + 1 : rows_[b].length;
+      for (int64_t t = first_seen(position); query < rows_[b].added && t < high; ++t) {
+        float room;
+        const float bias =
+            *widened(at(call_.bias, line * call_.bias_tokens + t, call_.dtype), 1, &room);
+        if (bias < kInfinity) continue;
+        return Status::error("attention_bias[%lld, %lld, %lld, %lld] is %g; a bias is finite, or "
+                             "-infinity where a token is hidden", shown(row), shown(head),
+                             shown(query), shown(t), static_cast<double>(bias));
+      }
     }
   }
   return Status();
@@ -883,7 +910,12 @@ void Attention::add_bias(const Queries& queries, int64_t r, int64_t low, int64_t
                            call_.tokens + queries.first + r / group_;
   const float* bias = widened(at(call_.bias, line * call_.bias_tokens + low, call_.dtype),
                               high - low, space.bias);
-  for (int64_t t = 0; t < high - low; ++t) scores[t] += bias[t];
+  int spoilt = 0;
+  for (int64_t t = 0; t < high - low; ++t) {
+    scores[t] += bias[t];
+    spoilt |= bias[t] < kInfinity ? 0 : 1;  // nor is NaN
+  }
+  if (spoilt != 0) bias_spoils_ = true;
 }
 
 // `seen` is the number of tokens so far, `tokens` that of those whose weights are held.

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <limits>
 
 namespace nsq {
 namespace {
@@ -221,6 +222,10 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     call->rotary_positions = cos.dim(0);
     call->rotary_half = cos.dim(1);
   }
+  if (!cos && (positions || options_.rotary_interleaved)) {
+    return Status::error("%s has no effect without cos and sin; give both, or leave it out",
+                         positions ? positions.name : "attribute rotary_interleaved=1");
+  }
   if (positions) NSQ_TRY(expect_shape(positions, {batch, tokens}));
   call->position_ids = positions.as<int64_t>();
 
@@ -239,7 +244,19 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     call->bias_heads = bias.dim(1);
     call->bias_tokens = bias.dim(3);
   }
-  if (sink) NSQ_TRY(expect_shape(sink, {options_.heads}));
+  if (!sink) return Status();
+  NSQ_TRY(expect_shape(sink, {options_.heads}));
+  if (options_.smooth_softmax) {
+    return Status::error("head_sink is given with attribute smooth_softmax=1, which is a sink of 0 "
+                         "for all heads; use one of the two");
+  }
+  for (int64_t head = 0; head < options_.heads; ++head) {
+    float logit = 0;
+    kernels_->widen(sink.as<uint8_t>() + head * size_of(sink.element), call->dtype, 1, &logit);
+    if (logit < std::numeric_limits<float>::infinity()) continue;
+    return Status::error("head_sink[%lld] is %g; a sink is finite, or -infinity for none",
+                         static_cast<long long>(head), static_cast<double>(logit));
+  }
   call->head_sink = sink.data;
   return Status();
 }

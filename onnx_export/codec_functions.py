@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
 from onnx_export import rounding_nodes
-from onnx_export.function_builder import Nodes
+from onnx_export.function_builder import Nodes, require_opset
 from onnx_export.rounding_nodes import narrow, where_zero
 
 __all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
@@ -227,6 +227,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
 def _function(
     name: str, inputs: Sequence[str], outputs: Sequence[str], add: Nodes, opset: int
 ) -> onnx.FunctionProto:
+    require_opset(opset)
     defaults = [
         helper.make_attribute(field, value) for field, value in scheme_attributes(Scheme()).items()
     ]

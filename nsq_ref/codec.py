@@ -146,7 +146,9 @@ class Quantized:
 
     @property
     def bits_per_element(self) -> float:
-        """Stored bits over the elements of the input: codes, scales, zeros, norms, sinks.
+        """Stored bits over the elements of the input, 0 if it has none.
+
+        Codes, scales, zeros, norms and sinks, all of it.
 
         Examples
         --------
@@ -154,7 +156,8 @@ class Quantized:
         >>> quantize(np.ones((16, 64), np.float32)).bits_per_element
         5.25
         """
-        return 8 * self.nbytes / int(np.prod(self.shape, dtype=object))
+        elements = math.prod(self.shape)
+        return 8 * self.nbytes / elements if elements else 0.0
 
 
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
@@ -353,8 +356,8 @@ def block_of(quantized: Quantized) -> spec.Block:
     def flat(part: Array, axes: int = 2) -> Array:
         return part.reshape(count, *part.shape[-axes:])
 
-    def implied(part: Array | None, *shape: int) -> Array:
-        return np.broadcast_to(np.int32(0), (count, *shape)) if part is None else flat(part)
+    def implied(value: Any, part: Array | None, *shape: int) -> Array:
+        return np.broadcast_to(value, (count, *shape)) if part is None else flat(part)
 
     scale, norm = flat(quantized.scale), quantized.norm
     return spec.Block(
@@ -363,9 +366,9 @@ def block_of(quantized: Quantized) -> spec.Block:
         if norm is None
         else flat(norm, axes=1),
         scale=scale,
-        zero=implied(quantized.zero, *scale.shape[1:]),
-        outlier_index=implied(quantized.outlier_index, blocks, 0),
-        outliers=implied(quantized.outliers, tokens, 0),
+        zero=implied(np.float32(-0.0), quantized.zero, *scale.shape[1:]),
+        outlier_index=implied(np.int32(0), quantized.outlier_index, blocks, 0),
+        outliers=implied(np.float16(0), quantized.outliers, tokens, 0),
         collapsed=np.broadcast_to(np.False_, (count, tokens)),
     )
 
@@ -395,8 +398,8 @@ def _require_backend(backend: str) -> None:
 def _require_shape(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise ValueError(f"{name} has shape {list(shape)}; at least [tokens, head_dim] is needed")
-    if 0 in shape:
-        axis = shape.index(0)
+    if 0 in shape[-2:]:
+        axis = len(shape) - 2 + shape[-2:].index(0)
         raise ValueError(
             f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out"
         )

@@ -156,7 +156,7 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         for t in tokens
     ]
     outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
-    y = [[dequantized(codes[t][j], *pair(t, j)) for j in channels] for t in tokens]
+    y = [[dequantized(codes[t][j], *pair(t, j), scheme) for j in channels] for t in tokens]
     for t in tokens:
         for j, value in zip(kept, outliers[t], strict=True):
             y[t][j] = value
@@ -223,7 +223,7 @@ def squared_error(values: list[float], pair: tuple[float, float], scheme: Scheme
     """S4: float64, one value after the other."""
     total = 0.0
     for value in values:
-        error = add(value, -dequantized(code(value, *pair, scheme), *pair))
+        error = add(value, -dequantized(code(value, *pair, scheme), *pair, scheme))
         total = float(Fraction(total) + Fraction(error) ** 2)
     return total
 
@@ -243,9 +243,10 @@ def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
     return min(max(half_even(Fraction(quotient)), low), high)
 
 
-def dequantized(code: int, scale: float, zero: float) -> float:
-    """D1: two roundings."""
-    return add(multiply(float(code), scale), zero)
+def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:
+    """D1: two roundings; one if symmetric, as nothing is added."""
+    product = multiply(float(code), scale)
+    return product if scheme.symmetric else add(product, zero)
 
 
 def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float:
@@ -305,7 +306,7 @@ def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[
         for j in range(head_dim):
             k = j if scheme.axis == "channel" else 0
             zero = 0.0 if scheme.symmetric else parts["zero"][at][k]
-            y.append(dequantized(codes[j], parts["scale"][at][k], zero))
+            y.append(dequantized(codes[j], parts["scale"][at][k], zero, scheme))
         if scheme.outlier_channels:
             for j, value in zip(
                 parts["outlier_index"][t // size], parts["outliers"][t], strict=True
@@ -323,7 +324,7 @@ def reconstructed(y: list[float], norm: float, scheme: Scheme) -> list[float]:
         return y
     if scheme.magnitude == "norm":
         length = exact_norm(y)
-        y = [divide(value, length) for value in y]
+        y = [divide(value, length) for value in y] if length else y
     return [multiply(norm, value) for value in y]
 
 

@@ -22,8 +22,9 @@ SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest firs
 class Block(NamedTuple):
     """What a block stores, and what it need not store because the scheme implies it.
 
-    Without norm separation every norm is 1, without asymmetry every zero is 0, and without
-    outlier channels those arrays have a last axis of length 0.
+    Without norm separation every norm is 1, without asymmetry every zero is -0, which added to a
+    product leaves it as it is, and without outlier channels those arrays have a last axis of
+    length 0.
     """
 
     codes: npt.NDArray[Any]  # [..., T, D]
@@ -204,9 +205,10 @@ def range_scale(
 
 
 def range_zero(low: Float32, scheme: Scheme) -> npt.NDArray[Any]:
-    """Return the narrowed minimum (rule S2); 0 if symmetric (rule S1)."""
-    least = np.zeros_like(low) if scheme.symmetric else low
-    return rounding.narrow(least, FLOAT_DTYPES[scheme.scale_dtype])
+    """Return the narrowed minimum (rule S2); -0 if symmetric, which adds nothing (rule S1)."""
+    if scheme.symmetric:
+        return np.full(low.shape, -0.0, FLOAT_DTYPES[scheme.scale_dtype])
+    return rounding.narrow(low, FLOAT_DTYPES[scheme.scale_dtype])
 
 
 def range_span(low: Float32, high: Float32, zero: npt.NDArray[Any], scheme: Scheme) -> Float32:

@@ -183,7 +183,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
     scale = add("Gather", "scale", of_token, axis=-2)
     zero = add.choose(
         fields.symmetric,
-        lambda add: [add.constant(np.float32(0))],
+        lambda add: [add.constant(np.float32(-0.0))],  # which adds nothing to any product
         lambda add: [
             add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
                 of_token, axis=-2)

@@ -315,8 +315,11 @@ def _entry(name: str, entry: object) -> tuple[Scheme, tuple[int, ...], np.dtype[
         shape, dtype = entry["shape"], entry["dtype"]
         if not isinstance(shape, list) or len(shape) < 2:
             raise ValueError(f"shape is {shape!r:.80}, not a list of at least two sizes")
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"shape is {shape!r:.80}; sizes are positive integers")
+        if not all(type(size) is int and size >= 0 for size in shape) or 0 in shape[-2:]:
+            raise ValueError(
+                f"shape is {shape!r:.80}; tokens and channels are positive integers, other sizes "
+                "may be 0"
+            )
         if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is {dtype!r:.80}, not one of {', '.join(FLOAT_DTYPES)}")
     except (TypeError, ValueError) as error:

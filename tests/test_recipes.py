@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
 
-from nsq_ref import Quantized, Scheme, dequantize, oracle, quantize, rounding
+from nsq_ref import Quantized, Scheme, dequantize, oracle, quantize, rounding, storage
 from nsq_ref.codec import Backend
+from nsq_ref.scheme import as_scheme
 from nsq_ref.strategies import AWKWARD
-from onnx_export.codec import quantize_model
+from onnx_export.codec import dequantize_model, quantize_model
 from tests.onnx_runners import RUNNERS
 from tests.rows import norm_ties
 from tests.test_foreign_parts import native
@@ -256,6 +258,30 @@ def test_no_sequences(
             assert (quantized.nbytes, quantized.bits_per_element) == (0, 0.0)
             decoded = dequantize(quantized, backend=backend)
             assert (decoded.shape, decoded.dtype) == (given_x.shape, np.float32)
+
+
+@pytest.mark.parametrize("name", ["nsep+pchan4", "streaming4", "nsep+out4", "naive3"])
+@pytest.mark.parametrize("runner", ["onnxruntime", "onnxruntime without optimization", "native"])
+def test_no_sequences_in_operators(runner: str, name: str) -> None:
+    """Parts."""
+    scheme = as_scheme("scheme", name)
+    load = (RUNNERS | {"native": native})[runner]
+    encode, decode = load(quantize_model(scheme)), load(dequantize_model(scheme))
+    for shape in ((0, 3, 4), (2, 0, 3, 4), (0, 1, 1)):
+        expected = quantize(np.zeros(shape, np.float32), scheme)
+        found = encode({"x": np.zeros(shape, np.float32)})
+        for part, array in expected.parts.items():
+            assert (found[part].shape, found[part].dtype) == (array.shape, array.dtype)
+        decoded = decode({**expected.parts, "shape": np.int32(shape)})["x_hat"]
+        assert (decoded.shape, decoded.dtype) == (shape, np.float32)
+
+
+def test_no_sequences_in_a_file(tmp_path: Path) -> None:
+    """Parts."""
+    quantized = quantize(np.zeros((2, 0, 3, 4), np.float32), "streaming4")
+    storage.save(tmp_path / "none.safetensors", {"keys": quantized})
+    loaded = storage.load(tmp_path / "none.safetensors")["keys"]
+    assert (loaded.shape, loaded.scheme) == (quantized.shape, quantized.scheme)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (2, 0, 4), (0, 0, 4), (0, 4, 0)])

@@ -114,7 +114,7 @@ def as_real_array(name: str, values: Any) -> npt.NDArray[np.float64]:
     # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
     if given.dtype.kind not in "fiu" and given.dtype not in INPUT_DTYPES:
         raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
-    return given.astype(np.float64)
+    return given.astype(np.float64, copy=False)
 
 
 def as_integer_array(name: str, values: Any) -> npt.NDArray[Any]:
@@ -223,6 +223,8 @@ def _bfloat16_from_dlpack(x: Any) -> Array:
 def as_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Take one integer: Python's, NumPy's, a 0-d array or tensor, whatever has ``__index__``.
 
+    Sizes, counts and positions of every public function come through here.
+
     Raises
     ------
     TypeError
@@ -236,7 +238,7 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
     >>> as_integer("head_dim", np.array(64), least=1)
     64
     """
-    integer = _index(name, value)
+    integer = value if type(value) is int else _index(name, value)
     if integer is None:
         raise TypeError(f"{name}={_described(name, value)} is not an integer{_remedy(name, value)}")
     if (least is not None and integer < least) or (most is not None and integer > most):

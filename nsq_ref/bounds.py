@@ -23,9 +23,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import arrays, codec, packing, rounding, spec
+from nsq_ref import codec, packing, rounding, spec
+from nsq_ref.arrays import (
+    as_array,
+    as_float,
+    as_float_array,
+    as_integer,
+    as_integer_array,
+    as_real_array,
+    not_finite,
+)
 from nsq_ref.codec import Quantized
-from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme
+from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme, as_scheme
 
 __all__ = [
     "APriori",
@@ -360,7 +369,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     """
     stored = _stored(quantized)
     scheme = quantized.scheme
-    given = arrays.as_float_array("x", x)
+    given = as_float_array("x", x)
     if given.shape != quantized.shape:
         raise ValueError(
             f"x has shape {list(given.shape)}; what was quantized has {list(quantized.shape)}"
@@ -368,7 +377,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     with np.errstate(over="ignore"):
         tokens = given.astype(np.float32)
     if not np.isfinite(tokens).all():
-        raise arrays.not_finite("x", given)
+        raise not_finite("x", given)
     sinks = min(scheme.sink_tokens, given.shape[-2])
     tokens = tokens.reshape(-1, *given.shape[-2:])[:, sinks:]
     norm = np.ones(tokens.shape[:-1])
@@ -383,7 +392,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     return _bounds(quantized, stored, direction, Interval(norm, norm), _length(exact), limit)
 
 
-def a_priori(scheme: Scheme, head_dim: int) -> APriori:
+def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     """Bound the error of any token before any data is seen (E1 to E4).
 
     Assumes a conforming encoder, whose search, if any, is that of rule S4, and with norm separation
@@ -395,7 +404,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Scheme or str
     head_dim : int
         Channels D.
 
@@ -406,7 +415,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
     Raises
     ------
     TypeError, ValueError
-        For anything but a `Scheme`, and for a `head_dim` below 1.
+        For what is no scheme, nor the name of one, and for a `head_dim` below 1.
 
     Examples
     --------
@@ -414,9 +423,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
     >>> round(known.direction_error, 4), round(known.relative, 4)  # sqrt(64) / 14, and E4
     (0.5713, 0.5989)
     """
-    _require_scheme(scheme)
-    if type(head_dim) is not int or head_dim < 1:
-        raise ValueError(f"head_dim={head_dim!r} is not an integer of at least 1")
+    scheme, head_dim = as_scheme("scheme", scheme), as_integer("head_dim", head_dim, least=1)
     coded = max(head_dim - scheme.outlier_channels, 0)
     if not scheme.separate_norm and scheme.axis == "channel":
         # A token beside larger ones is coded as 0 at best.
@@ -499,7 +506,7 @@ def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
 
 
 def direction_interval(
-    codes: Any, scale: Any, zero: Any = None, *, scheme: Scheme, direction: Any = None
+    codes: Any, scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Interval:
     """Enclose the directions that an encoder gives these codes (E1).
 
@@ -509,7 +516,7 @@ def direction_interval(
     scale, zero : array
         Stored scales and zeros that broadcast with the codes: [..., 1, D] or [..., T, 1] for one
         block. No zero if symmetric.
-    scheme : Scheme
+    scheme : Scheme or str
     direction : array, [..., T, D], optional
         ``x / norm``, or ``x`` without norm separation, as an encoder knows it. Only elements
         whose code may have been clamped are looked at, and the scales may be any. Without it,
@@ -531,6 +538,7 @@ def direction_interval(
     >>> low.round(4).tolist(), high.round(4).tolist()
     ([[0.3125, 0.8125]], [[0.4375, 0.8754]])
     """
+    scheme = as_scheme("scheme", scheme)
     numbers = _codes(codes, scheme)
     scales, zeros = _scale_and_zero(scale, zero, scheme)
     shape = _common_shape(codes=numbers, scale=scales, zero=zeros)
@@ -562,7 +570,7 @@ def direction_interval(
 
 
 def element_error(
-    scale: Any, zero: Any = None, *, scheme: Scheme, direction: Any = None
+    scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Float64:
     """Bound ``abs(direction - y)`` whatever the code turns out to be (E1).
 
@@ -574,7 +582,7 @@ def element_error(
     ----------
     scale, zero : array
         Stored scales and zeros. No zero if symmetric.
-    scheme : Scheme
+    scheme : Scheme or str
     direction : array, optional
         What broadcasts with `scale`: the directions ``x / norm`` that an encoder knows.
 
@@ -594,6 +602,7 @@ def element_error(
     >>> element_error([0.125], scheme=Scheme(), direction=[1.0]).round(4)  # 1 - 7 * 0.125
     array([0.125])
     """
+    scheme = as_scheme("scheme", scheme)
     scales, zeros = _scale_and_zero(scale, zero, scheme)
     greatest = scheme.code_range[1]
     step = np.abs(scales)
@@ -678,7 +687,7 @@ def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Flo
     array([0.1001, 0.6325, 2.    ])
     """
     errors = _bound("error", error)
-    low, high = length
+    low, high = _interval("length", length)
     if y is None:
         return np.sqrt(np.minimum(_free_chord(errors, low), 4))
     size = _length(_finite("y", y))
@@ -733,7 +742,7 @@ def relative_error(
     _require("chord", chords, chords <= 2, "is more than 2")
     if magnitude not in ("norm", "gain", "lsq"):
         raise ValueError(f"magnitude={magnitude!r} is not one of norm, gain, lsq")
-    errors = Interval(np.zeros(()), np.zeros(())) if factor_error is None else factor_error
+    errors = _interval("factor_error", (0.0, 0.0) if factor_error is None else factor_error)
     _require("factor_error", errors.low, errors.low >= -1, "is below -1")
     square = np.square(chords)
     if magnitude == "lsq":
@@ -782,7 +791,7 @@ def factor_error(factor: Any, dtype: FloatName) -> Interval:
     )
 
 
-def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -> Interval:
+def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | str) -> Interval:
     """Enclose the norm of rule N1, from the factor that is stored in its place (E9).
 
     Parameters
@@ -793,7 +802,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
         Dequantized directions.
     direction : Interval of [..., T, D]
         Of `direction_interval`; only ``lsq`` looks at it.
-    scheme : Scheme
+    scheme : Scheme or str
 
     Returns
     -------
@@ -812,8 +821,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
     >>> low.round(3), high.round(3)  # twice the length of y
     (array([1.92]), array([1.922]))
     """
-    dequantized = _finite("y", y)
-    _require_scheme(scheme)
+    dequantized, scheme = _finite("y", y), as_scheme("scheme", scheme)
     if not scheme.separate_norm:
         ones = np.ones(dequantized.shape[:-1])
         return Interval(ones, ones)
@@ -829,6 +837,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
         low = np.maximum(ratio.low, 0) * divisor * (1 - OUTWARD)
         high = ratio.high * divisor * (1 + OUTWARD)
         return Interval(low, np.where(divisor == 0, np.inf, high))
+    direction = _interval("direction", direction)
     size, projection = _length(dequantized), _dot(direction, dequantized)
     error = direction_error(_farthest(direction, dequantized))
     low = np.zeros(values.shape)
@@ -876,6 +885,7 @@ def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Flo
     array([[0.5]])
     """
     decoded = _finite("x_hat", x_hat)
+    direction, norm = _interval("direction", direction), _interval("norm", norm)
     _common_shape(direction=direction.low, x_hat=decoded, norm=norm.low[..., None])
     short, long = norm.low[..., None], norm.high[..., None]
     low, high = direction
@@ -914,6 +924,7 @@ def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> 
     (array([[-1.]]), array([[1.]]))
     """
     decoded = _finite("x_hat", x_hat)
+    direction, norm = _interval("direction", direction), _interval("norm", norm)
     _common_shape(direction=direction.low, x_hat=decoded, norm=norm.low[..., None])
     queries = _queries(query, decoded.shape[-1])
     known = np.isfinite(norm.high)
@@ -1007,15 +1018,14 @@ def total_variation(
     >>> total_variation(error).round(4), np.tanh(0.25).round(4)
     (np.float64(0.2449), np.float64(0.2449))
     """
-    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < np.inf:
-            raise ValueError(f"{name}={value!r} is not a positive finite number")
-    low, high = (np.asarray(end, np.float64) * softmax_scale for end in error)
+    softmax_scale = _positive("softmax_scale", softmax_scale)
+    softcap = None if softcap is None else _positive("softcap", softcap)
+    low, high = (end * softmax_scale for end in _interval("error", error))
     low, high = low - OUTWARD * np.abs(low), high + OUTWARD * np.abs(high)
     if softcap is not None:
         low, high = np.clip(low, -2 * softcap, 0), np.clip(high, 0, 2 * softcap)
     if where is not None:
-        attended = _attended(where, low.shape)
+        attended = np.broadcast_to(_attended(where), low.shape)
         low, high = np.where(attended, low, np.inf), np.where(attended, high, -np.inf)
     # The two errors that lie furthest apart are those of two tokens.
     first = np.argmin(low, axis=-1)[..., None]
@@ -1057,8 +1067,7 @@ def spread(values: Any, error: Any, where: Any = None) -> Float64:
     _common_shape(error=errors, **{"values without its last axis": vectors[..., 0]})
     radii = (_length(vectors - _centre(vectors)).high + errors)[..., None, :]
     if where is not None:
-        attended = np.asarray(where)
-        radii = np.where(_attended(attended, attended.shape), radii, -np.inf)
+        radii = np.where(_attended(where), radii, -np.inf)
     if radii.shape[-1] == 1:
         return np.zeros(radii.shape[:-1])
     two = np.partition(radii, -2, axis=-1)[..., -2:]
@@ -1484,12 +1493,19 @@ def _centre(vectors: Float64) -> Float64:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def _real(name: str, values: Any) -> Float64:
-    given = np.asarray(values)
-    # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
-    if given.dtype.kind not in "fiu" and given.dtype not in FLOAT_DTYPES.values():
-        raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
-    return given.astype(np.float64)
+def _interval(name: str, interval: Any) -> Interval:
+    """Take two arrays, of whatever kind."""
+    if not isinstance(interval, tuple) or len(interval) != 2:
+        raise TypeError(f"{name} must be an Interval, got {type(interval).__name__}")
+    low, high = interval
+    return Interval(as_real_array(f"{name}.low", low), as_real_array(f"{name}.high", high))
+
+
+def _positive(name: str, value: Any) -> float:
+    number = as_float(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={number} is not a positive finite number")
+    return number
 
 
 def _require(name: str, values: Array, holds: Array, what: str) -> None:
@@ -1507,22 +1523,19 @@ def _require_held(name: str, values: Float64, dtype: FloatName) -> None:
 
 
 def _finite(name: str, values: Any) -> Float64:
-    numbers = _real(name, values)
+    numbers = as_real_array(name, values)
     _require(name, numbers, np.isfinite(numbers), "is not finite")
     return numbers
 
 
 def _bound(name: str, values: Any) -> Float64:
-    numbers = _real(name, values)
+    numbers = as_real_array(name, values)
     _require(name, numbers, numbers >= 0, "is not a bound: it must be 0 or more")
     return numbers
 
 
 def _codes(codes: Any, scheme: Scheme) -> Float64:
-    _require_scheme(scheme)
-    given = np.asarray(codes)
-    if given.dtype.kind not in "iu":
-        raise TypeError(f"codes has dtype {given.dtype}; give integers")
+    given = as_integer_array("codes", codes)
     least, greatest = scheme.code_range
     inside = (given >= least) & (given <= greatest)
     _require("codes", given, inside, f"is not within {least} to {greatest}")
@@ -1530,7 +1543,6 @@ def _codes(codes: Any, scheme: Scheme) -> Float64:
 
 
 def _scale_and_zero(scale: Any, zero: Any, scheme: Scheme) -> tuple[Float64, Float64]:
-    _require_scheme(scheme)
     if (zero is None) != scheme.symmetric:
         wanted = "has no zero; leave it out" if scheme.symmetric else "needs a zero"
         raise ValueError(f"zero={zero!r:.40}, but {scheme} {wanted}")
@@ -1540,11 +1552,6 @@ def _scale_and_zero(scale: Any, zero: Any, scheme: Scheme) -> tuple[Float64, Flo
         _require_held(name, values, scheme.scale_dtype)
     _common_shape(scale=scales, zero=zeros)
     return scales, zeros
-
-
-def _require_scheme(scheme: object) -> None:
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"scheme must be a Scheme, got {scheme!r:.80}")
 
 
 def _common_shape(**arrays: Array) -> tuple[int, ...]:
@@ -1562,8 +1569,8 @@ def _queries(query: Any, head_dim: int) -> Float64:
     return queries
 
 
-def _attended(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    attended = np.asarray(where)
+def _attended(where: Any) -> npt.NDArray[np.bool_]:
+    attended = as_array("where", where)
     if attended.dtype != np.bool_:
         raise TypeError(f"where has dtype {attended.dtype}; give True where a token is attended to")
-    return np.broadcast_to(attended, shape)
+    return attended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
@@ -10,8 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
-from nsq_ref.arrays import INPUT_DTYPES, RangeError, as_float_array, as_output, not_finite, slabs
-from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, SchemeName, as_scheme
+from nsq_ref.arrays import (
+    INPUT_DTYPES,
+    RangeError,
+    as_array,
+    as_float_array,
+    as_integer,
+    as_integers,
+    as_output,
+    not_finite,
+    slabs,
+)
+from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, as_scheme
 
 __all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
 
@@ -51,6 +62,9 @@ class Quantized:
     collapsed_tokens : int
         Non-zero tokens that decode to zero (D2); 0 in all but degenerate input.
 
+    Parts may be whatever speaks DLPack, and the scheme a name; they are kept as NumPy arrays, which
+    share the memory that was given, and as a `Scheme`.
+
     Raises
     ------
     ValueError, TypeError
@@ -80,6 +94,15 @@ class Quantized:
     collapsed_tokens: int = 0
 
     def __post_init__(self) -> None:
+        plain: dict[str, Any] = {
+            "scheme": as_scheme("scheme", self.scheme),
+            "shape": tuple(as_integers("shape", self.shape, least=0)),
+            "collapsed_tokens": as_integer("collapsed_tokens", self.collapsed_tokens, least=0),
+        }
+        with contextlib.suppress(TypeError):  # of what is no dtype, more is said below
+            plain["dtype"] = np.dtype(self.dtype)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         _require_shape("shape", self.shape)
         if self.dtype not in INPUT_DTYPES[:3]:
             raise TypeError(f"dtype={self.dtype} is not float32, float16 or bfloat16")
@@ -90,10 +113,12 @@ class Quantized:
                 if part is not None:
                     raise ValueError(f"{name} is not stored by {self.scheme}; leave it out")
                 continue
-            if not isinstance(part, np.ndarray):
+            if part is None or isinstance(part, list | tuple):
                 raise TypeError(
                     f"{name} must be an array of {layout[name].dtype}, got {part!r:.80}"
                 )
+            part = as_array(name, part)
+            object.__setattr__(self, name, part)
             if (part.shape, part.dtype) != tuple(layout[name]):
                 raise ValueError(
                     f"{name} is {part.dtype} {list(part.shape)}; the scheme stores "
@@ -163,9 +188,7 @@ class Quantized:
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
 
 
-def quantize(
-    x: Any, scheme: Scheme | SchemeName | None = None, backend: Backend = "numba"
-) -> Quantized:
+def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "numba") -> Quantized:
     """Quantize key or value vectors (spec NSQ-1).
 
     Parameters

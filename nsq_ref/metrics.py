@@ -7,7 +7,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.scheme import FLOAT_DTYPES
+from nsq_ref.arrays import as_integer, as_integers, as_real_array
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
 
@@ -48,6 +48,9 @@ def relative_error(
     array([0.1, 0. ])
     """
     original, restored = _pair(x, x_hat)
+    if axis is not None:
+        several = isinstance(axis, tuple)
+        axis = tuple(as_integers("axis", axis)) if several else as_integer("axis", axis)
     error = np.sqrt(np.sum(np.square(original - restored), axis=axis))
     size = np.sqrt(np.sum(np.square(original), axis=axis))
     ratio = _divide(error, size, np.where(error == 0, 0.0, np.inf))
@@ -135,13 +138,10 @@ def _pair(x: Any, x_hat: Any) -> tuple[Float64, Float64]:
 
 
 def _real(name: str, values: Any) -> Float64:
-    given = np.asarray(values)
-    # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
-    if given.dtype.kind not in "fiu" and given.dtype not in FLOAT_DTYPES.values():
-        raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
+    given = as_real_array(name, values)
     if given.size == 0:
         raise ValueError(f"{name} has shape {list(given.shape)}, which is empty")
-    return given.astype(np.float64)
+    return given
 
 
 def _divide(above: Any, below: Any, otherwise: Any) -> Float64:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from nsq_ref.scheme import Scheme
+from nsq_ref.arrays import as_float_array, as_integer, as_integer_array, as_real_array
+from nsq_ref.scheme import Scheme, as_scheme
 
 __all__ = ["decode", "encode"]
 
@@ -31,6 +32,7 @@ FORMATS = {
     "float32": Format(24, -149, (2 - Fraction(1, 2**23)) * Fraction(2) ** 127),
 }
 SINGLE = FORMATS["float32"]
+STORED = {"packed", "norm", "scale", "zero", "outlier_index", "outliers"}
 SHRINK = [
     Fraction(1),
     Fraction(95, 100),
@@ -108,8 +110,10 @@ def exact_norm(row: Sequence[float]) -> float:
 # --- encode -------------------------------------------------------------------------------------
 
 
-def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
+def encode(x: Any, scheme: Scheme | str) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
+
+    It may be nested lists, or an array that `nsq_ref.quantize` takes.
 
     Returns
     -------
@@ -123,6 +127,8 @@ def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     >>> encode([[3.0, 4.0], [-1.5, 2.0]], Scheme())["norm"]
     [5.0, 2.5]
     """
+    x = as_float_array("x", x).astype("float32").tolist()
+    scheme = as_scheme("scheme", scheme)
     size = scheme.block_size or len(x)
     whole: dict[str, Any] = {}
     for start in range(0, len(x), size):  # B1
@@ -281,8 +287,10 @@ def packed(codes: list[int], scheme: Scheme) -> list[int]:
 # --- decode -------------------------------------------------------------------------------------
 
 
-def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[float]]:
+def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme | str) -> list[list[float]]:
     """Reconstruct what `encode` returned, as ``[T][D]`` (rule D1).
+
+    The parts may be nested lists or arrays.
 
     Examples
     --------
@@ -290,7 +298,12 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
     >>> decode(encode([[3.0, 4.0]], scheme), 2, scheme)
     [[3.0, 4.0]]
     """
-    x_hat: list[list[float]] = decode_stages(parts, head_dim, scheme)["x_hat"]
+    lists = {}
+    for name in STORED & parts.keys():
+        take = as_integer_array if name in ("packed", "outlier_index") else as_real_array
+        lists[name] = take(f"parts[{name!r}]", parts[name]).tolist()
+    head_dim, scheme = as_integer("head_dim", head_dim, least=1), as_scheme("scheme", scheme)
+    x_hat: list[list[float]] = decode_stages(lists, head_dim, scheme)["x_hat"]
     return x_hat
 
 

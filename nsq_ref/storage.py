@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nsq_ref import packing
-from nsq_ref.arrays import INPUT_DTYPES
+from nsq_ref.arrays import INPUT_DTYPES, as_float_array
 from nsq_ref.codec import Quantized, undecodable
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
@@ -497,15 +497,11 @@ def write_arrays(path: PathLike, arrays: Mapping[str, Array]) -> None:
     {'keys': array([[1., 1., 1.]], dtype=float32)}
     >>> folder.cleanup()
     """
+    given = {}
     for name, array in arrays.items():
         _require_name(name)
-        if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") not in INPUT_DTYPES:
-            got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise TypeError(
-                f"arrays[{name!r}] must be an array of float16, bfloat16, float32 or float64, "
-                f"got {got}"
-            )
-    _write(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, None)
+        given[name] = np.ascontiguousarray(as_float_array(f"arrays[{name!r}]", array))
+    _write(path, given, None)
 
 
 def read_arrays(path: PathLike) -> dict[str, Array]:

@@ -447,9 +447,9 @@ def test_save_names_what_is_wrong(tensors, error, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("array", [np.ones(3, np.int8), np.ones(3, "V2"), [1.0], None])
+@pytest.mark.parametrize("array", [np.ones(3, np.int8), np.ones(3, "V2"), ["x"], None])
 def test_write_arrays_takes_float_arrays_only(array, tmp_path):
-    with pytest.raises(TypeError, match=r"arrays\['k'\] must be an array of float16"):
+    with pytest.raises(TypeError, match=r"arrays\['k'\] has dtype .*; pass float32, float16"):
         storage.write_arrays(tmp_path / "x", {"k": array})
     assert list(tmp_path.iterdir()) == []
 

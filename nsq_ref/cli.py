@@ -713,7 +713,8 @@ def _label(scheme: Scheme) -> str:
         return {field: value for field, value in fields.items() if value != values[field]}
 
     fields = scheme.to_dict()
-    nearest = min(scheme_names(), key=lambda name: len(changes(name)))
+    # Of names as near as each other, one of the same width.
+    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
     return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])
 
 

@@ -713,7 +713,8 @@ def _label(scheme: Scheme) -> str:
         return {field: value for field, value in fields.items() if value != values[field]}
 
     fields = scheme.to_dict()
-    nearest = min(scheme_names(), key=lambda name: len(changes(name)))
+    # Of names as near as each other, one of the same width.
+    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
     return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])
 
 
@@ -876,11 +877,9 @@ def _show_demo(result: dict[str, Any]) -> None:
         "\nNLL and perplexity: their change against the float32 cache, NLL in nats a token;\n"
         "± is its standard error over passages. K and V error: relative, over all layers."
     )
-    for other, paired in result["paired_with_nsep+pchan4"].items():
-        typer.echo(
-            f"{other} costs {paired['nll_change']:+.4f} ± {paired['nll_change_error']:.4f} nats a "
-            "token more than nsep+pchan4, paired by passage."
-        )
+    for paired in result["paired_with_nsep+pchan4"].values():
+        typer.echo(paired["in_words"])
+    typer.echo("Paired by passage; told apart is what differs by more than two standard errors.")
 
 
 def _print_json(result: dict[str, Any]) -> None:

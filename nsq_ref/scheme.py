@@ -45,6 +45,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "nsep+pchan": {"separate_norm": True, "axis": "channel"},
     "streaming": {"symmetric": False, "magnitude": "lsq", "block_size": 128, "sink_tokens": 1},
 }
+# At two bits a range that reaches to the extremes wastes codes: docs/fidelity.md has what it costs.
+_EXCEPTIONS: dict[str, dict[str, Any]] = {"streaming2": {"scale_rule": "search"}}
 _SINGLE = re.compile(r"(?P<family>[a-z+]+)(?P<bits>[2348])")
 _PAIR = re.compile(r"(?P<norm>nsep\+)?KIVI(-K(?P<key>[2348])V(?P<value>[2348]))?")
 
@@ -205,6 +207,8 @@ class Scheme:
         --------
         >>> Scheme.named("naive4").axis
         'token'
+        >>> Scheme.named("streaming3").scale_rule, Scheme.named("streaming2").scale_rule
+        ('range', 'search')
         >>> key, value = Scheme.named("KIVI-K2V4")
         >>> key.bits, value.bits
         (2, 4)
@@ -223,7 +227,8 @@ class Scheme:
                 f"unknown scheme name {name!r}; known are {', '.join(_FAMILIES)}, each followed "
                 "by 2, 3, 4 or 8, and KIVI-K2V4, nsep+KIVI"
             )
-        return cls(bits=int(single["bits"]), **_FAMILIES[single["family"]])
+        own = _FAMILIES[single["family"]] | _EXCEPTIONS.get(name, {})
+        return cls(bits=int(single["bits"]), **own)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scheme:

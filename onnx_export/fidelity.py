@@ -93,6 +93,91 @@ class TransformFidelity:
         return _standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two caches on the same passages, and what may be said of them.
+
+    The rule is that of docs/fidelity.md: a difference is stated if it is more than two of its
+    standard errors. As a string it is the sentence that follows.
+
+    Attributes
+    ----------
+    first, second : str
+        Names of the caches.
+    nll_change : float
+        Mean over passages of the NLL with the first less that with the second.
+    nll_change_error : float
+        Standard error of `nll_change`, paired by passage.
+
+    Examples
+    --------
+    >>> print(Comparison("naive4", "pchan4", -0.03, 0.01))
+    pchan4 costs 0.0300 ± 0.0100 nats a token more than naive4.
+    >>> print(Comparison("naive4", "pchan4", -0.02, 0.01))
+    naive4 and pchan4 are not told apart: -0.0200 ± 0.0100 nats a token.
+    """
+
+    first: str
+    second: str
+    nll_change: float
+    nll_change_error: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is more than two standard errors."""
+        return abs(self.nll_change) > 2 * self.nll_change_error
+
+    def __str__(self) -> str:
+        if not self.told_apart:
+            return (
+                f"{self.first} and {self.second} are not told apart: {self.nll_change:+.4f} ± "
+                f"{self.nll_change_error:.4f} nats a token."
+            )
+        more, less = self.first, self.second
+        if self.nll_change < 0:
+            more, less = less, more
+        return (
+            f"{more} costs {abs(self.nll_change):.4f} ± {self.nll_change_error:.4f} nats a token "
+            f"more than {less}."
+        )
+
+
+def compare(
+    results: Mapping[str, TransformFidelity], first: str, second: str | None = None
+) -> Comparison:
+    """Compare two transforms, passage by passage.
+
+    Parameters
+    ----------
+    results : mapping of str to TransformFidelity
+        What `measure_fidelity` returned.
+    first : str
+        A name in it.
+    second : str, optional
+        Another one; the untouched cache when not given.
+
+    Returns
+    -------
+    Comparison
+
+    Examples
+    --------
+    >>> results = {
+    ...     "coarse": TransformFidelity(nll=(2.2, 3.0), baseline_nll=(2.0, 3.0)),
+    ...     "fine": TransformFidelity(nll=(2.1, 2.9), baseline_nll=(2.0, 3.0)),
+    ... }
+    >>> print(compare(results, "coarse", "fine"))
+    coarse costs 0.1000 ± 0.0000 nats a token more than fine.
+    >>> print(compare(results, "coarse"))
+    coarse and the float32 cache are not told apart: +0.1000 ± 0.1000 nats a token.
+    """
+    nll, name = results[first].baseline_nll, "the float32 cache"
+    if second is not None:
+        nll, name = results[second].nll, second
+    paired = TransformFidelity(results[first].nll, nll)
+    return Comparison(first, name, paired.nll_change, paired.nll_change_error)
+
+
 def measure_fidelity(
     decoder: Decoder,
     passages: ArrayLike,

@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -231,6 +232,14 @@ def test_a_label_names_the_scheme(name, bits, block_size, dtype):
     nearest, *differences = cli._label(scheme).split()
     assert cli._schemes(nearest, None, differences).key == scheme
     assert cli._label(Scheme.named(name)) == name
+
+
+@given(st.sampled_from(names()))
+def test_a_label_says_the_scale_rule_rather_than_the_width(name):
+    """S4: that streaming2 searches makes no other width of streaming one of its kind."""
+    scheme = Scheme.named(name)
+    other = "range" if scheme.scale_rule == "search" else "search"
+    assert cli._label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from nsq_ref.scheme import Scheme, scheme_names
 
 __all__ = ["FAMILY", "scheme_named"]
 
-# Every named scheme has float16 scales, norms or least-squares gains, and the full range.
+# Every named scheme has float16 scales and norms or least-squares gains; only streaming2 searches.
 VARIANTS = {
     "gain": Scheme(magnitude="gain"),
     "lsq": Scheme(magnitude="lsq"),

@@ -357,9 +357,10 @@ def _large(name: str) -> bytes:
 
 
 def _by_id(file: str, data: bytes) -> dict[str, Any]:
-    """Return what a file says of each id."""
+    """Return what a file says of each id, and of which scheme."""
     if file.endswith(".json"):
-        return {case["id"]: case for case in json.loads(data)["cases"]}
+        parsed = json.loads(data)
+        return {case["id"]: (parsed["scheme"], case) for case in parsed["cases"]}
     size = int.from_bytes(data[:8], "little")
     description = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["nsq_vector"])
     return {description["id"]: data}

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-import secrets
+import re
 import struct
 import tokenize
 import zipfile
@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 
 from nsq_ref import packing
 from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
+from nsq_ref.files import atomic
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [
@@ -443,24 +444,20 @@ def _require_unique(path: PathLike, file: IO[bytes]) -> None:
 
 
 def _write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file next to ``path`` and move it there once it is complete."""
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it did
-    if target.exists() and not target.is_file():
-        raise StorageError(f"{path} exists and is not a regular file; choose another name")
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        open(temporary, "xb").close()  # for its OSError: the library's has no reason
-        save_file(dict(arrays), temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except SafetensorError as error:
-        raise OSError(f"{path} was not written: {error}") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    def content(temporary: Path) -> None:
+        try:
+            save_file(dict(arrays), temporary, metadata)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from None
+
+    atomic.write([(path, content)])
+
+
+def _as_os_error(error: SafetensorError, path: PathLike) -> OSError:
+    """Return the error of the system, which the library has in words only."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
+    return OSError(f"{path} was not written: {error}")
 
 
 # --- plain arrays -------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -118,17 +116,7 @@ def cached_onnx(
     root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
     folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
     if not _is_intact(folder):
-        file = GGUFFile(gguf_path)
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=root) as temporary:
-            complete = Path(temporary) / folder.name
-            complete.mkdir()
-            build_onnx(file, complete, progress)
-            # Another process may have built the same folder meanwhile.
-            if not _is_intact(folder):
-                if folder.exists():
-                    shutil.rmtree(folder)
-                os.replace(complete, folder)
+        build_onnx(GGUFFile(gguf_path), folder, progress)
     return folder / "model.onnx"
 
 

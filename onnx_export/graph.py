@@ -20,16 +20,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from nsq_ref.files import atomic
 from onnx_export.gguf_file import GGUFFile
 
 GRAPH_VERSION = 1
@@ -41,6 +42,7 @@ Progress = Callable[[str, int, int], None]
 _OPSET = 21
 # The first IR version that belongs to opset 21.
 _IR_VERSION = 10
+WEIGHTS = "weights.bin"
 # External data must be aligned to pages to be mapped into memory.
 _ALIGNMENT = 4096
 
@@ -221,14 +223,14 @@ def read_config(file: GGUFFile) -> DecoderConfig:
 def build_onnx(
     file: GGUFFile, directory: str | os.PathLike[str], progress: Progress | None = None
 ) -> DecoderConfig:
-    """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS`` of both.
+    """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS``: all or none.
 
     Parameters
     ----------
     file : GGUFFile
         A model of the llama or qwen2 architecture.
     directory : str or os.PathLike
-        An existing directory.
+        Created where it does not exist; existing files are replaced.
     progress : callable, optional
         Called as ``progress(what, done, total)`` after every tensor.
 
@@ -241,6 +243,8 @@ def build_onnx(
     ------
     ValueError
         If the model is unsupported, or a tensor is missing, superfluous or of the wrong shape.
+    OSError
+        If a file cannot be written; what was there before is untouched.
 
     Examples
     --------
@@ -259,13 +263,22 @@ def build_onnx(
     config = read_config(file)
     _check_tensors(file, config)
     directory = Path(directory)
-    with _GraphBuilder(file, directory / "weights.bin", progress) as graph:
-        _decoder(graph, config)
-    metadata = {name: str(value) for name, value in asdict(config).items()}
-    model = graph.model(metadata | {"graph_version": str(GRAPH_VERSION)}).SerializeToString()
-    (directory / "model.onnx").write_bytes(model)
-    sums = f"{hashlib.sha256(model).hexdigest()}  model.onnx\n{graph.digest}  weights.bin\n"
-    (directory / "SHA256SUMS").write_bytes(sums.encode("ascii"))
+
+    def files() -> Iterator[tuple[Path, atomic.Content]]:
+        graph = _GraphBuilder(file, WEIGHTS, progress)
+
+        def weights(path: Path) -> None:
+            with path.open("wb") as graph.stream:
+                _decoder(graph, config)
+
+        yield directory / WEIGHTS, weights
+        metadata = {name: str(value) for name, value in asdict(config).items()}
+        model = graph.model(metadata | {"graph_version": str(GRAPH_VERSION)}).SerializeToString()
+        yield directory / "model.onnx", model
+        sums = f"{hashlib.sha256(model).hexdigest()}  model.onnx\n{graph.digest}  {WEIGHTS}\n"
+        yield directory / "SHA256SUMS", sums.encode("ascii")
+
+    atomic.write(files(), make_folders=True)
     return config
 
 
@@ -320,8 +333,9 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
 class _GraphBuilder:
     """Collects nodes and initializers; large tensors go straight into the external data file."""
 
-    def __init__(self, file: GGUFFile, weights: Path, progress: Progress | None) -> None:
+    def __init__(self, file: GGUFFile, weights: str, progress: Progress | None) -> None:
         self.file = file
+        self.stream: IO[bytes]  # of the external data, while it is written
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._nodes: list[onnx.NodeProto] = []
@@ -330,13 +344,6 @@ class _GraphBuilder:
         self._progress = progress
         self._hash = hashlib.sha256()
         self._read = 0
-
-    def __enter__(self) -> _GraphBuilder:
-        self._stream = self._weights.open("xb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
 
     @property
     def digest(self) -> str:
@@ -372,15 +379,15 @@ class _GraphBuilder:
     def weight(self, name: str, values: NDArray[np.float32]) -> str:
         """Add an initializer whose elements lie in the external data file."""
         data = np.ascontiguousarray(values, dtype="<f4")
-        padding = bytes(-self._stream.tell() % _ALIGNMENT)
+        padding = bytes(-self.stream.tell() % _ALIGNMENT)
         for part in (padding, data.data.cast("B")):
             self._hash.update(part)
-            self._stream.write(part)
+            self.stream.write(part)
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=data.shape)
         tensor.data_location = TensorProto.EXTERNAL
         location = {
-            "location": self._weights.name,
-            "offset": self._stream.tell() - data.nbytes,
+            "location": self._weights,
+            "offset": self.stream.tell() - data.nbytes,
             "length": data.nbytes,
         }
         for key, value in location.items():

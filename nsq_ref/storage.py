@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 
 from nsq_ref import packing
 from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
-from nsq_ref.files import atomic
+from nsq_ref.files import atomic, kinds
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [
@@ -50,6 +50,7 @@ FORMAT = "nsq-safetensors-1"
 CACHE_FORMAT = "nsq-cache-1"
 READERS = {FORMAT: "nsq_ref.storage.load", CACHE_FORMAT: "nsq_ref.KVCache.load"}
 METADATA_KEY = "nsq"
+CACHE_MARK = '"format":"nsq-cache-'  # of any version
 DAMAGED = "the file was cut short or damaged, or is something else; copy it again or make it anew"
 TENSOR_DTYPES = ("F16", "BF16", "F32", "F64")
 MOST_DEFLATE_RATIO = 1032  # what DEFLATE can reach; beyond it a zip lies about a member's size
@@ -206,7 +207,7 @@ def holds_cache(path: PathLike) -> bool:
     >>> folder.cleanup()
     """
     with _open_safetensors(path) as file:
-        return '"format":"nsq-cache-' in (file.metadata() or {}).get(METADATA_KEY, "")
+        return CACHE_MARK in (file.metadata() or {}).get(METADATA_KEY, "")
 
 
 # --- containers ---------------------------------------------------------------------------------
@@ -427,7 +428,10 @@ def _open_safetensors(path: PathLike) -> Iterator[Any]:
                 _require_unique(path, file)
                 yield opened
         except SafetensorError as error:
-            raise StorageError(f"{path} is no safetensors file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.SAFETENSORS)
+                or f"{path} is no safetensors file ({error}); {DAMAGED}"
+            ) from None
 
 
 def _require_unique(path: PathLike, file: IO[bytes]) -> None:
@@ -537,12 +541,20 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
         arrays = _read_npz(path)
     elif ending == ".npy":
         with open(path, "rb") as file:
+            if found := kinds.mistaken(path, kinds.NPY):
+                raise StorageError(found)
             size = os.fstat(file.fileno()).st_size
             arrays = {Path(path).stem: _read_npy(str(path), file, size)}
     elif ending == ".safetensors":
         arrays = _read_safetensors(path)
     else:
-        raise StorageError(f"{path} must end in .npz, .npy or .safetensors, which are read")
+        if os.path.isdir(path):
+            raise StorageError(f"{path} is a folder; name a file in it")
+        endings = ".npz, .npy or .safetensors, which are read"
+        found = (
+            kinds.mistaken(path, f"one that ends in {endings}") if os.path.isfile(path) else None
+        )
+        raise StorageError(found or f"{path} must end in {endings}")
     if not arrays:
         raise StorageError(f"{path} holds no arrays")
     try:
@@ -555,7 +567,12 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
 
 def _read_safetensors(path: PathLike) -> dict[str, Array]:
     with _open_safetensors(path) as file:
-        if METADATA_KEY in (file.metadata() or {}):
+        if (text := (file.metadata() or {}).get(METADATA_KEY)) is not None:
+            if CACHE_MARK in text:
+                raise StorageError(
+                    f"{path} holds a saved cache, which is quantized; {READERS[CACHE_FORMAT]} "
+                    "reads it, `nsq info` shows it"
+                )
             raise StorageError(
                 f"{path} holds quantized arrays; `nsq dequantize` or load reads them"
             )
@@ -588,7 +605,9 @@ def _read_npz(path: PathLike) -> dict[str, Array]:
         except StorageError:
             raise
         except ZIP_ERRORS as error:
-            raise StorageError(f"{path} is no .npz file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.NPZ) or f"{path} is no .npz file ({error}); {DAMAGED}"
+            ) from None
     return arrays
 
 

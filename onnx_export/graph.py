@@ -100,9 +100,30 @@ class DecoderConfig:
     rms_norm_epsilon: float
     rope_theta: float
 
+    def require_ids(self, ids: NDArray[np.integer[Any]], name: str) -> None:
+        """Refuse token ids that the model does not know, naming the first of an array so called."""
+        outside = (ids < 0) | (ids >= self.vocab_size)
+        if outside.any():
+            index = [int(i) for i in np.argwhere(outside)[0]]
+            raise ValueError(
+                f"{name}{index} is {ids[tuple(index)]}, outside the vocabulary of "
+                f"{self.vocab_size} tokens; use this model's own tokenizer"
+            )
+
+    def require_context(self, tokens: int, what: str) -> None:
+        """Refuse more tokens than the model's context holds."""
+        if tokens > self.context_length:
+            raise ValueError(
+                f"{what} have {tokens} tokens together, more than the model's context of "
+                f"{self.context_length}; use fewer"
+            )
+
 
 def read_config(file: GGUFFile) -> DecoderConfig:
     """Read the decoder's configuration and check that `build_onnx` computes all that it asks for.
+
+    This takes no longer than reading the header: what it refuses is refused before anything is
+    built.
 
     Parameters
     ----------
@@ -117,7 +138,8 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     Raises
     ------
     ValueError
-        If a key is missing, of the wrong type, inconsistent, or asks for something unsupported.
+        If a key is missing, of the wrong type, inconsistent, or asks for something unsupported; if
+        a tensor is missing, superfluous, of the wrong shape or of a type that cannot be read.
 
     Examples
     --------
@@ -217,6 +239,7 @@ def read_config(file: GGUFFile) -> DecoderConfig:
             f"{file.path}: key '{prefix}rope.scaling.type' is {scaling!r}, which is not supported; "
             "use a model without rope scaling, or with its factors in a tensor 'rope_freqs.weight'"
         )
+    _check_tensors(file, config)
     return config
 
 
@@ -261,7 +284,6 @@ def build_onnx(
     ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
     """
     config = read_config(file)
-    _check_tensors(file, config)
     directory = Path(directory)
 
     def files() -> Iterator[tuple[Path, atomic.Content]]:
@@ -328,6 +350,11 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
                 f"{file.path}: tensor {name!r} is not part of the {config.architecture} graph; "
                 f"use a plain {config.architecture} model"
             )
+    file.require_types()
+    if "rope_freqs.weight" in file.tensors and (file.tensor("rope_freqs.weight") <= 0).any():
+        raise ValueError(
+            f"{file.path}: tensor 'rope_freqs.weight' must be positive; convert the model again"
+        )
 
 
 class _GraphBuilder:
@@ -463,13 +490,7 @@ def _positions(graph: _GraphBuilder, config: DecoderConfig) -> _Positions:
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     if "rope_freqs.weight" in graph.file.tensors:
-        factors = graph.read("rope_freqs.weight")
-        if (factors <= 0).any():
-            raise ValueError(
-                f"{graph.file.path}: tensor 'rope_freqs.weight' must be positive; "
-                "convert the model again"
-            )
-        frequencies = frequencies / factors
+        frequencies = frequencies / graph.read("rope_freqs.weight")
     zero = graph.constant("zero", np.array(0, np.int64))
     one = graph.constant("one", np.array(1, np.int64))
     sequence = graph.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")

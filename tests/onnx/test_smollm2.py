@@ -91,4 +91,4 @@ def test_it_answers_in_english(smollm2_decoder: Decoder, smollm2_tokenizer: Toke
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     stop = smollm2_tokenizer.eos_token_id
     answer = smollm2_decoder.generate(smollm2_tokenizer.encode(prompt), 40, stop_token=stop)
-    assert smollm2_tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+    assert smollm2_tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"

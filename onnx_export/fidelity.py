@@ -158,8 +158,8 @@ def measure_fidelity(
         raise ValueError("transforms must name at least one transform")
     stop = prefill_length + continuation_length
     tokens = _checked_passages(passages, prefill_length, continuation_length)
-    decoder.config.require_ids(tokens, "passages")
     decoder.config.require_context(stop, "prefill and continuation")
+    decoder.config.require_ids(tokens, "passages")
     nll: dict[str, list[float]] = {name: [] for name in transforms}
     baseline: list[float] = []
     total, done = len(tokens) * (2 + len(transforms)), 0

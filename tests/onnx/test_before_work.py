@@ -22,29 +22,30 @@ from onnx_export.tokenizer import Tokenizer
 NSQ = Path(sys.executable).with_name("nsq")
 
 
+def write(path: Path, tensors: dict[str, np.ndarray], **metadata: object) -> None:
+    """Write a GGUF file of tensors as they are, whatever their dtype."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(key, value)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def split(folder: Path, parts: int, first: str = "model-00001-of-{:05d}.gguf") -> list[Path]:
-    """Write a model as llama-gguf-split does: the metadata in the first part only."""
+    """Write a model as llama-gguf-split does: most metadata in the first part only."""
     model = TinyModel()
-    names = sorted(model.tensors())
+    tensors = model.tensors()
     paths = []
     for number in range(parts):
-        path = folder / first.format(parts).replace("-00001-", f"-{number + 1:05d}-")
-        writer = gguf.GGUFWriter(path, "llama")
-        if number == 0:
-            for key, value in model.keys().items():
-                writer.add_uint32(key, value) if isinstance(value, int) else writer.add_float32(
-                    key, value
-                )
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", parts)
-        writer.add_int32("split.tensors.count", len(names))
-        for name in names[number::parts]:
-            writer.add_tensor(name, model.tensors()[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        paths.append(path)
+        paths.append(folder / first.format(parts).replace("-00001-", f"-{number + 1:05d}-"))
+        keys = {"split.no": number, "split.count": parts, "split.tensors.count": len(tensors)}
+        own = dict(list(tensors.items())[number::parts])
+        write(paths[-1], own, **keys, **(model.keys() if number == 0 else {}))
     return paths
 
 
@@ -103,7 +104,7 @@ def tiny_with(folder: Path, **changes: object) -> Path:
         ({}, {"prefill_length": 500, "continuation_length": 13}, "513 tokens together, more than"),
         ({}, {"prefill_length": 0}, "prefill_length must be at least 1"),
         ({}, {"continuation_length": 0}, "continuation_length must be at least 1"),
-        ({}, {"passages": 1}, "at least 2 passages"),
+        ({}, {"passages": 1}, "passages must be at least 2"),
         ({}, {"threads": 0}, "threads must be at least 1"),
     ],
 )  # fmt: skip
@@ -134,15 +135,16 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_built(tmp_pa
 def test_a_tensor_that_cannot_be_read_is_named_before_any_is_built(tmp_path: Path) -> None:
     """Its type, though the tensor is the last to be built, and factors of 0."""
     model = TinyModel(tied=False)
+    steps: list[str] = []
     for changed, message in (
         ({"output.weight": np.ones((40, 32), np.int32)}, "'output.weight' is stored as I32"),
         ({"rope_freqs.weight": np.zeros(4, np.float32)}, "'rope_freqs.weight' must be positive"),
     ):
-        path = write_gguf(tmp_path / "m.gguf", "llama", model.keys(), model.tensors() | changed)
-        steps: list[str] = []
+        path = tmp_path / "m.gguf"
+        write(path, model.tensors() | changed, **model.keys())
         with pytest.raises(ValueError, match=message):
             cached_onnx(
-                path, cache_dir=tmp_path / "c", progress=lambda what, *_: steps.append(what)
+                path, cache_dir=tmp_path / "c", progress=lambda *call: steps.append(call[0])
             )
         assert steps == []
         assert not (tmp_path / "c").exists()

@@ -72,6 +72,30 @@ def test_what_is_written_is_there_and_nothing_else(
         assert found == expected
 
 
+UMASKS = """
+import os, sys
+from pathlib import Path
+from nsq_ref.files import atomic
+
+one, two, probe = (Path(sys.argv[1], name) for name in ("one", "two", "probe"))
+for umask in range(0, 0o1000, 7):
+    os.umask(umask)
+    atomic.write([(one, b"1"), (two, lambda path: path.write_bytes(b"2"))])
+    probe.touch()
+    assert one.stat().st_mode == two.stat().st_mode == probe.stat().st_mode, oct(umask)
+    assert os.umask(umask) == umask
+    for path in (one, two, probe):
+        path.unlink()
+"""
+
+
+def test_new_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    """As ``open`` would have made them, and the umask, which is the process's, is left alone."""
+    subprocess.run([sys.executable, "-c", UMASKS, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
+    assert "os.umask" not in Path(atomic.__file__).read_text(encoding="utf-8")
+
+
 STOPPED = """
 import errno, json, os, sys
 from pathlib import Path

@@ -142,6 +142,8 @@ class _File:
                 if isinstance(content, bytes):
                     file.write(content)
                 self.usual = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if self.usual & OURS != OURS:
+                os.chmod(self.temporary, self.usual | OURS)
             if not isinstance(content, bytes):
                 content(self.temporary)
 
@@ -211,13 +213,18 @@ def _permissions(path: PathLike) -> int | None:
         raise FileExistsError(
             errno.EEXIST, "exists and is not a regular file; choose another name", os.fspath(path)
         )
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):  # the stream is closed
-            if os.path.samestat(found, os.fstat(stream)):
-                raise FileExistsError(
-                    errno.EEXIST, "is where the output goes; choose another name", os.fspath(path)
-                )
+    if any(_goes_to(stream, found) for stream in (1, 2)):
+        raise FileExistsError(
+            errno.EEXIST, "is where the output goes; choose another name", os.fspath(path)
+        )
     return stat.S_IMODE(found.st_mode) & PERMISSIONS
+
+
+def _goes_to(stream: int, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(file, os.fstat(stream))
+    except OSError:  # the stream is closed
+        return False
 
 
 def _make_folders(folder: Path, leftovers: contextlib.ExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nsq_ref import KeyValueSchemes, Quantized, Scheme
     from nsq_ref.conformance.findings import Report
     from nsq_ref.conformance.operations import Operation, Port
@@ -54,10 +57,20 @@ class InputDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+def _file_name(path: Path | None) -> Path | None:
+    """Refuse the sign for a pipe, of which a file of that name would be made."""
+    if path == Path("-"):
+        raise ValueError("- is no file name; what is written whole or not at all goes to no pipe")
+    return path
+
+
 BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="A .safetensors file; replaced if it exists.")
+    Path,
+    typer.Option(
+        "--output", "-o", callback=_file_name, help="A .safetensors file; replaced if it exists."
+    ),
 ]
 
 
@@ -204,9 +217,13 @@ def dequantize(
 
 @app.command()
 def demo(
+    context: typer.Context,
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for demo.png, demo.svg and demo.json.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=_file_name, help="Folder for demo.png, demo.svg, demo.json."
+        ),
     ] = Path("nsq-demo"),
     keys: Annotated[
         Path | None,
@@ -225,7 +242,15 @@ def demo(
     Real prose is prefilled, the cache of every layer quantized and dequantized, and the tokens that
     follow are scored with it. The first run fetches SmolLM2-135M-Instruct, 93 MB.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    if keys is not None:
+        for name in ("gguf", "passages", "prefill", "continuation"):
+            given = context.get_parameter_source(name)
+            if given is not None and given.name == "COMMANDLINE":
+                raise ValueError(f"--keys are coded without a model; leave --{name} out")
+    from nsq_ref.files import atomic
+
+    image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
+    atomic.require_writable(image, drawing, figures, make_folders=True)
     try:
         from nsq_ref import plots, storage
         from nsq_ref.comparison import layered, round_trips
@@ -273,17 +298,23 @@ def demo(
         f"keys of layer {layer}",
         source,
     )
-    for suffix in ("png", "svg"):
-        figure.savefig(output / f"demo.{suffix}", dpi=130)
     text = json.dumps(result, indent=2)
-    (output / "demo.json").write_text(text + "\n", encoding="utf-8")
+    # First, as they may have taken an hour: a disk that is full takes only the files.
     if as_json:
         typer.echo(text)
     else:
         _show_demo(result)
-        typer.echo(
-            f"\n{output / 'demo.png'}, demo.svg and demo.json hold the figure and all of it."
-        )
+    files = {path: _drawn(figure, path.suffix[1:]) for path in (image, drawing)}
+    files[figures] = (text + "\n").encode()
+    atomic.write(files.items(), make_folders=True)
+    if not as_json:
+        typer.echo(f"\n{image}, demo.svg and demo.json hold the figure and all of it.")
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=130)
+    return drawn.getvalue()
 
 
 # --- conformance --------------------------------------------------------------------------------
@@ -320,7 +351,10 @@ OperationOption = Annotated[
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
 ]
-JunitOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML, too.")]
+JunitOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=_file_name, help="Write JUnit XML, too."),
+]
 
 
 @app.command()
@@ -362,6 +396,7 @@ def check(
     from nsq_ref.conformance import ports
     from nsq_ref.conformance.check import run
 
+    _require_report(junit)
     targets = {"decode": decode, "attend": attend, "stream": stream}
     given = [name for name, value in targets.items() if value]
     if directory is not None:
@@ -415,7 +450,10 @@ def gen(
     seed: SeedOption = 0,
     dtypes: DtypeOption = None,
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Write a file for each case, not to the pipe.")
+        Path | None,
+        typer.Option(
+            "--dir", callback=_file_name, help="Write a file for each case, not to the pipe."
+        ),
     ] = None,
 ) -> None:
     """Write the questions that a program answers: nsq gen | ./mine | nsq verify."""
@@ -467,7 +505,10 @@ def verify(
 def vectors(
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder, or a .tar.gz or .zip file.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=_file_name, help="A folder, or a .tar.gz or .zip file."
+        ),
     ],
 ) -> None:
     """Write the test vectors, for those who check without Python."""
@@ -504,6 +545,7 @@ def _check_answers(
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 
+    _require_report(junit)
     hello, port = source()
     scheme, only = chosen
     schemes = hello.schemes
@@ -575,16 +617,26 @@ def _dtypes(chosen: list[InputDtype] | None) -> list[FloatName]:
     return [one.value for one in chosen or InputDtype]
 
 
+def _require_report(junit: Path | None) -> None:
+    """Refuse a name that cannot be written, before the questions are asked."""
+    if junit is not None:
+        from nsq_ref.files import atomic
+
+        atomic.require_writable(junit)
+
+
 def _show_report(report: Report, as_json: bool, junit: Path | None) -> None:
     from nsq_ref.conformance.report import as_json as to_json
     from nsq_ref.conformance.report import as_junit, as_text, exit_code
 
-    if junit is not None:
-        junit.write_text(as_junit(report), encoding="utf-8")
     if as_json:
         _print_json(to_json(report))
     else:
         typer.echo(as_text(report, color=sys.stdout.isatty()), nl=False)
+    if junit is not None:
+        from nsq_ref.files import atomic
+
+        atomic.write([(junit, as_junit(report).encode())])
     raise typer.Exit(exit_code(report))
 
 
@@ -600,7 +652,10 @@ def codec(
         str, typer.Argument(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
     ] = "nsep+pchan4",
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", callback=_file_name, help="A folder."),
+    ],
     changes: SetOption = None,
     dtype: Annotated[InputDtype, typer.Option(help="Of the array.")] = InputDtype.float32,
     rank: Annotated[
@@ -625,22 +680,25 @@ def codec(
         raise ValueError(
             f"nsq onnx needs {error.name}; pip install 'nsq-ref[onnx]' brings all it uses"
         ) from error
-    models = {
-        output / "encode.onnx": quantize_model(chosen, dtype.value, rank),
-        output / "decode.onnx": dequantize_model(chosen, dtype.value, rank),
-    }
-    for path in models:
+    from nsq_ref.files import atomic
+
+    encode, decode = output / "encode.onnx", output / "decode.onnx"
+    for path in (encode, decode):
         if path.exists() and not force:
             raise ValueError(f"{path} exists; choose another folder, or replace it with --force")
-    output.mkdir(parents=True, exist_ok=True)
+    atomic.require_writable(encode, decode, make_folders=True)
+    models = {
+        encode: quantize_model(chosen, dtype.value, rank),
+        decode: dequantize_model(chosen, dtype.value, rank),
+    }
     save_models(models)
     if as_json:
         _print_json(
             {
                 "scheme": chosen.to_dict(),
                 "dtype": dtype.value,
-                "encode": str(output / "encode.onnx"),
-                "decode": str(output / "decode.onnx"),
+                "encode": str(encode),
+                "decode": str(decode),
             }
         )
     else:
@@ -724,8 +782,9 @@ def _label(scheme: Scheme) -> str:
 def _require_output(source: Path, output: Path) -> None:
     if output.suffix.lower() != ".safetensors":
         raise ValueError(f"--output {output} must end in .safetensors, the format that is written")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    from nsq_ref.files import atomic
+
+    atomic.require_writable(output)
     if source.exists() and output.exists() and os.path.samefile(source, output):
         raise ValueError(f"--output {output} is the input; choose another name, to keep both")
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-import secrets
+import re
 import struct
 import tokenize
 import zipfile
@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 from nsq_ref import packing
 from nsq_ref.arrays import INPUT_DTYPES, as_float_array
 from nsq_ref.codec import Quantized, undecodable
+from nsq_ref.files import atomic, kinds
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [
@@ -50,6 +51,7 @@ FORMAT = "nsq-safetensors-1"
 CACHE_FORMAT = "nsq-cache-1"
 READERS = {FORMAT: "nsq_ref.storage.load", CACHE_FORMAT: "nsq_ref.KVCache.load"}
 METADATA_KEY = "nsq"
+CACHE_MARK = '"format":"nsq-cache-'  # of any version
 DAMAGED = "the file was cut short or damaged, or is something else; copy it again or make it anew"
 TENSOR_DTYPES = ("F16", "BF16", "F32", "F64")
 MOST_DEFLATE_RATIO = 1032  # what DEFLATE can reach; beyond it a zip lies about a member's size
@@ -206,7 +208,7 @@ def holds_cache(path: PathLike) -> bool:
     >>> folder.cleanup()
     """
     with _open_safetensors(path) as file:
-        return '"format":"nsq-cache-' in (file.metadata() or {}).get(METADATA_KEY, "")
+        return CACHE_MARK in (file.metadata() or {}).get(METADATA_KEY, "")
 
 
 # --- containers ---------------------------------------------------------------------------------
@@ -430,7 +432,10 @@ def _open_safetensors(path: PathLike) -> Iterator[Any]:
                 _require_unique(path, file)
                 yield opened
         except SafetensorError as error:
-            raise StorageError(f"{path} is no safetensors file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.SAFETENSORS)
+                or f"{path} is no safetensors file ({error}); {DAMAGED}"
+            ) from None
 
 
 def _require_unique(path: PathLike, file: IO[bytes]) -> None:
@@ -447,24 +452,20 @@ def _require_unique(path: PathLike, file: IO[bytes]) -> None:
 
 
 def _write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file next to ``path`` and move it there once it is complete."""
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it did
-    if target.exists() and not target.is_file():
-        raise StorageError(f"{path} exists and is not a regular file; choose another name")
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        open(temporary, "xb").close()  # for its OSError: the library's has no reason
-        save_file(dict(arrays), temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except SafetensorError as error:
-        raise OSError(f"{path} was not written: {error}") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    def content(temporary: Path) -> None:
+        try:
+            save_file(dict(arrays), temporary, metadata)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from None
+
+    atomic.write([(path, content)])
+
+
+def _as_os_error(error: SafetensorError, path: PathLike) -> OSError:
+    """Return the error of the system, which the library has in words only."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
+    return OSError(f"{path} was not written: {error}")
 
 
 # --- plain arrays -------------------------------------------------------------------------------
@@ -540,12 +541,20 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
         arrays = _read_npz(path)
     elif ending == ".npy":
         with open(path, "rb") as file:
+            if found := kinds.mistaken(path, kinds.NPY):
+                raise StorageError(found)
             size = os.fstat(file.fileno()).st_size
             arrays = {Path(path).stem: _read_npy(str(path), file, size)}
     elif ending == ".safetensors":
         arrays = _read_safetensors(path)
     else:
-        raise StorageError(f"{path} must end in .npz, .npy or .safetensors, which are read")
+        if os.path.isdir(path):
+            raise StorageError(f"{path} is a folder; name a file in it")
+        endings = ".npz, .npy or .safetensors, which are read"
+        found = (
+            kinds.mistaken(path, f"one that ends in {endings}") if os.path.isfile(path) else None
+        )
+        raise StorageError(found or f"{path} must end in {endings}")
     if not arrays:
         raise StorageError(f"{path} holds no arrays")
     try:
@@ -558,7 +567,12 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
 
 def _read_safetensors(path: PathLike) -> dict[str, Array]:
     with _open_safetensors(path) as file:
-        if METADATA_KEY in (file.metadata() or {}):
+        if (text := (file.metadata() or {}).get(METADATA_KEY)) is not None:
+            if CACHE_MARK in text:
+                raise StorageError(
+                    f"{path} holds a saved cache, which is quantized; {READERS[CACHE_FORMAT]} "
+                    "reads it, `nsq info` shows it"
+                )
             raise StorageError(
                 f"{path} holds quantized arrays; `nsq dequantize` or load reads them"
             )
@@ -591,7 +605,9 @@ def _read_npz(path: PathLike) -> dict[str, Array]:
         except StorageError:
             raise
         except ZIP_ERRORS as error:
-            raise StorageError(f"{path} is no .npz file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.NPZ) or f"{path} is no .npz file ({error}); {DAMAGED}"
+            ) from None
     return arrays
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from onnx import TensorProto, helper
 
 from nsq_ref import __version__
 from nsq_ref.codec import PARTS
+from nsq_ref.files import atomic
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
 from onnx_export.function_builder import Nodes
@@ -137,12 +135,13 @@ def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
     Parameters
     ----------
     models : mapping of path to onnx.ModelProto
-        Existing files are replaced, and only once all new ones are on disk.
+        Existing files are replaced, and only once all new ones are on disk. Folders that are
+        missing are made.
 
     Raises
     ------
     OSError
-        Where a file cannot be written.
+        Where a file cannot be written; what was there before is untouched.
 
     Examples
     --------
@@ -154,21 +153,8 @@ def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
     'Quantize'
     >>> folder.cleanup()
     """
-    written = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in models}
-    try:
-        for path, model in models.items():
-            if path.exists() and not path.is_file():
-                raise OSError(f"{path} exists and is not a regular file; choose another folder")
-            with open(written[path], "xb") as file:
-                file.write(model.SerializeToString())
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in written.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    files = ((path, model.SerializeToString()) for path, model in models.items())
+    atomic.write(files, make_folders=True)
 
 
 def _is_widened(name: str) -> bool:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from nsq_ref.comparison import CacheRoundTrip, round_trips
 from onnx_export.decoder import Decoder
-from onnx_export.fidelity import TransformFidelity, compare, measure_fidelity
-from onnx_export.graph import Progress
+from onnx_export.fidelity import TransformFidelity, compare, measure_fidelity, require_lengths
+from onnx_export.gguf_file import GGUFFile
+from onnx_export.graph import Progress, read_config
 from onnx_export.smollm2 import smollm2_gguf
 from onnx_export.texts import REPORTING_START
 from onnx_export.texts import passages as text_passages
@@ -117,7 +118,8 @@ def run_demo(
     ConnectionError
         If the model is not in the cache and cannot be downloaded.
     ValueError
-        If the model is damaged or not supported, or the texts hold too few passages.
+        If the model or its tokenizer is damaged or not supported, or the texts hold too few
+        passages. Nothing is built then.
 
     Examples
     --------
@@ -129,13 +131,20 @@ def run_demo(
     >>> result.trips["nsep+pchan4"].bits_per_element
     6.8
     """
+    require_lengths(prefill_length, continuation_length)
+    if passages < 2:
+        raise ValueError(f"passages must be at least 2, for a standard error, got {passages}")
     if gguf_path is None:
         if progress is not None:
             progress("fetching SmolLM2-135M-Instruct", 0, 1)
         gguf_path = smollm2_gguf(cache_dir)
-    decoder = Decoder.from_gguf(gguf_path, cache_dir=cache_dir, threads=threads, progress=progress)
+    # From cheap to dear: reading takes moments, building writes gigabytes, measuring takes minutes.
+    config = read_config(GGUFFile(gguf_path))
+    config.require_context(prefill_length + continuation_length, "prefill and continuation")
     length = prefill_length + continuation_length + 1
     tokens = text_passages(Tokenizer(gguf_path), length, passages, start=REPORTING_START)
+    config.require_ids(tokens, "passages")
+    decoder = Decoder.from_gguf(gguf_path, cache_dir=cache_dir, threads=threads, progress=progress)
     trips = round_trips()
     fidelity = measure_fidelity(
         decoder,

@@ -241,8 +241,10 @@ def measure_fidelity(
     """
     if not transforms:
         raise ValueError("transforms must name at least one transform")
-    tokens = _checked_passages(passages, prefill_length, continuation_length)
     stop = prefill_length + continuation_length
+    tokens = _checked_passages(passages, prefill_length, continuation_length)
+    decoder.config.require_context(stop, "prefill and continuation")
+    decoder.config.require_ids(tokens, "passages")
     nll: dict[str, list[float]] = {name: [] for name in transforms}
     baseline: list[float] = []
     total, done = len(tokens) * (2 + len(transforms)), 0
@@ -275,15 +277,27 @@ def measure_fidelity(
     }
 
 
-def _checked_passages(
-    passages: ArrayLike, prefill_length: int, continuation_length: int
-) -> NDArray[np.int64]:
+def require_lengths(prefill_length: int, continuation_length: int) -> None:
+    """Refuse lengths below 1.
+
+    Examples
+    --------
+    >>> require_lengths(512, 0)
+    Traceback (most recent call last):
+    ValueError: continuation_length must be at least 1, got 0
+    """
     for name, length in (
         ("prefill_length", prefill_length),
         ("continuation_length", continuation_length),
     ):
         if length < 1:
             raise ValueError(f"{name} must be at least 1, got {length}")
+
+
+def _checked_passages(
+    passages: ArrayLike, prefill_length: int, continuation_length: int
+) -> NDArray[np.int64]:
+    require_lengths(prefill_length, continuation_length)
     tokens = np.asarray(passages)
     needed = prefill_length + continuation_length + 1
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -296,7 +310,7 @@ def _checked_passages(
             f"passages has shape {tokens.shape}; a standard error needs at least 2 passages, and "
             f"prefill_length + continuation_length + 1 is {needed} tokens"
         )
-    return tokens.astype(np.int64)
+    return tokens[:, :needed].astype(np.int64)
 
 
 def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> None:

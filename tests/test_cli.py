@@ -258,7 +258,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
         (["--scheme", "naive4", "--set", "magnitude=gain"], "has no effect with separate_norm=F"),
         (["--output", "q.npz"], "--output q.npz must end in .safetensors"),
         (["--output", "no/q.safetensors"], "there is no folder no; make it first"),
-        (["--output", "dir.safetensors"], "dir.safetensors exists and is not a regular file"),
+        (["--output", "dir.safetensors"], "dir.safetensors: exists and is not a regular file"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(options, message, folder):

@@ -116,7 +116,7 @@ def test_models_are_written_together(tmp_path: Path) -> None:
     """Where one cannot be written, none is, and nothing is left."""
     models = {tmp_path / name: quantize_model(Scheme()) for name in ("one", "two")}
     (tmp_path / "two").mkdir()
-    with pytest.raises(OSError, match="two exists and is not a regular file"):
+    with pytest.raises(FileExistsError, match=r"exists and is not a regular file.*two"):
         save_models(models)
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 

@@ -500,7 +500,7 @@ def test_errors_of_the_file_system_stay_what_they_are(tmp_path):
                 read(path)
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
-    with pytest.raises(StorageError, match="not a regular file"):
+    with pytest.raises(FileExistsError, match="not a regular file"):
         storage.write_arrays(folder, arrays)
     with pytest.raises(IsADirectoryError):
         storage.load(folder)

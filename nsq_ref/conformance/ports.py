@@ -7,6 +7,7 @@ a process of their own, `worker`, so that the kit outlives whatever they do.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -48,6 +49,7 @@ from nsq_ref.conformance.operations import (
     attention_options,
     request_of,
 )
+from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
 
 __all__ = [
@@ -195,7 +197,7 @@ def write_requests(stream: BinaryIO, header: Frame, cases: Iterable[Case]) -> No
 
 
 def write_files(directory: str | Path, header: Frame, cases: Iterable[Case]) -> None:
-    """Write the frames of a run as files: ``header.nsq`` and ``00000.nsq`` onwards.
+    """Write the frames of a run as files: ``header.nsq`` and ``00000.nsq`` onwards, all or none.
 
     Raises
     ------
@@ -212,12 +214,19 @@ def write_files(directory: str | Path, header: Frame, cases: Iterable[Case]) -> 
     ['00000.nsq', '00001.nsq', 'header.nsq']
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / HEADER_FILE).open("wb") as file:
-        write_frame(file, header)
-    for number, case in enumerate(cases):
-        with (folder / _file_name(number)).open("wb") as file:
-            write_frame(file, request_of(number, case))
+
+    def files() -> Iterator[tuple[Path, bytes]]:
+        yield folder / HEADER_FILE, _as_bytes(header)
+        for number, case in enumerate(cases):
+            yield folder / _file_name(number), _as_bytes(request_of(number, case))
+
+    atomic.write(files(), make_folders=True)
+
+
+def _as_bytes(frame: Frame) -> bytes:
+    stream = io.BytesIO()
+    write_frame(stream, frame)
+    return stream.getvalue()
 
 
 def reply_of(number: int, result: Answer | Failure) -> Frame:

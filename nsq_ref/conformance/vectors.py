@@ -27,6 +27,7 @@ from nsq_ref.conformance import cases, exact
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 
 __all__ = ["FOLDER", "SCHEMES", "Vector", "content", "export", "load", "names", "write"]
@@ -231,13 +232,12 @@ def write(directory: str | Path, progress: Callable[[str], None] | None = None) 
             progress(file)
         contents[file] = content(file)
     _require_only_additions(target, contents)
-    target.mkdir(parents=True, exist_ok=True)
-    for file, data in {
+    whole = {
         **contents,
         **{name: (FOLDER / name).read_bytes() for name in STATIC},
         MANIFEST: manifest(contents),
-    }.items():
-        (target / file).write_bytes(data)
+    }
+    atomic.write(((target / file, data) for file, data in whole.items()), make_folders=True)
 
 
 def manifest(contents: Mapping[str, bytes]) -> bytes:
@@ -396,8 +396,10 @@ def export(path: str | Path) -> None:
 
     Raises
     ------
+    ValueError
+        For the ending of an archive of another kind.
     OSError
-        Where it cannot be written.
+        Where it cannot be written; nothing is left then.
 
     Examples
     --------
@@ -412,13 +414,14 @@ def export(path: str | Path) -> None:
     shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
     contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
     if target.name.endswith(".tar.gz"):
-        target.write_bytes(_tar(contents))
+        atomic.write([(target, _tar(contents))])
     elif target.suffix == ".zip":
-        target.write_bytes(_zip(contents))
+        atomic.write([(target, _zip(contents))])
+    elif target.suffix in (".7z", ".bz2", ".gz", ".tar", ".tgz", ".xz", ".zst"):
+        raise ValueError(f"{path} is no name for a folder; archives end in .tar.gz or .zip")
     else:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            (target / name).write_bytes(data)
+        files = ((target / name, data) for name, data in contents.items())
+        atomic.write(files, make_folders=True)
 
 
 def _tar(contents: Mapping[str, bytes]) -> bytes:

@@ -626,11 +626,11 @@ def test_a_stream() -> None:
 
 
 def test_garbage_in_a_stream() -> None:
-    """Behind garbage no frame can be found again."""
-    reply = ports.reply_of(0, Answer(DONE, {}))
-    port = Stream("mine", stream_of(reply, behind=b"some text\n" + stream_of(reply).getvalue()))
+    """It is told of the case behind whose answer it comes, and the next one is judged."""
+    first, second = (stream_of(ports.reply_of(n, Answer(DONE, {}))).getvalue() for n in (0, 1))
+    port = Stream("mine", io.BytesIO(first + b"some text\n" + second))
     kinds = [getattr(port.ask(number, case()), "kind", "") for number in range(4)]
-    assert kinds == ["", "garbage", "missing", "missing"]
+    assert kinds == ["garbage", "", "missing", "missing"]
 
 
 def test_a_pipeline() -> None:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 import nsq_ref as nsq
 from nsq_ref import Scheme
-from nsq_ref.conformance import ports, worker
+from nsq_ref.conformance import check, ports, worker
 from nsq_ref.conformance.frames import Frame, read_frame, scheme_array, write_frame
 from nsq_ref.conformance.operations import (
     DONE,
@@ -259,7 +259,26 @@ def test_refusals(right: Any) -> None:
         answer = answered(port.ask(0, nan))
         assert (answer.status, answer.message[:14]) == (REFUSED, "x[0, 1] is nan")
     answer = answered(Callables("f", encode=functions.too_large).ask(0, case()))
-    assert (answer.status, answer.message) == (REFUSED, "x is too large")
+    (line,) = (
+        n
+        for n, text in enumerate(Path(FUNCTIONS).read_text().splitlines(), 1)
+        if "x is too large" in text
+    )
+    where = f"(OverflowError, functions.py line {line})"
+    assert (answer.status, answer.message) == (REFUSED, f"x is too large {where}")
+
+
+def test_an_error_that_reads_as_a_refusal_says_where_it_is() -> None:
+    """A bug in a port may raise what refuses: the report leads to its line."""
+
+    def stumbles(x: Any, scheme: Scheme) -> Any:
+        return np.concatenate([x, x[0]])
+
+    report = check(encode=stumbles, scheme="naive4", dtypes=["float32"])
+    what = report.schemes[0].diagnoses[0].findings[0].what
+    line = stumbles.__code__.co_firstlineno + 1
+    assert what.startswith("valid input was refused: all the input array")
+    assert what.endswith(f" (ValueError, test_ports.py line {line})")
 
 
 def test_what_is_not_implemented() -> None:
@@ -358,6 +377,9 @@ def test_a_function_imports_its_neighbours(tmp_path: Path) -> None:
         ({"encode": "./no_such_program"}, "there is no file ./no_such_program"),
         ({"encode": "no/such/file.py:encode"}, "there is no file no/such/file.py"),
         ({"encode": FUNCTIONS}, "functions.py:encode"),
+        ({"encode": str(HERE)}, "is a folder; name what is in it, or judge the answers"),
+        ({"encode": ""}, "a target is empty"),
+        ({"encode": "nsq_ref:quantize", "decode": ""}, "a target is empty"),
         ({"encode": "nsq_ref:"}, "names no Python function"),
         ({"encode": "no_such_module:f"}, "no_such_module cannot be imported: ModuleNotFoundError"),
         ({"encode": "nsq_ref:no_such"}, "nsq_ref has no no_such"),

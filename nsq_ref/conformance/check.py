@@ -191,8 +191,9 @@ def run(
         if only is not None and not selected:
             raise ValueError(_why_not(only, name, cases(scheme, OPERATIONS, seed)))
         questions.append((name, scheme, selected))
-    if isinstance(port, Stream) and len(questions) == len(schemes):
-        port.cases = number
+    else:
+        if isinstance(port, Stream):
+            port.cases = number
     total = sum(len(selected) for *_, selected in questions)
     must = tuple(operations if required is None else required)
     reports, notes, done = [], [], 0

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,9 +80,14 @@ MOST_ODDITIES = 3  # that a message names
 
 HEADER_FILE = "header.nsq"
 _Kind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
+# Not from this directory, where files may be named like modules that the worker imports.
+_WORKER = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from nsq_ref.conformance.worker import main; sys.exit(main())"
+)
 _KINDS: tuple[_Kind, ...] = get_args(_Kind)
 _RESULTS = {"decode": "x_hat", "attend": "output"}  # operations that return one array
-_SUFFIXES = {".so": "library", ".dylib": "library", ".dll": "library", ".onnx": "model"}
+_LIBRARY = re.compile(r".+\.(so(\.[0-9]+)*|dylib|dll)")  # libmine.so.1 is one, too
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -164,10 +171,15 @@ def read_hello(stream: BinaryIO) -> Hello:
             )
         schemes = [(one.pop("name"), Scheme.from_dict(one)) for one in fields["schemes"]]
         hello = Hello(fields["seed"], schemes, fields["operations"], fields["dtypes"])
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (
+        KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError,
+        RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(f"the first frame is not one that nsq gen wrote: {error!r}") from None
-    if type(hello.seed) is not int:
-        raise ValueError(f"the seed of the run is {hello.seed!r}; it is an integer")
+    if type(hello.seed) is not int or hello.seed < 0:
+        raise ValueError(f"the seed of the run is {hello.seed!r}; it is an integer from 0 on")
+    if not all(isinstance(name, str) for name, _ in schemes):
+        raise ValueError(f"the schemes of the run are named {[name for name, _ in schemes]}")
     for name, given, known in (
         ("operations", hello.operations, OPERATIONS),
         ("dtypes", hello.dtypes, get_args(FloatName)),
@@ -343,7 +355,7 @@ class Callables:
         try:
             result = function(*positional, **named)
         except (ValueError, OverflowError) as error:
-            return Answer(REFUSED, {}, str(error))
+            return Answer(REFUSED, {}, f"{error} ({_origin(error)})")
         except NotImplementedError as error:
             return Answer(NOT_IMPLEMENTED, {}, str(error))
         for name, array in given.items():
@@ -353,6 +365,12 @@ class Callables:
 
     def close(self) -> None:
         """Do nothing: there is nothing to let go of."""
+
+
+def _origin(error: Exception) -> str:
+    """Say where an error was raised: one that nobody meant reads as a refusal, too."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{type(error).__name__}, {Path(frame.f_code.co_filename).name} line {line}"
 
 
 def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[str, Any]]:
@@ -735,6 +753,8 @@ class Folder:
     def ask(self, number: int, case: Case) -> Answer | Failure:
         """Read the answer to a case."""
         path = self._directory / _file_name(number)
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            return Failure("garbage", f"{path.name} cannot be read: it is no file")
         try:
             with path.open("rb") as file:
                 frame = read_frame(file)
@@ -924,19 +944,23 @@ def open_port(
                 "a program answers all operations, so that it is given first and alone; got "
                 + ", ".join(f"{operation}={target}" for operation, target in targets.items())
             )
-        argv = [str(Path(targets["encode"]).resolve())]
+        argv = [os.path.abspath(targets["encode"])]  # links kept: some programs go by their name
     else:
-        argv = [sys.executable, "-m", "nsq_ref.conformance.worker"]
+        argv = [sys.executable, "-c", _WORKER]
         argv.append(json.dumps({**targets, "custom_ops": custom_ops}))
     return Process(name, argv, timeout, header)
 
 
 def target_kind(target: str) -> str:
     """Return ``function``, ``library``, ``model`` or ``program``."""
+    if not target:
+        raise ValueError("a target is empty; name what is to be checked, or leave the option out")
     path = Path(target)
     if path.is_file():
-        if path.suffix in _SUFFIXES:
-            return _SUFFIXES[path.suffix]
+        if _LIBRARY.fullmatch(path.name):
+            return "library"
+        if path.suffix == ".onnx":
+            return "model"
         if path.suffix == ".py" and not os.access(path, os.X_OK):
             raise ValueError(f"{target} is a file; name a function in it: {target}:encode")
         if not os.access(path, os.X_OK):
@@ -945,6 +969,11 @@ def target_kind(target: str) -> str:
                 "in .so, .dylib or .dll, models in .onnx"
             )
         return "program"
+    if path.is_dir():
+        raise ValueError(
+            f"{target} is a folder; name what is in it, or judge the answers in it with "
+            f"nsq check --dir {target}"
+        )
     module, colon, function = target.rpartition(":")
     if not colon:
         raise ValueError(

@@ -319,7 +319,8 @@ def remember_coded(original: Function, reference: Reference) -> Function:
 def wide_scale(reference: Reference, direction: Any, scheme: Scheme) -> tuple[Any, Any]:
     """Return scale and zero of a block in float32, before they are narrowed."""
     wide = replace(scheme, scale_dtype="float32", scale_rule="range")
-    coded = reference.coded.get(direction.tobytes(), np.ones(direction.shape, bool))
+    everything = np.ones((*direction.shape[:-2], 1, direction.shape[-1]), bool)
+    coded = reference.coded.get(direction.tobytes(), everything)
     low, high = reference.spec.extent(direction, coded, wide)
     scale, zero = reference.spec.range_scale(low, high, wide)
     return scale, zero

@@ -448,6 +448,13 @@ def test_latitude_is_named_in_the_report() -> None:
         (["check", "nsq_ref:quantize", "--operation", "decode"], "decode"),
         (["check", "nsq_ref:quantize", "--custom-ops", "ops.so"], "custom_ops"),
         (["check", "absent.so"], "absent.so"),
+        (["check", ""], "a target is empty"),
+        (["check", "tests"], "tests is a folder; name what is in it, or judge the answers in it"),
+        (["check", "nsq_ref:quantize", "--junit", "absent/r.xml"], "there is no folder absent"),
+        (["check", "nsq_ref:quantize", "--junit", "tests"], "--junit tests is a folder"),
+        (["check", "nsq_ref:quantize", "--set", f"block_size={2**40}"], "block_size="),
+        (["gen", "--set", f"sink_tokens={2**31}", "--dir", "never"], "sink_tokens=2147483648"),
+        (["vectors", "--output", "vectors.tgz"], "name it .tar.gz or .zip"),
         (["check", "--dir", "absent"], "absent"),
         (["check", "nsq_ref:quantize", "--dir", "tests"], "--dir"),
         (["gen", "--scheme", "nsep5", "--dir", "never"], "nsep5"),
@@ -459,6 +466,26 @@ def test_bad_use_is_one_line(arguments, named) -> None:
     assert text.startswith("nsq: ")
     assert text.count("\n") == 1
     assert named in text
+
+
+@pytest.mark.parametrize("line", ["verify <&-", "gen >&-"])
+def test_closed_pipes(line) -> None:
+    """A shell can close what is read or written."""
+    done = subprocess.run(
+        f'"{NSQ}" {line}', shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert re.fullmatch("nsq: [^\n]* pipe[^\n]*\n", done.stderr), done.stderr
+
+
+def test_what_a_file_says_does_not_reach_the_terminal(tmp_path) -> None:
+    """Names in a header are escaped."""
+    from nsq_ref import Scheme
+    from nsq_ref.conformance.ports import hello_frame
+
+    frame = hello_frame(0, [("\x1b[31mred", Scheme())])
+    text = verified(bytes_of([frame]), "--scheme", "pchan4", code=2)
+    assert text == "nsq: --scheme pchan4: the questions are about \\x1b[31mred\n"
 
 
 def test_vectors_are_written(tmp_path) -> None:

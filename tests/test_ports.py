@@ -367,7 +367,45 @@ def test_a_function_imports_its_neighbours(tmp_path: Path) -> None:
     port.close()
 
 
+def test_files_named_like_modules_are_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those beside a port nor the port itself replace what the worker imports."""
+    for name in ("json.py", "typing.py", "ctypes.py", "signal.py", "ml_dtypes.py"):
+        (tmp_path / name).write_text("raise ImportError('not this one')")
+    for name in ("numpy.py", "mine.py"):
+        (tmp_path / name).write_text(
+            "import sys\ndef encode(x, scheme):\n"
+            "    return sys.modules['nsq_ref'].quantize(x, scheme)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    for target in ("mine:encode", "mine.py:encode", "numpy.py:encode"):
+        port = open_port(target)
+        assert list(arrays_of(port.ask(0, case()))) == ["packed", "scale", "norm"]
+        port.close()
+
+
 # --- targets ------------------------------------------------------------------------------------
+
+
+def test_a_link_to_a_program_is_run_by_its_own_name(tmp_path: Path) -> None:
+    """As programs that look beside themselves, or go by their name, expect."""
+    real, link = tmp_path / "real", tmp_path / "bin" / "right"
+    real.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "program.py"} "$(basename "$0")"\n')
+    real.chmod(0o755)
+    link.parent.mkdir()
+    link.symlink_to(real)
+    port = open_port(str(link))
+    arrays_of(port.ask(0, case()))
+    port.close()
+
+
+@pytest.mark.parametrize("name", ["libmine.so", "libmine.so.1", "libmine.so.1.2.3", "m.dylib"])
+def test_names_of_libraries(tmp_path: Path, name: str) -> None:
+    """Also where they are executable, as linkers make them."""
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).chmod(0o755)
+    assert ports.target_kind(str(tmp_path / name)) == "library"
 
 
 @pytest.mark.parametrize(
@@ -582,6 +620,12 @@ def hello_with(**changes: Any) -> Frame:
         (stream_of(hello_with(schemes=[{"name": "x"}])), "a scheme has the fields"),
         (stream_of(hello_with(operations=["paint"])), "operations of the run are"),
         (stream_of(hello_with(seed="7")), "the seed of the run is '7'"),
+        (stream_of(hello_with(seed=-1)), "the seed of the run is -1"),
+        (stream_of({"hello": np.frombuffer(b"[" * 10**5, np.uint8)}), "not one that nsq gen wrote"),
+        (
+            stream_of(hello_with(schemes=[{"name": 3, **Scheme().to_dict()}])),
+            r"the schemes of the run are named \[3\]",
+        ),
         (stream_of(hello_with(dtypes="float32")), "dtypes of the run are"),
     ],
 )
@@ -608,9 +652,10 @@ def test_files(tmp_path: Path) -> None:
     for number, data in enumerate([frame, frame, b"", b"text", frame[:-1], frame + b"\n"]):
         (outputs / f"{number:05d}.nsq").write_bytes(data)
     (outputs / "00006.nsq").mkdir()
+    os.mkfifo(outputs / "00008.nsq")
     port = Folder("mine", outputs)
     equal(arrays_of(port.ask(0, cases[0])), right)
-    answers = [failed(port.ask(number, cases[0])) for number in range(1, 8)]
+    answers = [failed(port.ask(number, cases[0])) for number in range(1, 9)]
     for answer, (kind, says) in zip(
         answers,
         [
@@ -621,6 +666,7 @@ def test_files(tmp_path: Path) -> None:
             ("garbage", "00005.nsq goes on behind its first frame"),
             ("garbage", "00006.nsq cannot be read: "),
             ("missing", "there is no 00007.nsq"),
+            ("garbage", "00008.nsq cannot be read: it is no file"),
         ],
         strict=True,
     ):

@@ -319,8 +319,7 @@ def remember_coded(original: Function, reference: Reference) -> Function:
 def wide_scale(reference: Reference, direction: Any, scheme: Scheme) -> tuple[Any, Any]:
     """Return scale and zero of a block in float32, before they are narrowed."""
     wide = replace(scheme, scale_dtype="float32", scale_rule="range")
-    everything = np.ones((*direction.shape[:-2], 1, direction.shape[-1]), bool)
-    coded = reference.coded.get(direction.tobytes(), everything)
+    coded = reference.coded.get(direction.tobytes(), np.ones(direction.shape, bool))
     low, high = reference.spec.extent(direction, coded, wide)
     scale, zero = reference.spec.range_scale(low, high, wide)
     return scale, zero
@@ -617,6 +616,10 @@ def range_with_sinks(original: Function, reference: Reference) -> Function:
         sinks = reference.sinks.astype(F32)
         if scheme.separate_norm:
             sinks = reference.spec.direction_of(sinks, reference.rounding.norm(sinks))
+        # Another mistake may have told the tokens apart; sinks are like any of them.
+        of_tokens = np.broadcast_to(coded, direction.shape)
+        of_sinks = np.broadcast_to(coded.any(axis=-2, keepdims=True), sinks.shape)
+        coded = np.concatenate([of_sinks, of_tokens], axis=-2)
         return original(np.concatenate([sinks, direction], axis=-2), coded, scheme)
 
     return extent

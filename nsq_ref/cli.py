@@ -320,8 +320,21 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 # --- conformance --------------------------------------------------------------------------------
 
 TARGETS = "package.module:function, file.py:function, a shared library (nsq.h), an ONNX model"
-SchemeOption = Annotated[
-    str, typer.Option(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
+DEFAULT_SCHEME = "nsep+pchan4"
+SchemesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scheme",
+        metavar="NAME",
+        show_default=DEFAULT_SCHEME,
+        help="A name of `nsq info`, or a variant such as nsep+pchan4-gain; may be repeated.",
+    ),
+]
+ChosenOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scheme", metavar="NAME", help="Only these of the schemes; all of them by default."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -359,6 +372,7 @@ JunitOption = Annotated[
 
 @app.command()
 def check(
+    context: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(help=f"What encodes: {TARGETS}; or a program, which does all operations."),
@@ -376,7 +390,7 @@ def check(
         Path | None,
         typer.Option("--dir", help="Judge answers in files, to the questions of `nsq gen --dir`."),
     ] = None,
-    scheme: SchemeOption = "nsep+pchan4",
+    schemes: SchemesOption = None,
     changes: SetOption = None,
     every: AllOption = False,
     only: CaseOption = None,
@@ -398,18 +412,21 @@ def check(
 
     _require_report(junit)
     targets = {"decode": decode, "attend": attend, "stream": stream}
-    given = [name for name, value in targets.items() if value]
+    given = [name for name, value in targets.items() if value is not None]
     if directory is not None:
-        if target or given or custom_ops:
-            raise ValueError("--dir judges files; leave the targets out")
+        _require_only(
+            context,
+            ("directory", "schemes", "only", "allow", "partial", "as_json", "junit"),
+            "has no effect with --dir, where questions and answers are there already; leave it out",
+        )
         _check_answers(
             lambda: _folder(directory), f"nsq check --dir {shlex.quote(str(directory))}",
-            (scheme, only), allow, partial, as_json, junit,
+            schemes, only, allow, partial, as_json, junit,
         )  # fmt: skip
         return
-    if not target and not given:
+    if target is None and not given:
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
-    kind = ports.target_kind(target) if target else ""
+    kind = "" if target is None else ports.target_kind(target)
     asked: list[Operation]
     if kind in ("program", "library"):
         asked = list(OPERATIONS_OF_PORTS)
@@ -426,11 +443,12 @@ def check(
     for name, value in (*targets.items(), ("custom-ops", custom_ops)):
         command += [f"--{name}", value] if value else []
     command += _repeated(changes, allow, seed, dtypes, partial)
+    asked_schemes = _checked_schemes(schemes, every, changes)
     port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
     try:
         with _stages() as progress:
             report = run(
-                port, _checked_schemes(scheme, every, changes), asked, required=required,
+                port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
                 refusals=kind != "model", only=only, command=shlex.join(command),
                 progress=progress,
@@ -443,7 +461,7 @@ def check(
 @app.command()
 def gen(
     *,
-    scheme: SchemeOption = "nsep+pchan4",
+    schemes: SchemesOption = None,
     changes: SetOption = None,
     every: AllOption = False,
     operations: OperationOption = None,
@@ -460,14 +478,14 @@ def gen(
     from nsq_ref.conformance import ports
     from nsq_ref.conformance.cases import cases
 
-    schemes = _checked_schemes(scheme, every, changes)
+    asked_schemes = _checked_schemes(schemes, every, changes)
     asked = [one.value for one in operations] if operations else list(OPERATIONS_OF_PORTS)
     kinds = _dtypes(dtypes)
-    header = ports.hello_frame(seed, schemes, asked, kinds)
-    questions = (case for _, one in schemes for case in cases(one, asked, seed, kinds))
+    header = ports.hello_frame(seed, asked_schemes, asked, kinds)
+    questions = (case for _, one in asked_schemes for case in cases(one, asked, seed, kinds))
     if directory is not None:
         ports.write_files(directory, header, questions)
-    elif sys.stdout.isatty():
+    elif sys.stdout is None or sys.stdout.isatty():  # None where a shell closed it
         raise ValueError("the questions are binary; pipe them into a program, or give --dir")
     else:
         try:
@@ -479,9 +497,7 @@ def gen(
 @app.command()
 def verify(
     *,
-    scheme: Annotated[
-        str | None, typer.Option(help="One of the schemes only; all by default.")
-    ] = None,
+    schemes: ChosenOption = None,
     only: CaseOption = None,
     allow: AllowOption = None,
     partial: PartialOption = False,
@@ -489,7 +505,7 @@ def verify(
     junit: JunitOption = None,
 ) -> None:
     """Judge the answers to `nsq gen` that a program writes into the pipe."""
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None where a shell closed it
         raise ValueError("the answers come through a pipe: nsq gen | ./mine | nsq verify")
 
     def answers() -> tuple[Hello, Port]:
@@ -498,7 +514,7 @@ def verify(
         hello = ports.read_hello(sys.stdin.buffer)
         return hello, ports.Stream("the pipe", sys.stdin.buffer)
 
-    _check_answers(answers, "", (scheme, only), allow, partial, as_json, junit)
+    _check_answers(answers, "", schemes, only, allow, partial, as_json, junit)
 
 
 @app.command()
@@ -536,7 +552,8 @@ def _folder(directory: Path) -> tuple[Hello, Port]:
 def _check_answers(
     source: Callable[[], tuple[Hello, Port]],
     command: str,
-    chosen: tuple[str | None, str | None],
+    schemes: list[str] | None,
+    only: str | None,
     allow: list[str] | None,
     partial: bool,
     as_json: bool,
@@ -547,21 +564,27 @@ def _check_answers(
 
     _require_report(junit)
     hello, port = source()
-    scheme, only = chosen
-    schemes = hello.schemes
-    if only is not None and scheme is not None:
-        schemes = [(name, one) for name, one in schemes if name == scheme]
-    if not schemes:
-        names = ", ".join(name for name, _ in hello.schemes)
-        raise ValueError(f"--scheme {scheme}: the questions were about {names}")
-    questions = shlex.join(["nsq", "gen", *_questions(hello)])
+    for name in schemes or ():
+        if name not in (known := [one for one, _ in hello.schemes]):
+            raise ValueError(f"--scheme {name}: the questions are about {', '.join(known)}")
+    if not command:
+        command = shlex.join(["nsq", "gen", *_questions(hello)]) + " | YOUR PROGRAM | nsq verify"
+    command = " ".join([command, *map(shlex.quote, _repeated(None, allow, 0, None, partial))])
     with _stages() as progress:
         report = run(
-            port, schemes, hello.operations, required=(), seed=hello.seed, latitudes=allow or (),
-            dtypes=hello.dtypes, partial=partial, only=only,
-            command=command or f"{questions} | YOUR PROGRAM | nsq verify", progress=progress,
+            port, hello.schemes, hello.operations, required=(), seed=hello.seed,
+            latitudes=allow or (), dtypes=hello.dtypes, partial=partial, chosen=schemes, only=only,
+            command=command, progress=progress,
         )  # fmt: skip
     _show_report(report, as_json, junit)
+
+
+def _require_only(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were given and are not among these, by name."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{parameter.opts[0]} {why}")
 
 
 def _questions(hello: Hello) -> list[str]:
@@ -600,17 +623,22 @@ def _repeated(
     return [*options, *(["--partial"] if partial else [])]
 
 
-def _checked_schemes(name: str, every: bool, changes: list[str] | None) -> list[tuple[str, Scheme]]:
+def _checked_schemes(
+    names: list[str] | None, every: bool, changes: list[str] | None
+) -> list[tuple[str, Scheme]]:
     from dataclasses import replace
 
     from nsq_ref.conformance.family import FAMILY, scheme_named
 
     if every:
+        if names:
+            raise ValueError("--all takes every named scheme; leave --scheme out")
         if changes:
             raise ValueError("--all checks the named schemes as they are; leave --set out")
         return list(FAMILY.items())
     fields = dict(_change(text) for text in changes or ())
-    return [(name, replace(scheme_named(name), **fields))]
+    chosen = dict.fromkeys(names or [DEFAULT_SCHEME])
+    return [(name, replace(scheme_named(name), **fields)) for name in chosen]
 
 
 def _dtypes(chosen: list[InputDtype] | None) -> list[FloatName]:
@@ -673,7 +701,7 @@ def codec(
         raise ValueError(
             f"{scheme} is a pair for keys and values; name one of its schemes, such as pchan2"
         )
-    ((_, chosen),) = _checked_schemes(scheme, False, changes)
+    ((_, chosen),) = _checked_schemes([scheme], False, changes)
     try:
         from onnx_export.codec import dequantize_model, quantize_model, save_models
     except ModuleNotFoundError as error:
@@ -1009,5 +1037,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"nsq: {' '.join(message.splitlines())}", file=sys.stderr)
+    from nsq_ref.conformance.report import printable  # what a file says may be anything
+
+    print(f"nsq: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)

@@ -39,6 +39,7 @@ FOLDER = Path(__file__).parent / "vectors" / f"v{FORMAT_VERSION}"
 MANIFEST = "manifest.json"
 STATIC = ("README.md", "schema.json")  # written by hand
 ARCHIVE_FOLDER = f"nsq-vectors-v{FORMAT_VERSION}"
+OTHER_ARCHIVES = {".tgz", ".tar", ".gz", ".bz2", ".xz", ".zst", ".7z"}  # mistaken for folders
 MOST_ELEMENTS = 2048  # of an input; larger ones would be most of the files
 MOST_ELEMENTS_ELSEWHERE = 128  # in schemes that are not in LARGE
 
@@ -411,14 +412,14 @@ def export(path: str | Path) -> None:
     nsq-vectors-v1/README.md
     """
     target = Path(path)
+    if target.suffix in OTHER_ARCHIVES and not target.name.endswith(".tar.gz"):
+        raise ValueError(f"{target} is no archive that can be written; name it .tar.gz or .zip")
     shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
     contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
     if target.name.endswith(".tar.gz"):
         atomic.write([(target, _tar(contents))])
     elif target.suffix == ".zip":
         atomic.write([(target, _zip(contents))])
-    elif target.suffix in (".7z", ".bz2", ".gz", ".tar", ".tgz", ".xz", ".zst"):
-        raise ValueError(f"{path} is no name for a folder; archives end in .tar.gz or .zip")
     else:
         files = ((target / name, data) for name, data in contents.items())
         atomic.write(files, make_folders=True)

@@ -550,11 +550,11 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
     else:
         if os.path.isdir(path):
             raise StorageError(f"{path} is a folder; name a file in it")
-        endings = ".npz, .npy or .safetensors, which are read"
-        found = (
-            kinds.mistaken(path, f"one that ends in {endings}") if os.path.isfile(path) else None
+        endings = ".npz, .npy or .safetensors"
+        raise StorageError(
+            (os.path.isfile(path) and kinds.mistaken(path, f"a file of arrays, {endings}"))
+            or f"{path} must end in {endings}, which are read"
         )
-        raise StorageError(found or f"{path} must end in {endings}")
     if not arrays:
         raise StorageError(f"{path} holds no arrays")
     try:

@@ -598,7 +598,7 @@ def npy(descr: str = "<f4", shape: object = (2, 2), data: bytes = b"", header: s
 
 
 NPY = {
-    "pickle": (pickle.dumps([1.0]), "no .npy array"),
+    "pickle": (pickle.dumps([1.0]), "(no .npy array|is a pickle)"),
     "more than there is": (npy(shape=(2**40, 2**10)), "copy it again"),
     "overflow": (npy(shape=(2**62, 2**62)), "copy it again"),
     "negative": (npy(shape=(-1, -1)), "copy it again"),
@@ -734,7 +734,7 @@ def test_an_encrypted_member_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.npy.gz", ".npz"])
 def test_other_endings_are_refused(name, tmp_path):
-    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_bytes(b"no arrays")
     with pytest.raises(StorageError, match=r"must end in \.npz, \.npy or \.safetensors"):
         storage.read_arrays(tmp_path / name)
 

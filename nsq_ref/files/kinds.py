@@ -12,15 +12,18 @@ __all__ = ["mistaken"]
 PathLike = str | os.PathLike[str]
 
 NPZ = "a NumPy .npz file of plain arrays"
-NPY = "a NumPy .npy file, a plain array"
+NPY = "a NumPy .npy file"
 GGUF = "a GGUF model"
 SAFETENSORS = "a safetensors file"
+LFS = "a pointer of Git LFS"
+# What to do with each, and the ending that its name must have for that.
 REMEDIES = {
-    "empty": "copy it again or make it anew",
-    NPZ: "`nsq quantize` makes a file of codes of it, if its name ends in .npz",
-    NPY: "`nsq quantize` makes a file of codes of it, if its name ends in .npy",
-    GGUF: "`nsq demo --gguf` runs it",
-    SAFETENSORS: "`nsq info` tells what it holds, if its name ends in .safetensors",
+    "empty": ("copy it again or make it anew", ""),
+    NPZ: ("`nsq quantize` takes it", ".npz"),
+    NPY: ("`nsq quantize` takes it", ".npy"),
+    GGUF: ("`nsq demo --gguf` takes it", ""),
+    SAFETENSORS: ("`nsq info` tells what it holds", ".safetensors"),
+    LFS: ("fetch the file itself, as with `git lfs pull`", ""),
 }
 BEGINNINGS = {
     b"GGUF": GGUF,
@@ -30,11 +33,11 @@ BEGINNINGS = {
     b"\x80\x05": "a pickle",
     b"\x89HDF": "an HDF5 file",
     b"\x1f\x8b": "a gzip archive",
-    b"version https://git-lfs": "a pointer of Git LFS, whose file was not fetched",
+    b"version https://git-lfs": LFS,
     b"<!DOCTYPE html": "a web page",
     b"<html": "a web page",
 }
-OTHERWISE = "choose another file, or convert it"
+OTHERWISE = ("choose another file, or convert it", "")
 
 
 def mistaken(path: PathLike, expected: str) -> str | None:
@@ -59,14 +62,17 @@ def mistaken(path: PathLike, expected: str) -> str | None:
     >>> path = os.path.join(folder.name, "kv.npy")
     >>> np.save(path, np.ones(3))
     >>> mistaken(path, "a GGUF model")
-    '...kv.npy is a NumPy .npy file, a plain array, not a GGUF model; `nsq quantize` makes ...'
+    '...kv.npy is a NumPy .npy file, not a GGUF model; `nsq quantize` takes it'
     >>> mistaken(path, NPY)
     >>> folder.cleanup()
     """
     found = _kind(path)
     if found is None or found == expected:
         return None
-    return f"{path} is {found}, not {expected}; {REMEDIES.get(found, OTHERWISE)}"
+    remedy, ending = REMEDIES.get(found, OTHERWISE)
+    if not os.fspath(path).lower().endswith(ending):
+        remedy += f", once its name ends in {ending}"
+    return f"{path} is {found}, not {expected}; {remedy}"
 
 
 def _kind(path: PathLike) -> str | None:

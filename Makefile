@@ -13,7 +13,7 @@ test: .venv/test.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-torch: .venv/torch.done
-	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
+	$(BIN)/python -m pytest tests/with_torch
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
 
 # The oldest onnxruntime that is supported, in front of the one in .venv.

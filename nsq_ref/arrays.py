@@ -126,6 +126,8 @@ def as_integer_array(name: str, values: Any) -> npt.NDArray[Any]:
     array([[ 1, -7]])
     """
     given = as_array(name, values)
+    if not given.size and isinstance(values, list | tuple):  # which NumPy makes floats of
+        given = given.astype(np.int64)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {given.dtype}; give integers")
     return given

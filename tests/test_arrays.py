@@ -127,6 +127,12 @@ def test_subclasses_count_as_the_array_they_hold() -> None:
     assert np.shares_memory(taken, x)
 
 
+def test_an_empty_list_is_one_of_integers() -> None:
+    assert arrays.as_integer_array("codes", [[], []]).shape == (2, 0)
+    with pytest.raises(TypeError, match=r"^codes has dtype float64; give integers$"):
+        arrays.as_integer_array("codes", np.zeros((2, 0)))
+
+
 def test_what_cannot_be_read() -> None:
     with pytest.raises(TypeError, match=r"^x cannot be read as an array \(the tensor lives on"):
         arrays.as_array("x", DeviceTensor(np.ones(2)))

@@ -44,7 +44,25 @@ SLAB_BYTES = 1 << 26
 
 
 class RangeError(ValueError):
-    """A value that the chosen dtype, or float32 itself, cannot hold (rules N1, M4, S5, D3)."""
+    """A value that the chosen dtype, or float32 itself, cannot hold (rules N1, M4, S5, D3).
+
+    Parameters
+    ----------
+    message : str
+    part : str
+        What cannot be held: a token's ``norm``, ``gain`` or ``lsq``, as the scheme says; ``scale``,
+        ``zero`` or ``outliers``; or ``x`` itself.
+    index : sequence of int
+        Where: for a token's factor the token in x, otherwise the place in that part.
+    fault : str
+        What is wrong with it, and the remedy: the message without the place.
+    """
+
+    def __init__(
+        self, message: str, part: str = "", index: Sequence[int] = (), fault: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.part, self.index, self.fault = part, tuple(index), fault
 
 
 # --- arrays -------------------------------------------------------------------------------------

@@ -440,25 +440,29 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         part = getattr(quantized, name)
         index = [int(i) for i in np.argwhere(~np.isfinite(part))[0]]
         if name == "outliers":
-            raise RangeError(
-                f"outliers{index} is beyond float16, in which outlier channels are kept; set "
-                "separate_norm=True, which stores directions, or outlier_channels=0"
+            fault = (
+                "is beyond float16, in which outlier channels are kept; set separate_norm=True, "
+                "which stores directions, or outlier_channels=0"
             )
+            raise RangeError(f"outliers{index} {fault}", name, index, fault)
         option = "norm_dtype" if name == "norm" else "scale_dtype"
         dtype: str = getattr(scheme, option)
-        token = [*index[:-1], index[-1] + scheme.sink_tokens]
-        magnitude = scheme.magnitude
-        if name == "norm" and np.isinf(rounding.norm(_float32(x[tuple(token)])[None])[0]):
-            dtype, magnitude = "float32", "norm"
+        subject, magnitude = f"{name}{index}", scheme.magnitude
+        if name == "norm":
+            index[-1] += scheme.sink_tokens
+            if np.isinf(rounding.norm(_float32(x[tuple(index)])[None])[0]):
+                dtype, magnitude = "float32", "norm"
+            subject = f"the {magnitude} of token x{index}"
         remedy = {
             "float16": f"{option}='float32' holds it, 'bfloat16' too below 3.39e38",
             "bfloat16": f"{option}='float32' holds more",
-            "float32": "scale x down",
+            "float32": "scale the input down",
         }[dtype]
-        subject = f"the {magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
-        raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
+        fault = f"is beyond {dtype}; {remedy}"
+        raise RangeError(f"{subject} {fault}", magnitude if name == "norm" else name, index, fault)
     if (beyond := undecodable(quantized)) is not None:
-        raise RangeError(f"x{beyond[0]} would decode to a value beyond float32; scale x down")
+        fault = "would decode to a value beyond float32; scale the input down"
+        raise RangeError(f"x{beyond[0]} {fault}", "x", beyond[0], fault)
 
 
 def undecodable(quantized: Quantized) -> tuple[list[int], float] | None:

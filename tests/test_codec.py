@@ -339,20 +339,20 @@ def test_beyond_a_dtype(backend: Backend) -> None:
         (
             x * 3e38,
             replace(Scheme(), norm_dtype="float32"),
-            r"token x\[0, 0\] is beyond float32; scale x",
+            r"token x\[0, 0\] is beyond float32; scale the input",
         ),
         *(
             (
                 np.float32([[1, 2], [3e38, 3e38]]),
                 replace(Scheme(), norm_dtype="float32", magnitude=magnitude),
-                r"^the norm of token x\[1\] is beyond float32; scale x down",
+                r"^the norm of token x\[1\] is beyond float32; scale the input down",
             )
             for magnitude in ("norm", "gain", "lsq")
         ),
         (
             np.float32([[3e38, 3e38], [-3e38, 3e38]]),
             replace(plain, symmetric=False, scale_dtype="float32"),
-            r"^scale\[0, 0\] is beyond float32; scale x down",
+            r"^scale\[0, 0\] is beyond float32; scale the input down",
         ),
         (x * 1e6, plain, r"^scale\[0, 0, 0\] is beyond float16; scale_dtype='float32' holds"),
         (

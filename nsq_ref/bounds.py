@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import codec, packing, rounding, spec
+from nsq_ref import arrays, codec, packing, rounding, spec
 from nsq_ref.codec import Quantized
 from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme
 
@@ -360,7 +360,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     """
     stored = _stored(quantized)
     scheme = quantized.scheme
-    given = codec.as_float_array("x", x)
+    given = arrays.as_float_array("x", x)
     if given.shape != quantized.shape:
         raise ValueError(
             f"x has shape {list(given.shape)}; what was quantized has {list(quantized.shape)}"
@@ -368,7 +368,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     with np.errstate(over="ignore"):
         tokens = given.astype(np.float32)
     if not np.isfinite(tokens).all():
-        raise codec.not_finite("x", given)
+        raise arrays.not_finite("x", given)
     sinks = min(scheme.sink_tokens, given.shape[-2])
     tokens = tokens.reshape(-1, *given.shape[-2:])[:, sinks:]
     norm = np.ones(tokens.shape[:-1])

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import attention
-from nsq_ref.codec import RangeError, as_float_array, not_finite
+from nsq_ref.arrays import RangeError, as_float_array, not_finite
 from nsq_ref.scheme import FLOAT_DTYPES, KeyValueSchemes, Scheme
 from nsq_ref.sequence import Sequence, StoredTokens
 

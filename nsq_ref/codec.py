@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
-from nsq_ref.scheme import FLOAT_DTYPES, Field, KeyValueSchemes, Scheme
+from nsq_ref.arrays import INPUT_DTYPES, RangeError, as_float_array, as_output, not_finite, slabs
+from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, SchemeName, as_scheme
 
 __all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+_Out = TypeVar("_Out")
 Backend = Literal["numba", "numpy", "oracle"]
 BACKENDS = ("numba", "numpy", "oracle")
-INPUT_DTYPES = tuple(
-    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
-)
-
-DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4  # codes of DLDataType
-
-# Work goes slab by slab so that what is needed besides input and output stays small.
-SLAB_BYTES = 1 << 26
 NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can leave float32
-
-
-class RangeError(ValueError):
-    """A value that the chosen dtype, or float32 itself, cannot hold (rules N1, M4, S5, D3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +160,9 @@ class Quantized:
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
 
 
-def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -> Quantized:
+def quantize(
+    x: Any, scheme: Scheme | SchemeName | None = None, backend: Backend = "numba"
+) -> Quantized:
     """Quantize key or value vectors (spec NSQ-1).
 
     Parameters
@@ -182,8 +171,8 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
         Tokens by channels; leading axes (batch, head) are independent. float32, float16,
         bfloat16, or float64, which is first rounded to float32. NumPy, or whatever speaks DLPack
         on the CPU, which is not copied.
-    scheme : Scheme, optional
-        The paper's ``nsep+pchan4`` by default.
+    scheme : Scheme or str, optional
+        A scheme or its name; the paper's ``nsep+pchan4`` by default.
     backend : {"numba", "numpy", "oracle"}
         Compiled kernels, the specification in NumPy, or exact arithmetic in Python integers
         (slow). All give the same bytes.
@@ -205,15 +194,14 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     --------
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((8, 512, 64), dtype=np.float32)
-    >>> q = quantize(x, Scheme.named("nsep+pchan4"))
+    >>> q = quantize(x, "nsep+pchan4")
     >>> q.bits_per_element
     4.28125
     >>> error = np.linalg.norm(x - dequantize(q)) / np.linalg.norm(x)
     >>> bool(error < 0.15)
     True
     """
-    scheme = Scheme() if scheme is None else scheme
-    _require_scheme(scheme)
+    scheme = Scheme() if scheme is None else as_scheme("scheme", scheme)
     _require_backend(backend)
     given = as_float_array("x", x)
     _require_shape("x", given.shape)
@@ -226,7 +214,7 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     sinks = min(scheme.sink_tokens, tokens)
     collapsed = 0
     try:
-        for leads, slab in _slabs(given):
+        for leads, slab in slabs(given):
             if sinks:
                 if not np.isfinite(slab[:, :sinks]).all():
                     raise FloatingPointError
@@ -246,22 +234,26 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     return quantized
 
 
-def dequantize(
-    quantized: Quantized, out: Float32 | None = None, backend: Backend = "numba"
-) -> Float32:
+@overload
+def dequantize(quantized: Quantized, out: None = None, backend: Backend = "numba") -> Float32: ...
+@overload
+def dequantize(quantized: Quantized, out: _Out, backend: Backend = "numba") -> _Out: ...
+def dequantize(quantized: Quantized, out: Any = None, backend: Backend = "numba") -> Any:
     """Reconstruct the vectors (rule D1).
 
     Parameters
     ----------
     quantized : Quantized
     out : float32 array, C-contiguous, of ``quantized.shape``, optional
-        Written and returned, so that memory can be used again.
+        Written and returned, so that memory can be used again. NumPy's, or a tensor that speaks
+        DLPack on the CPU, which is not copied.
     backend : {"numba", "numpy", "oracle"}
         As in `quantize`; all give the same bytes.
 
     Returns
     -------
     float32 array, shape [..., T, D]
+        ``out`` itself, if it was given.
 
     Raises
     ------
@@ -281,15 +273,8 @@ def dequantize(
     shape, scheme = quantized.shape, quantized.scheme
     if out is None:
         out = np.empty(shape, np.float32)
-    elif not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
-        got = (
-            f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-        )
-        raise ValueError(f"out must be a float32 array of shape {list(shape)}, got {got}")
-    elif not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError("out must be C-contiguous and writeable; pass np.empty(shape, np.float32)")
+    flat_out = as_output("out", out, shape, np.float32).reshape(_flat(shape))
     sinks = min(scheme.sink_tokens, shape[-2])
-    flat_out = out.reshape(_flat(shape))
     if quantized.sinks is not None:
         flat_out[:, :sinks] = quantized.sinks.reshape(-1, sinks, shape[-1])
     if sinks < shape[-2]:
@@ -399,109 +384,7 @@ def _layout(scheme: Scheme, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dic
     return {name: Field(shape[:-2] + part.shape, part.dtype) for name, part in layout.items()}
 
 
-def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
-    """Cut ``x[..., T, D]`` into runs of whole sequences, C-contiguous float32 ``[n, T, D]``."""
-    count, tokens, head_dim = _flat(x.shape)
-    step = max(1, SLAB_BYTES // (4 * tokens * head_dim))
-    flat = x.reshape(count, tokens, head_dim) if x.flags.c_contiguous else None
-    for start in range(0, count, step):
-        leads = slice(start, min(start + step, count))
-        if flat is not None:
-            part = flat[leads]
-        else:
-            indices = (
-                zip(*np.unravel_index(range(leads.start, leads.stop), x.shape[:-2]), strict=True)
-                if x.ndim > 2
-                else [()]
-            )
-            part = np.stack([x[index] for index in indices])
-        with np.errstate(over="ignore"):
-            yield leads, np.ascontiguousarray(part, np.float32)
-
-
-def as_float_array(name: str, x: Any) -> Array:
-    """Take any array of a supported dtype as NumPy's, if possible without a copy (I1).
-
-    Examples
-    --------
-    >>> as_float_array("x", [0.5, 2])
-    array([0.5, 2. ])
-    """
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array and masks are not supported; pass {name}.filled(0)"
-        )
-    given = x if isinstance(x, np.ndarray) else as_array(name, x)
-    if given.dtype in INPUT_DTYPES:
-        return given
-    native = given.dtype.newbyteorder("=")
-    if native not in INPUT_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {given.dtype}; pass float32, float16, bfloat16 (ml_dtypes) or "
-            f"float64, for example {name}.astype(np.float32)"
-        )
-    return given.astype(native)
-
-
-def as_array(name: str, x: Any) -> Array:
-    """Take any array, bfloat16 tensors among them, as NumPy's, if possible without a copy.
-
-    Examples
-    --------
-    >>> as_array("x", [1, 2])
-    array([1, 2])
-    """
-    reasons = []
-    readers: list[Callable[[Any], Array]] = [np.asarray]
-    if hasattr(x, "__dlpack__"):
-        readers = [np.from_dlpack, _bfloat16_from_dlpack, np.asarray]
-    for reader in readers:
-        try:
-            return reader(x)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            reasons.append(str(error))
-    raise TypeError(
-        f"{name} cannot be read as an array ({reasons[-1]}); pass a NumPy array, or a tensor on "
-        "the CPU that needs no gradient"
-    )
-
-
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-class _BFloat16AsUnsigned:
-    """Hand a bfloat16 tensor to NumPy, whose DLPack knows no bfloat16, as 16-bit integers."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> Any:
-        return self.tensor.__dlpack_device__()
-
-    def __dlpack__(self, **_: Any) -> Any:
-        capsule = self.tensor.__dlpack__()
-        # DLTensor: data (8 bytes), device (8), ndim (4), then the type's code and bits.
-        kind = (ctypes.c_uint8 * 2).from_address(_capsule_pointer(capsule, b"dltensor") + 20)
-        if tuple(kind) != (DLPACK_BFLOAT, 16):
-            raise TypeError("the tensor is not bfloat16")
-        kind[0] = DLPACK_UNSIGNED
-        return capsule
-
-
-def _bfloat16_from_dlpack(x: Any) -> Array:
-    return np.from_dlpack(_BFloat16AsUnsigned(x)).view(ml_dtypes.bfloat16)
-
-
 # --- refusals -----------------------------------------------------------------------------------
-
-
-def _require_scheme(scheme: object) -> None:
-    if isinstance(scheme, KeyValueSchemes):
-        raise TypeError("scheme is a pair for keys and values; pass scheme.key or scheme.value")
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"scheme must be a Scheme, got {scheme!r}; for a name, Scheme.named(name)")
 
 
 def _require_backend(backend: str) -> None:
@@ -517,31 +400,6 @@ def _require_shape(name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out"
         )
-
-
-def not_finite(name: str, x: Array) -> ValueError:
-    """Return the error that names the first value that is not finite, in array order (I2).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> str(not_finite("x", np.float32([[0, np.nan]])))[:16]
-    'x[0, 1] is nan; '
-    """
-    for leads, slab in _slabs(x):
-        found = np.argwhere(~np.isfinite(slab))
-        if len(found):
-            n, t, j = (int(i) for i in found[0])
-            lead = np.unravel_index(leads.start + n, x.shape[:-2]) if x.ndim > 2 else ()
-            index = [*map(int, lead), t, j]
-            value = x[tuple(index)]
-            if np.isfinite(value):
-                return RangeError(f"{name}{index} is {value}, beyond float32; scale {name} down")
-            return ValueError(
-                f"{name}{index} is {value}; nothing was quantized. Mask padding and mend the "
-                "values first: one such value would spoil the scales of its whole block"
-            )
-    raise RuntimeError("a kernel reported a value that is not finite, but there is none")
 
 
 def _require_range(quantized: Quantized, x: Array) -> None:

@@ -350,6 +350,38 @@ class Scheme:
         return 8 * size / (tokens * head_dim)
 
 
+def as_scheme(name: str, scheme: Any) -> Scheme:
+    """Take a scheme, or a name that stands for one; ``name`` is the argument's.
+
+    Raises
+    ------
+    TypeError
+        For what is neither, and for a pair of schemes.
+    ValueError
+        For an unknown name, and for the name of a pair.
+
+    Examples
+    --------
+    >>> as_scheme("key", "streaming4").block_size
+    128
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, KeyValueSchemes):
+        raise TypeError(f"{name} is a pair for keys and values; pass its .key or its .value")
+    if not isinstance(scheme, str):
+        raise TypeError(
+            f"{name} must be a Scheme or a name such as 'nsep+pchan4', got {scheme!r:.80}"
+        )
+    named = Scheme.named(scheme)
+    if isinstance(named, KeyValueSchemes):
+        raise ValueError(
+            f"{name}={scheme!r} names a pair for keys and values; pass "
+            f"Scheme.named({scheme!r}).key, or .value"
+        )
+    return named
+
+
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Scheme)}
 
 

@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nsq_ref import packing
-from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
+from nsq_ref.arrays import INPUT_DTYPES
+from nsq_ref.codec import Quantized, undecodable
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [

@@ -22,7 +22,8 @@ from typing import IO, Any, BinaryIO, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.codec import PARTS, as_array
+from nsq_ref.arrays import as_array
+from nsq_ref.codec import PARTS
 from nsq_ref.conformance.frames import (
     DTYPES,
     MOST_AXES,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from nsq_ref import packing, spec
 from nsq_ref.codec import Quantized, block_of
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme, row_bytes
 
 __all__ = [
@@ -77,6 +78,7 @@ class PreparedPiece:
 Piece = Array | spec.Block | PreparedPiece
 
 
+@in_default_environment
 def attend(
     query: Array,
     keys: Array,
@@ -181,6 +183,7 @@ def attend(
 # --- how far a kernel may be from it -------------------------------------------------------------
 
 
+@in_default_environment
 def reach(quantized: Quantized) -> Float64:
     """Return how large the terms are that decoding adds up, for `tolerance` (rule A3).
 
@@ -242,6 +245,7 @@ def reach(quantized: Quantized) -> Float64:
     return np.concatenate([sinks, coded], axis=1).reshape(shape)
 
 
+@in_default_environment
 def tolerance(
     query: Array,
     keys: Array,
@@ -428,6 +432,7 @@ def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, record)
 
 
+@in_default_environment
 def attend_quantized(
     query: Array,
     keys: Sequence[Piece],

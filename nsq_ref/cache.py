@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nsq_ref import attention
 from nsq_ref.arrays import RangeError, as_float_array, not_finite
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, KeyValueSchemes, Scheme
 from nsq_ref.sequence import Sequence, StoredTokens
 
@@ -199,6 +200,7 @@ class KVCache:
 
     # --- growing and shrinking ------------------------------------------------------------------
 
+    @in_default_environment
     def append(self, keys: Any, values: Any, lengths: Any = None) -> None:
         """Append tokens to the rows; all of them, or none if any is refused.
 
@@ -249,6 +251,7 @@ class KVCache:
         for sequence, growth in growths:
             sequence.accept(growth)
 
+    @in_default_environment
     def crop(self, length: Any) -> None:
         """Keep only the first tokens of each row.
 
@@ -353,6 +356,7 @@ class KVCache:
         causal: bool = ..., softcap: float | None = ..., sliding_window: int | None = ...,
         return_weights: Literal[True],
     ) -> tuple[Float32, Float32]: ...  # fmt: skip
+    @in_default_environment
     def attend(
         self,
         query: Any,
@@ -471,6 +475,7 @@ class KVCache:
         keys, values = self._rows[index]
         return StoredRow(keys.stored(self._plain_dtype()), values.stored(self._plain_dtype()))
 
+    @in_default_environment
     def dequantize(self) -> tuple[Float32, Float32]:
         """Return all keys and values, those of shorter rows padded with zeros on the right.
 

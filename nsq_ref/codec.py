@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
 from nsq_ref.arrays import INPUT_DTYPES, RangeError, as_float_array, as_output, not_finite, slabs
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, SchemeName, as_scheme
 
 __all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
@@ -160,6 +161,7 @@ class Quantized:
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
 
 
+@in_default_environment
 def quantize(
     x: Any, scheme: Scheme | SchemeName | None = None, backend: Backend = "numba"
 ) -> Quantized:
@@ -238,6 +240,7 @@ def quantize(
 def dequantize(quantized: Quantized, out: None = None, backend: Backend = "numba") -> Float32: ...
 @overload
 def dequantize(quantized: Quantized, out: _Out, backend: Backend = "numba") -> _Out: ...
+@in_default_environment
 def dequantize(quantized: Quantized, out: Any = None, backend: Backend = "numba") -> Any:
     """Reconstruct the vectors (rule D1).
 
@@ -435,6 +438,7 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         raise RangeError(f"x{beyond[0]} would decode to a value beyond float32; scale x down")
 
 
+@in_default_environment
 def undecodable(quantized: Quantized) -> tuple[list[int], float] | None:
     """Return the first index that decodes beyond float32, and to what, if there is one (rule D3).
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 
 __all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
@@ -52,6 +53,7 @@ class CacheRoundTrip:
         self.collapsed_tokens = 0
         self._squares: dict[str, Float64] = {}
 
+    @in_default_environment
     def __call__(
         self, keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32] | None = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -104,6 +106,7 @@ class CacheRoundTrip:
         """Relative error of the values of each layer; empty if no values were given."""
         return self._error("value")
 
+    @in_default_environment
     def _error(self, side: str) -> Float64:
         error, size = self._squares.get(side, np.zeros((2, 0)))
         ratio: Float64 = np.sqrt(error / np.where(size == 0, 1, size))

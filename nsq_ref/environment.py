@@ -16,12 +16,11 @@ import platform
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 __all__ = ["CompilationWarning", "extra", "in_default_environment", "is_default_environment"]
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CompilationWarning(UserWarning):
@@ -48,9 +47,7 @@ def is_default_environment() -> bool:
     return _SUBNORMAL * 0.5 != 0.0 and _ONE + _LITTLE == _ONE == _ONE - _LITTLE
 
 
-def in_default_environment(
-    function: Callable[_Parameters, _Result],
-) -> Callable[_Parameters, _Result]:
+def in_default_environment(function: _Function) -> _Function:
     """Run a function as if nobody had changed the floating-point environment of the thread.
 
     It is as it was when the function returns. Where it cannot be changed, the call is refused.
@@ -70,13 +67,13 @@ def in_default_environment(
     """
 
     @functools.wraps(function)
-    def guarded(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+    def guarded(*arguments: Any, **options: Any) -> Any:
         if is_default_environment():
             return function(*arguments, **options)
         with default_environment(function.__qualname__):
             return function(*arguments, **options)
 
-    return guarded
+    return cast(_Function, guarded)
 
 
 @contextlib.contextmanager

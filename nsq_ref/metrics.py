@@ -7,6 +7,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
@@ -18,6 +19,7 @@ Float64 = npt.NDArray[np.float64]
 def relative_error(x: Any, x_hat: Any, axis: None = None) -> float: ...
 @overload
 def relative_error(x: Any, x_hat: Any, axis: int | tuple[int, ...]) -> Float64: ...
+@in_default_environment
 def relative_error(
     x: Any, x_hat: Any, axis: int | tuple[int, ...] | None = None
 ) -> float | Float64:
@@ -54,6 +56,7 @@ def relative_error(
     return float(ratio) if axis is None else ratio
 
 
+@in_default_environment
 def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     """Return the cosine of the angle between vectors along the last axis.
 
@@ -91,6 +94,7 @@ def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     return np.where(both_zero[..., 0], 1.0, cosine)
 
 
+@in_default_environment
 def outlier_ratio(x: Any) -> Float64:
     """Return how far the largest channel of each head stands out.
 

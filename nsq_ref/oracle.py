@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
 
 __all__ = ["decode", "encode"]
@@ -92,6 +93,7 @@ def narrow(value: float, dtype: str) -> float:
     return 0.0 if result == 0 else result
 
 
+@in_default_environment
 def exact_norm(row: Sequence[float]) -> float:
     """N1: the float32 nearest to the root of the exact sum of squares."""
     total = sum((Fraction(value) ** 2 for value in row), Fraction(0))
@@ -108,6 +110,7 @@ def exact_norm(row: Sequence[float]) -> float:
 # --- encode -------------------------------------------------------------------------------------
 
 
+@in_default_environment
 def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
 
@@ -280,6 +283,7 @@ def packed(codes: list[int], scheme: Scheme) -> list[int]:
 # --- decode -------------------------------------------------------------------------------------
 
 
+@in_default_environment
 def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[float]]:
     """Reconstruct what `encode` returned, as ``[T][D]`` (rule D1).
 
@@ -293,6 +297,7 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
     return x_hat
 
 
+@in_default_environment
 def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[str, Any]:
     """Return ``x_hat`` of `decode`, and the ``codes`` and ``y`` that lead to it, token by token."""
     tokens = len(parts["packed"])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.environment import in_default_environment
+
 __all__ = ["least_squares_gain", "narrow", "norm", "saturate"]
 
 Float32 = npt.NDArray[np.float32]
@@ -20,6 +22,7 @@ _UNIT = 2.0**-53  # relative error of one float64 operation
 _BEYOND_FLOAT32 = 2.0**128  # the value after the largest float32, were there one more
 
 
+@in_default_environment
 def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; no negative zero is stored (rules S3, M4, Z1).
 
@@ -47,6 +50,7 @@ def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return narrowed.reshape(np.shape(value))
 
 
+@in_default_environment
 def saturate(value: Float32, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; what is beyond it becomes its largest (rule C1).
 
@@ -72,6 +76,7 @@ def saturate(value: Float32, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.asarray(np.clip(value, -most, most)).astype(dtype)
 
 
+@in_default_environment
 def norm(x: Float32) -> Float32:
     """Return the correctly rounded Euclidean norm over the last axis (rule N1).
 
@@ -107,6 +112,7 @@ def norm(x: Float32) -> Float32:
     return lower
 
 
+@in_default_environment
 def least_squares_gain(x: Float32, y: Float32) -> Float32:
     """Return the correctly rounded quotient <x, y> / <y, y> over the last axis (rule M3).
 

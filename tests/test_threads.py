@@ -76,7 +76,9 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 work()
 """,
     "no room for another thread": """
-threading.stack_size(1 << 50)
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 34, resource.RLIM_INFINITY))
+threading.stack_size(1 << 35)
 work()
 """,
 }

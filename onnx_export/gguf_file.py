@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from nsq_ref.environment import extra
+
+with extra("onnx", __name__):
+    import gguf
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "<u1",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from nsq_ref.environment import extra
 from onnx_export.tokenizer import byte_symbols
+
+with extra("onnx", __name__):
+    import gguf
 
 
 def tiny_gguf(directory: str | os.PathLike[str]) -> Path:

@@ -25,6 +25,7 @@ from nsq_ref.arrays import (
     as_real_array,
 )
 from nsq_ref.codec import Quantized, block_of
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme, as_scheme, row_bytes
 
 __all__ = [
@@ -85,6 +86,7 @@ class PreparedPiece:
 Piece = Array | spec.Block | PreparedPiece
 
 
+@in_default_environment
 def attend(
     query: Array,
     keys: Array,
@@ -188,6 +190,7 @@ def attend(
 # --- how far a kernel may be from it -------------------------------------------------------------
 
 
+@in_default_environment
 def reach(quantized: Quantized) -> Float64:
     """Return how large the terms are that decoding adds up, for `tolerance` (rule A3).
 
@@ -249,6 +252,7 @@ def reach(quantized: Quantized) -> Float64:
     return np.concatenate([sinks, coded], axis=1).reshape(shape)
 
 
+@in_default_environment
 def tolerance(
     query: Array,
     keys: Array,
@@ -443,6 +447,7 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, record)
 
 
+@in_default_environment
 def attend_quantized(
     query: Array,
     keys: Sequence[Piece],

@@ -34,6 +34,7 @@ from nsq_ref.arrays import (
     not_finite,
 )
 from nsq_ref.codec import Quantized
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme, as_scheme
 
 __all__ = [
@@ -166,6 +167,7 @@ class Bounds:
     element: Float64
 
     @property
+    @in_default_environment
     def cosine(self) -> Float64:
         """Lower bound of the cosine of the angle between ``x`` and ``x_hat``, [..., T] (E3).
 
@@ -178,6 +180,7 @@ class Bounds:
         return np.maximum(1 - self.chord**2 * (0.5 + OUTWARD) - TERM, -1)
 
     @property
+    @in_default_environment
     def angle(self) -> Float64:
         """Bound of the angle between ``x`` and ``x_hat``, [..., T], in radians (E3).
 
@@ -189,6 +192,7 @@ class Bounds:
         """
         return np.minimum(2 * np.arcsin(self.chord / 2) * (1 + OUTWARD), np.pi)
 
+    @in_default_environment
     def logit_interval(self, query: Any) -> Interval:
         """Enclose ``query . x_hat - query . x`` (E6).
 
@@ -222,6 +226,7 @@ class Bounds:
         exact = self.token[..., None, :] == 0
         return Interval(np.where(exact, 0.0, low), np.where(exact, 0.0, high))
 
+    @in_default_environment
     def logit(self, query: Any) -> Float64:
         """Bound of ``abs(query . (x - x_hat))``, [..., Q, T], for queries [..., Q, D] (E6).
 
@@ -236,6 +241,7 @@ class Bounds:
         low, high = self.logit_interval(query)
         return np.maximum(-low, high)
 
+    @in_default_environment
     def estimate_logit_rms(self, query: Any) -> Float64:
         """Estimate, not bound, the size of ``query . (x - x_hat)``, [..., Q, T].
 
@@ -286,6 +292,7 @@ class APriori:
 # --- whole arrays -------------------------------------------------------------------------------
 
 
+@in_default_environment
 def certificate(quantized: Quantized) -> Bounds:
     """Bound the error of every token from what is stored, as a decoder can (E1 to E6, E9).
 
@@ -335,6 +342,7 @@ def certificate(quantized: Quantized) -> Bounds:
     return _bounds(quantized, stored, direction, norm, length, limit)
 
 
+@in_default_environment
 def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     """Bound the error of every token from its norm and its clamped elements (E1 to E6, E9).
 
@@ -392,6 +400,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     return _bounds(quantized, stored, direction, Interval(norm, norm), _length(exact), limit)
 
 
+@in_default_environment
 def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     """Bound the error of any token before any data is seen (E1 to E4).
 
@@ -462,6 +471,7 @@ def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
 # --- E1, E2: the direction ----------------------------------------------------------------------
 
 
+@in_default_environment
 def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
     """Enclose the float32 numbers that rules S3 and M4 narrow to these stored ones (E9).
 
@@ -505,6 +515,7 @@ def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
     )
 
 
+@in_default_environment
 def direction_interval(
     codes: Any, scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Interval:
@@ -569,6 +580,7 @@ def direction_interval(
     )
 
 
+@in_default_environment
 def element_error(
     scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Float64:
@@ -630,6 +642,7 @@ def element_error(
     return np.asarray(np.maximum(rounded * (1 + OUTWARD), beyond))
 
 
+@in_default_environment
 def direction_error(element: Any) -> Float64:
     """Bound the Euclidean norm of ``direction - y`` over the last axis (E2).
 
@@ -658,6 +671,7 @@ def direction_error(element: Any) -> Float64:
 # --- E3, E4, E9: the token ----------------------------------------------------------------------
 
 
+@in_default_environment
 def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Float64:
     """Bound ``norm(x / norm(x) - y / norm(y))``, which is ``2 * sin(angle / 2)`` (E3, E4).
 
@@ -706,6 +720,7 @@ def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Flo
     return np.sqrt(np.minimum(square, 4))
 
 
+@in_default_environment
 def relative_error(
     chord: Any, factor_error: Interval | None = None, *, magnitude: Magnitude = "norm"
 ) -> Float64:
@@ -755,6 +770,7 @@ def relative_error(
     return np.asarray(np.sqrt(np.maximum(*squares)) * (1 + OUTWARD))
 
 
+@in_default_environment
 def factor_error(factor: Any, dtype: FloatName) -> Interval:
     """Enclose the relative error of a stored factor, ``stored / exact - 1`` (E9).
 
@@ -791,6 +807,7 @@ def factor_error(factor: Any, dtype: FloatName) -> Interval:
     )
 
 
+@in_default_environment
 def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | str) -> Interval:
     """Enclose the norm of rule N1, from the factor that is stored in its place (E9).
 
@@ -856,6 +873,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | 
 # --- E5, E6: what is decoded --------------------------------------------------------------------
 
 
+@in_default_environment
 def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Float64:
     """Bound ``abs(x - x_hat)`` elementwise (E5).
 
@@ -896,6 +914,7 @@ def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Flo
     return np.maximum(np.maximum(*ends) * (1 + OUTWARD), 0)
 
 
+@in_default_environment
 def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> Interval:
     """Enclose ``query . x_hat - query . x`` (E6).
 
@@ -947,6 +966,7 @@ def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> 
     )
 
 
+@in_default_environment
 def estimate_logit_rms(query: Any, scale: Any, norm: Any) -> Float64:
     """Estimate, not bound, the root mean square of ``query . (x - x_hat)``.
 
@@ -986,6 +1006,7 @@ def estimate_logit_rms(query: Any, scale: Any, norm: Any) -> Float64:
 # --- E7, E8: attention --------------------------------------------------------------------------
 
 
+@in_default_environment
 def total_variation(
     error: Interval, *, softmax_scale: float = 1.0, softcap: float | None = None, where: Any = None
 ) -> Float64:
@@ -1037,6 +1058,7 @@ def total_variation(
     return np.asarray(np.minimum(np.tanh(widest * (1 + OUTWARD) / 4) * (1 + OUTWARD), 1))
 
 
+@in_default_environment
 def spread(values: Any, error: Any, where: Any = None) -> Float64:
     """Bound the distance between any two exact value vectors, from the decoded ones (E8).
 
@@ -1074,6 +1096,7 @@ def spread(values: Any, error: Any, where: Any = None) -> Float64:
     return np.maximum((two[..., 0] + two[..., 1]) * (1 + OUTWARD), 0)
 
 
+@in_default_environment
 def output_error(weights: Any, error: Any, total_variation: Any, spread: Any) -> Float64:
     """Bound ``norm(output - exact output)`` of attention (E8).
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from nsq_ref import attention
 from nsq_ref.arrays import RangeError, as_array, as_float_array, as_integer, as_integers, not_finite
 from nsq_ref.codec import Quantized
+from nsq_ref.environment import in_default_environment
 from nsq_ref.pages import Cell, Change
 from nsq_ref.scheme import (
     FLOAT_DTYPES,
@@ -265,6 +266,7 @@ class KVCache:
 
     # --- growing and shrinking ------------------------------------------------------------------
 
+    @in_default_environment
     def append(self, keys: Any, values: Any, lengths: Any = None) -> None:
         """Append tokens to the rows; all of them, or none if any is refused.
 
@@ -315,6 +317,7 @@ class KVCache:
             change.write()
             self._change(before, _State(rows, dtype))
 
+    @in_default_environment
     def crop(self, length: Any) -> None:
         """Keep only the first tokens of each row.
 
@@ -423,6 +426,7 @@ class KVCache:
         causal: bool = ..., softcap: float | None = ..., sliding_window: int | None = ...,
         return_weights: Literal[True],
     ) -> tuple[Float32, Float32]: ...  # fmt: skip
+    @in_default_environment
     def attend(
         self,
         query: Any,
@@ -545,6 +549,7 @@ class KVCache:
         keys, values = now.rows[as_integer("row", row, least=0, most=len(now.rows) - 1)]
         return StoredRow(keys.stored(now.plain_dtype), values.stored(now.plain_dtype))
 
+    @in_default_environment
     def dequantize(self) -> tuple[Float32, Float32]:
         """Return all keys and values, those of shorter rows padded with zeros on the right.
 

@@ -22,6 +22,7 @@ from nsq_ref.arrays import (
     not_finite,
     slabs,
 )
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, as_scheme
 
 __all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
@@ -188,6 +189,7 @@ class Quantized:
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
 
 
+@in_default_environment
 def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "numba") -> Quantized:
     """Quantize key or value vectors (spec NSQ-1).
 
@@ -264,6 +266,7 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
 def dequantize(quantized: Quantized, out: None = None, backend: Backend = "numba") -> Float32: ...
 @overload
 def dequantize(quantized: Quantized, out: _Out, backend: Backend = "numba") -> _Out: ...
+@in_default_environment
 def dequantize(quantized: Quantized, out: Any = None, backend: Backend = "numba") -> Any:
     """Reconstruct the vectors (rule D1).
 
@@ -465,6 +468,7 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         raise RangeError(f"x{beyond[0]} {fault}", "x", beyond[0], fault)
 
 
+@in_default_environment
 def undecodable(quantized: Quantized) -> tuple[list[int], float] | None:
     """Return the first index that decodes beyond float32, and to what, if there is one (rule D3).
 

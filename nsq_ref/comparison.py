@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from nsq_ref.arrays import as_float_array
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
@@ -53,6 +54,7 @@ class CacheRoundTrip:
         self.collapsed_tokens = 0
         self._squares: dict[str, Float64] = {}
 
+    @in_default_environment
     def __call__(
         self, keys: Any, values: Any = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -105,6 +107,7 @@ class CacheRoundTrip:
         """Relative error of the values of each layer; empty if no values were given."""
         return self._error("value")
 
+    @in_default_environment
     def _error(self, side: str) -> Float64:
         error, size = self._squares.get(side, np.zeros((2, 0)))
         ratio: Float64 = np.sqrt(error / np.where(size == 0, 1, size))

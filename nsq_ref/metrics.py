@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer, as_integers, as_real_array
+from nsq_ref.environment import in_default_environment
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
 
@@ -18,6 +19,7 @@ Float64 = npt.NDArray[np.float64]
 def relative_error(x: Any, x_hat: Any, axis: None = None) -> float: ...
 @overload
 def relative_error(x: Any, x_hat: Any, axis: int | tuple[int, ...]) -> Float64: ...
+@in_default_environment
 def relative_error(
     x: Any, x_hat: Any, axis: int | tuple[int, ...] | None = None
 ) -> float | Float64:
@@ -57,6 +59,7 @@ def relative_error(
     return float(ratio) if axis is None else ratio
 
 
+@in_default_environment
 def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     """Return the cosine of the angle between vectors along the last axis.
 
@@ -94,6 +97,7 @@ def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     return np.where(both_zero[..., 0], 1.0, cosine)
 
 
+@in_default_environment
 def outlier_ratio(x: Any) -> Float64:
     """Return how far the largest channel of each head stands out.
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from nsq_ref.arrays import as_float_array, as_integer, as_integer_array, as_real_array
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme, as_scheme
 
 __all__ = ["decode", "encode"]
@@ -94,6 +95,7 @@ def narrow(value: float, dtype: str) -> float:
     return 0.0 if result == 0 else result
 
 
+@in_default_environment
 def exact_norm(row: Sequence[float]) -> float:
     """N1: the float32 nearest to the root of the exact sum of squares."""
     total = sum((Fraction(value) ** 2 for value in row), Fraction(0))
@@ -110,6 +112,7 @@ def exact_norm(row: Sequence[float]) -> float:
 # --- encode -------------------------------------------------------------------------------------
 
 
+@in_default_environment
 def encode(x: Any, scheme: Scheme | str) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
 
@@ -287,6 +290,7 @@ def packed(codes: list[int], scheme: Scheme) -> list[int]:
 # --- decode -------------------------------------------------------------------------------------
 
 
+@in_default_environment
 def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme | str) -> list[list[float]]:
     """Reconstruct what `encode` returned, as ``[T][D]`` (rule D1).
 
@@ -307,6 +311,7 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme | str) -> list[l
     return x_hat
 
 
+@in_default_environment
 def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[str, Any]:
     """Return ``x_hat`` of `decode`, and the ``codes`` and ``y`` that lead to it, token by token."""
     tokens = len(parts["packed"])

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Annotation, Text
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from nsq_ref.arrays import as_float, as_float_array, as_integer, as_real_array
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.environment import extra
 from nsq_ref.metrics import relative_error
 from nsq_ref.scheme import Scheme, as_scheme
+
+with extra("plots", __name__):
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Annotation, Text
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

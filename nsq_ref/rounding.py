@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_float_array
+from nsq_ref.environment import in_default_environment
 
 __all__ = ["least_squares_gain", "narrow", "norm", "saturate"]
 
@@ -22,6 +23,7 @@ _UNIT = 2.0**-53  # relative error of one float64 operation
 _BEYOND_FLOAT32 = 2.0**128  # the value after the largest float32, were there one more
 
 
+@in_default_environment
 def narrow(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; no negative zero is stored (rules S3, M4, Z1).
 
@@ -50,6 +52,7 @@ def narrow(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return narrowed.reshape(given.shape)
 
 
+@in_default_environment
 def saturate(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; what is beyond it becomes its largest (rule C1).
 
@@ -76,6 +79,7 @@ def saturate(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.asarray(np.clip(value, -most, most)).astype(dtype)
 
 
+@in_default_environment
 def norm(x: Any) -> Float32:
     """Return the correctly rounded Euclidean norm over the last axis (rule N1).
 
@@ -112,6 +116,7 @@ def norm(x: Any) -> Float32:
     return lower
 
 
+@in_default_environment
 def least_squares_gain(x: Any, y: Any) -> Float32:
     """Return the correctly rounded quotient <x, y> / <y, y> over the last axis (rule M3).
 

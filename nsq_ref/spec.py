@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 Float32 = npt.NDArray[np.float32]
@@ -36,6 +37,7 @@ class Block(NamedTuple):
     collapsed: npt.NDArray[np.bool_]  # [..., T], tokens that decode to zero but are not (D2)
 
 
+@in_default_environment
 def encode(x: Float32, scheme: Scheme) -> Block:
     """Quantize one block ``x[..., T, D]``.
 
@@ -64,6 +66,7 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     return Block(codes, stored, scale, zero, index, outliers, lost)
 
 
+@in_default_environment
 def decode(block: Block, scheme: Scheme) -> Float32:
     """Reconstruct one block as float32 [..., T, D] (rule D1).
 
@@ -94,6 +97,7 @@ def block_slices(tokens: int, scheme: Scheme) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
+@in_default_environment
 def encode_blocks(x: Float32, scheme: Scheme) -> Block:
     """Quantize all tokens after the sinks, block by block (rule B1).
 
@@ -110,6 +114,7 @@ def encode_blocks(x: Float32, scheme: Scheme) -> Block:
     return Block(*(np.concatenate(part, axis) for axis, part in parts))
 
 
+@in_default_environment
 def decode_blocks(block: Block, scheme: Scheme) -> Float32:
     """Reconstruct what `encode_blocks` returned.
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import onnx
-from onnx import TensorProto, helper
-
+from nsq_ref.environment import extra
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme
 from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
 from onnx_export.codec import DTYPES, IR_VERSION, OPSET
 from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
 from onnx_export.functions import functions
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper
 
 __all__ = ["attention_model", "attention_node", "cache_fields"]
 

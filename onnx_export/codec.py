@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto, helper
-
 from nsq_ref import __version__
 from nsq_ref.codec import PARTS
+from nsq_ref.environment import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
 from onnx_export.function_builder import Nodes
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper
 
 __all__ = ["dequantize_model", "quantize_model", "save_models"]
 

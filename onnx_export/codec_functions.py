@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from nsq_ref.environment import extra
 from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
 from onnx_export import rounding_nodes
 from onnx_export.function_builder import Nodes
 from onnx_export.rounding_nodes import narrow, where_zero
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
 

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import onnxruntime
-import platformdirs
 from numpy.typing import ArrayLike, NDArray
 
+from nsq_ref.environment import extra
 from onnx_export.gguf_file import GGUFFile
 from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx, read_config
+
+with extra("onnx", __name__):
+    import onnxruntime
+    import platformdirs
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""

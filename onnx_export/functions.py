@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import onnx
-
+from nsq_ref.environment import extra
 from onnx_export.attention_function import attention
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
+
+with extra("onnx", __name__):
+    import onnx
 
 __all__ = ["DOMAIN", "VERSION", "functions", "scheme_attributes"]
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from nsq_ref.environment import extra
 from nsq_ref.files import kinds
+
+with extra("onnx", __name__):
+    import gguf
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "<u1",

@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
+from nsq_ref.environment import extra
 from nsq_ref.files import atomic
 from onnx_export.gguf_file import GGUFFile
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
 GRAPH_VERSION = 1
 """Raised whenever the graph changes, so that models built before are not used any more."""

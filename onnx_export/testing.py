@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from nsq_ref.environment import extra
 from nsq_ref.files import atomic
 from onnx_export.tokenizer import byte_symbols
+
+with extra("onnx", __name__):
+    import gguf
 
 
 def tiny_gguf(directory: str | os.PathLike[str]) -> Path:

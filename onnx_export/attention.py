@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from nsq_ref.attention import _require_options
 from nsq_ref.environment import extra
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme
 from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
@@ -19,6 +23,7 @@ with extra("onnx", __name__):
 __all__ = ["attention_model", "attention_node", "cache_fields"]
 
 OPTIONAL = INPUTS[1:3] + INPUTS[4:10]  # between the query and the cache
+MODEL_DTYPES = ("float32", "float16")
 
 
 def cache_fields(
@@ -52,8 +57,10 @@ def cache_fields(
 
     Raises
     ------
+    TypeError
+        For sizes that are no integers.
     ValueError
-        For a scheme that a cache cannot have.
+        For a scheme that a cache cannot have, sizes below 1, a capacity below 0, another dtype.
 
     Examples
     --------
@@ -62,9 +69,12 @@ def cache_fields(
     >>> fields["key_packed"].shape, fields["value_tail"].shape
     ((8, 1024, 64), (8, 128, 128))
     """
+    _require_dtype(dtype)
     plain = FLOAT_DTYPES[dtype]
+    kv_heads, capacity = _integer("kv_heads", kv_heads, 1), _integer("capacity", capacity, 0)
+    key_dim, value_dim = _head_dims(head_dim, value_head_dim)
     fields = {}
-    sides = (("key", key, head_dim), ("value", value, value_head_dim or head_dim))
+    sides = (("key", key, key_dim), ("value", value, value_dim))
     for side, scheme, channels in sides:
         block = _block_size(side, scheme)
         sinks = scheme.sink_tokens
@@ -104,7 +114,7 @@ def attention_node(
         behind it, ``new_lengths``, ``cos`` and ``sin``, ``position_ids``, ``attention_bias`` and
         ``head_sink``.
     scale : float, optional
-        Of the scores; ``1 / sqrt(head_dim)`` by default.
+        Of the scores; ``1 / sqrt(head_dim)`` by default. Not 0, which an operator takes for that.
     causal : bool
         A query sees its own position and those before it.
     softcap : float, optional
@@ -122,8 +132,13 @@ def attention_node(
 
     Raises
     ------
+    TypeError
+        For heads that are no integers.
     ValueError
-        For a scheme that a cache cannot have, heads that do not fit, and other inputs.
+        For a scheme that a cache cannot have, heads that do not fit, other inputs, options that
+        `nsq_ref.attention.attend` refuses or that are 0 or infinite as float32, and what has no
+        effect: ``position_ids`` and ``rotary_interleaved`` without ``cos`` and ``sin``,
+        ``smooth_softmax`` with ``head_sink``.
 
     Examples
     --------
@@ -133,30 +148,20 @@ def attention_node(
     ('Attention', ['query', 'key', 'value', 'past_lengths'], ['output', 'present_lengths'])
     """
     stored = {side: _stored(side, scheme) for side, scheme in (("key", key), ("value", value))}
-    for name, count in (("heads", heads), ("kv_heads", kv_heads)):
-        if count < 1:
-            raise ValueError(f"{name}={count} is not positive")
+    heads, kv_heads = _integer("heads", heads, 1), _integer("kv_heads", kv_heads, 1)
     if heads % kv_heads:
         raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
-    if unknown := set(inputs) - set(OPTIONAL):
-        raise ValueError(f"inputs has {sorted(unknown)}; optional are {', '.join(OPTIONAL)}")
-    for pair in (("key", "value"), ("cos", "sin")):
-        if len(set(pair) & set(inputs)) == 1:
-            raise ValueError(f"inputs has one of {' and '.join(pair)}; give both, or neither")
-    if sliding_window is not None and not causal:
-        raise ValueError(
-            f"sliding_window={sliding_window} counts back from the query, which causal=False does "
-            "not; use one of the two"
-        )
+    _require_inputs(set(inputs), rotary_interleaved, smooth_softmax)
+    _require_options(1, scale, causal, softcap, sliding_window)
     attributes: dict[str, Any] = {
         "heads": heads,
         "kv_heads": kv_heads,
-        "scale": float(scale or 0),
-        "causal": int(causal),
-        "softcap": float(softcap or 0),
-        "sliding_window": sliding_window or 0,
-        "rotary_interleaved": int(rotary_interleaved),
-        "smooth_softmax": int(smooth_softmax),
+        "scale": _attribute("scale", scale),
+        "causal": int(bool(causal)),
+        "softcap": _attribute("softcap", softcap),
+        "sliding_window": 0 if sliding_window is None else int(sliding_window),
+        "rotary_interleaved": int(bool(rotary_interleaved)),
+        "smooth_softmax": int(bool(smooth_softmax)),
     }
     attributes |= scheme_attributes(key, "key_") | scheme_attributes(value, "value_")
     del attributes["key_outlier_channels"], attributes["value_outlier_channels"]
@@ -198,7 +203,8 @@ def attention_model(
     opset : int
         Of the standard operators in the function bodies, at least 21.
     **options
-        As `attention_node` takes them.
+        ``inputs``, ``scale``, ``causal``, ``softcap``, ``sliding_window``, ``rotary_interleaved``
+        and ``smooth_softmax``, as `attention_node` takes them.
 
     Returns
     -------
@@ -208,8 +214,11 @@ def attention_model(
 
     Raises
     ------
+    TypeError
+        As `attention_node`, and for other options.
     ValueError
-        As `attention_node`.
+        As `attention_node` and `cache_fields`, for an older opset, and for a value_head_dim of its
+        own where the query has keys and values packed behind it.
 
     Examples
     --------
@@ -232,9 +241,15 @@ def attention_model(
     (True, 1)
     """
     node = attention_node(key, value, heads=heads, kv_heads=kv_heads, **options)
-    value_dim = value_head_dim or head_dim
+    head_dim, value_dim = _head_dims(head_dim, value_head_dim)
+    _require_dtype(dtype)
     plain = DTYPES[dtype]
     packed = "key" not in node.input
+    if packed and value_dim != head_dim:
+        raise ValueError(
+            f"value_head_dim={value_dim} is not head_dim={head_dim}, which all heads of a packed "
+            "query have; give the inputs key and value"
+        )
     shapes: dict[str, tuple[int, Sequence[Any]]] = {
         "query": (plain, ("B", "S", (heads + 2 * kv_heads * packed) * head_dim)),
         "key": (plain, ("B", "S", kv_heads * head_dim)),
@@ -274,6 +289,63 @@ def _infos(
     names: Sequence[str], shapes: Mapping[str, tuple[int, Sequence[Any]]]
 ) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(name, *shapes[name]) for name in names if name]
+
+
+def _integer(name: str, value: int, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is not an integer") from None
+    if number < least:
+        raise ValueError(f"{name}={number} must be an integer of at least {least}")
+    return number
+
+
+def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:
+    """Return the channels of keys and of values."""
+    key_dim = _integer("head_dim", head_dim, 1)
+    if value_head_dim is None:
+        return key_dim, key_dim
+    return key_dim, _integer("value_head_dim", value_head_dim, 1)
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in MODEL_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(MODEL_DTYPES)}")
+
+
+def _require_inputs(inputs: set[str], rotary_interleaved: bool, smooth_softmax: bool) -> None:
+    if unknown := inputs - set(OPTIONAL):
+        raise ValueError(f"inputs has {sorted(unknown)}; optional are {', '.join(OPTIONAL)}")
+    for pair in (("key", "value"), ("cos", "sin")):
+        if len(set(pair) & inputs) == 1:
+            raise ValueError(f"inputs has one of {' and '.join(pair)}; give both, or neither")
+    if "cos" not in inputs:
+        for name, given in (
+            ("position_ids", "position_ids" in inputs),
+            ("rotary_interleaved", rotary_interleaved),
+        ):
+            if given:
+                raise ValueError(f"{name} has no effect without the inputs cos and sin; add them")
+    if smooth_softmax and "head_sink" in inputs:
+        raise ValueError(
+            "smooth_softmax is a sink of 0 for all heads, which the input head_sink replaces; use "
+            "one of the two"
+        )
+
+
+def _attribute(name: str, value: float | None) -> float:
+    """Return an option as the node has it: float32, and 0 for the default."""
+    if value is None:
+        return 0.0
+    with np.errstate(over="ignore", under="ignore"):
+        narrowed = np.float32(float(value))
+    if narrowed == 0 or not np.isfinite(narrowed):
+        raise ValueError(
+            f"{name}={value} is {narrowed} as float32, in which the operator has it, and 0 stands "
+            "for the default; leave it out for that"
+        )
+    return float(narrowed)
 
 
 def _block_size(side: str, scheme: Scheme) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from nsq_ref.environment import extra
 from nsq_ref.scheme import Scheme
 from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
-from onnx_export.function_builder import Nodes
+from onnx_export.function_builder import Nodes, require_opset
 
 with extra("onnx", __name__):
     import onnx
@@ -90,6 +90,7 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     >>> body.name, body.input[:3], len(body.output)
     ('Attention', ['query', 'key', 'value'], 14)
     """
+    require_opset(opset)
     add = Nodes()
     heads, kv_heads = (
         add("Unsqueeze", add.attribute(name, "int"), [0]) for name in ("heads", "kv_heads")

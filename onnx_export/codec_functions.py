@@ -15,7 +15,7 @@ from nsq_ref.environment import extra
 from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
 from onnx_export import rounding_nodes
-from onnx_export.function_builder import Nodes
+from onnx_export.function_builder import Nodes, require_opset
 from onnx_export.rounding_nodes import narrow, where_zero
 
 with extra("onnx", __name__):
@@ -230,6 +230,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
 def _function(
     name: str, inputs: Sequence[str], outputs: Sequence[str], add: Nodes, opset: int
 ) -> onnx.FunctionProto:
+    require_opset(opset)
     defaults = [
         helper.make_attribute(field, value) for field, value in scheme_attributes(Scheme()).items()
     ]

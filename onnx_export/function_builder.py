@@ -13,13 +13,31 @@ with extra("onnx", __name__):
     import onnx
     from onnx import helper, numpy_helper
 
-__all__ = ["Nodes"]
+__all__ = ["LEAST_OPSET", "Nodes", "require_opset"]
+
+LEAST_OPSET = 21
 
 _ATTRIBUTE = {
     "int": ("value_int", onnx.AttributeProto.INT),
     "float": ("value_float", onnx.AttributeProto.FLOAT),
     "string": ("value_string", onnx.AttributeProto.STRING),
 }
+
+
+def require_opset(opset: int) -> None:
+    """Refuse a version of the standard operators that the functions cannot be written in.
+
+    Raises
+    ------
+    ValueError
+        Below 21.
+
+    Examples
+    --------
+    >>> require_opset(21)
+    """
+    if opset < LEAST_OPSET:
+        raise ValueError(f"opset={opset} is too old; the functions need at least {LEAST_OPSET}")
 
 
 class Nodes:

@@ -32,6 +32,7 @@ ELEMENT = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
 PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")

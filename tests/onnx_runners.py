@@ -26,6 +26,7 @@ DTYPES = {
     "tensor(bfloat16)": BFLOAT16,
     "tensor(uint8)": np.dtype(np.uint8),
     "tensor(int32)": np.dtype(np.int32),
+    "tensor(int64)": np.dtype(np.int64),
 }
 
 

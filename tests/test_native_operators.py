@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def test_options_may_register_often_and_sessions_outlive_them() -> None:
     del sessions[0]
     assert all(np.array_equal(results[0], one) for one in results)
     assert np.array_equal(sessions[0].run(["packed"], {"x": X})[0], results[0])
+
+
+def test_options_may_be_registered_twice(tmp_path: Path) -> None:
+    """By whatever way; another copy of the library is refused, and the remedy said."""
+    options = onnxruntime.SessionOptions()
+    custom_ops.register(options)
+    options.register_custom_ops_library(str(custom_ops.library_path()))
+    custom_ops.register(options)
+    loaded = onnxruntime.InferenceSession(quantize_model(Scheme()).SerializeToString(), options)
+    assert loaded.run(["packed"], {"x": X})[0].shape == (6, 4)
+    copy = shutil.copy(custom_ops.library_path(), tmp_path)
+    with pytest.raises(Exception, match=r"another copy of the library; register one copy only"):
+        options.register_custom_ops_library(copy)
+    other = onnxruntime.SessionOptions()
+    other.register_custom_ops_library(copy)
+    onnxruntime.InferenceSession(quantize_model(Scheme()).SerializeToString(), other)
 
 
 @pytest.mark.parametrize("name", ["sse2", "AVX2", "avx512 ", "best"])

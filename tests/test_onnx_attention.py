@@ -50,7 +50,8 @@ def configs(draw: st.DrawFn) -> Config:
         draw(st.integers(1, 3)),
         draw(head_dims),
     )
-    packed, causal = draw(st.booleans()), draw(st.booleans())
+    packed, causal, head_sink = (draw(st.booleans()) for _ in range(3))
+    rotary = 2 * draw(st.integers(0, min(head_dim // 2, 5)))
     return Config(
         heads=kv_heads * group,
         kv_heads=kv_heads,
@@ -64,14 +65,14 @@ def configs(draw: st.DrawFn) -> Config:
         causal=causal,
         softcap=draw(st.sampled_from([None, None, 0.5, 30.0])),
         sliding_window=draw(st.sampled_from([None, 1, 2, 7, 1000])) if causal else None,
-        smooth_softmax=draw(st.booleans()),
-        rotary=2 * draw(st.integers(0, min(head_dim // 2, 5))),
-        rotary_interleaved=draw(st.booleans()),
+        smooth_softmax=not head_sink and draw(st.booleans()),
+        rotary=rotary,
+        rotary_interleaved=rotary > 0 and draw(st.booleans()),
         packed=packed,
         new_lengths=draw(st.booleans()),
-        position_ids=draw(st.booleans()),
+        position_ids=rotary > 0 and draw(st.booleans()),
         attention_bias=draw(st.booleans()),
-        head_sink=draw(st.booleans()),
+        head_sink=head_sink,
     )
 
 

@@ -60,7 +60,7 @@ def register(options: SessionOptions) -> None:
     Parameters
     ----------
     options : onnxruntime.SessionOptions
-        Changed in place.
+        Changed in place; once is enough, and twice does no harm.
 
     Raises
     ------

@@ -120,6 +120,7 @@ class Attention {
     NSQ_TRY(copy_past());
     NSQ_TRY(seal());
     NSQ_TRY(attend());
+    NSQ_TRY(check_bias());
     write_tails();
     return Status();
   }
@@ -135,6 +136,7 @@ class Attention {
 
   Status read_lengths();
   Status check_positions(int64_t row) const;
+  Status check_bias() const;
 
   Status stage();
   bool stage_tokens(int64_t row, int64_t first, int64_t last, Place* refused);
@@ -187,6 +189,7 @@ class Attention {
   const int64_t group_;  // query heads that share a key/value head
   Scratch<Row> rows_;
   Staged staged_;
+  mutable std::atomic<bool> bias_spoils_{false};  // NaN or infinity was added to a score
 };
 
 // --- lengths and positions -----------------------------------------------------------------------
@@ -235,6 +238,30 @@ Status Attention::check_positions(int64_t row) const {
     if (position < 0 || position >= call_.rotary_positions) {
       return Status::error("position_ids[%lld, %lld] is %lld; cos has %lld positions", shown(row),
                            shown(i), shown(position), shown(call_.rotary_positions));
+    }
+  }
+  return Status();
+}
+
+// What was seen of the bias was looked at when it was added: here only the place is found.
+Status Attention::check_bias() const {
+  if (!bias_spoils_) return Status();
+  const int64_t queries = call_.bias_batch * call_.bias_heads * call_.tokens;
+  for (int64_t line = 0; line < queries; ++line) {
+    const int64_t query = line % call_.tokens, head = line / call_.tokens % call_.bias_heads;
+    const int64_t row = line / call_.tokens / call_.bias_heads;
+    for (int64_t b = row; b < (call_.bias_batch > 1 ? row + 1 : call_.batch); ++b) {
+      const int64_t position = rows_[b].past + query;
+      const int64_t high = call_.options.causal ? position + 1 : rows_[b].length;
+      for (int64_t t = first_seen(position); query < rows_[b].added && t < high; ++t) {
+        float room;
+        const float bias =
+            *widened(at(call_.bias, line * call_.bias_tokens + t, call_.dtype), 1, &room);
+        if (bias < kInfinity) continue;
+        return Status::error("attention_bias[%lld, %lld, %lld, %lld] is %g; a bias is finite, or "
+                             "-infinity where a token is hidden", shown(row), shown(head),
+                             shown(query), shown(t), static_cast<double>(bias));
+      }
     }
   }
   return Status();
@@ -380,26 +407,42 @@ Status Attention::copy_past() {
   });
 }
 
-void copy(const void* from, void* to, int64_t offset, int64_t bytes) {
-  if (from == to || bytes == 0) return;
-  std::memcpy(static_cast<uint8_t*>(to) + offset, static_cast<const uint8_t*>(from) + offset,
-              static_cast<size_t>(bytes));
+// The bytes of one head in a part that is not the past's memory: those before `kept` are the past's,
+// those from `used` on are 0, and what is between is written later.
+void carry(const void* from, void* to, int64_t first, int64_t kept, int64_t used, int64_t end) {
+  if (from == to) return;
+  const auto* source = static_cast<const uint8_t*>(from);
+  auto* target = static_cast<uint8_t*>(to);
+  if (kept > first) {
+    std::memcpy(target + first, source + first, static_cast<size_t>(kept - first));
+  }
+  if (end > used) std::memset(target + used, 0, static_cast<size_t>(end - used));
 }
 
-// `head` counts through rows and heads.
+// `head` counts through rows and heads. What is behind the length is cleared, not copied: in the
+// past's memory too it may be of another request.
 void Attention::copy_head(const Side& side, int64_t row, int64_t head) const {
   const Scheme& scheme = side.scheme;
-  const Cut past = cut(scheme, rows_[row].past);
-  const Places from = places(side, head, 0), to = places(side, head, past.sealed);
-  const int64_t plain = size_of(call_.dtype), scale = size_of(scheme.scale_dtype);
-  const int64_t norm = size_of(scheme.norm_dtype);
+  const Cut past = cut(scheme, rows_[row].past), now = cut(scheme, rows_[row].length);
+  const Places first = places(side, head, 0), kept = places(side, head, past.sealed);
+  const Places used = places(side, head, now.sealed), end = places(side, head + 1, 0);
   const Parts &a = side.past, &b = side.present;
-  copy(a.packed, b.packed, from.packed, to.packed - from.packed);
-  copy(a.scale, b.scale, from.scale * scale, (to.scale - from.scale) * scale);
-  copy(a.zero, b.zero, from.scale * scale, (to.scale - from.scale) * scale);
-  copy(a.norm, b.norm, from.norm * norm, (to.norm - from.norm) * norm);
-  copy(a.sinks, b.sinks, from.sinks * plain, past.sinks * side.head_dim * plain);
-  copy(a.tail, b.tail, from.tail * plain, past.tail * side.head_dim * plain);
+  const auto sealed = [&](const void* from, void* to, int64_t Places::*at, int64_t size) {
+    carry(from, to, first.*at * size, kept.*at * size, used.*at * size, end.*at * size);
+  };
+  sealed(a.packed, b.packed, &Places::packed, 1);
+  sealed(a.scale, b.scale, &Places::scale, size_of(scheme.scale_dtype));
+  sealed(a.zero, b.zero, &Places::scale, size_of(scheme.scale_dtype));
+  sealed(a.norm, b.norm, &Places::norm, size_of(scheme.norm_dtype));
+  const auto plain = [&](const void* from, void* to, int64_t Places::*at, int64_t old,
+                         int64_t all) {
+    const int64_t size = size_of(call_.dtype), token = side.head_dim * size;
+    const int64_t start = first.*at * size;
+    carry(from, to, start, start + old * token, start + all * token, end.*at * size);
+  };
+  plain(a.sinks, b.sinks, &Places::sinks, past.sinks, now.sinks);
+  // A tail that is sealed is read where it was.
+  plain(a.tail, b.tail, &Places::tail, now.sealed == past.sealed ? past.tail : 0, now.tail);
 }
 
 // Whether a refusal is about a scale of a channel, and `token` its number.
@@ -867,7 +910,12 @@ void Attention::add_bias(const Queries& queries, int64_t r, int64_t low, int64_t
                            call_.tokens + queries.first + r / group_;
   const float* bias = widened(at(call_.bias, line * call_.bias_tokens + low, call_.dtype),
                               high - low, space.bias);
-  for (int64_t t = 0; t < high - low; ++t) scores[t] += bias[t];
+  int spoilt = 0;
+  for (int64_t t = 0; t < high - low; ++t) {
+    scores[t] += bias[t];
+    spoilt |= bias[t] < kInfinity ? 0 : 1;  // nor is NaN
+  }
+  if (spoilt != 0) bias_spoils_ = true;
 }
 
 // `seen` is the number of tokens so far, `tokens` that of those whose weights are held.

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <limits>
 
 namespace nsq {
 namespace {
@@ -37,36 +38,6 @@ Status expect_stored(const Tensor& tensor, bool stored) {
   if (stored) return expect_present(tensor);
   if (!tensor) return Status();
   return Status::error("%s is given, but the scheme does not store it; leave it out", tensor.name);
-}
-
-bool overlap(const Tensor& a, const Tensor& b) {
-  const int64_t a_bytes = a.byte_count(), b_bytes = b.byte_count();
-  if (a_bytes == 0 || b_bytes == 0) return false;
-  const auto a_first = reinterpret_cast<uintptr_t>(a.data);
-  const auto b_first = reinterpret_cast<uintptr_t>(b.data);
-  return a_first < b_first + static_cast<uintptr_t>(b_bytes) &&
-         b_first < a_first + static_cast<uintptr_t>(a_bytes);
-}
-
-// Only the past of a tensor, and all of it, may be where its present is.
-Status expect_no_overlap(const Tensors& tensors) {
-  for (int i = 0; i < kOutputs; ++i) {
-    const Tensor& output = tensors.outputs[i];
-    const int past = i >= kPresentKey ? kPastKey + i - kPresentKey
-                     : i == kPresentLengths ? static_cast<int>(kPastLengths) : -1;
-    for (int j = 0; j < kInputs; ++j) {
-      const Tensor& input = tensors.inputs[j];
-      if ((j == past && output.data == input.data) || !overlap(output, input)) continue;
-      return Status::error("%s overlaps %s in memory; a present tensor is the same memory as its "
-                           "own past, or apart from all others", output.name, input.name);
-    }
-    for (int j = 0; j < i; ++j) {
-      if (!overlap(output, tensors.outputs[j])) continue;
-      return Status::error("%s overlaps %s in memory; bind them apart", output.name,
-                           tensors.outputs[j].name);
-    }
-  }
-  return Status();
 }
 
 struct AttentionKernel {
@@ -251,6 +222,10 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     call->rotary_positions = cos.dim(0);
     call->rotary_half = cos.dim(1);
   }
+  if (!cos && (positions || options_.rotary_interleaved)) {
+    return Status::error("%s has no effect without cos and sin; give both, or leave it out",
+                         positions ? positions.name : "attribute rotary_interleaved=1");
+  }
   if (positions) NSQ_TRY(expect_shape(positions, {batch, tokens}));
   call->position_ids = positions.as<int64_t>();
 
@@ -269,7 +244,19 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     call->bias_heads = bias.dim(1);
     call->bias_tokens = bias.dim(3);
   }
-  if (sink) NSQ_TRY(expect_shape(sink, {options_.heads}));
+  if (!sink) return Status();
+  NSQ_TRY(expect_shape(sink, {options_.heads}));
+  if (options_.smooth_softmax) {
+    return Status::error("head_sink is given with attribute smooth_softmax=1, which is a sink of 0 "
+                         "for all heads; use one of the two");
+  }
+  for (int64_t head = 0; head < options_.heads; ++head) {
+    float logit = 0;
+    kernels_->widen(sink.as<uint8_t>() + head * size_of(sink.element), call->dtype, 1, &logit);
+    if (logit < std::numeric_limits<float>::infinity()) continue;
+    return Status::error("head_sink[%lld] is %g; a sink is finite, or -infinity for none",
+                         static_cast<long long>(head), static_cast<double>(logit));
+  }
   call->head_sink = sink.data;
   return Status();
 }
@@ -359,7 +346,9 @@ Status AttentionKernel::compute(Context& context) const {
   NSQ_TRY(check_side(tensors, kPastKey, call, &call.key));
   NSQ_TRY(check_side(tensors, kPastValue, call, &call.value));
   NSQ_TRY(make_outputs(context, call, &tensors));
-  NSQ_TRY(expect_no_overlap(tensors));
+  int own[kOutputs] = {-1, kPastLengths};
+  for (int i = kPresentKey; i < kOutputs; ++i) own[i] = kPastKey + i - kPresentKey;
+  NSQ_TRY(expect_apart(tensors.outputs, kOutputs, tensors.inputs, kInputs, own));
   call.key.past = parts_of(tensors.inputs + kPastKey);
   call.key.present = parts_of(tensors.outputs + kPresentKey);
   call.value.past = parts_of(tensors.inputs + kPastValue);

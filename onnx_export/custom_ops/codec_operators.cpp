@@ -260,6 +260,7 @@ Status Quantize::make_outputs(Context& context, const Layout& layout, const Tens
     NSQ_TRY(context.output(i, shapes[i].dims, shapes[i].rank, &parts[i]));
     NSQ_TRY(expect_stored(parts[i], stored[i]));
   }
+  NSQ_TRY(expect_apart(parts, 7, &x, 1));
   *all = {parts[0].as<uint8_t>(), parts[2] ? parts[2].as<float>() : nullptr, parts[1].as<float>(),
           parts[3] ? parts[3].as<float>() : nullptr,
           parts[4] ? parts[4].as<int32_t>() : nullptr,
@@ -459,6 +460,7 @@ Status Dequantize::compute(Context& context) const {
   Tensor x_hat;
   const Shape shape(packed, packed.rank - 2, {tokens, head_dim});
   NSQ_TRY(context.output(0, shape.dims, shape.rank, &x_hat));
+  NSQ_TRY(expect_apart(&x_hat, 1, parts, kInputs));
   float* out = x_hat.as<float>();
   const int64_t sinks = layout.sinks * head_dim;
   for (int64_t sequence = 0; sequence < layout.sequences && sinks > 0; ++sequence) {

@@ -5,6 +5,10 @@
 #include <cstdio>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 namespace nsq {
 
 Status Status::error(const char* format, ...) {
@@ -74,6 +78,15 @@ struct ShapeText {
   char text[160];
 };
 
+bool overlap(const Tensor& a, const Tensor& b) {
+  const int64_t a_bytes = a.byte_count(), b_bytes = b.byte_count();
+  if (a_bytes == 0 || b_bytes == 0) return false;
+  const auto a_first = reinterpret_cast<uintptr_t>(a.data);
+  const auto b_first = reinterpret_cast<uintptr_t>(b.data);
+  return a_first < b_first + static_cast<uintptr_t>(b_bytes) &&
+         b_first < a_first + static_cast<uintptr_t>(a_bytes);
+}
+
 }  // namespace
 
 Status expect_present(const Tensor& tensor) {
@@ -101,6 +114,26 @@ Status expect_shape(const Tensor& tensor, const int64_t* dims, int rank) {
   if (same) return Status();
   return Status::error("%s has shape %s, expected %s", tensor.name,
                        ShapeText(tensor.dims, tensor.rank).text, ShapeText(dims, rank).text);
+}
+
+Status expect_apart(const Tensor* outputs, int output_count, const Tensor* inputs, int input_count,
+                    const int* own) {
+  for (int i = 0; i < output_count; ++i) {
+    const int same = own != nullptr ? own[i] : -1;
+    const auto shared = [&](const Tensor& other) {
+      return Status::error("%s overlaps %s in memory; bind it apart from all others%s%s",
+                           outputs[i].name, other.name, same < 0 ? "" : ", or to all of ",
+                           same < 0 ? "" : inputs[same].name);
+    };
+    for (int j = 0; j < input_count; ++j) {
+      if (j == same && outputs[i].data == inputs[j].data) continue;
+      if (overlap(outputs[i], inputs[j])) return shared(inputs[j]);
+    }
+    for (int j = 0; j < i; ++j) {
+      if (overlap(outputs[i], outputs[j])) return shared(outputs[j]);
+    }
+  }
+  return Status();
 }
 
 // Attributes.
@@ -261,6 +294,30 @@ Status Attributes::get(const char* prefix, Scheme* scheme) const {
   return Status();
 }
 
+// Arithmetic.
+
+#if defined(__SSE2__)
+
+IeeeArithmetic::IeeeArithmetic() : before_(_mm_getcsr()) {
+  _mm_setcsr(0x1f80);  // as a program begins: all exceptions are masked
+}
+IeeeArithmetic::~IeeeArithmetic() { _mm_setcsr(static_cast<unsigned>(before_)); }
+
+#elif defined(__aarch64__)
+
+IeeeArithmetic::IeeeArithmetic() {
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+  __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+}
+IeeeArithmetic::~IeeeArithmetic() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+
+#else
+
+IeeeArithmetic::IeeeArithmetic() = default;
+IeeeArithmetic::~IeeeArithmetic() = default;
+
+#endif
+
 // Calls.
 
 Status Context::from_runtime(OrtStatus* status) const {
@@ -419,6 +476,7 @@ OrtStatus* ORT_API_CALL create(const OrtCustomOp* op, const OrtApi* api, const O
 
 OrtStatus* ORT_API_CALL compute(void* kernel, OrtKernelContext* context) {
   const auto* instance = static_cast<const Instance*>(kernel);
+  const IeeeArithmetic arithmetic;
   Context call(*instance->api, *context, *instance->definition);
   return to_runtime(instance->api, instance->definition,
                     instance->definition->compute(instance + 1, call));

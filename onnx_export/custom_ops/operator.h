@@ -84,6 +84,11 @@ inline Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> 
 Status expect_rank(const Tensor& tensor, int rank);
 Status expect_element(const Tensor& tensor, Element element);
 Status expect_present(const Tensor& tensor);
+// An error that names two tensors if an output shares memory with an input or with another output.
+// own[i] is the input that output i may be in place of, all of it, or -1; no output is in place
+// of any without `own`.
+Status expect_apart(const Tensor* outputs, int output_count, const Tensor* inputs, int input_count,
+                    const int* own = nullptr);
 
 // The attributes of a node. Where the node has no attribute of a name, the value stays as it was,
 // which makes it the default; an attribute of another type is an error.
@@ -165,6 +170,20 @@ struct Variants {
   size_t count;
 };
 
+// While it lives, its thread's arithmetic is that of the specification: subnormals are numbers like
+// others, roundings go to even, and nothing traps. Threads of a session may be in another mode
+// (session.set_denormal_as_zero), which comes back after it.
+class IeeeArithmetic {
+ public:
+  IeeeArithmetic();
+  ~IeeeArithmetic();
+  IeeeArithmetic(const IeeeArithmetic&) = delete;
+  IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
+
+ private:
+  uint64_t before_ = 0;  // the processor's control register
+};
+
 // One call of an operator.
 class Context {
  public:
@@ -186,6 +205,7 @@ class Context {
       return Status();
     }
     auto call = [](void* data, size_t task) {
+      const IeeeArithmetic arithmetic;  // of a thread that may be another
       (*static_cast<const Function*>(data))(static_cast<int64_t>(task));
     };
     return run_parallel(call, tasks, const_cast<Function*>(&function));

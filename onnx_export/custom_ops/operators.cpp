@@ -1,6 +1,8 @@
 // The library's one entry point: gives a session all operators of the domain "nsq".
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "operator.h"
 
@@ -84,6 +86,30 @@ class Domains {
 
 Domains domains;
 
+// A runtime refuses options that have a domain twice, and does not say what to do. Options remember
+// here which library has given them the domain.
+constexpr const char* kRegistered = "nsq.registered";
+
+OrtStatus* register_with(OrtSessionOptions* options, const OrtApi* api) {
+  char own[32], other[32] = "";
+  std::snprintf(own, sizeof(own), "%p", static_cast<void*>(&domains));
+  int has = 0;
+  OrtStatus* status = api->HasSessionConfigEntry(options, kRegistered, &has);
+  if (status != nullptr) return status;
+  if (has != 0) {
+    size_t size = sizeof(other);
+    status = api->GetSessionConfigEntry(options, kRegistered, other, &size);
+    if (status != nullptr || std::strcmp(own, other) == 0) return status;
+    return api->CreateStatus(ORT_INVALID_ARGUMENT,
+                             "nsq: these session options already have the operators from another "
+                             "copy of the library; register one copy only");
+  }
+  OrtCustomOpDomain* domain = nullptr;
+  status = domains.of(api, &domain);
+  if (status == nullptr) status = api->AddCustomOpDomain(options, domain);
+  return status != nullptr ? status : api->AddSessionConfigEntry(options, kRegistered, own);
+}
+
 }  // namespace
 }  // namespace nsq
 
@@ -95,7 +121,5 @@ NSQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
     const OrtApi* oldest = base->GetApi(1);
     return oldest->CreateStatus(ORT_FAIL, "nsq needs onnxruntime 1.18 or newer");
   }
-  OrtCustomOpDomain* domain = nullptr;
-  OrtStatus* status = nsq::domains.of(api, &domain);
-  return status != nullptr ? status : api->AddCustomOpDomain(options, domain);
+  return nsq::register_with(options, api);
 }

@@ -131,7 +131,11 @@ typedef struct OrtApi {
   void(ORT_API_CALL* ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   void(ORT_API_CALL* ReleaseSessionOptions)(OrtSessionOptions* options);
   void(ORT_API_CALL* ReleaseCustomOpDomain)(OrtCustomOpDomain* domain);
-  void* slot_102[60];
+  void* slot_102[28];
+  /* 130 */
+  OrtStatus*(ORT_API_CALL* AddSessionConfigEntry)(OrtSessionOptions* options, const char* key,
+                                                  const char* value);
+  void* slot_131[31];
   /* 162: without a buffer, these set the count that is needed. */
   OrtStatus*(ORT_API_CALL* KernelInfoGetAttributeArray_float)(const OrtKernelInfo* info,
                                                               const char* name, float* values,
@@ -143,7 +147,13 @@ typedef struct OrtApi {
   /* 228 */
   OrtStatus*(ORT_API_CALL* RegisterCustomOpsLibrary_V2)(OrtSessionOptions* options,
                                                         const OrtPathChar* library_path);
-  void* slot_229[45];
+  void* slot_229[8];
+  /* 237 */
+  OrtStatus*(ORT_API_CALL* HasSessionConfigEntry)(const OrtSessionOptions* options,
+                                                  const char* key, int* has);
+  OrtStatus*(ORT_API_CALL* GetSessionConfigEntry)(const OrtSessionOptions* options,
+                                                  const char* key, char* buffer, size_t* size);
+  void* slot_239[35];
   /* 274: `function` is called with each number below `total`; 0 batches lets the runtime choose. */
   OrtStatus*(ORT_API_CALL* KernelContext_ParallelFor)(const OrtKernelContext* context,
                                                       void (*function)(void* data, size_t number),
@@ -217,8 +227,10 @@ ORT_ABI_AT(OrtApi, ReleaseEnv, 92);
 ORT_ABI_AT(OrtApi, ReleaseValue, 96);
 ORT_ABI_AT(OrtApi, ReleaseTensorTypeAndShapeInfo, 99);
 ORT_ABI_AT(OrtApi, ReleaseCustomOpDomain, 101);
+ORT_ABI_AT(OrtApi, AddSessionConfigEntry, 130);
 ORT_ABI_AT(OrtApi, KernelInfoGetAttributeArray_float, 162);
 ORT_ABI_AT(OrtApi, RegisterCustomOpsLibrary_V2, 228);
+ORT_ABI_AT(OrtApi, HasSessionConfigEntry, 237);
 ORT_ABI_AT(OrtApi, KernelContext_ParallelFor, 274);
 ORT_ABI_AT(OrtCustomOp, CreateKernelV2, 17);
 ORT_ABI_AT(OrtCustomOp, ReleaseAliasMap, 25);

@@ -154,7 +154,7 @@ def attend(
             "[batch, kv_heads, T, D_v]"
         )
     group = _group(heads, kv_heads)
-    scale, softcap, window = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    scale, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     valid = _require_lengths("lengths", lengths, batch, tokens)
     valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
     output = np.zeros((batch, heads, query_tokens, values.shape[3]))
@@ -316,7 +316,7 @@ def tolerance(
             )
     batch, heads, query_tokens, head_dim = query.shape
     kv_heads = keys.shape[1]
-    factor, softcap, window = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    factor, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     output, weights = np.zeros_like(exact.output), np.zeros_like(exact.weights)
     valid = _require_lengths("lengths", lengths, batch, keys.shape[2])
     valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
@@ -522,7 +522,7 @@ def attend_quantized(
     value_pieces = [prepare(source, value_scheme, value_dim) for source in values]
     kv_heads, tokens = _require_pieces(key_pieces, value_pieces, head_dim, value_dim)
     group = _group(heads, kv_heads)
-    scale, softcap, window = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    scale, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     if query_tokens > tokens:
         raise ValueError(
             f"query has {query_tokens} tokens, but keys have {tokens}: queries are the last tokens "
@@ -704,7 +704,7 @@ class _Options(NamedTuple):
     sliding_window: int | None
 
 
-def _require_options(
+def require_options(
     head_dim: int,
     scale: float | None,
     causal: bool,

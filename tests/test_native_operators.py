@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,14 @@ def test_the_kernel_wins_over_the_function() -> None:
     loaded = session(quantize_model(Scheme()))
     with pytest.raises(Exception, match=r"nsq\.Quantize: .*I2"):
         loaded.run(None, {"x": np.full((4, 8), np.nan, np.float32)})
+
+
+def test_wrong_models_and_tensors_end_in_a_result_or_an_error() -> None:
+    """In a process of its own, which would not outlive a crash."""
+    command = [sys.executable, "-m", "tests.native_fuzz", "1", "150"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results, errors = map(int, done.stdout.split())
+    assert min(results, errors) > 20

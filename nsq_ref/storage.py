@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 import tokenize
 import zipfile
@@ -26,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from nsq_ref import packing
 from nsq_ref.arrays import INPUT_DTYPES, as_float_array
 from nsq_ref.codec import Quantized, undecodable
-from nsq_ref.files import atomic, kinds
+from nsq_ref.files import kinds
+from nsq_ref.files import tensors as tensors_file
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [
@@ -232,7 +231,7 @@ def write_container(
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     description = {"format": kind, "spec": SPEC_VERSION, **content}
     text = _canonical({**description, "sha256": _digest(description, arrays)})
-    _write(path, arrays, {METADATA_KEY: text})
+    tensors_file.write(path, arrays, {METADATA_KEY: text})
 
 
 def read_container(
@@ -451,23 +450,6 @@ def _require_unique(path: PathLike, file: IO[bytes]) -> None:
         raise StorageError(f"{path}: header: {error}; {DAMAGED}") from None
 
 
-def _write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
-    def content(temporary: Path) -> None:
-        try:
-            save_file(dict(arrays), temporary, metadata)
-        except SafetensorError as error:
-            raise _as_os_error(error, path) from None
-
-    atomic.write([(path, content)])
-
-
-def _as_os_error(error: SafetensorError, path: PathLike) -> OSError:
-    """Return the error of the system, which the library has in words only."""
-    if number := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
-    return OSError(f"{path} was not written: {error}")
-
-
 # --- plain arrays -------------------------------------------------------------------------------
 
 
@@ -502,7 +484,7 @@ def write_arrays(path: PathLike, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         _require_name(name)
         given[name] = np.ascontiguousarray(as_float_array(f"arrays[{name!r}]", array))
-    _write(path, given, None)
+    tensors_file.write(path, given, None)
 
 
 def read_arrays(path: PathLike) -> dict[str, Array]:

@@ -462,10 +462,12 @@ def test_latitude_is_named_in_the_report() -> None:
     ],
 )
 def test_bad_use_is_one_line(arguments, named) -> None:
+    """And nothing is written."""
     text = run(*arguments, code=2)
     assert text.startswith("nsq: ")
     assert text.count("\n") == 1
     assert named in text
+    assert not any((ROOT / name).exists() for name in ("never", "absent", "vectors.tgz"))
 
 
 @pytest.mark.parametrize("line", ["verify <&-", "gen >&-"])

@@ -389,7 +389,6 @@ def check(
             schemes, only, allow, partial, as_json, junit,
         )  # fmt: skip
         return
-    _require_folder("--junit", junit)
     if target is None and not given:
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
     kind = "" if target is None else ports.target_kind(target)
@@ -524,7 +523,6 @@ def _check_answers(
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 
-    _require_folder("--junit", junit)
     hello, port = source()
     for name in schemes or ():
         if name not in (known := [one for one, _ in hello.schemes]):
@@ -547,14 +545,6 @@ def _require_only(context: typer.Context, names: tuple[str, ...], why: str) -> N
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name not in names and source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"{parameter.opts[0]} {why}")
-
-
-def _require_folder(option: str, file: Path | None) -> None:
-    """Find out before the work is done that its result has no place."""
-    if file is not None and file.is_dir():
-        raise ValueError(f"{option} {file} is a folder; name a file in it")
-    if file is not None and not file.parent.is_dir():
-        raise ValueError(f"{option} {file}: there is no folder {file.parent}; make it first")
 
 
 def _questions(hello: Hello) -> list[str]:

@@ -476,9 +476,11 @@ def gen(
 ) -> None:
     """Write the questions that a program answers: nsq gen | ./mine | nsq verify."""
     from nsq_ref.conformance import ports
-    from nsq_ref.conformance.cases import cases
+    from nsq_ref.conformance.cases import cases, require_size
 
     asked_schemes = _checked_schemes(schemes, every, changes)
+    for _, one in asked_schemes:  # before anything is written
+        require_size(one)
     asked = [one.value for one in operations] if operations else list(OPERATIONS_OF_PORTS)
     kinds = _dtypes(dtypes)
     header = ports.hello_frame(seed, asked_schemes, asked, kinds)

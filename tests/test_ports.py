@@ -247,6 +247,44 @@ def test_dtypes_of_single_arrays_are_named() -> None:
     assert answer.message == "x_hat is float64 [3, 4]; it should be float32"
 
 
+def test_answers_too_large_for_a_frame_are_not_copied() -> None:
+    """A view of one byte as a terabyte is named before anybody asks for the memory."""
+    answer = failed(Callables("f", encode=functions.endless).ask(0, case()))
+    assert answer.kind == "garbage"
+    assert answer.message == (
+        "packed is uint8 [1048576, 1048576], more than the 1073741824 bytes of any answer"
+    )
+
+
+@pytest.mark.parametrize("how", ["read-only", "Fortran", "strided", "negative strides"])
+def test_memory_of_any_layout_is_taken(how: str) -> None:
+    def laid_out(part: Any) -> Any:
+        if how == "Fortran":
+            return np.asfortranarray(part)
+        if how == "strided":
+            return np.repeat(part, 2, axis=-1)[..., ::2]
+        if how == "negative strides":
+            return np.ascontiguousarray(part[..., ::-1])[..., ::-1]
+        part = part.copy()
+        part.flags.writeable = False
+        return part
+
+    port = Callables("f", encode=lambda x, scheme: {
+        name: laid_out(part) for name, part in nsq.quantize(x, scheme).parts.items()
+    })  # fmt: skip
+    one = case(x=normal(3, 5))
+    stream = stream_of(ports.reply_of(0, port.ask(0, one)))
+    equal(arrays_of(Stream("s", stream).ask(0, one)), nsq.quantize(one.inputs["x"]).parts)
+
+
+def test_another_byte_order_is_no_dtype_of_a_part() -> None:
+    port = Callables("f", encode=lambda x, scheme: {
+        name: part.astype(part.dtype.newbyteorder(">"))
+        for name, part in nsq.quantize(x, scheme).parts.items()
+    })  # fmt: skip
+    assert "scale is >f2 [1, 4]; the scheme stores float16" in failed(port.ask(0, case())).message
+
+
 def test_wrong_shapes_are_left_to_the_judge() -> None:
     port = Callables("f", encode=functions.wrong_shape)
     assert arrays_of(port.ask(0, case()))["packed"].shape == (1, 2, 3)

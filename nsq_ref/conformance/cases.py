@@ -29,7 +29,7 @@ from nsq_ref.conformance.operations import OPERATIONS, Case
 from nsq_ref.conformance.pools import POOL, Draw, differences, stored_blocks
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
-__all__ = ["cases"]
+__all__ = ["cases", "require_size"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -72,11 +72,7 @@ def cases(
     Case(encode ordinary/0)
     """
     scheme = as_scheme("scheme", scheme)
-    for name, most in MOST.items():
-        if (number := getattr(scheme, name) or 0) > most:
-            raise ValueError(
-                f"{name}={number} is more than cases are made for; check with at most {most}"
-            )
+    require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
         encoded = list(encode_cases(scheme, seed))
@@ -89,6 +85,27 @@ def cases(
         if "stream" in operations:
             made += _stream_cases(encoded, scheme, seed)
     return [case for case in made if _input_dtype(case) in dtypes]
+
+
+def require_size(scheme: Scheme) -> None:
+    """Raise for a scheme that no cases are made for.
+
+    Raises
+    ------
+    ValueError
+        Where it has more sinks, outliers or tokens in a block.
+
+    Examples
+    --------
+    >>> require_size(Scheme(block_size=2**40))
+    Traceback (most recent call last):
+    ValueError: block_size=1099511627776 is more than cases are made for; check with at most 4096
+    """
+    for name, most in MOST.items():
+        if (number := getattr(scheme, name) or 0) > most:
+            raise ValueError(
+                f"{name}={number} is more than cases are made for; check with at most {most}"
+            )
 
 
 def _input_dtype(case: Case) -> str:

@@ -30,6 +30,7 @@ from nsq_ref.codec import PARTS
 from nsq_ref.conformance.frames import (
     DTYPES,
     MOST_AXES,
+    MOST_BYTES,
     Frame,
     FrameError,
     Frames,
@@ -435,15 +436,15 @@ def _answer(result: Any, case: Case) -> Answer | Failure:
         if value is None and operation not in _RESULTS:
             continue
         try:
-            array = np.array(as_array(name, value))
+            array = as_array(name, value)
         except TypeError as error:
             return Failure("garbage", str(error))
+        got = f"{name} is {array.dtype} {list(array.shape)}"
         if array.dtype not in DTYPES or array.ndim > MOST_AXES:
-            return Failure(
-                "garbage",
-                f"{name} is {array.dtype} {list(array.shape)}; {_expected(name, case)}",
-            )
-        arrays[name] = array
+            return Failure("garbage", f"{got}; {_expected(name, case)}")
+        if array.nbytes > MOST_BYTES:
+            return Failure("garbage", f"{got}, more than the {MOST_BYTES} bytes of any answer")
+        arrays[name] = np.array(array)
     return Answer(DONE, arrays)
 
 

@@ -39,7 +39,6 @@ FOLDER = Path(__file__).parent / "vectors" / f"v{FORMAT_VERSION}"
 MANIFEST = "manifest.json"
 STATIC = ("README.md", "schema.json")  # written by hand
 ARCHIVE_FOLDER = f"nsq-vectors-v{FORMAT_VERSION}"
-OTHER_ARCHIVES = {".tgz", ".tar", ".gz", ".bz2", ".xz", ".zst", ".7z"}  # mistaken for folders
 MOST_ELEMENTS = 2048  # of an input; larger ones would be most of the files
 MOST_ELEMENTS_ELSEWHERE = 128  # in schemes that are not in LARGE
 
@@ -412,8 +411,6 @@ def export(path: str | Path) -> None:
     nsq-vectors-v1/README.md
     """
     target = Path(path)
-    if target.suffix in OTHER_ARCHIVES and not target.name.endswith(".tar.gz"):
-        raise ValueError(f"{target} is no archive that can be written; name it .tar.gz or .zip")
     shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
     contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
     if target.name.endswith(".tar.gz"):

@@ -300,8 +300,8 @@ METADATA = {
     "scheme": (set_path("tensors", "keys", "scheme", {}), "a scheme has the fields"),
     "text scheme": (set_path("tensors", "keys", "scheme", "nsep4"), "a scheme has the fields"),
     "collapsed": (set_path("tensors", "keys", "collapsed_tokens", 6), "collapsed_tokens is 6"),
-    "negative": (set_path("tensors", "keys", "collapsed_tokens", -1), "collapsed_tokens is -1"),
-    "bool count": (set_path("tensors", "keys", "collapsed_tokens", True), "collapsed_tokens is T"),
+    "negative": (set_path("tensors", "keys", "collapsed_tokens", -1), "collapsed_tokens=-1"),
+    "bool count": (set_path("tensors", "keys", "collapsed_tokens", True), "collapsed_tokens=True"),
 }  # fmt: skip
 
 

@@ -64,6 +64,8 @@ class Attention(NamedTuple):
 class PreparedPiece:
     """Tokens of one sequence, checked and laid out for `attend_quantized`; `prepare` makes them.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     kv_heads, tokens, head_dim : int
@@ -81,6 +83,11 @@ class PreparedPiece:
     source: Array | spec.Block
     arrays: tuple[Array, ...]
     record: npt.NDArray[np.int64]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the arrays of a copy, or of a pickle, where they are now."""
+        self.__dict__.update(state)
+        _locate(self.record, self.arrays)
 
 
 Piece = Array | spec.Block | PreparedPiece
@@ -441,9 +448,7 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
         record[kernels.NORM_KIND] = _KINDS[norm.dtype]
     record[kernels.TOKENS] = tokens
     arrays = tuple(map(_contiguous_heads, arrays))
-    for i, array in enumerate(arrays):
-        record[i] = array.ctypes.data
-        record[kernels.STRIDES + i] = array.strides[0]
+    _locate(record, arrays)
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, record)
 
 
@@ -567,6 +572,13 @@ def attend_quantized(
         output.swapaxes(1, 2).reshape(heads, query_tokens, value_dim),
         None if shown is None else shown.swapaxes(1, 2).reshape(heads, query_tokens, tokens),
     )
+
+
+def _locate(record: npt.NDArray[np.int64], arrays: tuple[Array, ...]) -> None:
+    """Write where the arrays lie, which kernels do not ask Python for."""
+    for i, array in enumerate(arrays):
+        record[i] = array.ctypes.data
+        record[_kernels().STRIDES + i] = array.strides[0]
 
 
 def _kernels() -> Any:

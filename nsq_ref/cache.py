@@ -151,9 +151,10 @@ class KVCache:
         self._state = Cell(_State((row,) * batch, known))
 
     def __repr__(self) -> str:
+        now = self._now
         return (
-            f"KVCache(lengths={self._now.lengths}, kv_heads={self.kv_heads}, "
-            f"head_dim={self.head_dim}, bits_per_element={self.bits_per_element:.3f}, "
+            f"KVCache(lengths={now.lengths}, kv_heads={self.kv_heads}, "
+            f"head_dim={self.head_dim}, bits_per_element={self._bits_per_element(now):.3f}, "
             f"key={self.key}, value={self.value})"
         )
 
@@ -249,9 +250,7 @@ class KVCache:
         >>> cache.bits_per_element
         5.23828125
         """
-        now = self._now
-        elements = sum(now.lengths) * self.kv_heads * (self.head_dim + self.value_head_dim)
-        return 8 * now.nbytes / elements if elements else 0.0
+        return self._bits_per_element(self._now)
 
     @property
     def collapsed_tokens(self) -> int:
@@ -659,6 +658,10 @@ class KVCache:
                 "another thread changed this cache at the same time, and this call changed "
                 "nothing; let one thread at a time change a cache, or give each its own with fork()"
             )
+
+    def _bits_per_element(self, state: _State) -> float:
+        elements = sum(state.lengths) * self.kv_heads * (self.head_dim + self.value_head_dim)
+        return 8 * state.nbytes / elements if elements else 0.0
 
     def _content(self, state: _State) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return what describes a state, and its arrays by their names in a file."""

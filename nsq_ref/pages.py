@@ -7,7 +7,6 @@ claims the room that follows, and every other one continues in a copy.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -30,6 +29,8 @@ PAGE_TOKENS = 512  # more where a block is longer
 class Cell(Generic[T]):
     """A value that only changes from what its changer has seen: of two threads, one fails.
 
+    Without a lock, which whoever is interrupted in it, or forked beside it, would never give back.
+
     Examples
     --------
     >>> used = Cell(4)
@@ -38,28 +39,41 @@ class Cell(Generic[T]):
     """
 
     def __init__(self, value: T) -> None:
-        self.value = value
-        self._lock = threading.Lock()
+        self._link = _Link(value)
+
+    @property
+    def value(self) -> T:
+        """What it is now."""
+        return self._last().value
 
     def swap(self, seen: T, value: T) -> bool:
         """Set the value, if it still is what was seen; return whether it was."""
-        # Without waiting, as whoever holds the lock is about to change what was seen, and a thread
-        # that held it when the process forked would never give it back.
-        if not self._lock.acquire(False):
+        last, new = self._last(), _Link(value)
+        # Python does the one step that counts at once: of all who try it, the first succeeds.
+        if last.value != seen or last.next.setdefault(0, new) is not new:
             return False
-        try:
-            unchanged = self.value == seen
-            if unchanged:
-                self.value = value
-            return unchanged
-        finally:
-            self._lock.release()
+        self._link = new
+        return True
+
+    def _last(self) -> _Link[T]:
+        link = self._link
+        while link.next:
+            link = link.next[0]
+        return link
+
+
+class _Link(Generic[T]):
+    """A value, and what it became."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+        self.next: dict[int, _Link[T]] = {}
 
 
 class Change:
     """Room that an append has claimed, and what will lie there once nothing is refused any more.
 
-    Who leaves the ``with`` block by an exception gives all room back.
+    Who leaves the ``with`` block by an exception before `write` gives all room back.
 
     Examples
     --------
@@ -102,9 +116,11 @@ class Change:
         self._waiting.append((place, values))
 
     def write(self) -> None:
-        """Put everything where it belongs."""
+        """Put everything where it belongs; from here on no room is given back."""
         for place, values in self._waiting:
             place[...] = values
+        # Whoever is interrupted now cannot tell whether others see it already.
+        self._claimed.clear()
 
 
 class Page:

@@ -80,8 +80,10 @@ def test_no_finding_of_a_notebook_is_bold(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_read_the_texts_for_reporting_and_name_the_protocol(path: Path) -> None:
-    code = "\n".join(cells(path, "code"))
+    shared = path.with_name("notebook_tools.py").read_text(encoding="utf-8")
+    code = "\n".join([shared, *cells(path, "code")])
     calls = re.findall(r"\bpassages\(.*", code)
+    assert calls
     assert all("start=REPORTING_START" in call for call in calls)
     if "measure_fidelity" in code:
         assert "(../fidelity.md)" in "\n".join(cells(path, "markdown"))

@@ -55,6 +55,19 @@ def test_what_the_demo_says_follows_from_its_likelihoods() -> None:
         assert paired["told_apart"] == compared.told_apart
 
 
+def test_what_the_readme_says_of_the_table_follows_from_it() -> None:
+    """Which schemes cost what can be told from nothing, and from nsep+pchan4."""
+    text = " ".join(README.split())
+    *names, last = [
+        f"`{name}`"
+        for name, one in DEMO["schemes"].items()
+        if abs(one["nll_change"]) > 2 * one["nll_change_error"]
+    ]
+    assert f"on this small model {', '.join(names)} and {last} cost something" in text
+    assert not any(paired["told_apart"] for paired in DEMO["paired_with_nsep+pchan4"].values())
+    assert "no scheme is told apart from `nsep+pchan4`" in text
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_no_finding_of_a_notebook_is_bold(path: Path) -> None:
     """Neither a sentence that code writes, nor a figure in Markdown."""
@@ -67,8 +80,10 @@ def test_no_finding_of_a_notebook_is_bold(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_read_the_texts_for_reporting_and_name_the_protocol(path: Path) -> None:
-    code = "\n".join(cells(path, "code"))
+    shared = path.with_name("notebook_tools.py").read_text(encoding="utf-8")
+    code = "\n".join([shared, *cells(path, "code")])
     calls = re.findall(r"\bpassages\(.*", code)
+    assert calls
     assert all("start=REPORTING_START" in call for call in calls)
     if "measure_fidelity" in code:
         assert "(../fidelity.md)" in "\n".join(cells(path, "markdown"))

@@ -38,8 +38,8 @@ Array = npt.NDArray[Any]
 ROOT = Path(__file__).parents[1]
 SCHEMES = (
     "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "pchan3", "nsep2",
-    "nsep+out4", "outlier8", "streaming4", "streaming3", "nsep+pchan4-gain", "nsep+pchan4-lsq",
-    "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-lsq-float32",
+    "nsep+out4", "outlier8", "streaming4", "streaming3", "streaming2", "nsep+pchan4-gain",
+    "nsep+pchan4-lsq", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-lsq-float32",
     "nsep+pchan4-asymmetric", "nsep+pchan4-asymmetric-float32", "nsep+pchan4-search",
     "nsep+pchan4-outliers", "nsep+pchan4-blocks",
 )  # fmt: skip

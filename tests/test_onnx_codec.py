@@ -27,8 +27,9 @@ from tests.test_cli import run as nsq
 
 # Every family of names, width, axis, factor and option once.
 FEW = (
-    "naive3", "pchan2", "nsep8", "nsep+out4", "nsep+pchan4", "streaming3", "nsep+pchan4-gain",
-    "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search", "nsep+pchan4-blocks",
+    "naive3", "pchan2", "nsep8", "nsep+out4", "nsep+pchan4", "streaming3", "streaming2",
+    "nsep+pchan4-gain", "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search",
+    "nsep+pchan4-blocks",
 )  # fmt: skip
 
 

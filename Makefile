@@ -1,23 +1,24 @@
 # Two commands: `make demo` and `make test`. Both set up .venv inside this clone by themselves.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-torch test-oldest sanitize lint types docs benchmark clean
+.PHONY: demo test test-torch test-oldest sanitize lint types docs extras places benchmark clean
 
-demo: .venv/demo.done
+demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
 
-test: .venv/test.done
+test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-test-torch: .venv/torch.done
-	$(BIN)/python -m pytest tests/with_torch/test_torch_example.py
+test-torch: $(VENV)/torch.done
+	$(BIN)/python -m pytest tests/with_torch
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
 
-# The oldest onnxruntime that is supported, in front of the one in .venv.
-test-oldest: .venv/test.done
+# The oldest onnxruntime that is supported, in front of the one in the environment.
+test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
 	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
 	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
@@ -25,7 +26,7 @@ test-oldest: .venv/test.done
 
 # Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
 # finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.
-sanitize: .venv/test.done
+sanitize: $(VENV)/test.done
 	@mkdir -p build/sanitize
 	cd build/sanitize && PATH="$(abspath $(BIN)):$$PATH" cmake ../../onnx_export/custom_ops \
 	  -DNSQ_SANITIZE=address,undefined && PATH="$(abspath $(BIN)):$$PATH" cmake --build . --parallel 2
@@ -36,18 +37,18 @@ sanitize: .venv/test.done
 	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
 	  tests/test_onnx_attention.py
 
-lint: .venv/dev.done
+lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/dev.done
+types: $(VENV)/dev.done
 	$(BIN)/mypy
 
-docs: .venv/docs.done
+docs: $(VENV)/docs.done
 	$(BIN)/python -m sphinx -b html -W --keep-going -E -q -j 4 docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-benchmark: .venv/benchmark.done
+benchmark: $(VENV)/benchmark.done
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.attention
@@ -56,9 +57,13 @@ benchmark: .venv/benchmark.done
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.conformance
 
-.venv/%.done: pyproject.toml $(NATIVE)
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Setting up .venv for 'make $*' (once)"
+# An environment of each extra alone, and where people run it, which need not be like here.
+extras places:
+	PYTHON="$(PYTHON)" .ci/$@
+
+$(VENV)/%.done: pyproject.toml $(NATIVE)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) for 'make $*' (once)"
 	@$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 

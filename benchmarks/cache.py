@@ -27,8 +27,8 @@ from benchmarks.timing import (
     use_threads,
     write_json,
 )
+from nsq_ref.pages import PAGE_TOKENS
 from nsq_ref.scheme import SchemeName
-from nsq_ref.sequence import PAGE_TOKENS
 
 Float32 = npt.NDArray[np.float32]
 

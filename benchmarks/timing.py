@@ -19,6 +19,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from nsq_ref.files import atomic
+
 Float64 = npt.NDArray[np.float64]
 
 # Seconds; by then threads have spread over the cores, and those of other cases no longer spin.
@@ -233,7 +235,7 @@ def write_json(file: Path, rows: Sequence[Row], notes: Sequence[str], **more: An
         for row in rows
     ]
     content = {"machine": machine(), **more, "rows": listed, "notes": list(notes)}
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    atomic.write([(file, (json.dumps(content, indent=1) + "\n").encode())])
 
 
 def _version(package: str) -> str:

@@ -17,12 +17,14 @@ from typing import Any
 from nsq_ref import attention, bounds
 from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
+from nsq_ref.environment import CompilationWarning
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SPEC_VERSION",
+    "CompilationWarning",
     "KVCache",
     "KeyValueSchemes",
     "Quantized",

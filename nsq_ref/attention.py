@@ -16,8 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import packing, spec
+from nsq_ref.arrays import (
+    as_array,
+    as_float,
+    as_float_array,
+    as_integer,
+    as_integers,
+    as_real_array,
+)
 from nsq_ref.codec import Quantized, block_of
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme, row_bytes
+from nsq_ref.environment import in_default_environment
+from nsq_ref.scheme import FLOAT_DTYPES, Scheme, as_scheme, row_bytes
 
 __all__ = [
     "Attention",
@@ -55,6 +64,8 @@ class Attention(NamedTuple):
 class PreparedPiece:
     """Tokens of one sequence, checked and laid out for `attend_quantized`; `prepare` makes them.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     kv_heads, tokens, head_dim : int
@@ -73,10 +84,16 @@ class PreparedPiece:
     arrays: tuple[Array, ...]
     record: npt.NDArray[np.int64]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the arrays of a copy, or of a pickle, where they are now."""
+        self.__dict__.update(state)
+        _locate(self.record, self.arrays)
+
 
 Piece = Array | spec.Block | PreparedPiece
 
 
+@in_default_environment
 def attend(
     query: Array,
     keys: Array,
@@ -134,8 +151,7 @@ def attend(
     >>> attend(query, keys, values, sliding_window=1).weights[0, 0]
     array([[0., 0., 1.]])
     """
-    for name, array in (("query", query), ("keys", keys), ("values", values)):
-        _require_floats(name, array, axes=4)
+    query, keys, values = _floats(4, query=query, keys=keys, values=values)
     batch, heads, query_tokens, head_dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
     if values.shape[:3] != keys.shape[:3] or keys.shape[0] != batch or keys.shape[3] != head_dim:
@@ -145,7 +161,7 @@ def attend(
             "[batch, kv_heads, T, D_v]"
         )
     group = _group(heads, kv_heads)
-    scale = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    scale, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     valid = _require_lengths("lengths", lengths, batch, tokens)
     valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
     output = np.zeros((batch, heads, query_tokens, values.shape[3]))
@@ -170,7 +186,7 @@ def attend(
             raise ValueError(f"scores of row {row} are beyond float64; scale the query down")
         if softcap is not None:
             s = softcap * np.tanh(s / softcap)
-        s = np.where(_visible(n, m, causal, sliding_window), s, -np.inf)
+        s = np.where(_visible(n, m, causal, window), s, -np.inf)
         e = np.exp(s - s.max(axis=-1, keepdims=True, initial=-np.inf))
         w = e / e.sum(axis=-1, keepdims=True)
         output[row, :, :m] = (w @ v[:, None]).reshape(heads, m, values.shape[3])
@@ -181,6 +197,7 @@ def attend(
 # --- how far a kernel may be from it -------------------------------------------------------------
 
 
+@in_default_environment
 def reach(quantized: Quantized) -> Float64:
     """Return how large the terms are that decoding adds up, for `tolerance` (rule A3).
 
@@ -242,6 +259,7 @@ def reach(quantized: Quantized) -> Float64:
     return np.concatenate([sinks, coded], axis=1).reshape(shape)
 
 
+@in_default_environment
 def tolerance(
     query: Array,
     keys: Array,
@@ -286,13 +304,17 @@ def tolerance(
     >>> bool(bound.output.max() < 1e-3)
     True
     """
+    query, keys, values = _floats(4, query=query, keys=keys, values=values)
     exact = attend(
         query, keys, values, lengths=lengths, query_lengths=query_lengths, scale=scale,
         causal=causal, softcap=softcap, sliding_window=sliding_window,
     )  # fmt: skip
     terms = [
-        np.abs(x).astype(np.float64) if given is None else np.asarray(given, np.float64)
-        for x, given in ((keys, key_reach), (values, value_reach))
+        np.abs(x).astype(np.float64) if given is None else as_real_array(name, given)
+        for name, x, given in (
+            ("key_reach", keys, key_reach),
+            ("value_reach", values, value_reach),
+        )
     ]
     for name, x, term in (("key", keys, terms[0]), ("value", values, terms[1])):
         if term.shape != x.shape:
@@ -301,7 +323,7 @@ def tolerance(
             )
     batch, heads, query_tokens, head_dim = query.shape
     kv_heads = keys.shape[1]
-    factor = 1 / math.sqrt(head_dim) if scale is None else scale
+    factor, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     output, weights = np.zeros_like(exact.output), np.zeros_like(exact.weights)
     valid = _require_lengths("lengths", lengths, batch, keys.shape[2])
     valid_queries = _require_lengths("query_lengths", query_lengths, batch, query_tokens)
@@ -316,7 +338,7 @@ def tolerance(
             s = softcap * np.tanh(s / softcap)
             off = off + 10 * UNIT * np.abs(s)
         p = exact.weights[row, :, :m, :n].reshape(*grouped, n)
-        visible = _visible(n, m, causal, sliding_window)
+        visible = _visible(n, m, causal, window)
         with np.errstate(over="ignore", invalid="ignore"):
             # Logarithms, as a weight that is 0 in float64 need not be far from another one.
             s = np.where(visible, s, -np.inf)
@@ -346,7 +368,7 @@ def _gamma(roundings: int) -> float:
 # --- what is stored, piece by piece --------------------------------------------------------------
 
 
-def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
+def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece:
     """Check some tokens of a sequence and lay them out for `attend_quantized`.
 
     It does so by itself; but preparing takes as long as attending to some hundred tokens, so that a
@@ -360,8 +382,8 @@ def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
         scale and zero [kv_heads, blocks, head_dim] or [kv_heads, n, 1], outlier_index
         [kv_heads, blocks, k], outliers [kv_heads, n, k]. What the scheme does not store is not
         read, nor is ``collapsed``. What is prepared already is returned.
-    scheme : Scheme
-        Of the blocks; without a ``block_size``, the piece is one block.
+    scheme : Scheme or str
+        Of the blocks, or its name; without a ``block_size``, the piece is one block.
     head_dim : int
         D.
 
@@ -384,56 +406,59 @@ def prepare(source: Piece, scheme: Scheme, head_dim: int) -> PreparedPiece:
     """
     if isinstance(source, PreparedPiece):
         return source
+    scheme, head_dim = as_scheme("scheme", scheme), as_integer("head_dim", head_dim, least=1)
     kernels = _kernels()
     record = np.zeros(kernels.PIECE_FIELDS, np.int64)
     record[kernels.HEAD_DIM] = head_dim
     if not isinstance(source, spec.Block):
-        _require_floats("a piece", source, axes=3)
-        if source.dtype not in _KINDS or source.shape[2] != head_dim:
+        (plain,) = _floats(3, **{"a piece": source})
+        if plain.dtype not in _KINDS or plain.shape[2] != head_dim:
             raise ValueError(
-                f"a piece is {source.dtype} {list(source.shape)}; unquantized tokens are float32, "
+                f"a piece is {plain.dtype} {list(plain.shape)}; unquantized tokens are float32, "
                 f"float16 or bfloat16 [kv_heads, n, {head_dim}]"
             )
-        kv_heads, tokens = source.shape[:2]
-        record[[kernels.BITS, kernels.NORM_KIND]] = kernels.UNQUANTIZED, _KINDS[source.dtype]
-        arrays: tuple[Array, ...] = (source,)
+        kv_heads, tokens = plain.shape[:2]
+        record[[kernels.BITS, kernels.NORM_KIND]] = kernels.UNQUANTIZED, _KINDS[plain.dtype]
+        arrays: tuple[Array, ...] = (plain,)
     else:
-        kv_heads, tokens = source.codes.shape[:2]
+        parts = {
+            name: as_array(f"{name} of a piece", part) for name, part in source._asdict().items()
+        }
+        block = spec.Block(**parts)
+        kv_heads, tokens = _require_block(block, scheme, head_dim)
         kept = min(scheme.outlier_channels, head_dim)
-        norm = source.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32)
+        norm = block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32)
         none = np.zeros((kv_heads, 0), np.int32)
         arrays = (
-            source.codes,
+            block.codes,
             norm,
-            source.scale,
-            none if scheme.symmetric else source.zero,
-            source.outlier_index if kept else none,
-            source.outliers if kept else none,
+            block.scale,
+            none if scheme.symmetric else block.zero,
+            block.outlier_index if kept else none,
+            block.outliers if kept else none,
         )
-        _require_block(source, scheme, head_dim)
         record[kernels.BITS] = scheme.bits
         record[kernels.OFFSET] = scheme.code_offset
-        record[kernels.BLOCK_SIZE] = scheme.block_size or max(tokens, 1)
+        record[kernels.BLOCK_SIZE] = scheme.tokens_per_block(tokens)
         record[kernels.KEPT] = kept
         record[kernels.PER_CHANNEL] = scheme.axis == "channel"
         record[kernels.SYMMETRIC] = scheme.symmetric
         record[kernels.RENORMALIZE] = scheme.separate_norm and scheme.magnitude == "norm"
-        record[kernels.SCALE_KIND] = _KINDS[source.scale.dtype]
+        record[kernels.SCALE_KIND] = _KINDS[block.scale.dtype]
         record[kernels.NORM_KIND] = _KINDS[norm.dtype]
     record[kernels.TOKENS] = tokens
     arrays = tuple(map(_contiguous_heads, arrays))
-    for i, array in enumerate(arrays):
-        record[i] = array.ctypes.data
-        record[kernels.STRIDES + i] = array.strides[0]
+    _locate(record, arrays)
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, record)
 
 
+@in_default_environment
 def attend_quantized(
     query: Array,
     keys: Sequence[Piece],
     values: Sequence[Piece],
-    key_scheme: Scheme,
-    value_scheme: Scheme,
+    key_scheme: Scheme | str,
+    value_scheme: Scheme | str,
     *,
     value_head_dim: int | None = None,
     scale: float | None = None,
@@ -456,8 +481,8 @@ def attend_quantized(
     keys, values : sequence of pieces, in the order of the tokens
         What `prepare` takes or returns. Keys and values hold as many tokens, but may be cut
         differently.
-    key_scheme, value_scheme : Scheme
-        Of the blocks among the pieces.
+    key_scheme, value_scheme : Scheme or str
+        Of the blocks among the pieces, or their names.
     value_head_dim : int, optional
         D_v; D by default.
     scale, causal, softcap, sliding_window
@@ -491,14 +516,18 @@ def attend_quantized(
     (4, 1, 16)
     """
     kernels = _kernels()
-    _require_floats("query", query, axes=3)
+    (query,) = _floats(3, query=query)
     heads, query_tokens, head_dim = query.shape
-    value_dim = head_dim if value_head_dim is None else value_head_dim
+    value_dim = head_dim
+    if value_head_dim is not None:
+        value_dim = as_integer("value_head_dim", value_head_dim, least=1)
+    key_scheme = as_scheme("key_scheme", key_scheme)
+    value_scheme = as_scheme("value_scheme", value_scheme)
     key_pieces = [prepare(source, key_scheme, head_dim) for source in keys]
     value_pieces = [prepare(source, value_scheme, value_dim) for source in values]
     kv_heads, tokens = _require_pieces(key_pieces, value_pieces, head_dim, value_dim)
     group = _group(heads, kv_heads)
-    scale = _require_options(head_dim, scale, causal, softcap, sliding_window)
+    scale, softcap, window = require_options(head_dim, scale, causal, softcap, sliding_window)
     if query_tokens > tokens:
         raise ValueError(
             f"query has {query_tokens} tokens, but keys have {tokens}: queries are the last tokens "
@@ -516,7 +545,7 @@ def attend_quantized(
     for start in range(0, query_tokens, chunk):
         stop = min(start + chunk, query_tokens)
         first, last = tokens - query_tokens + start, tokens - query_tokens + stop  # positions
-        low = 0 if sliding_window is None else max(0, first + 1 - sliding_window)
+        low = 0 if window is None else max(0, first + 1 - window)
         high = last if causal else tokens
         some = np.ascontiguousarray(rows[:, start:stop]).reshape(kv_heads, -1, head_dim)
         count, products = some.shape[1], some.shape[1] * kv_heads * (high - low)
@@ -528,7 +557,7 @@ def attend_quantized(
         seen = scores[:, :, : high - low]
         mask = None
         if stop - start > 1:
-            visible = _visible(tokens, query_tokens, causal, sliding_window, start, stop, low, high)
+            visible = _visible(tokens, query_tokens, causal, window, start, stop, low, high)
             mask = None if visible.all() else visible
         kernels.run(_softmax, kv_heads, products * head_dim, seen, group, softcap, mask)
         if shown is not None:
@@ -543,6 +572,13 @@ def attend_quantized(
         output.swapaxes(1, 2).reshape(heads, query_tokens, value_dim),
         None if shown is None else shown.swapaxes(1, 2).reshape(heads, query_tokens, tokens),
     )
+
+
+def _locate(record: npt.NDArray[np.int64], arrays: tuple[Array, ...]) -> None:
+    """Write where the arrays lie, which kernels do not ask Python for."""
+    for i, array in enumerate(arrays):
+        record[i] = array.ctypes.data
+        record[_kernels().STRIDES + i] = array.strides[0]
 
 
 def _kernels() -> Any:
@@ -641,16 +677,17 @@ def _visible(
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def _require_floats(name: str, array: object, axes: int) -> None:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype not in (*FLOAT_DTYPES.values(), np.float64):
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; pass float32, float16, bfloat16 or float64, for "
-            "example array.astype(np.float32)"
-        )
-    if array.ndim != axes:
-        raise ValueError(f"{name} has {array.ndim} axes, {list(array.shape)}; {axes} are needed")
+def _floats(axes: int, **given: Any) -> list[Array]:
+    """Return arrays by their names, if all have that many axes."""
+    taken = []
+    for name, x in given.items():
+        array = as_float_array(name, x)
+        if array.ndim != axes:
+            raise ValueError(
+                f"{name} has {array.ndim} axes, {list(array.shape)}; {axes} are needed"
+            )
+        taken.append(array)
+    return taken
 
 
 def _finite(name: str, array: Array, *row: int) -> Array:
@@ -673,51 +710,53 @@ def _group(heads: int, kv_heads: int) -> int:
     return heads // kv_heads
 
 
-def _require_options(
+class _Options(NamedTuple):
+    scale: float
+    softcap: float | None
+    sliding_window: int | None
+
+
+def require_options(
     head_dim: int,
     scale: float | None,
     causal: bool,
     softcap: float | None,
     sliding_window: int | None,
-) -> float:
-    """Return the scale, after all options make sense."""
+) -> _Options:
+    """Return the options as plain numbers, after all make sense."""
     if not head_dim:
         raise ValueError("query has D = 0; leave such heads out")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} is not finite; leave it out for 1 / sqrt(D)")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap={softcap} is not a positive number; leave it out for none")
-    if sliding_window is not None:
-        if type(sliding_window) is not int or sliding_window < 1:
-            raise ValueError(
-                f"sliding_window={sliding_window!r} is not a positive integer; leave it out for "
-                "none"
-            )
-        if not causal:
-            raise ValueError(
-                f"sliding_window={sliding_window} counts positions back from the query's own, "
-                "which causal=False does not; use one of the two"
-            )
-    return 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    factor = 1 / math.sqrt(head_dim) if scale is None else as_float("scale", scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"scale={factor} is not finite; leave it out for 1 / sqrt(D)")
+    cap = None if softcap is None else as_float("softcap", softcap)
+    if cap is not None and not (math.isfinite(cap) and cap > 0):
+        raise ValueError(f"softcap={cap} is not a positive number; leave it out for none")
+    if sliding_window is None:
+        return _Options(factor, cap, None)
+    window = as_integer("sliding_window", sliding_window)
+    if window < 1:
+        raise ValueError(
+            f"sliding_window={window} is not a positive integer; leave it out for none"
+        )
+    if not causal:
+        raise ValueError(
+            f"sliding_window={window} counts positions back from the query's own, which "
+            "causal=False does not; use one of the two"
+        )
+    return _Options(factor, cap, window)
 
 
 def _require_lengths(
     name: str, lengths: Array | Sequence[int] | None, batch: int, most: int
 ) -> list[int]:
-    if lengths is None:
-        return [most] * batch
-    given = np.asarray(lengths)
-    if given.shape != (batch,) or (batch and given.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name} is {given.dtype} {list(given.shape)}; one integer a row is needed, [{batch}]"
-        )
-    for row, length in enumerate(given):
-        if not 0 <= length <= most:
-            raise ValueError(f"{name}[{row}] is {length}; it lies between 0 and {most}")
-    return [int(length) for length in given]
+    return [most] * batch if lengths is None else as_integers(name, lengths, batch, 0, most)
 
 
-def _require_block(block: spec.Block, scheme: Scheme, head_dim: int) -> None:
+def _require_block(block: spec.Block, scheme: Scheme, head_dim: int) -> tuple[int, int]:
+    """Return kv_heads and tokens, after every part has the shape and dtype of the scheme's."""
+    if block.codes.ndim != 3:
+        raise ValueError(f"codes of a piece have {block.codes.ndim} axes; 3 are needed")
     kv_heads, tokens = block.codes.shape[:2]
     blocks = -(-tokens // (scheme.block_size or max(tokens, 1)))
     kept = min(scheme.outlier_channels, head_dim)
@@ -746,6 +785,7 @@ def _require_block(block: spec.Block, scheme: Scheme, head_dim: int) -> None:
     index = block.outlier_index
     if kept and not ((index >= 0) & (index < head_dim)).all():
         raise ValueError(f"outlier_index of a piece names a channel that is none of {head_dim}")
+    return kv_heads, tokens
 
 
 def _require_pieces(

@@ -17,7 +17,6 @@ cancels so far that D1's roundings decide what is left of it, the plain form is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -29,7 +28,9 @@ from numba import carray
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from nsq_ref.kernels import jit_row, threads_of
+from nsq_ref.compilation import compiled
+from nsq_ref.kernels import jit_row
+from nsq_ref.threads import in_shares
 
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -63,12 +64,12 @@ _LOOSE = {"reassoc", "contract"}
 
 def jit(function: _Function) -> _Function:
     """Compile what is called from Python."""
-    return _compiled(function, fastmath=_LOOSE, nogil=True, cache=True)
+    return compiled(function, keep=True, slow=True, fastmath=_LOOSE, nogil=True)
 
 
 def jit_head(function: _Function) -> _Function:
     """Compile the work on one head of one piece, which allocates what it needs."""
-    return _compiled(function, fastmath=_LOOSE)
+    return compiled(function, fastmath=_LOOSE)
 
 
 def jit_loop(function: _Function) -> _Function:
@@ -77,17 +78,12 @@ def jit_loop(function: _Function) -> _Function:
     It allocates nothing, so that it need not count who refers to its arrays, which would take
     longer than the part itself.
     """
-    return _compiled(function, fastmath=_LOOSE, forceinline=True, _nrt=False)
+    return compiled(function, fastmath=_LOOSE, forceinline=True, _nrt=False)
 
 
 def jit_plain(function: _Function) -> _Function:
     """Compile an inner part that rounds as written."""
-    return _compiled(function, fastmath=False, _nrt=False)
-
-
-def _compiled(function: _Function, **options: Any) -> _Function:
-    decorate = cast(Any, numba.njit)(error_model="numpy", **options)
-    return cast(_Function, decorate(function))
+    return compiled(function, fastmath=False, _nrt=False)
 
 
 # --- what is stored, as float32 and as codes -----------------------------------------------------
@@ -1042,14 +1038,6 @@ def add_pieces(
 
 
 def run(work: Callable[..., None], tasks: int, products: int, *arguments: Any) -> None:
-    """Do tasks [0, ``tasks``) in equal shares, on as many threads as Numba is set to use."""
-    threads = min(tasks, numba.config.NUMBA_NUM_THREADS)
-    if threads <= 1 or products < SERIAL_PRODUCTS:
-        work(0, tasks, *arguments)
-        return
-    edges = [tasks * i // threads for i in range(threads + 1)]
-    others = threads_of(os.getpid(), threads)
-    waiting = [others.submit(work, *edges[i : i + 2], *arguments) for i in range(1, threads)]
-    work(0, edges[1], *arguments)
-    for other in waiting:
-        other.result()
+    """Do tasks [0, ``tasks``), on as many threads as Numba is set to use."""
+    serial = products < SERIAL_PRODUCTS
+    in_shares(work, tasks, 1 if serial else numba.config.NUMBA_NUM_THREADS, *arguments)

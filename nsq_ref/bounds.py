@@ -24,8 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import codec, packing, rounding, spec
+from nsq_ref.arrays import (
+    as_array,
+    as_float,
+    as_float_array,
+    as_integer,
+    as_integer_array,
+    as_real_array,
+    not_finite,
+)
 from nsq_ref.codec import Quantized
-from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme
+from nsq_ref.environment import in_default_environment
+from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme, as_scheme
 
 __all__ = [
     "APriori",
@@ -157,6 +167,7 @@ class Bounds:
     element: Float64
 
     @property
+    @in_default_environment
     def cosine(self) -> Float64:
         """Lower bound of the cosine of the angle between ``x`` and ``x_hat``, [..., T] (E3).
 
@@ -169,6 +180,7 @@ class Bounds:
         return np.maximum(1 - self.chord**2 * (0.5 + OUTWARD) - TERM, -1)
 
     @property
+    @in_default_environment
     def angle(self) -> Float64:
         """Bound of the angle between ``x`` and ``x_hat``, [..., T], in radians (E3).
 
@@ -180,6 +192,7 @@ class Bounds:
         """
         return np.minimum(2 * np.arcsin(self.chord / 2) * (1 + OUTWARD), np.pi)
 
+    @in_default_environment
     def logit_interval(self, query: Any) -> Interval:
         """Enclose ``query . x_hat - query . x`` (E6).
 
@@ -213,6 +226,7 @@ class Bounds:
         exact = self.token[..., None, :] == 0
         return Interval(np.where(exact, 0.0, low), np.where(exact, 0.0, high))
 
+    @in_default_environment
     def logit(self, query: Any) -> Float64:
         """Bound of ``abs(query . (x - x_hat))``, [..., Q, T], for queries [..., Q, D] (E6).
 
@@ -227,6 +241,7 @@ class Bounds:
         low, high = self.logit_interval(query)
         return np.maximum(-low, high)
 
+    @in_default_environment
     def estimate_logit_rms(self, query: Any) -> Float64:
         """Estimate, not bound, the size of ``query . (x - x_hat)``, [..., Q, T].
 
@@ -277,6 +292,7 @@ class APriori:
 # --- whole arrays -------------------------------------------------------------------------------
 
 
+@in_default_environment
 def certificate(quantized: Quantized) -> Bounds:
     """Bound the error of every token from what is stored, as a decoder can (E1 to E6, E9).
 
@@ -326,6 +342,7 @@ def certificate(quantized: Quantized) -> Bounds:
     return _bounds(quantized, stored, direction, norm, length, limit)
 
 
+@in_default_environment
 def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     """Bound the error of every token from its norm and its clamped elements (E1 to E6, E9).
 
@@ -360,7 +377,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     """
     stored = _stored(quantized)
     scheme = quantized.scheme
-    given = codec.as_float_array("x", x)
+    given = as_float_array("x", x)
     if given.shape != quantized.shape:
         raise ValueError(
             f"x has shape {list(given.shape)}; what was quantized has {list(quantized.shape)}"
@@ -368,7 +385,7 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     with np.errstate(over="ignore"):
         tokens = given.astype(np.float32)
     if not np.isfinite(tokens).all():
-        raise codec.not_finite("x", given)
+        raise not_finite("x", given)
     sinks = min(scheme.sink_tokens, given.shape[-2])
     tokens = tokens.reshape(-1, *given.shape[-2:])[:, sinks:]
     norm = np.ones(tokens.shape[:-1])
@@ -383,7 +400,8 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
     return _bounds(quantized, stored, direction, Interval(norm, norm), _length(exact), limit)
 
 
-def a_priori(scheme: Scheme, head_dim: int) -> APriori:
+@in_default_environment
+def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     """Bound the error of any token before any data is seen (E1 to E4).
 
     Assumes a conforming encoder, whose search, if any, is that of rule S4, and with norm separation
@@ -395,7 +413,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Scheme or str
     head_dim : int
         Channels D.
 
@@ -406,7 +424,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
     Raises
     ------
     TypeError, ValueError
-        For anything but a `Scheme`, and for a `head_dim` below 1.
+        For what is no scheme, nor the name of one, and for a `head_dim` below 1.
 
     Examples
     --------
@@ -414,9 +432,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
     >>> round(known.direction_error, 4), round(known.relative, 4)  # sqrt(64) / 14, and E4
     (0.5713, 0.5989)
     """
-    _require_scheme(scheme)
-    if type(head_dim) is not int or head_dim < 1:
-        raise ValueError(f"head_dim={head_dim!r} is not an integer of at least 1")
+    scheme, head_dim = as_scheme("scheme", scheme), as_integer("head_dim", head_dim, least=1)
     coded = max(head_dim - scheme.outlier_channels, 0)
     if not scheme.separate_norm and scheme.axis == "channel":
         # A token beside larger ones is coded as 0 at best.
@@ -455,6 +471,7 @@ def a_priori(scheme: Scheme, head_dim: int) -> APriori:
 # --- E1, E2: the direction ----------------------------------------------------------------------
 
 
+@in_default_environment
 def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
     """Enclose the float32 numbers that rules S3 and M4 narrow to these stored ones (E9).
 
@@ -498,8 +515,9 @@ def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
     )
 
 
+@in_default_environment
 def direction_interval(
-    codes: Any, scale: Any, zero: Any = None, *, scheme: Scheme, direction: Any = None
+    codes: Any, scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Interval:
     """Enclose the directions that an encoder gives these codes (E1).
 
@@ -509,7 +527,7 @@ def direction_interval(
     scale, zero : array
         Stored scales and zeros that broadcast with the codes: [..., 1, D] or [..., T, 1] for one
         block. No zero if symmetric.
-    scheme : Scheme
+    scheme : Scheme or str
     direction : array, [..., T, D], optional
         ``x / norm``, or ``x`` without norm separation, as an encoder knows it. Only elements
         whose code may have been clamped are looked at, and the scales may be any. Without it,
@@ -531,6 +549,7 @@ def direction_interval(
     >>> low.round(4).tolist(), high.round(4).tolist()
     ([[0.3125, 0.8125]], [[0.4375, 0.8754]])
     """
+    scheme = as_scheme("scheme", scheme)
     numbers = _codes(codes, scheme)
     scales, zeros = _scale_and_zero(scale, zero, scheme)
     shape = _common_shape(codes=numbers, scale=scales, zero=zeros)
@@ -561,8 +580,9 @@ def direction_interval(
     )
 
 
+@in_default_environment
 def element_error(
-    scale: Any, zero: Any = None, *, scheme: Scheme, direction: Any = None
+    scale: Any, zero: Any = None, *, scheme: Scheme | str, direction: Any = None
 ) -> Float64:
     """Bound ``abs(direction - y)`` whatever the code turns out to be (E1).
 
@@ -574,7 +594,7 @@ def element_error(
     ----------
     scale, zero : array
         Stored scales and zeros. No zero if symmetric.
-    scheme : Scheme
+    scheme : Scheme or str
     direction : array, optional
         What broadcasts with `scale`: the directions ``x / norm`` that an encoder knows.
 
@@ -594,6 +614,7 @@ def element_error(
     >>> element_error([0.125], scheme=Scheme(), direction=[1.0]).round(4)  # 1 - 7 * 0.125
     array([0.125])
     """
+    scheme = as_scheme("scheme", scheme)
     scales, zeros = _scale_and_zero(scale, zero, scheme)
     greatest = scheme.code_range[1]
     step = np.abs(scales)
@@ -621,6 +642,7 @@ def element_error(
     return np.asarray(np.maximum(rounded * (1 + OUTWARD), beyond))
 
 
+@in_default_environment
 def direction_error(element: Any) -> Float64:
     """Bound the Euclidean norm of ``direction - y`` over the last axis (E2).
 
@@ -649,6 +671,7 @@ def direction_error(element: Any) -> Float64:
 # --- E3, E4, E9: the token ----------------------------------------------------------------------
 
 
+@in_default_environment
 def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Float64:
     """Bound ``norm(x / norm(x) - y / norm(y))``, which is ``2 * sin(angle / 2)`` (E3, E4).
 
@@ -678,7 +701,7 @@ def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Flo
     array([0.1001, 0.6325, 2.    ])
     """
     errors = _bound("error", error)
-    low, high = length
+    low, high = _interval("length", length)
     if y is None:
         return np.sqrt(np.minimum(_free_chord(errors, low), 4))
     size = _length(_finite("y", y))
@@ -697,6 +720,7 @@ def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Flo
     return np.sqrt(np.minimum(square, 4))
 
 
+@in_default_environment
 def relative_error(
     chord: Any, factor_error: Interval | None = None, *, magnitude: Magnitude = "norm"
 ) -> Float64:
@@ -733,7 +757,7 @@ def relative_error(
     _require("chord", chords, chords <= 2, "is more than 2")
     if magnitude not in ("norm", "gain", "lsq"):
         raise ValueError(f"magnitude={magnitude!r} is not one of norm, gain, lsq")
-    errors = Interval(np.zeros(()), np.zeros(())) if factor_error is None else factor_error
+    errors = _interval("factor_error", (0.0, 0.0) if factor_error is None else factor_error)
     _require("factor_error", errors.low, errors.low >= -1, "is below -1")
     square = np.square(chords)
     if magnitude == "lsq":
@@ -746,6 +770,7 @@ def relative_error(
     return np.asarray(np.sqrt(np.maximum(*squares)) * (1 + OUTWARD))
 
 
+@in_default_environment
 def factor_error(factor: Any, dtype: FloatName) -> Interval:
     """Enclose the relative error of a stored factor, ``stored / exact - 1`` (E9).
 
@@ -782,7 +807,8 @@ def factor_error(factor: Any, dtype: FloatName) -> Interval:
     )
 
 
-def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -> Interval:
+@in_default_environment
+def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | str) -> Interval:
     """Enclose the norm of rule N1, from the factor that is stored in its place (E9).
 
     Parameters
@@ -793,7 +819,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
         Dequantized directions.
     direction : Interval of [..., T, D]
         Of `direction_interval`; only ``lsq`` looks at it.
-    scheme : Scheme
+    scheme : Scheme or str
 
     Returns
     -------
@@ -812,8 +838,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
     >>> low.round(3), high.round(3)  # twice the length of y
     (array([1.92]), array([1.922]))
     """
-    dequantized = _finite("y", y)
-    _require_scheme(scheme)
+    dequantized, scheme = _finite("y", y), as_scheme("scheme", scheme)
     if not scheme.separate_norm:
         ones = np.ones(dequantized.shape[:-1])
         return Interval(ones, ones)
@@ -829,6 +854,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
         low = np.maximum(ratio.low, 0) * divisor * (1 - OUTWARD)
         high = ratio.high * divisor * (1 + OUTWARD)
         return Interval(low, np.where(divisor == 0, np.inf, high))
+    direction = _interval("direction", direction)
     size, projection = _length(dequantized), _dot(direction, dequantized)
     error = direction_error(_farthest(direction, dequantized))
     low = np.zeros(values.shape)
@@ -847,6 +873,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme) -
 # --- E5, E6: what is decoded --------------------------------------------------------------------
 
 
+@in_default_environment
 def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Float64:
     """Bound ``abs(x - x_hat)`` elementwise (E5).
 
@@ -876,6 +903,7 @@ def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Flo
     array([[0.5]])
     """
     decoded = _finite("x_hat", x_hat)
+    direction, norm = _interval("direction", direction), _interval("norm", norm)
     _common_shape(direction=direction.low, x_hat=decoded, norm=norm.low[..., None])
     short, long = norm.low[..., None], norm.high[..., None]
     low, high = direction
@@ -886,6 +914,7 @@ def reconstruction_error(direction: Interval, norm: Interval, x_hat: Any) -> Flo
     return np.maximum(np.maximum(*ends) * (1 + OUTWARD), 0)
 
 
+@in_default_environment
 def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> Interval:
     """Enclose ``query . x_hat - query . x`` (E6).
 
@@ -914,6 +943,7 @@ def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> 
     (array([[-1.]]), array([[1.]]))
     """
     decoded = _finite("x_hat", x_hat)
+    direction, norm = _interval("direction", direction), _interval("norm", norm)
     _common_shape(direction=direction.low, x_hat=decoded, norm=norm.low[..., None])
     queries = _queries(query, decoded.shape[-1])
     known = np.isfinite(norm.high)
@@ -936,6 +966,7 @@ def logit_error(query: Any, direction: Interval, norm: Interval, x_hat: Any) -> 
     )
 
 
+@in_default_environment
 def estimate_logit_rms(query: Any, scale: Any, norm: Any) -> Float64:
     """Estimate, not bound, the root mean square of ``query . (x - x_hat)``.
 
@@ -975,6 +1006,7 @@ def estimate_logit_rms(query: Any, scale: Any, norm: Any) -> Float64:
 # --- E7, E8: attention --------------------------------------------------------------------------
 
 
+@in_default_environment
 def total_variation(
     error: Interval, *, softmax_scale: float = 1.0, softcap: float | None = None, where: Any = None
 ) -> Float64:
@@ -1007,15 +1039,14 @@ def total_variation(
     >>> total_variation(error).round(4), np.tanh(0.25).round(4)
     (np.float64(0.2449), np.float64(0.2449))
     """
-    for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < np.inf:
-            raise ValueError(f"{name}={value!r} is not a positive finite number")
-    low, high = (np.asarray(end, np.float64) * softmax_scale for end in error)
+    softmax_scale = _positive("softmax_scale", softmax_scale)
+    softcap = None if softcap is None else _positive("softcap", softcap)
+    low, high = (end * softmax_scale for end in _interval("error", error))
     low, high = low - OUTWARD * np.abs(low), high + OUTWARD * np.abs(high)
     if softcap is not None:
         low, high = np.clip(low, -2 * softcap, 0), np.clip(high, 0, 2 * softcap)
     if where is not None:
-        attended = _attended(where, low.shape)
+        attended = np.broadcast_to(_attended(where), low.shape)
         low, high = np.where(attended, low, np.inf), np.where(attended, high, -np.inf)
     # The two errors that lie furthest apart are those of two tokens.
     first = np.argmin(low, axis=-1)[..., None]
@@ -1027,6 +1058,7 @@ def total_variation(
     return np.asarray(np.minimum(np.tanh(widest * (1 + OUTWARD) / 4) * (1 + OUTWARD), 1))
 
 
+@in_default_environment
 def spread(values: Any, error: Any, where: Any = None) -> Float64:
     """Bound the distance between any two exact value vectors, from the decoded ones (E8).
 
@@ -1057,14 +1089,14 @@ def spread(values: Any, error: Any, where: Any = None) -> Float64:
     _common_shape(error=errors, **{"values without its last axis": vectors[..., 0]})
     radii = (_length(vectors - _centre(vectors)).high + errors)[..., None, :]
     if where is not None:
-        attended = np.asarray(where)
-        radii = np.where(_attended(attended, attended.shape), radii, -np.inf)
+        radii = np.where(_attended(where), radii, -np.inf)
     if radii.shape[-1] == 1:
         return np.zeros(radii.shape[:-1])
     two = np.partition(radii, -2, axis=-1)[..., -2:]
     return np.maximum((two[..., 0] + two[..., 1]) * (1 + OUTWARD), 0)
 
 
+@in_default_environment
 def output_error(weights: Any, error: Any, total_variation: Any, spread: Any) -> Float64:
     """Bound ``norm(output - exact output)`` of attention (E8).
 
@@ -1484,12 +1516,19 @@ def _centre(vectors: Float64) -> Float64:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def _real(name: str, values: Any) -> Float64:
-    given = np.asarray(values)
-    # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
-    if given.dtype.kind not in "fiu" and given.dtype not in FLOAT_DTYPES.values():
-        raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
-    return given.astype(np.float64)
+def _interval(name: str, interval: Any) -> Interval:
+    """Take two arrays, of whatever kind."""
+    if not isinstance(interval, tuple) or len(interval) != 2:
+        raise TypeError(f"{name} must be an Interval, got {type(interval).__name__}")
+    low, high = interval
+    return Interval(as_real_array(f"{name}.low", low), as_real_array(f"{name}.high", high))
+
+
+def _positive(name: str, value: Any) -> float:
+    number = as_float(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={number} is not a positive finite number")
+    return number
 
 
 def _require(name: str, values: Array, holds: Array, what: str) -> None:
@@ -1507,22 +1546,19 @@ def _require_held(name: str, values: Float64, dtype: FloatName) -> None:
 
 
 def _finite(name: str, values: Any) -> Float64:
-    numbers = _real(name, values)
+    numbers = as_real_array(name, values)
     _require(name, numbers, np.isfinite(numbers), "is not finite")
     return numbers
 
 
 def _bound(name: str, values: Any) -> Float64:
-    numbers = _real(name, values)
+    numbers = as_real_array(name, values)
     _require(name, numbers, numbers >= 0, "is not a bound: it must be 0 or more")
     return numbers
 
 
 def _codes(codes: Any, scheme: Scheme) -> Float64:
-    _require_scheme(scheme)
-    given = np.asarray(codes)
-    if given.dtype.kind not in "iu":
-        raise TypeError(f"codes has dtype {given.dtype}; give integers")
+    given = as_integer_array("codes", codes)
     least, greatest = scheme.code_range
     inside = (given >= least) & (given <= greatest)
     _require("codes", given, inside, f"is not within {least} to {greatest}")
@@ -1530,7 +1566,6 @@ def _codes(codes: Any, scheme: Scheme) -> Float64:
 
 
 def _scale_and_zero(scale: Any, zero: Any, scheme: Scheme) -> tuple[Float64, Float64]:
-    _require_scheme(scheme)
     if (zero is None) != scheme.symmetric:
         wanted = "has no zero; leave it out" if scheme.symmetric else "needs a zero"
         raise ValueError(f"zero={zero!r:.40}, but {scheme} {wanted}")
@@ -1540,11 +1575,6 @@ def _scale_and_zero(scale: Any, zero: Any, scheme: Scheme) -> tuple[Float64, Flo
         _require_held(name, values, scheme.scale_dtype)
     _common_shape(scale=scales, zero=zeros)
     return scales, zeros
-
-
-def _require_scheme(scheme: object) -> None:
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"scheme must be a Scheme, got {scheme!r:.80}")
 
 
 def _common_shape(**arrays: Array) -> tuple[int, ...]:
@@ -1562,8 +1592,8 @@ def _queries(query: Any, head_dim: int) -> Float64:
     return queries
 
 
-def _attended(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    attended = np.asarray(where)
+def _attended(where: Any) -> npt.NDArray[np.bool_]:
+    attended = as_array("where", where)
     if attended.dtype != np.bool_:
         raise TypeError(f"where has dtype {attended.dtype}; give True where a token is attended to")
-    return np.broadcast_to(attended, shape)
+    return attended

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import attention
-from nsq_ref.codec import RangeError, as_float_array, not_finite
-from nsq_ref.scheme import FLOAT_DTYPES, KeyValueSchemes, Scheme
-from nsq_ref.sequence import Sequence, StoredTokens
+from nsq_ref.arrays import RangeError, as_array, as_float_array, as_integer, as_integers, not_finite
+from nsq_ref.codec import Quantized
+from nsq_ref.environment import in_default_environment
+from nsq_ref.pages import Cell, Change
+from nsq_ref.scheme import (
+    FLOAT_DTYPES,
+    KeyValueSchemes,
+    PairName,
+    Scheme,
+    SchemeName,
+    as_scheme,
+)
+from nsq_ref.sequence import Sequence, Side, StoredTokens
 
 __all__ = ["KVCache", "StoredRow"]
 
@@ -20,9 +31,11 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 
+FLOAT64 = np.dtype(np.float64)
+
 
 class StoredRow(NamedTuple):
-    """What is stored of one row of the batch."""
+    """What is stored of one row of the batch: copies, which threads may share."""
 
     keys: StoredTokens
     values: StoredTokens
@@ -33,11 +46,36 @@ class _Row(NamedTuple):
     values: Sequence
 
 
+@dataclass(frozen=True, eq=False)
+class _State:
+    """All that changes about a cache, in one piece, so that it changes at once or not at all."""
+
+    rows: tuple[_Row, ...]
+    dtype: np.dtype[Any] | None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.keys.length for row in self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.nbytes for row in self.rows for side in row)
+
+    @property
+    def plain_dtype(self) -> np.dtype[Any]:
+        return FLOAT_DTYPES["float32"] if self.dtype is None else self.dtype
+
+
 class KVCache:
     """A quantized key/value cache that grows a token, a chunk or a whole prefill at a time.
 
     Full blocks are coded and never change (B1); sinks (K1) and the tokens of the last, unfinished
-    block stay in the input's dtype. One append, many, or one a token give equal bytes.
+    block stay in the input's dtype. One append, many, or one a token give equal bytes. What is
+    refused leaves no trace.
+
+    Threads may read a cache while one of them changes it: each call sees it as it was at one
+    moment. Of several that change one cache at the same time, all but one get a RuntimeError. Forks
+    are caches of their own, each for its own thread. A copy (``copy``, ``deepcopy``) is a fork.
 
     Parameters
     ----------
@@ -47,9 +85,12 @@ class KVCache:
         Key/value heads, which may each serve several query heads.
     head_dim : int
         Channels of a key, and of a value unless ``value_head_dim`` says otherwise.
-    key, value : Scheme, optional
-        Schemes of keys and of values; ``Scheme.named("streaming4")`` by default. Their
-        ``block_size`` must be a number: a block of the whole sequence would never be full.
+    key, value : Scheme or str, optional
+        Schemes of keys and of values, or their names; ``"streaming4"`` by default. As ``key`` alone
+        a pair (`KeyValueSchemes`, or a name such as ``"nsep+KIVI"``) is for both.
+    block_size : int, optional
+        Of schemes that have none, which they need here: a block of the whole sequence would never
+        be full. ``"streaming4"`` by default has it too.
     value_head_dim : int, optional
         Channels of a value.
     dtype : {"float32", "float16", "bfloat16"}, optional
@@ -59,7 +100,8 @@ class KVCache:
     Raises
     ------
     TypeError, ValueError
-        For sizes below 1, another dtype, and what is no scheme, or one without a block size.
+        For sizes below 1, another dtype, what is no scheme, and schemes without a block size or
+        with another one than ``block_size``.
 
     Examples
     --------
@@ -74,6 +116,10 @@ class KVCache:
     >>> query = rng.standard_normal((1, 32, 1, 64), dtype=np.float32)
     >>> cache.attend(query).shape
     (1, 32, 1, 64)
+
+    The paper's own scheme, whose blocks have no size, for keys and values:
+
+    >>> paper = KVCache(1, 8, 64, key="nsep+pchan4", value="nsep+pchan4", block_size=128)
     """
 
     def __init__(
@@ -81,68 +127,90 @@ class KVCache:
         batch: int,
         kv_heads: int,
         head_dim: int,
-        key: Scheme | None = None,
-        value: Scheme | None = None,
+        key: Scheme | KeyValueSchemes | SchemeName | PairName | None = None,
+        value: Scheme | SchemeName | None = None,
         *,
+        block_size: int | None = None,
         value_head_dim: int | None = None,
         dtype: str | np.dtype[Any] | type | None = None,
     ) -> None:
-        self._kv_heads = _positive("kv_heads", kv_heads)
-        self._head_dim = _positive("head_dim", head_dim)
-        self._value_head_dim = self._head_dim
-        if value_head_dim is not None:
-            self._value_head_dim = _positive("value_head_dim", value_head_dim)
-        self._schemes = KeyValueSchemes(
-            _require_blocks("key", key), _require_blocks("value", value)
+        batch = as_integer("batch", batch, least=1)
+        kv_heads = as_integer("kv_heads", kv_heads, least=1)
+        head_dim = as_integer("head_dim", head_dim, least=1)
+        value_head_dim = (
+            head_dim
+            if value_head_dim is None
+            else as_integer("value_head_dim", value_head_dim, least=1)
         )
-        self._dtype = None if dtype is None else _require_dtype(dtype)
-        self._rows = [self._new_row() for _ in range(_positive("batch", batch))]
+        schemes = _schemes(key, value, block_size)
+        self._keys = Side(schemes.key, kv_heads, head_dim)
+        self._values = Side(schemes.value, kv_heads, value_head_dim)
+        # Rows without tokens are one: sequences never change.
+        row = _Row(Sequence.empty(self._keys), Sequence.empty(self._values))
+        known = None if dtype is None else _require_dtype(dtype)
+        self._state = Cell(_State((row,) * batch, known))
 
     def __repr__(self) -> str:
+        now = self._now
         return (
-            f"KVCache(lengths={self.lengths.tolist()}, kv_heads={self.kv_heads}, "
-            f"head_dim={self.head_dim}, bits_per_element={self.bits_per_element:.3f}, "
+            f"KVCache(lengths={now.lengths}, kv_heads={self.kv_heads}, "
+            f"head_dim={self.head_dim}, bits_per_element={self._bits_per_element(now):.3f}, "
             f"key={self.key}, value={self.value})"
         )
 
     def __len__(self) -> int:
         """Tokens of the longest row."""
-        return max(row.keys.length for row in self._rows)
+        return max(self._now.lengths)
+
+    def __copy__(self) -> KVCache:
+        return self.fork()
+
+    def __deepcopy__(self, memo: object) -> KVCache:
+        return self.fork()  # nothing that it shares ever changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As in a file: memory that is not used yet, locks and addresses stay here.
+        return _unpickled, self._content(self._now)
+
+    @property
+    def _now(self) -> _State:
+        """The cache at this moment; who reads twice may read two states."""
+        return self._state.value
 
     @property
     def batch(self) -> int:
         """Rows."""
-        return len(self._rows)
+        return len(self._now.rows)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads."""
-        return self._kv_heads
+        return self._keys.kv_heads
 
     @property
     def head_dim(self) -> int:
         """Channels of a key."""
-        return self._head_dim
+        return self._keys.head_dim
 
     @property
     def value_head_dim(self) -> int:
         """Channels of a value."""
-        return self._value_head_dim
+        return self._values.head_dim
 
     @property
     def key(self) -> Scheme:
         """The scheme of the keys."""
-        return self._schemes.key
+        return self._keys.scheme
 
     @property
     def value(self) -> Scheme:
         """The scheme of the values."""
-        return self._schemes.value
+        return self._values.scheme
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
         """Dtype of sinks and tail; None until the first append, unless it was given."""
-        return self._dtype
+        return self._now.dtype
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -153,7 +221,7 @@ class KVCache:
         >>> KVCache(batch=2, kv_heads=1, head_dim=4).lengths
         array([0, 0])
         """
-        return np.array([row.keys.length for row in self._rows], np.int64)
+        return np.array(self._now.lengths, np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +235,7 @@ class KVCache:
         >>> KVCache(batch=2, kv_heads=1, head_dim=4).nbytes
         0
         """
-        return sum(side.nbytes for row in self._rows for side in row)
+        return self._now.nbytes
 
     @property
     def bits_per_element(self) -> float:
@@ -182,9 +250,7 @@ class KVCache:
         >>> cache.bits_per_element
         5.23828125
         """
-        channels = self.kv_heads * (self.head_dim + self.value_head_dim)
-        elements = int(self.lengths.sum()) * channels
-        return 8 * self.nbytes / elements if elements else 0.0
+        return self._bits_per_element(self._now)
 
     @property
     def collapsed_tokens(self) -> int:
@@ -195,10 +261,11 @@ class KVCache:
         >>> KVCache(batch=1, kv_heads=1, head_dim=4).collapsed_tokens
         0
         """
-        return sum(int(side.collapsed.sum()) for row in self._rows for side in row)
+        return sum(int(side.collapsed.sum()) for row in self._now.rows for side in row)
 
     # --- growing and shrinking ------------------------------------------------------------------
 
+    @in_default_environment
     def append(self, keys: Any, values: Any, lengths: Any = None) -> None:
         """Append tokens to the rows; all of them, or none if any is refused.
 
@@ -217,7 +284,10 @@ class KVCache:
         ValueError
             For other shapes, lengths outside 0 to T, and NaN or infinity (I2), by index.
         RangeError
-            Where a block that is now full cannot be coded (N1, M4, S5, O1, D3).
+            Where a block that is now full cannot be coded (N1, M4, S5, O1, D3), naming the token,
+            which may be one of an earlier append: `crop` takes it out.
+        RuntimeError
+            Where another thread changed the cache meanwhile.
 
         Examples
         --------
@@ -227,28 +297,26 @@ class KVCache:
         >>> cache.lengths
         array([3, 1])
         """
+        before = self._now
         keys, values = as_float_array("keys", keys), as_float_array("values", values)
-        tokens = self._require_tokens(keys, values)
-        counts = [tokens] * self.batch
+        batch, tokens = len(before.rows), self._require_tokens(keys, values, len(before.rows))
+        counts = [tokens] * batch
         if lengths is not None:
-            counts = _integers("lengths", lengths, self.batch, counts)
-        dtype = self._require_same_dtype(keys, values)
+            counts = as_integers("lengths", lengths, batch, least=0, most=tokens)
+        dtype = _require_same_dtype(before.dtype, keys, values)
         keys, values = _finite("keys", keys, counts), _finite("values", values, counts)
-        growths = []
-        for side, index, sequence in self._sequences():
-            x = keys if side == "keys" else values
-            try:
-                growths.append((sequence, sequence.growth(x[index, :, : counts[index]])))
-            except RangeError as error:
-                first = sequence.length - sequence.tail.count
-                raise RangeError(
-                    f"{side} of row {index}: {error}. Nothing was appended; x are the tokens "
-                    f"from position {first} on, which are now to be sealed"
-                ) from None
-        self._dtype = dtype
-        for sequence, growth in growths:
-            sequence.accept(growth)
+        with Change() as change:
+            rows = tuple(
+                _Row(
+                    _grown("keys", index, row.keys, keys[index, :, :count], change),
+                    _grown("values", index, row.values, values[index, :, :count], change),
+                )
+                for index, (row, count) in enumerate(zip(before.rows, counts, strict=True))
+            )
+            change.write()
+            self._change(before, _State(rows, dtype))
 
+    @in_default_environment
     def crop(self, length: Any) -> None:
         """Keep only the first tokens of each row.
 
@@ -274,16 +342,18 @@ class KVCache:
         >>> len(cache)
         200
         """
-        own = self.lengths.tolist()
-        if np.ndim(length) == 0:
-            (most,) = _integers("length", [length], 1, [len(self)])
+        before = self._now
+        own = before.lengths
+        if as_array("length", length).ndim == 0:
+            most = as_integer("length", length, least=0, most=max(own))
             kept = [min(most, tokens) for tokens in own]
         else:
-            kept = _integers("length", length, self.batch, own)
-        self._rows = [
+            kept = as_integers("length", length, len(own), least=0, most=own)
+        rows = tuple(
             _Row(row.keys.cropped(count), row.values.cropped(count))
-            for row, count in zip(self._rows, kept, strict=True)
-        ]
+            for row, count in zip(before.rows, kept, strict=True)
+        )
+        self._change(before, replace(before, rows=rows))
 
     def reorder(self, rows: Any) -> None:
         """Replace the rows by the given ones, as beam search does; any may recur or be left out.
@@ -307,7 +377,8 @@ class KVCache:
         >>> cache.lengths
         array([1, 1, 3])
         """
-        self._rows = self._selected(rows)
+        before = self._now
+        self._change(before, _selected(before, rows))
 
     def fork(self, rows: Any = None) -> KVCache:
         """Return a cache that continues from here on its own, sharing all sealed blocks.
@@ -332,11 +403,12 @@ class KVCache:
         >>> prompt.fork(rows=[0, 0, 0]).batch
         3
         """
+        now = self._now
         forked = KVCache(
             1, self.kv_heads, self.head_dim, self.key, self.value,
-            value_head_dim=self.value_head_dim, dtype=self.dtype,
+            value_head_dim=self.value_head_dim,
         )  # fmt: skip
-        forked._rows = self._selected(range(self.batch) if rows is None else rows)
+        forked._state = Cell(now if rows is None else _selected(now, rows))
         return forked
 
     # --- reading --------------------------------------------------------------------------------
@@ -353,6 +425,7 @@ class KVCache:
         causal: bool = ..., softcap: float | None = ..., sliding_window: int | None = ...,
         return_weights: Literal[True],
     ) -> tuple[Float32, Float32]: ...  # fmt: skip
+    @in_default_environment
     def attend(
         self,
         query: Any,
@@ -410,18 +483,22 @@ class KVCache:
         >>> weights.round(3)
         array([[[[1., 0.]]]], dtype=float32)
         """
+        now = self._now
+        batch, lengths = len(now.rows), now.lengths
         query = as_float_array("query", query)
         heads = query.shape[1] if query.ndim == 4 else 0
-        if not heads or heads % self.kv_heads or query.shape[::3] != (self.batch, self.head_dim):
-            expected = f"[{self.batch}, heads, query_tokens, {self.head_dim}]"
+        if not heads or heads % self.kv_heads or query.shape[::3] != (batch, self.head_dim):
+            expected = f"[{batch}, heads, query_tokens, {self.head_dim}]"
             raise ValueError(
                 f"query has shape {list(query.shape)}; this cache takes {expected}, heads a "
                 f"multiple of {self.kv_heads}"
             )
-        counts = [query.shape[2]] * self.batch
+        counts = [query.shape[2]] * batch
         if query_lengths is not None:
-            counts = _integers("query_lengths", query_lengths, self.batch, counts)
-        for index, (count, length) in enumerate(zip(counts, self.lengths, strict=True)):
+            counts = as_integers(
+                "query_lengths", query_lengths, batch, least=0, most=query.shape[2]
+            )
+        for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
             if count > length:
                 raise ValueError(
                     f"row {index} has {count} query tokens and {length} in the cache; append their "
@@ -431,8 +508,8 @@ class KVCache:
         output = np.zeros((*query.shape[:3], self.value_head_dim), np.float32)
         weights = None
         if return_weights:
-            weights = np.zeros((*query.shape[:3], len(self)), np.float32)
-        for index, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
+            weights = np.zeros((*query.shape[:3], max(lengths)), np.float32)
+        for index, (row, count) in enumerate(zip(now.rows, counts, strict=True)):
             if not count:
                 continue
             attended, row_weights = attention.attend_quantized(
@@ -467,10 +544,11 @@ class KVCache:
         >>> keys.sinks.shape, keys.sealed.packed.shape, keys.tail.shape
         ((1, 1, 4), (1, 256, 2), (1, 43, 4))
         """
-        (index,) = _integers("row", [row], 1, [self.batch - 1])
-        keys, values = self._rows[index]
-        return StoredRow(keys.stored(self._plain_dtype()), values.stored(self._plain_dtype()))
+        now = self._now
+        keys, values = now.rows[as_integer("row", row, least=0, most=len(now.rows) - 1)]
+        return StoredRow(keys.stored(now.plain_dtype), values.stored(now.plain_dtype))
 
+    @in_default_environment
     def dequantize(self) -> tuple[Float32, Float32]:
         """Return all keys and values, those of shorter rows padded with zeros on the right.
 
@@ -488,10 +566,11 @@ class KVCache:
         >>> keys.shape
         (1, 2, 3, 4)
         """
-        shape = (self.batch, self.kv_heads, len(self))
+        now = self._now
+        shape = (len(now.rows), self.kv_heads, max(now.lengths))
         keys = np.zeros((*shape, self.head_dim), np.float32)
         values = np.zeros((*shape, self.value_head_dim), np.float32)
-        for index, row in enumerate(self._rows):
+        for index, row in enumerate(now.rows):
             row.keys.dequantize(keys[index])
             row.values.dequantize(values[index])
         return keys, values
@@ -523,21 +602,7 @@ class KVCache:
         300
         >>> folder.cleanup()
         """
-        arrays = {
-            f"{side}.{index}.{name}": array
-            for index in range(self.batch)
-            for side, stored in self.stored(index)._asdict().items()
-            for name, array in stored.arrays.items()
-        }
-        content = {
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "value_head_dim": self.value_head_dim,
-            "key": self.key.to_dict(),
-            "value": self.value.to_dict(),
-            "dtype": None if self.dtype is None else self.dtype.name,
-            "lengths": self.lengths.tolist(),
-        }
+        content, arrays = self._content(self._now)
         from nsq_ref import storage  # here, as most who use a cache never save one
 
         storage.write_container(path, storage.CACHE_FORMAT, {"cache": content}, arrays)
@@ -570,107 +635,178 @@ class KVCache:
         """
         from nsq_ref import storage
 
-        caches: list[KVCache] = []
-        lengths: list[int] = []
+        empty: list[tuple[KVCache, list[int]]] = []
 
         def names(content: dict[str, Any]) -> set[str]:
-            cache, rows = _empty_cache(content)
-            caches.append(cache)
-            lengths.extend(rows)
-            return {
-                f"{side}.{index}.{name}"
-                for side, index, sequence in cache._sequences()
-                for name in sequence.fields(rows[index], cache._plain_dtype())
-            }
+            cache, lengths = _described(content)
+            empty.append((cache, lengths))
+            return set(cache._names(lengths))
 
         _, arrays = storage.read_container(path, storage.CACHE_FORMAT, names)
-        for side, index, sequence in caches[0]._sequences():
-            prefix = f"{side}.{index}."
-            own = {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            }
-            try:
-                sequence.restore(lengths[index], caches[0]._plain_dtype(), own)
-                if (sealed := sequence.stored(caches[0]._plain_dtype()).sealed) is not None:
-                    storage.require_content(sealed)
-            except (TypeError, ValueError) as error:
-                where = f"{path}: {side} of row {index}"
-                raise storage.StorageError(f"{where}: {error}; {storage.DAMAGED}") from None
-        return caches[0]
+        ((cache, lengths),) = empty
+        try:
+            cache._fill(lengths, arrays, storage.require_content)
+        except (TypeError, ValueError) as error:
+            raise storage.StorageError(f"{path}: {error}; {storage.DAMAGED}") from None
+        return cache
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _new_row(self) -> _Row:
-        return _Row(
-            Sequence(self.key, self.kv_heads, self.head_dim),
-            Sequence(self.value, self.kv_heads, self.value_head_dim),
+    def _change(self, before: _State, after: _State) -> None:
+        if not self._state.swap(before, after):
+            raise RuntimeError(
+                "another thread changed this cache at the same time, and this call changed "
+                "nothing; let one thread at a time change a cache, or give each its own with fork()"
+            )
+
+    def _bits_per_element(self, state: _State) -> float:
+        elements = sum(state.lengths) * self.kv_heads * (self.head_dim + self.value_head_dim)
+        return 8 * state.nbytes / elements if elements else 0.0
+
+    def _content(self, state: _State) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return what describes a state, and its arrays by their names in a file."""
+        content = {
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "value_head_dim": self.value_head_dim,
+            "key": self.key.to_dict(),
+            "value": self.value.to_dict(),
+            "dtype": None if state.dtype is None else state.dtype.name,
+            "lengths": state.lengths,
+        }
+        arrays = {
+            f"{side}.{index}.{name}": array
+            for index, row in enumerate(state.rows)
+            for side, sequence in row._asdict().items()
+            for name, array in sequence.stored(state.plain_dtype).arrays.items()
+        }
+        return content, arrays
+
+    def _names(self, lengths: list[int]) -> Iterator[str]:
+        """Names of the arrays in a file of rows of these lengths."""
+        for prefix, side in (("keys", self._keys), ("values", self._values)):
+            fields = {
+                length: list(side.fields(length, self._now.plain_dtype)) for length in set(lengths)
+            }
+            for index, length in enumerate(lengths):
+                yield from (f"{prefix}.{index}.{name}" for name in fields[length])
+
+    def _fill(
+        self,
+        lengths: list[int],
+        arrays: Mapping[str, Array],
+        check: Callable[[Quantized], None] | None = None,
+    ) -> None:
+        """Take over the arrays of `_content`; this cache must be empty.
+
+        Raises ValueError for arrays that are not those of `_names`, and what ``check`` raises.
+        """
+        before = self._now
+        dtype = before.plain_dtype
+
+        def restored(name: str, side: Side, index: int, length: int) -> Sequence:
+            prefix = f"{name}.{index}."
+            own = {name: arrays[prefix + name] for name in side.fields(length, dtype)}
+            try:
+                return Sequence.restored(side, length, dtype, own, check)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} of row {index}: {error}") from None
+
+        rows = tuple(
+            _Row(
+                restored("keys", self._keys, index, length),
+                restored("values", self._values, index, length),
+            )
+            if length
+            else before.rows[index]
+            for index, length in enumerate(lengths)
         )
+        self._change(before, replace(before, rows=rows))
 
-    def _plain_dtype(self) -> np.dtype[Any]:
-        return FLOAT_DTYPES["float32"] if self._dtype is None else self._dtype
-
-    def _sequences(self) -> Iterator[tuple[str, int, Sequence]]:
-        for index, row in enumerate(self._rows):
-            yield "keys", index, row.keys
-            yield "values", index, row.values
-
-    def _selected(self, rows: Any) -> list[_Row]:
-        count = np.size(rows)
-        if not count:
-            raise ValueError("rows is empty; give at least one row")
-        chosen = [
-            self._rows[row] for row in _integers("rows", rows, count, [self.batch - 1] * count)
-        ]
-        return [_Row(row.keys.fork(), row.values.fork()) for row in chosen]
-
-    def _require_tokens(self, keys: Array, values: Array) -> int:
+    def _require_tokens(self, keys: Array, values: Array, batch: int) -> int:
         """Return T, if both arrays have the shape they must have."""
         tokens = keys.shape[2] if keys.ndim == 4 else -1
-        for name, x, channels in (
-            ("keys", keys, self._head_dim),
-            ("values", values, self._value_head_dim),
-        ):
-            if x.shape != (len(self._rows), self._kv_heads, tokens, channels):
-                expected = f"[{self.batch}, {self.kv_heads}, T, {channels}]"
+        for name, x, side in (("keys", keys, self._keys), ("values", values, self._values)):
+            if x.shape != (batch, side.kv_heads, tokens, side.head_dim):
+                expected = f"[{batch}, {side.kv_heads}, T, {side.head_dim}]"
                 raise ValueError(
                     f"{name} has shape {list(x.shape)}; this cache takes {expected}, "
                     "the same T for keys and values"
                 )
         return tokens
 
-    def _require_same_dtype(self, keys: Array, values: Array) -> np.dtype[Any]:
-        kept, *others = (
-            FLOAT_DTYPES["float32"] if x.dtype == np.float64 else x.dtype for x in (keys, values)
-        )
-        dtype = kept if self._dtype is None else self._dtype
-        for name, own in (("keys", kept), ("values", *others)):
-            if own != dtype:
-                raise TypeError(
-                    f"{name} has dtype {own} and this cache keeps {dtype}; pass "
-                    f"{name}.astype({dtype.name!r}), or give KVCache another dtype"
-                )
-        return dtype
+
+def _selected(state: _State, rows: Any) -> _State:
+    """Return a state of the given rows."""
+    chosen = as_integers("rows", rows, least=0, most=len(state.rows) - 1)
+    if not chosen:
+        raise ValueError("rows is empty; give at least one row")
+    return replace(state, rows=tuple(state.rows[row] for row in chosen))
 
 
-def _positive(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name}={value!r:.80} must be an integer of at least 1")
-    return value
+def _grown(name: str, row: int, sequence: Sequence, x: Array, change: Change) -> Sequence:
+    """Return a grown sequence, or say which token of it cannot be coded."""
+    try:
+        return sequence.grown(x, change)
+    except RangeError as error:
+        head, known = error.index[0], sequence.length
+        what, first, last = sequence.place_of(error, x.shape[1])
+        remedy = ""
+        if last <= known:
+            what += ", which an earlier append left to be coded"
+            remedy = f"; crop to {first} goes on without it"
+        elif last == first + 1:
+            what += f", {name}[{row}, {head}, {first - known}]"
+        else:
+            what += f", up to {name}[{row}, {head}, {last - known - 1}]"
+        raise RangeError(
+            f"{name} of row {row}, head {head}: {what}, {error.fault}. Nothing was appended{remedy}"
+        ) from None
 
 
-def _require_blocks(name: str, scheme: Scheme | None) -> Scheme:
-    if scheme is None:
-        return Scheme.named("streaming4")
-    if isinstance(scheme, KeyValueSchemes):
-        raise TypeError(f"{name} is a pair of schemes; pass key=pair.key, value=pair.value")
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"{name} must be a Scheme, got {scheme!r:.80}; try Scheme.named(...)")
+def _require_same_dtype(known: np.dtype[Any] | None, keys: Array, values: Array) -> np.dtype[Any]:
+    """Return the dtype in which a cache that keeps the ``known`` one keeps keys and values."""
+    kept = [FLOAT_DTYPES["float32"] if x.dtype == FLOAT64 else x.dtype for x in (keys, values)]
+    dtype = kept[0] if known is None else known
+    for name, own in zip(("keys", "values"), kept, strict=True):
+        if own != dtype:
+            raise TypeError(
+                f"{name} has dtype {own} and this cache keeps {dtype}; pass "
+                f"{name}.astype({dtype.name!r}), or give KVCache another dtype"
+            )
+    return dtype
+
+
+def _schemes(key: Any, value: Any, block_size: Any) -> KeyValueSchemes:
+    if block_size is not None:
+        block_size = as_integer("block_size", block_size, least=1)
+    pair = Scheme.named(key) if isinstance(key, str) else key
+    if isinstance(pair, KeyValueSchemes):
+        if value is not None:
+            raise TypeError("key is a pair of schemes, for keys and values; leave value out")
+        key, value = pair
+    return KeyValueSchemes(
+        _with_blocks("key", key, block_size), _with_blocks("value", value, block_size)
+    )
+
+
+def _with_blocks(name: str, given: Any, block_size: int | None) -> Scheme:
+    """Return a scheme whose ``block_size`` is a number, this one if it is given."""
+    if given is None:
+        usual = Scheme.named("streaming4")
+        return usual if block_size is None else replace(usual, block_size=block_size)
+    scheme = as_scheme(name, given)
     if scheme.block_size is None:
+        if block_size is None:
+            raise ValueError(
+                f"{name} has block_size=None, one block for a whole sequence, which in a cache is "
+                "never full and so never quantized; give KVCache a block_size, such as 128"
+            )
+        return replace(scheme, block_size=block_size)
+    if block_size not in (None, scheme.block_size):
         raise ValueError(
-            f"{name} has block_size=None, one block for a whole sequence, which in a cache is "
-            f"never full and so never quantized; use dataclasses.replace({name}, block_size=128)"
+            f"block_size={block_size}, but {name} has {scheme.block_size}; leave block_size out, "
+            f"or give a {name} of that size"
         )
     return scheme
 
@@ -682,24 +818,10 @@ def _require_dtype(dtype: Any) -> np.dtype[Any]:
     raise TypeError(f"dtype={dtype!r:.80} is not one of {', '.join(FLOAT_DTYPES)}")
 
 
-def _integers(name: str, values: Any, count: int, most: list[int]) -> list[int]:
-    """Return ``count`` integers, the i-th from 0 to ``most[i]``."""
-    given = np.asarray(values)
-    if given.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {values!r:.80}")
-    if given.shape != (count,):
-        raise ValueError(f"{name} has shape {list(given.shape)}; give {count}, one a row")
-    integers: list[int] = given.tolist()
-    for index, (value, limit) in enumerate(zip(integers, most, strict=True)):
-        if not 0 <= value <= limit:
-            raise ValueError(f"{name}[{index}] is {value}; it must be from 0 to {limit}")
-    return integers
-
-
 def _finite(name: str, x: Array, counts: list[int]) -> Array:
     """Return ``x`` as it is kept, if what is not padding is finite (I2)."""
     given = x
-    if x.dtype == np.float64:
+    if x.dtype == FLOAT64:
         with np.errstate(over="ignore"):
             x = x.astype(np.float32)
     if not np.isfinite(x).all():
@@ -710,7 +832,7 @@ def _finite(name: str, x: Array, counts: list[int]) -> Array:
     return x
 
 
-def _empty_cache(content: dict[str, Any]) -> tuple[KVCache, list[int]]:
+def _described(content: dict[str, Any]) -> tuple[KVCache, list[int]]:
     """Return the cache that a file describes, still without tokens, and the lengths of its rows."""
     fields = content.get("cache")
     names = {"kv_heads", "head_dim", "value_head_dim", "key", "value", "dtype", "lengths"}
@@ -729,3 +851,9 @@ def _empty_cache(content: dict[str, Any]) -> tuple[KVCache, list[int]]:
         value_head_dim=fields["value_head_dim"], dtype=fields["dtype"],
     )  # fmt: skip
     return cache, lengths
+
+
+def _unpickled(fields: dict[str, Any], arrays: dict[str, Array]) -> KVCache:
+    cache, lengths = _described({"cache": fields})
+    cache._fill(lengths, arrays)
+    return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nsq_ref import KeyValueSchemes, Quantized, Scheme
     from nsq_ref.conformance.findings import Report
     from nsq_ref.conformance.operations import Operation, Port
@@ -54,10 +57,20 @@ class InputDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+def _file_name(path: Path | None) -> Path | None:
+    """Refuse the sign for a pipe, of which a file of that name would be made."""
+    if path == Path("-"):
+        raise ValueError("- is no file name; what is written whole or not at all goes to no pipe")
+    return path
+
+
 BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="A .safetensors file; replaced if it exists.")
+    Path,
+    typer.Option(
+        "--output", "-o", callback=_file_name, help="A .safetensors file; replaced if it exists."
+    ),
 ]
 
 
@@ -204,9 +217,13 @@ def dequantize(
 
 @app.command()
 def demo(
+    context: typer.Context,
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for demo.png, demo.svg and demo.json.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=_file_name, help="Folder for demo.png, demo.svg, demo.json."
+        ),
     ] = Path("nsq-demo"),
     keys: Annotated[
         Path | None,
@@ -225,7 +242,15 @@ def demo(
     Real prose is prefilled, the cache of every layer quantized and dequantized, and the tokens that
     follow are scored with it. The first run fetches SmolLM2-135M-Instruct, 93 MB.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    if keys is not None:
+        for name in ("gguf", "passages", "prefill", "continuation"):
+            given = context.get_parameter_source(name)
+            if given is not None and given.name == "COMMANDLINE":
+                raise ValueError(f"--keys are coded without a model; leave --{name} out")
+    from nsq_ref.files import atomic
+
+    image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
+    atomic.require_writable(image, drawing, figures, make_folders=True)
     try:
         from nsq_ref import plots, storage
         from nsq_ref.comparison import layered, round_trips
@@ -273,24 +298,43 @@ def demo(
         f"keys of layer {layer}",
         source,
     )
-    for suffix in ("png", "svg"):
-        figure.savefig(output / f"demo.{suffix}", dpi=130)
     text = json.dumps(result, indent=2)
-    (output / "demo.json").write_text(text + "\n", encoding="utf-8")
+    # First, as they may have taken an hour: a disk that is full takes only the files.
     if as_json:
         typer.echo(text)
     else:
         _show_demo(result)
-        typer.echo(
-            f"\n{output / 'demo.png'}, demo.svg and demo.json hold the figure and all of it."
-        )
+    files = {path: _drawn(figure, path.suffix[1:]) for path in (image, drawing)}
+    files[figures] = (text + "\n").encode()
+    atomic.write(files.items(), make_folders=True)
+    if not as_json:
+        typer.echo(f"\n{image}, demo.svg and demo.json hold the figure and all of it.")
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=130)
+    return drawn.getvalue()
 
 
 # --- conformance --------------------------------------------------------------------------------
 
 TARGETS = "package.module:function, file.py:function, a shared library (nsq.h), an ONNX model"
-SchemeOption = Annotated[
-    str, typer.Option(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
+DEFAULT_SCHEME = "nsep+pchan4"
+SchemesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scheme",
+        metavar="NAME",
+        show_default=DEFAULT_SCHEME,
+        help="A name of `nsq info`, or a variant such as nsep+pchan4-gain; may be repeated.",
+    ),
+]
+ChosenOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scheme", metavar="NAME", help="Only these of the schemes; all of them by default."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -320,11 +364,15 @@ OperationOption = Annotated[
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
 ]
-JunitOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JUnit XML, too.")]
+JunitOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", callback=_file_name, help="Write JUnit XML, too."),
+]
 
 
 @app.command()
 def check(
+    context: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(help=f"What encodes: {TARGETS}; or a program, which does all operations."),
@@ -342,7 +390,7 @@ def check(
         Path | None,
         typer.Option("--dir", help="Judge answers in files, to the questions of `nsq gen --dir`."),
     ] = None,
-    scheme: SchemeOption = "nsep+pchan4",
+    schemes: SchemesOption = None,
     changes: SetOption = None,
     every: AllOption = False,
     only: CaseOption = None,
@@ -362,19 +410,23 @@ def check(
     from nsq_ref.conformance import ports
     from nsq_ref.conformance.check import run
 
+    _require_report(junit)
     targets = {"decode": decode, "attend": attend, "stream": stream}
-    given = [name for name, value in targets.items() if value]
+    given = [name for name, value in targets.items() if value is not None]
     if directory is not None:
-        if target or given or custom_ops:
-            raise ValueError("--dir judges files; leave the targets out")
+        _require_only(
+            context,
+            ("directory", "schemes", "only", "allow", "partial", "as_json", "junit"),
+            "has no effect with --dir, where questions and answers are there already; leave it out",
+        )
         _check_answers(
             lambda: _folder(directory), f"nsq check --dir {shlex.quote(str(directory))}",
-            (scheme, only), allow, partial, as_json, junit,
+            schemes, only, allow, partial, as_json, junit,
         )  # fmt: skip
         return
-    if not target and not given:
+    if target is None and not given:
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
-    kind = ports.target_kind(target) if target else ""
+    kind = "" if target is None else ports.target_kind(target)
     asked: list[Operation]
     if kind in ("program", "library"):
         asked = list(OPERATIONS_OF_PORTS)
@@ -391,11 +443,12 @@ def check(
     for name, value in (*targets.items(), ("custom-ops", custom_ops)):
         command += [f"--{name}", value] if value else []
     command += _repeated(changes, allow, seed, dtypes, partial)
+    asked_schemes = _checked_schemes(schemes, every, changes)
     port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
     try:
         with _stages() as progress:
             report = run(
-                port, _checked_schemes(scheme, every, changes), asked, required=required,
+                port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
                 refusals=kind != "model", only=only, command=shlex.join(command),
                 progress=progress,
@@ -408,28 +461,33 @@ def check(
 @app.command()
 def gen(
     *,
-    scheme: SchemeOption = "nsep+pchan4",
+    schemes: SchemesOption = None,
     changes: SetOption = None,
     every: AllOption = False,
     operations: OperationOption = None,
     seed: SeedOption = 0,
     dtypes: DtypeOption = None,
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Write a file for each case, not to the pipe.")
+        Path | None,
+        typer.Option(
+            "--dir", callback=_file_name, help="Write a file for each case, not to the pipe."
+        ),
     ] = None,
 ) -> None:
     """Write the questions that a program answers: nsq gen | ./mine | nsq verify."""
     from nsq_ref.conformance import ports
-    from nsq_ref.conformance.cases import cases
+    from nsq_ref.conformance.cases import cases, require_size
 
-    schemes = _checked_schemes(scheme, every, changes)
+    asked_schemes = _checked_schemes(schemes, every, changes)
+    for _, one in asked_schemes:  # before anything is written
+        require_size(one)
     asked = [one.value for one in operations] if operations else list(OPERATIONS_OF_PORTS)
     kinds = _dtypes(dtypes)
-    header = ports.hello_frame(seed, schemes, asked, kinds)
-    questions = (case for _, one in schemes for case in cases(one, asked, seed, kinds))
+    header = ports.hello_frame(seed, asked_schemes, asked, kinds)
+    questions = (case for _, one in asked_schemes for case in cases(one, asked, seed, kinds))
     if directory is not None:
         ports.write_files(directory, header, questions)
-    elif sys.stdout.isatty():
+    elif sys.stdout is None or sys.stdout.isatty():  # None where a shell closed it
         raise ValueError("the questions are binary; pipe them into a program, or give --dir")
     else:
         try:
@@ -441,9 +499,7 @@ def gen(
 @app.command()
 def verify(
     *,
-    scheme: Annotated[
-        str | None, typer.Option(help="One of the schemes only; all by default.")
-    ] = None,
+    schemes: ChosenOption = None,
     only: CaseOption = None,
     allow: AllowOption = None,
     partial: PartialOption = False,
@@ -451,7 +507,7 @@ def verify(
     junit: JunitOption = None,
 ) -> None:
     """Judge the answers to `nsq gen` that a program writes into the pipe."""
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None where a shell closed it
         raise ValueError("the answers come through a pipe: nsq gen | ./mine | nsq verify")
 
     def answers() -> tuple[Hello, Port]:
@@ -460,14 +516,17 @@ def verify(
         hello = ports.read_hello(sys.stdin.buffer)
         return hello, ports.Stream("the pipe", sys.stdin.buffer)
 
-    _check_answers(answers, "", (scheme, only), allow, partial, as_json, junit)
+    _check_answers(answers, "", schemes, only, allow, partial, as_json, junit)
 
 
 @app.command()
 def vectors(
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder, or a .tar.gz or .zip file.")
+        Path,
+        typer.Option(
+            "--output", "-o", callback=_file_name, help="A folder, or a .tar.gz or .zip file."
+        ),
     ],
 ) -> None:
     """Write the test vectors, for those who check without Python."""
@@ -495,7 +554,8 @@ def _folder(directory: Path) -> tuple[Hello, Port]:
 def _check_answers(
     source: Callable[[], tuple[Hello, Port]],
     command: str,
-    chosen: tuple[str | None, str | None],
+    schemes: list[str] | None,
+    only: str | None,
     allow: list[str] | None,
     partial: bool,
     as_json: bool,
@@ -504,22 +564,29 @@ def _check_answers(
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 
+    _require_report(junit)
     hello, port = source()
-    scheme, only = chosen
-    schemes = hello.schemes
-    if only is not None and scheme is not None:
-        schemes = [(name, one) for name, one in schemes if name == scheme]
-    if not schemes:
-        names = ", ".join(name for name, _ in hello.schemes)
-        raise ValueError(f"--scheme {scheme}: the questions were about {names}")
-    questions = shlex.join(["nsq", "gen", *_questions(hello)])
+    for name in schemes or ():
+        if name not in (known := [one for one, _ in hello.schemes]):
+            raise ValueError(f"--scheme {name}: the questions are about {', '.join(known)}")
+    if not command:
+        command = shlex.join(["nsq", "gen", *_questions(hello)]) + " | YOUR PROGRAM | nsq verify"
+    command = " ".join([command, *map(shlex.quote, _repeated(None, allow, 0, None, partial))])
     with _stages() as progress:
         report = run(
-            port, schemes, hello.operations, required=(), seed=hello.seed, latitudes=allow or (),
-            dtypes=hello.dtypes, partial=partial, only=only,
-            command=command or f"{questions} | YOUR PROGRAM | nsq verify", progress=progress,
+            port, hello.schemes, hello.operations, required=(), seed=hello.seed,
+            latitudes=allow or (), dtypes=hello.dtypes, partial=partial, chosen=schemes, only=only,
+            command=command, progress=progress,
         )  # fmt: skip
     _show_report(report, as_json, junit)
+
+
+def _require_only(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were given and are not among these, by name."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{parameter.opts[0]} {why}")
 
 
 def _questions(hello: Hello) -> list[str]:
@@ -558,33 +625,48 @@ def _repeated(
     return [*options, *(["--partial"] if partial else [])]
 
 
-def _checked_schemes(name: str, every: bool, changes: list[str] | None) -> list[tuple[str, Scheme]]:
+def _checked_schemes(
+    names: list[str] | None, every: bool, changes: list[str] | None
+) -> list[tuple[str, Scheme]]:
     from dataclasses import replace
 
     from nsq_ref.conformance.family import FAMILY, scheme_named
 
     if every:
+        if names:
+            raise ValueError("--all takes every named scheme; leave --scheme out")
         if changes:
             raise ValueError("--all checks the named schemes as they are; leave --set out")
         return list(FAMILY.items())
     fields = dict(_change(text) for text in changes or ())
-    return [(name, replace(scheme_named(name), **fields))]
+    chosen = dict.fromkeys(names or [DEFAULT_SCHEME])
+    return [(name, replace(scheme_named(name), **fields)) for name in chosen]
 
 
 def _dtypes(chosen: list[InputDtype] | None) -> list[FloatName]:
     return [one.value for one in chosen or InputDtype]
 
 
+def _require_report(junit: Path | None) -> None:
+    """Refuse a name that cannot be written, before the questions are asked."""
+    if junit is not None:
+        from nsq_ref.files import atomic
+
+        atomic.require_writable(junit)
+
+
 def _show_report(report: Report, as_json: bool, junit: Path | None) -> None:
     from nsq_ref.conformance.report import as_json as to_json
     from nsq_ref.conformance.report import as_junit, as_text, exit_code
 
-    if junit is not None:
-        junit.write_text(as_junit(report), encoding="utf-8")
     if as_json:
         _print_json(to_json(report))
     else:
         typer.echo(as_text(report, color=sys.stdout.isatty()), nl=False)
+    if junit is not None:
+        from nsq_ref.files import atomic
+
+        atomic.write([(junit, as_junit(report).encode())])
     raise typer.Exit(exit_code(report))
 
 
@@ -600,7 +682,10 @@ def codec(
         str, typer.Argument(help="A name of `nsq info`, or a variant such as nsep+pchan4-gain.")
     ] = "nsep+pchan4",
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A folder.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", callback=_file_name, help="A folder."),
+    ],
     changes: SetOption = None,
     dtype: Annotated[InputDtype, typer.Option(help="Of the array.")] = InputDtype.float32,
     rank: Annotated[
@@ -618,29 +703,32 @@ def codec(
         raise ValueError(
             f"{scheme} is a pair for keys and values; name one of its schemes, such as pchan2"
         )
-    ((_, chosen),) = _checked_schemes(scheme, False, changes)
+    ((_, chosen),) = _checked_schemes([scheme], False, changes)
     try:
         from onnx_export.codec import dequantize_model, quantize_model, save_models
     except ModuleNotFoundError as error:
         raise ValueError(
             f"nsq onnx needs {error.name}; pip install 'nsq-ref[onnx]' brings all it uses"
         ) from error
-    models = {
-        output / "encode.onnx": quantize_model(chosen, dtype.value, rank),
-        output / "decode.onnx": dequantize_model(chosen, dtype.value, rank),
-    }
-    for path in models:
+    from nsq_ref.files import atomic
+
+    encode, decode = output / "encode.onnx", output / "decode.onnx"
+    for path in (encode, decode):
         if path.exists() and not force:
             raise ValueError(f"{path} exists; choose another folder, or replace it with --force")
-    output.mkdir(parents=True, exist_ok=True)
+    atomic.require_writable(encode, decode, make_folders=True)
+    models = {
+        encode: quantize_model(chosen, dtype.value, rank),
+        decode: dequantize_model(chosen, dtype.value, rank),
+    }
     save_models(models)
     if as_json:
         _print_json(
             {
                 "scheme": chosen.to_dict(),
                 "dtype": dtype.value,
-                "encode": str(output / "encode.onnx"),
-                "decode": str(output / "decode.onnx"),
+                "encode": str(encode),
+                "decode": str(decode),
             }
         )
     else:
@@ -713,7 +801,8 @@ def _label(scheme: Scheme) -> str:
         return {field: value for field, value in fields.items() if value != values[field]}
 
     fields = scheme.to_dict()
-    nearest = min(scheme_names(), key=lambda name: len(changes(name)))
+    # Of names as near as each other, one of the same width.
+    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
     return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])
 
 
@@ -723,8 +812,9 @@ def _label(scheme: Scheme) -> str:
 def _require_output(source: Path, output: Path) -> None:
     if output.suffix.lower() != ".safetensors":
         raise ValueError(f"--output {output} must end in .safetensors, the format that is written")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    from nsq_ref.files import atomic
+
+    atomic.require_writable(output)
     if source.exists() and output.exists() and os.path.samefile(source, output):
         raise ValueError(f"--output {output} is the input; choose another name, to keep both")
 
@@ -876,11 +966,9 @@ def _show_demo(result: dict[str, Any]) -> None:
         "\nNLL and perplexity: their change against the float32 cache, NLL in nats a token;\n"
         "± is its standard error over passages. K and V error: relative, over all layers."
     )
-    for other, paired in result["paired_with_nsep+pchan4"].items():
-        typer.echo(
-            f"{other} costs {paired['nll_change']:+.4f} ± {paired['nll_change_error']:.4f} nats a "
-            "token more than nsep+pchan4, paired by passage."
-        )
+    for paired in result["paired_with_nsep+pchan4"].values():
+        typer.echo(paired["in_words"])
+    typer.echo("Paired by passage; told apart is what differs by more than two standard errors.")
 
 
 def _print_json(result: dict[str, Any]) -> None:
@@ -951,5 +1039,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"nsq: {' '.join(message.splitlines())}", file=sys.stderr)
+    from nsq_ref.conformance.report import printable  # what a file says may be anything
+
+    print(f"nsq: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)

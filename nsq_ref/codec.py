@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
-from nsq_ref.scheme import FLOAT_DTYPES, Field, KeyValueSchemes, Scheme
+from nsq_ref.arrays import (
+    INPUT_DTYPES,
+    RangeError,
+    as_array,
+    as_float_array,
+    as_integer,
+    as_integers,
+    as_output,
+    not_finite,
+    slabs,
+)
+from nsq_ref.environment import in_default_environment
+from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme, as_scheme
 
 __all__ = ["Quantized", "RangeError", "dequantize", "quantize"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
+_Out = TypeVar("_Out")
 Backend = Literal["numba", "numpy", "oracle"]
 BACKENDS = ("numba", "numpy", "oracle")
-INPUT_DTYPES = tuple(
-    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
-)
-
-DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4  # codes of DLDataType
-
-# Work goes slab by slab so that what is needed besides input and output stays small.
-SLAB_BYTES = 1 << 26
 NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can leave float32
-
-
-class RangeError(ValueError):
-    """A value that the chosen dtype, or float32 itself, cannot hold (rules N1, M4, S5, D3)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +63,9 @@ class Quantized:
     collapsed_tokens : int
         Non-zero tokens that decode to zero (D2); 0 in all but degenerate input.
 
+    Parts may be whatever speaks DLPack, and the scheme a name; they are kept as NumPy arrays, which
+    share the memory that was given, and as a `Scheme`.
+
     Raises
     ------
     ValueError, TypeError
@@ -93,6 +95,15 @@ class Quantized:
     collapsed_tokens: int = 0
 
     def __post_init__(self) -> None:
+        plain: dict[str, Any] = {
+            "scheme": as_scheme("scheme", self.scheme),
+            "shape": tuple(as_integers("shape", self.shape, least=0)),
+            "collapsed_tokens": as_integer("collapsed_tokens", self.collapsed_tokens, least=0),
+        }
+        with contextlib.suppress(TypeError):  # of what is no dtype, more is said below
+            plain["dtype"] = np.dtype(self.dtype)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         _require_shape("shape", self.shape)
         if self.dtype not in INPUT_DTYPES[:3]:
             raise TypeError(f"dtype={self.dtype} is not float32, float16 or bfloat16")
@@ -103,10 +114,12 @@ class Quantized:
                 if part is not None:
                     raise ValueError(f"{name} is not stored by {self.scheme}; leave it out")
                 continue
-            if not isinstance(part, np.ndarray):
+            if part is None or isinstance(part, list | tuple):
                 raise TypeError(
                     f"{name} must be an array of {layout[name].dtype}, got {part!r:.80}"
                 )
+            part = as_array(name, part)
+            object.__setattr__(self, name, part)
             if (part.shape, part.dtype) != tuple(layout[name]):
                 raise ValueError(
                     f"{name} is {part.dtype} {list(part.shape)}; the scheme stores "
@@ -159,7 +172,9 @@ class Quantized:
 
     @property
     def bits_per_element(self) -> float:
-        """Stored bits over the elements of the input: codes, scales, zeros, norms, sinks.
+        """Stored bits over the elements of the input, 0 if it has none.
+
+        Codes, scales, zeros, norms and sinks, all of it.
 
         Examples
         --------
@@ -167,13 +182,15 @@ class Quantized:
         >>> quantize(np.ones((16, 64), np.float32)).bits_per_element
         5.25
         """
-        return 8 * self.nbytes / int(np.prod(self.shape, dtype=object))
+        elements = math.prod(self.shape)
+        return 8 * self.nbytes / elements if elements else 0.0
 
 
 PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
 
 
-def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -> Quantized:
+@in_default_environment
+def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "numba") -> Quantized:
     """Quantize key or value vectors (spec NSQ-1).
 
     Parameters
@@ -182,8 +199,8 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
         Tokens by channels; leading axes (batch, head) are independent. float32, float16,
         bfloat16, or float64, which is first rounded to float32. NumPy, or whatever speaks DLPack
         on the CPU, which is not copied.
-    scheme : Scheme, optional
-        The paper's ``nsep+pchan4`` by default.
+    scheme : Scheme or str, optional
+        A scheme or its name; the paper's ``nsep+pchan4`` by default.
     backend : {"numba", "numpy", "oracle"}
         Compiled kernels, the specification in NumPy, or exact arithmetic in Python integers
         (slow). All give the same bytes.
@@ -205,15 +222,14 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     --------
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((8, 512, 64), dtype=np.float32)
-    >>> q = quantize(x, Scheme.named("nsep+pchan4"))
+    >>> q = quantize(x, "nsep+pchan4")
     >>> q.bits_per_element
     4.28125
     >>> error = np.linalg.norm(x - dequantize(q)) / np.linalg.norm(x)
     >>> bool(error < 0.15)
     True
     """
-    scheme = Scheme() if scheme is None else scheme
-    _require_scheme(scheme)
+    scheme = Scheme() if scheme is None else as_scheme("scheme", scheme)
     _require_backend(backend)
     given = as_float_array("x", x)
     _require_shape("x", given.shape)
@@ -226,7 +242,7 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     sinks = min(scheme.sink_tokens, tokens)
     collapsed = 0
     try:
-        for leads, slab in _slabs(given):
+        for leads, slab in slabs(given):
             if sinks:
                 if not np.isfinite(slab[:, :sinks]).all():
                     raise FloatingPointError
@@ -246,22 +262,27 @@ def quantize(x: Any, scheme: Scheme | None = None, backend: Backend = "numba") -
     return quantized
 
 
-def dequantize(
-    quantized: Quantized, out: Float32 | None = None, backend: Backend = "numba"
-) -> Float32:
+@overload
+def dequantize(quantized: Quantized, out: None = None, backend: Backend = "numba") -> Float32: ...
+@overload
+def dequantize(quantized: Quantized, out: _Out, backend: Backend = "numba") -> _Out: ...
+@in_default_environment
+def dequantize(quantized: Quantized, out: Any = None, backend: Backend = "numba") -> Any:
     """Reconstruct the vectors (rule D1).
 
     Parameters
     ----------
     quantized : Quantized
     out : float32 array, C-contiguous, of ``quantized.shape``, optional
-        Written and returned, so that memory can be used again.
+        Written and returned, so that memory can be used again. NumPy's, or a tensor that speaks
+        DLPack on the CPU, which is not copied.
     backend : {"numba", "numpy", "oracle"}
         As in `quantize`; all give the same bytes.
 
     Returns
     -------
     float32 array, shape [..., T, D]
+        ``out`` itself, if it was given.
 
     Raises
     ------
@@ -281,15 +302,8 @@ def dequantize(
     shape, scheme = quantized.shape, quantized.scheme
     if out is None:
         out = np.empty(shape, np.float32)
-    elif not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
-        got = (
-            f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-        )
-        raise ValueError(f"out must be a float32 array of shape {list(shape)}, got {got}")
-    elif not (out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError("out must be C-contiguous and writeable; pass np.empty(shape, np.float32)")
+    flat_out = as_output("out", out, shape, np.float32).reshape(_flat(shape))
     sinks = min(scheme.sink_tokens, shape[-2])
-    flat_out = out.reshape(_flat(shape))
     if quantized.sinks is not None:
         flat_out[:, :sinks] = quantized.sinks.reshape(-1, sinks, shape[-1])
     if sinks < shape[-2]:
@@ -368,8 +382,8 @@ def block_of(quantized: Quantized) -> spec.Block:
     def flat(part: Array, axes: int = 2) -> Array:
         return part.reshape(count, *part.shape[-axes:])
 
-    def implied(part: Array | None, *shape: int) -> Array:
-        return np.broadcast_to(np.int32(0), (count, *shape)) if part is None else flat(part)
+    def implied(value: Any, part: Array | None, *shape: int) -> Array:
+        return np.broadcast_to(value, (count, *shape)) if part is None else flat(part)
 
     scale, norm = flat(quantized.scale), quantized.norm
     return spec.Block(
@@ -378,9 +392,9 @@ def block_of(quantized: Quantized) -> spec.Block:
         if norm is None
         else flat(norm, axes=1),
         scale=scale,
-        zero=implied(quantized.zero, *scale.shape[1:]),
-        outlier_index=implied(quantized.outlier_index, blocks, 0),
-        outliers=implied(quantized.outliers, tokens, 0),
+        zero=implied(np.float32(-0.0), quantized.zero, *scale.shape[1:]),
+        outlier_index=implied(np.int32(0), quantized.outlier_index, blocks, 0),
+        outliers=implied(np.float16(0), quantized.outliers, tokens, 0),
         collapsed=np.broadcast_to(np.False_, (count, tokens)),
     )
 
@@ -399,109 +413,7 @@ def _layout(scheme: Scheme, shape: tuple[int, ...], dtype: np.dtype[Any]) -> dic
     return {name: Field(shape[:-2] + part.shape, part.dtype) for name, part in layout.items()}
 
 
-def _slabs(x: Array) -> Iterator[tuple[slice, Float32]]:
-    """Cut ``x[..., T, D]`` into runs of whole sequences, C-contiguous float32 ``[n, T, D]``."""
-    count, tokens, head_dim = _flat(x.shape)
-    step = max(1, SLAB_BYTES // (4 * tokens * head_dim))
-    flat = x.reshape(count, tokens, head_dim) if x.flags.c_contiguous else None
-    for start in range(0, count, step):
-        leads = slice(start, min(start + step, count))
-        if flat is not None:
-            part = flat[leads]
-        else:
-            indices = (
-                zip(*np.unravel_index(range(leads.start, leads.stop), x.shape[:-2]), strict=True)
-                if x.ndim > 2
-                else [()]
-            )
-            part = np.stack([x[index] for index in indices])
-        with np.errstate(over="ignore"):
-            yield leads, np.ascontiguousarray(part, np.float32)
-
-
-def as_float_array(name: str, x: Any) -> Array:
-    """Take any array of a supported dtype as NumPy's, if possible without a copy (I1).
-
-    Examples
-    --------
-    >>> as_float_array("x", [0.5, 2])
-    array([0.5, 2. ])
-    """
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array and masks are not supported; pass {name}.filled(0)"
-        )
-    given = x if isinstance(x, np.ndarray) else as_array(name, x)
-    if given.dtype in INPUT_DTYPES:
-        return given
-    native = given.dtype.newbyteorder("=")
-    if native not in INPUT_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {given.dtype}; pass float32, float16, bfloat16 (ml_dtypes) or "
-            f"float64, for example {name}.astype(np.float32)"
-        )
-    return given.astype(native)
-
-
-def as_array(name: str, x: Any) -> Array:
-    """Take any array, bfloat16 tensors among them, as NumPy's, if possible without a copy.
-
-    Examples
-    --------
-    >>> as_array("x", [1, 2])
-    array([1, 2])
-    """
-    reasons = []
-    readers: list[Callable[[Any], Array]] = [np.asarray]
-    if hasattr(x, "__dlpack__"):
-        readers = [np.from_dlpack, _bfloat16_from_dlpack, np.asarray]
-    for reader in readers:
-        try:
-            return reader(x)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            reasons.append(str(error))
-    raise TypeError(
-        f"{name} cannot be read as an array ({reasons[-1]}); pass a NumPy array, or a tensor on "
-        "the CPU that needs no gradient"
-    )
-
-
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-class _BFloat16AsUnsigned:
-    """Hand a bfloat16 tensor to NumPy, whose DLPack knows no bfloat16, as 16-bit integers."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> Any:
-        return self.tensor.__dlpack_device__()
-
-    def __dlpack__(self, **_: Any) -> Any:
-        capsule = self.tensor.__dlpack__()
-        # DLTensor: data (8 bytes), device (8), ndim (4), then the type's code and bits.
-        kind = (ctypes.c_uint8 * 2).from_address(_capsule_pointer(capsule, b"dltensor") + 20)
-        if tuple(kind) != (DLPACK_BFLOAT, 16):
-            raise TypeError("the tensor is not bfloat16")
-        kind[0] = DLPACK_UNSIGNED
-        return capsule
-
-
-def _bfloat16_from_dlpack(x: Any) -> Array:
-    return np.from_dlpack(_BFloat16AsUnsigned(x)).view(ml_dtypes.bfloat16)
-
-
 # --- refusals -----------------------------------------------------------------------------------
-
-
-def _require_scheme(scheme: object) -> None:
-    if isinstance(scheme, KeyValueSchemes):
-        raise TypeError("scheme is a pair for keys and values; pass scheme.key or scheme.value")
-    if not isinstance(scheme, Scheme):
-        raise TypeError(f"scheme must be a Scheme, got {scheme!r}; for a name, Scheme.named(name)")
 
 
 def _require_backend(backend: str) -> None:
@@ -512,36 +424,11 @@ def _require_backend(backend: str) -> None:
 def _require_shape(name: str, shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise ValueError(f"{name} has shape {list(shape)}; at least [tokens, head_dim] is needed")
-    if 0 in shape:
-        axis = shape.index(0)
+    if 0 in shape[-2:]:
+        axis = len(shape) - 2 + shape[-2:].index(0)
         raise ValueError(
             f"{name} has shape {list(shape)}: axis {axis} is empty; leave such arrays out"
         )
-
-
-def not_finite(name: str, x: Array) -> ValueError:
-    """Return the error that names the first value that is not finite, in array order (I2).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> str(not_finite("x", np.float32([[0, np.nan]])))[:16]
-    'x[0, 1] is nan; '
-    """
-    for leads, slab in _slabs(x):
-        found = np.argwhere(~np.isfinite(slab))
-        if len(found):
-            n, t, j = (int(i) for i in found[0])
-            lead = np.unravel_index(leads.start + n, x.shape[:-2]) if x.ndim > 2 else ()
-            index = [*map(int, lead), t, j]
-            value = x[tuple(index)]
-            if np.isfinite(value):
-                return RangeError(f"{name}{index} is {value}, beyond float32; scale {name} down")
-            return ValueError(
-                f"{name}{index} is {value}; nothing was quantized. Mask padding and mend the "
-                "values first: one such value would spoil the scales of its whole block"
-            )
-    raise RuntimeError("a kernel reported a value that is not finite, but there is none")
 
 
 def _require_range(quantized: Quantized, x: Array) -> None:
@@ -556,27 +443,32 @@ def _require_range(quantized: Quantized, x: Array) -> None:
         part = getattr(quantized, name)
         index = [int(i) for i in np.argwhere(~np.isfinite(part))[0]]
         if name == "outliers":
-            raise RangeError(
-                f"outliers{index} is beyond float16, in which outlier channels are kept; set "
-                "separate_norm=True, which stores directions, or outlier_channels=0"
+            fault = (
+                "is beyond float16, in which outlier channels are kept; set separate_norm=True, "
+                "which stores directions, or outlier_channels=0"
             )
+            raise RangeError(f"outliers{index} {fault}", name, index, fault)
         option = "norm_dtype" if name == "norm" else "scale_dtype"
         dtype: str = getattr(scheme, option)
-        token = [*index[:-1], index[-1] + scheme.sink_tokens]
-        magnitude = scheme.magnitude
-        if name == "norm" and np.isinf(rounding.norm(_float32(x[tuple(token)])[None])[0]):
-            dtype, magnitude = "float32", "norm"
+        subject, magnitude = f"{name}{index}", scheme.magnitude
+        if name == "norm":
+            index[-1] += scheme.sink_tokens
+            if np.isinf(rounding.norm(_float32(x[tuple(index)])[None])[0]):
+                dtype, magnitude = "float32", "norm"
+            subject = f"the {magnitude} of token x{index}"
         remedy = {
             "float16": f"{option}='float32' holds it, 'bfloat16' too below 3.39e38",
             "bfloat16": f"{option}='float32' holds more",
-            "float32": "scale x down",
+            "float32": "scale the input down",
         }[dtype]
-        subject = f"the {magnitude} of token x{token}" if name == "norm" else f"{name}{index}"
-        raise RangeError(f"{subject} is beyond {dtype}; {remedy}")
+        fault = f"is beyond {dtype}; {remedy}"
+        raise RangeError(f"{subject} {fault}", magnitude if name == "norm" else name, index, fault)
     if (beyond := undecodable(quantized)) is not None:
-        raise RangeError(f"x{beyond[0]} would decode to a value beyond float32; scale x down")
+        fault = "would decode to a value beyond float32; scale the input down"
+        raise RangeError(f"x{beyond[0]} {fault}", "x", beyond[0], fault)
 
 
+@in_default_environment
 def undecodable(quantized: Quantized) -> tuple[list[int], float] | None:
     """Return the first index that decodes beyond float32, and to what, if there is one (rule D3).
 

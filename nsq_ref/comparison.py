@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.arrays import as_float_array
 from nsq_ref.codec import dequantize, quantize
-from nsq_ref.scheme import KeyValueSchemes, Scheme
+from nsq_ref.environment import in_default_environment
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
 
@@ -28,8 +30,8 @@ class CacheRoundTrip:
 
     Parameters
     ----------
-    schemes : Scheme or KeyValueSchemes
-        One scheme for both sides, or one each.
+    schemes : Scheme, KeyValueSchemes or str
+        One scheme for both sides, or one each; or a name of `Scheme.named`.
 
     Examples
     --------
@@ -43,37 +45,38 @@ class CacheRoundTrip:
     (2,)
     """
 
-    def __init__(self, schemes: Scheme | KeyValueSchemes) -> None:
-        if isinstance(schemes, Scheme):
-            schemes = KeyValueSchemes(schemes, schemes)
-        self.schemes = schemes
+    def __init__(self, schemes: Scheme | KeyValueSchemes | str) -> None:
+        named = Scheme.named(schemes) if isinstance(schemes, str) else schemes
+        key, value = named if isinstance(named, KeyValueSchemes) else (named, named)
+        self.schemes = KeyValueSchemes(as_scheme("schemes", key), as_scheme("schemes", value))
         self.nbytes = 0
         self.elements = 0
         self.collapsed_tokens = 0
         self._squares: dict[str, Float64] = {}
 
+    @in_default_environment
     def __call__(
-        self, keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32] | None = None
+        self, keys: Any, values: Any = None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Round-trip keys and values.
 
         Parameters
         ----------
-        keys, values : float32 arrays, shape [layers, ..., tokens, head_dim]
-            Without values, only keys are counted, and returned twice.
+        keys, values : float arrays, shape [layers, ..., tokens, head_dim]
+            As `quantize` takes them. Without values, only keys are counted, and returned twice.
 
         Returns
         -------
         keys_hat, values_hat : float32 arrays of the same shapes
         """
-        keys_hat = self._one_side("key", keys, self.schemes.key)
-        if values is None:
+        given = as_float_array("keys", keys)
+        beside = None if values is None else as_float_array("values", values)
+        keys_hat = self._one_side("key", given, self.schemes.key)
+        if beside is None:
             return keys_hat, keys_hat
-        return keys_hat, self._one_side("value", values, self.schemes.value)
+        return keys_hat, self._one_side("value", beside, self.schemes.value)
 
-    def _one_side(
-        self, side: str, x: npt.NDArray[np.float32], scheme: Scheme
-    ) -> npt.NDArray[np.float32]:
+    def _one_side(self, side: str, x: npt.NDArray[Any], scheme: Scheme) -> npt.NDArray[np.float32]:
         quantized = quantize(x, scheme)
         x_hat = dequantize(quantized)
         self.nbytes += quantized.nbytes
@@ -104,6 +107,7 @@ class CacheRoundTrip:
         """Relative error of the values of each layer; empty if no values were given."""
         return self._error("value")
 
+    @in_default_environment
     def _error(self, side: str) -> Float64:
         error, size = self._squares.get(side, np.zeros((2, 0)))
         ratio: Float64 = np.sqrt(error / np.where(size == 0, 1, size))
@@ -171,7 +175,7 @@ class CacheRoundTrip:
         }
 
 
-def layered(arrays: Sequence[npt.NDArray[Any]], side: str) -> npt.NDArray[Any]:
+def layered(arrays: Sequence[Any], side: str) -> npt.NDArray[Any]:
     """Stack the arrays of a file into ``[layers, ..., tokens, head_dim]``.
 
     Parameters
@@ -187,8 +191,8 @@ def layered(arrays: Sequence[npt.NDArray[Any]], side: str) -> npt.NDArray[Any]:
 
     Raises
     ------
-    ValueError
-        Where there is none, or their shapes differ.
+    TypeError, ValueError
+        Where there is none, or their shapes differ, and for what is no array.
 
     Examples
     --------
@@ -196,16 +200,17 @@ def layered(arrays: Sequence[npt.NDArray[Any]], side: str) -> npt.NDArray[Any]:
     >>> layered([np.zeros((2, 10, 4)), np.zeros((2, 10, 4))], "keys").shape
     (2, 2, 10, 4)
     """
-    if not arrays:
+    if not len(arrays):
         raise ValueError(f"there is no array of {side}; name one {side}")
-    if len(arrays) == 1 and arrays[0].ndim > 3:
-        return arrays[0]
-    shapes = {array.shape for array in arrays}
+    given = [as_float_array(f"{side}[{i}]", array) for i, array in enumerate(arrays)]
+    if len(given) == 1 and given[0].ndim > 3:
+        return given[0]
+    shapes = {array.shape for array in given}
     if len(shapes) > 1:
         raise ValueError(
             f"the arrays of {side} have shapes {sorted(shapes)}; give layers of one shape"
         )
-    return np.stack(arrays)
+    return np.stack(given)
 
 
 def _squares(x: npt.NDArray[np.float32]) -> list[float]:
@@ -215,7 +220,7 @@ def _squares(x: npt.NDArray[np.float32]) -> list[float]:
 
 
 def round_trips(
-    names: Mapping[str, Scheme | KeyValueSchemes] | None = None,
+    names: Mapping[str, Scheme | KeyValueSchemes | str] | None = None,
 ) -> dict[str, CacheRoundTrip]:
     """Return a `CacheRoundTrip` for each scheme, those of the demo by default.
 
@@ -224,5 +229,5 @@ def round_trips(
     >>> list(round_trips())[:2]
     ['naive4', 'nsep4']
     """
-    chosen = {name: Scheme.named(name) for name in DEMO_SCHEMES} if names is None else names
+    chosen = {name: name for name in DEMO_SCHEMES} if names is None else names
     return {name: CacheRoundTrip(schemes) for name, schemes in chosen.items()}

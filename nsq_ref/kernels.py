@@ -12,18 +12,17 @@ sums that must be fast are sums of integers, which are exact in any order.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import packing, rounding, spec
+from nsq_ref.compilation import compiled
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+from nsq_ref.threads import in_shares
 
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -44,15 +43,13 @@ MAGNITUDES = {"norm": MAGNITUDE_NORM, "gain": MAGNITUDE_GAIN, "lsq": MAGNITUDE_L
 
 
 def jit(function: _Function) -> _Function:
-    """Compile with what every kernel shares; ``error_model`` makes division IEEE's."""
-    decorate = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
-    return cast(_Function, decorate(function))
+    """Compile what is called from Python."""
+    return compiled(function, keep=True, nogil=True, fastmath=False)
 
 
 def jit_row(function: _Function) -> _Function:
     """Compile what works on one row, where a call would cost more than the work."""
-    decorate = numba.njit(error_model="numpy", fastmath=False, forceinline=True)
-    return cast(_Function, decorate(function))
+    return compiled(function, fastmath=False, forceinline=True)
 
 
 # --- one row: ``rows[t]``, indexed and never sliced, since a slice counts references -----------
@@ -650,17 +647,6 @@ def float32(values: Array) -> Array:
 
 
 def run(kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
-    """Run a kernel over all tasks, in equal shares, on as many threads as Numba is set to use."""
-    threads = min(tasks, numba.config.NUMBA_NUM_THREADS)
-    if threads <= 1 or arguments[0].size < SERIAL_ELEMENTS:
-        kernel(0, tasks, *arguments)
-        return
-    edges = [tasks * i // threads for i in range(threads + 1)]
-    shares = [(edges[i], edges[i + 1]) for i in range(threads)]
-    list(threads_of(os.getpid(), threads).map(lambda share: kernel(*share, *arguments), shares))
-
-
-@functools.cache
-def threads_of(_process: int, threads: int) -> ThreadPoolExecutor:
-    """The threads of this process: a fork has the same memory, but not its parent's threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="nsq")
+    """Run a kernel over all tasks, on as many threads as Numba is set to use."""
+    serial = arguments[0].size < SERIAL_ELEMENTS
+    in_shares(kernel, tasks, 1 if serial else numba.config.NUMBA_NUM_THREADS, *arguments)

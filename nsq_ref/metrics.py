@@ -7,7 +7,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.scheme import FLOAT_DTYPES
+from nsq_ref.arrays import as_integer, as_integers, as_real_array
+from nsq_ref.environment import in_default_environment
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
 
@@ -18,6 +19,7 @@ Float64 = npt.NDArray[np.float64]
 def relative_error(x: Any, x_hat: Any, axis: None = None) -> float: ...
 @overload
 def relative_error(x: Any, x_hat: Any, axis: int | tuple[int, ...]) -> Float64: ...
+@in_default_environment
 def relative_error(
     x: Any, x_hat: Any, axis: int | tuple[int, ...] | None = None
 ) -> float | Float64:
@@ -48,12 +50,16 @@ def relative_error(
     array([0.1, 0. ])
     """
     original, restored = _pair(x, x_hat)
+    if axis is not None:
+        several = isinstance(axis, tuple)
+        axis = tuple(as_integers("axis", axis)) if several else as_integer("axis", axis)
     error = np.sqrt(np.sum(np.square(original - restored), axis=axis))
     size = np.sqrt(np.sum(np.square(original), axis=axis))
     ratio = _divide(error, size, np.where(error == 0, 0.0, np.inf))
     return float(ratio) if axis is None else ratio
 
 
+@in_default_environment
 def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     """Return the cosine of the angle between vectors along the last axis.
 
@@ -91,6 +97,7 @@ def cosine_similarity(x: Any, x_hat: Any) -> Float64:
     return np.where(both_zero[..., 0], 1.0, cosine)
 
 
+@in_default_environment
 def outlier_ratio(x: Any) -> Float64:
     """Return how far the largest channel of each head stands out.
 
@@ -135,13 +142,10 @@ def _pair(x: Any, x_hat: Any) -> tuple[Float64, Float64]:
 
 
 def _real(name: str, values: Any) -> Float64:
-    given = np.asarray(values)
-    # bfloat16 comes from ml_dtypes; NumPy knows it as raw bytes.
-    if given.dtype.kind not in "fiu" and given.dtype not in FLOAT_DTYPES.values():
-        raise TypeError(f"{name} has dtype {given.dtype}; give real numbers")
+    given = as_real_array(name, values)
     if given.size == 0:
         raise ValueError(f"{name} has shape {list(given.shape)}, which is empty")
-    return given.astype(np.float64)
+    return given
 
 
 def _divide(above: Any, below: Any, otherwise: Any) -> Float64:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from nsq_ref.scheme import Scheme
+from nsq_ref.arrays import as_float_array, as_integer, as_integer_array, as_real_array
+from nsq_ref.environment import in_default_environment
+from nsq_ref.scheme import Scheme, as_scheme
 
 __all__ = ["decode", "encode"]
 
@@ -31,6 +33,7 @@ FORMATS = {
     "float32": Format(24, -149, (2 - Fraction(1, 2**23)) * Fraction(2) ** 127),
 }
 SINGLE = FORMATS["float32"]
+STORED = {"packed", "norm", "scale", "zero", "outlier_index", "outliers"}
 SHRINK = [
     Fraction(1),
     Fraction(95, 100),
@@ -92,6 +95,7 @@ def narrow(value: float, dtype: str) -> float:
     return 0.0 if result == 0 else result
 
 
+@in_default_environment
 def exact_norm(row: Sequence[float]) -> float:
     """N1: the float32 nearest to the root of the exact sum of squares."""
     total = sum((Fraction(value) ** 2 for value in row), Fraction(0))
@@ -108,8 +112,11 @@ def exact_norm(row: Sequence[float]) -> float:
 # --- encode -------------------------------------------------------------------------------------
 
 
-def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
+@in_default_environment
+def encode(x: Any, scheme: Scheme | str) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
+
+    It may be nested lists, or an array that `nsq_ref.quantize` takes.
 
     Returns
     -------
@@ -123,6 +130,8 @@ def encode(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     >>> encode([[3.0, 4.0], [-1.5, 2.0]], Scheme())["norm"]
     [5.0, 2.5]
     """
+    x = as_float_array("x", x).astype("float32").tolist()
+    scheme = as_scheme("scheme", scheme)
     size = scheme.block_size or len(x)
     whole: dict[str, Any] = {}
     for start in range(0, len(x), size):  # B1
@@ -156,7 +165,7 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         for t in tokens
     ]
     outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
-    y = [[dequantized(codes[t][j], *pair(t, j)) for j in channels] for t in tokens]
+    y = [[dequantized(codes[t][j], *pair(t, j), scheme) for j in channels] for t in tokens]
     for t in tokens:
         for j, value in zip(kept, outliers[t], strict=True):
             y[t][j] = value
@@ -223,7 +232,7 @@ def squared_error(values: list[float], pair: tuple[float, float], scheme: Scheme
     """S4: float64, one value after the other."""
     total = 0.0
     for value in values:
-        error = add(value, -dequantized(code(value, *pair, scheme), *pair))
+        error = add(value, -dequantized(code(value, *pair, scheme), *pair, scheme))
         total = float(Fraction(total) + Fraction(error) ** 2)
     return total
 
@@ -243,9 +252,10 @@ def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
     return min(max(half_even(Fraction(quotient)), low), high)
 
 
-def dequantized(code: int, scale: float, zero: float) -> float:
-    """D1: two roundings."""
-    return add(multiply(float(code), scale), zero)
+def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:
+    """D1: two roundings; one if symmetric, as nothing is added."""
+    product = multiply(float(code), scale)
+    return product if scheme.symmetric else add(product, zero)
 
 
 def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float:
@@ -280,8 +290,11 @@ def packed(codes: list[int], scheme: Scheme) -> list[int]:
 # --- decode -------------------------------------------------------------------------------------
 
 
-def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[float]]:
+@in_default_environment
+def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme | str) -> list[list[float]]:
     """Reconstruct what `encode` returned, as ``[T][D]`` (rule D1).
+
+    The parts may be nested lists or arrays.
 
     Examples
     --------
@@ -289,10 +302,16 @@ def decode(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> list[list[fl
     >>> decode(encode([[3.0, 4.0]], scheme), 2, scheme)
     [[3.0, 4.0]]
     """
-    x_hat: list[list[float]] = decode_stages(parts, head_dim, scheme)["x_hat"]
+    lists = {}
+    for name in STORED & parts.keys():
+        take = as_integer_array if name in ("packed", "outlier_index") else as_real_array
+        lists[name] = take(f"parts[{name!r}]", parts[name]).tolist()
+    head_dim, scheme = as_integer("head_dim", head_dim, least=1), as_scheme("scheme", scheme)
+    x_hat: list[list[float]] = decode_stages(lists, head_dim, scheme)["x_hat"]
     return x_hat
 
 
+@in_default_environment
 def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[str, Any]:
     """Return ``x_hat`` of `decode`, and the ``codes`` and ``y`` that lead to it, token by token."""
     tokens = len(parts["packed"])
@@ -305,7 +324,7 @@ def decode_stages(parts: dict[str, Any], head_dim: int, scheme: Scheme) -> dict[
         for j in range(head_dim):
             k = j if scheme.axis == "channel" else 0
             zero = 0.0 if scheme.symmetric else parts["zero"][at][k]
-            y.append(dequantized(codes[j], parts["scale"][at][k], zero))
+            y.append(dequantized(codes[j], parts["scale"][at][k], zero, scheme))
         if scheme.outlier_channels:
             for j, value in zip(
                 parts["outlier_index"][t // size], parts["outliers"][t], strict=True
@@ -323,7 +342,7 @@ def reconstructed(y: list[float], norm: float, scheme: Scheme) -> list[float]:
         return y
     if scheme.magnitude == "norm":
         length = exact_norm(y)
-        y = [divide(value, length) for value in y]
+        y = [divide(value, length) for value in y] if length else y
     return [multiply(norm, value) for value in y]
 
 

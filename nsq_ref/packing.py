@@ -7,21 +7,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.scheme import Scheme, row_bytes
+from nsq_ref.arrays import as_array, as_integer, as_integer_array
+from nsq_ref.scheme import Scheme, as_scheme, row_bytes
 
 __all__ = ["pack", "unpack"]
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
+def pack(codes: Any, scheme: Scheme | str) -> Bytes:
     """Pack codes along the last axis, first channel lowest (rule P1).
 
     Parameters
     ----------
     codes : integer array, shape [..., D]
         Codes within ``scheme.code_range``.
-    scheme : Scheme
+    scheme : Scheme or str
         Gives the width and the offset.
 
     Returns
@@ -31,8 +32,8 @@ def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
 
     Raises
     ------
-    ValueError
-        For a code outside the range, naming its index.
+    TypeError, ValueError
+        For what is no integer, and a code outside the range, naming its index.
 
     Examples
     --------
@@ -40,6 +41,9 @@ def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
     >>> pack(np.array([[-7, 7, 1]]), Scheme(bits=4))
     array([[241, 137]], dtype=uint8)
     """
+    codes, scheme = as_integer_array("codes", codes), as_scheme("scheme", scheme)
+    if not codes.ndim:
+        raise ValueError(f"codes={codes} is a single code; give [..., head_dim]")
     low, high = scheme.code_range
     outside = (codes < low) | (codes > high)
     if outside.any():
@@ -53,13 +57,13 @@ def pack(codes: npt.NDArray[Any], scheme: Scheme) -> Bytes:
     return _pack_row(stored, scheme.bits, scheme.code_offset)
 
 
-def unpack(packed: Bytes, scheme: Scheme, head_dim: int) -> npt.NDArray[np.int16]:
+def unpack(packed: Any, scheme: Scheme | str, head_dim: int) -> npt.NDArray[np.int16]:
     """Return the codes of packed rows; the inverse of `pack`.
 
     Parameters
     ----------
     packed : uint8 array, shape [..., row_bytes]
-    scheme : Scheme
+    scheme : Scheme or str
         Gives the width and the offset.
     head_dim : int
         Number of channels; what lies beyond in the last byte is padding.
@@ -68,12 +72,27 @@ def unpack(packed: Bytes, scheme: Scheme, head_dim: int) -> npt.NDArray[np.int16
     -------
     int16 array, shape [..., D]
 
+    Raises
+    ------
+    TypeError, ValueError
+        For another dtype than uint8, and for rows of another length than the scheme's.
+
     Examples
     --------
     >>> import numpy as np
     >>> unpack(np.array([[241, 137]], np.uint8), Scheme(bits=4), head_dim=3)
     array([[-7,  7,  1]], dtype=int16)
     """
+    packed, scheme = as_array("packed", packed), as_scheme("scheme", scheme)
+    head_dim = as_integer("head_dim", head_dim, least=1)
+    expected = row_bytes(head_dim, scheme.bits)
+    if packed.dtype != np.uint8:
+        raise TypeError(f"packed has dtype {packed.dtype}; packed codes are uint8")
+    if packed.shape[-1:] != (expected,):
+        raise ValueError(
+            f"packed has shape {list(packed.shape)}; rows of {head_dim} channels have {expected} "
+            "bytes"
+        )
     if scheme.bits == 3:
         split = row_bytes(head_dim, 2)
         stored = _unpack_row(packed[..., :split], 2, head_dim)

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Annotation, Text
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
+from nsq_ref.arrays import as_float, as_float_array, as_integer, as_real_array
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.environment import extra
 from nsq_ref.metrics import relative_error
-from nsq_ref.scheme import Scheme
+from nsq_ref.scheme import Scheme, as_scheme
+
+with extra("plots", __name__):
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.text import Annotation, Text
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.transforms import Bbox
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,10 +105,9 @@ def error_by_layer(axes: Axes, errors: Mapping[str, npt.ArrayLike], title: str) 
     'keys'
     """
     for (name, error), (color, marker) in zip(errors.items(), _styles(len(errors)), strict=True):
-        layers = np.arange(len(np.asarray(error)))
-        axes.plot(
-            layers, 100 * np.asarray(error), color=color, marker=marker, ms=4, lw=1.3, label=name
-        )
+        drawn = as_real_array(f"errors[{name!r}]", error)
+        layers = np.arange(len(drawn))
+        axes.plot(layers, 100 * drawn, color=color, marker=marker, ms=4, lw=1.3, label=name)
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis, " %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -112,9 +115,7 @@ def error_by_layer(axes: Axes, errors: Mapping[str, npt.ArrayLike], title: str) 
     axes.grid(alpha=0.25)
 
 
-def direction_histogram(
-    axes: Axes, x: npt.NDArray[np.float32], schemes: Sequence[str], title: str
-) -> None:
+def direction_histogram(axes: Axes, x: npt.ArrayLike, schemes: Sequence[str], title: str) -> None:
     """Draw how the elements of directions are distributed, before and after quantization.
 
     The legend tells how many elements a scheme turns into zero.
@@ -137,7 +138,8 @@ def direction_histogram(
     >>> axes.get_xlabel()
     'element of the direction, in standard deviations of its channel'
     """
-    before = _directions(x)
+    given = as_float_array("x", x)
+    before = _directions(given)
     spread = before.std(axis=-2, keepdims=True)
     spread[spread == 0] = 1
     middle = before.mean(axis=-2, keepdims=True)
@@ -150,10 +152,7 @@ def direction_histogram(
         label="before",
     )
     for name, (color, _) in zip(schemes, _styles(len(schemes) + 1)[1:], strict=True):
-        scheme = Scheme.named(name)
-        if not isinstance(scheme, Scheme):
-            raise ValueError(f"{name!r} names two schemes; give the one of keys or of values")
-        after = _directions(dequantize(quantize(x, scheme)))
+        after = _directions(dequantize(quantize(given, as_scheme("schemes", name))))
         zeros = np.mean((after == 0) & (before != 0))
         scaled = np.clip((after - middle) / spread, -4, 4).ravel()
         axes.hist(
@@ -205,8 +204,9 @@ def sweep(
         results.items(), _styles_of(list(results)), widths, strict=True
     ):
         axes.errorbar(
-            np.asarray(settings), np.asarray(result),
-            None if standard_errors is None else standard_errors[name],
+            as_real_array("settings", settings), as_real_array(f"results[{name!r}]", result),
+            None if standard_errors is None
+            else as_real_array(f"standard_errors[{name!r}]", standard_errors[name]),
             color=color, marker=marker, ms=2.5 + 1.5 * width, lw=width, capsize=2, elinewidth=1,
             label=name,
         )  # fmt: skip
@@ -460,7 +460,7 @@ def share_of_bound(
     axes.legend(loc="upper left")
 
 
-def two_channels(axes: Axes, tokens: npt.NDArray[np.float32], scheme: Scheme, chosen: int) -> None:
+def two_channels(axes: Axes, tokens: npt.ArrayLike, scheme: Scheme | str, chosen: int) -> None:
     """Draw directions of two channels on their circle, and the grid that they are decoded to.
 
     A box holds all that decodes as one chosen token does: half a scale in each channel.
@@ -470,7 +470,7 @@ def two_channels(axes: Axes, tokens: npt.NDArray[np.float32], scheme: Scheme, ch
     axes : matplotlib Axes
     tokens : float32 array, shape [T, 2]
         Of positive elements.
-    scheme : Scheme
+    scheme : Scheme or str
         One scale a channel, symmetric, norms separated, one block.
     chosen : int
         The token whose box is drawn.
@@ -483,6 +483,8 @@ def two_channels(axes: Axes, tokens: npt.NDArray[np.float32], scheme: Scheme, ch
     >>> axes.patches[0].get_width().round(2)  # the scale of channel 0
     np.float64(0.27)
     """
+    tokens, scheme = as_float_array("tokens", tokens), as_scheme("scheme", scheme)
+    chosen = as_integer("chosen", chosen)
     quantized = quantize(tokens, scheme)
     directions, steps = _directions(tokens), quantized.scale[0].astype(np.float64)
     decoded = quantized.codes * steps
@@ -530,7 +532,8 @@ def estimate_against_measured(
     >>> axes.lines[0].get_ydata()
     array([1.1, 1.9])
     """
-    expected, found = np.ravel(estimate), np.ravel(measured)
+    expected = as_real_array("estimate", estimate).ravel()
+    found = as_real_array("measured", measured).ravel()
     axes.plot(expected, found, ".", ms=3, color=STYLES[4][0])
     ends = np.array(
         [min(expected.min(), found.min()) / 1.2, max(expected.max(), found.max()) * 1.2]
@@ -571,10 +574,11 @@ def quantile_rows(
     >>> axes.texts[0].get_text()
     '0.2'
     """
-    for row, (sample, (color, marker)) in enumerate(
-        zip(samples.values(), _styles(len(samples) + 1)[1:], strict=True)
+    for row, ((name, sample), (color, marker)) in enumerate(
+        zip(samples.items(), _styles(len(samples) + 1)[1:], strict=True)
     ):
-        low, middle, high = np.quantile(np.asarray(sample, np.float64), (0.05, 0.5, 0.95))
+        drawn = as_real_array(f"samples[{name!r}]", sample)
+        low, middle, high = np.quantile(drawn, (0.05, 0.5, 0.95))
         axes.plot([low, high], [row, row], color=color, lw=3)
         axes.plot(middle, row, marker, color=color, ms=11)
         axes.text(
@@ -615,7 +619,8 @@ def bars(
     colors = [STYLES[4][0], STYLES[1][0], "0.6", *(color for color, _ in STYLES)]
     for position, (name, height) in enumerate(heights.items()):
         at = np.arange(len(labels)) + (position - (len(heights) - 1) / 2) * width
-        axes.bar(at, np.asarray(height), width, color=colors[position], label=name)
+        size = as_real_array(f"heights[{name!r}]", height)
+        axes.bar(at, size, width, color=colors[position], label=name)
     axes.set_xticks(range(len(labels)), [str(label) for label in labels])
     axes.set_title(title)
 
@@ -644,7 +649,9 @@ def stacked_rows(
     colors = [STYLES[index][0] for index in (4, 1, 5, 3, 6)] + ["0.75"]
     start = np.zeros(len(rows))
     for part, color in zip(parts, itertools.cycle(colors), strict=False):
-        size = np.array([float(row.get(part, 0)) for row in rows.values()])
+        size = np.array(
+            [as_float(f"rows[{name!r}][{part!r}]", row.get(part, 0)) for name, row in rows.items()]
+        )
         axes.barh(list(rows), size, left=start, color=color, label=part)
         start += size
     axes.invert_yaxis()
@@ -669,7 +676,7 @@ def pareto_front(bits: npt.ArrayLike, error: npt.ArrayLike) -> npt.NDArray[np.bo
     >>> pareto_front([4.0, 4.5, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4])
     array([ True, False,  True, False])
     """
-    cost = np.stack([np.asarray(bits, np.float64), np.asarray(error, np.float64)])
+    cost = np.stack([as_real_array("bits", bits), as_real_array("error", error)])
     no_worse = np.all(cost[:, :, None] <= cost[:, None, :], axis=0)
     better = np.any(cost[:, :, None] < cost[:, None, :], axis=0)
     beaten: npt.NDArray[np.bool_] = np.any(no_worse & better, axis=0)
@@ -711,6 +718,7 @@ def frontier(
     """
     if not points:
         raise ValueError("points is empty; give at least one scheme")
+    points = _numbers(points)
     bits, error = np.array(list(points.values()), np.float64).T
     if axes.get_yscale() == "log" and (error <= 0).any():
         name = list(points)[int(np.argmax(error <= 0))]
@@ -725,7 +733,8 @@ def frontier(
         axes.plot(bits[chosen], error[chosen], marker, color=color, ms=7, label=label, zorder=3)
     for name, deviation in (standard_errors or {}).items():
         x, y = points[name]
-        axes.errorbar(x, y, deviation, color="0.4", lw=1, capsize=2, zorder=2)
+        size = as_float(f"standard_errors[{name!r}]", deviation)
+        axes.errorbar(x, y, size, color="0.4", lw=1, capsize=2, zorder=2)
     axes.legend()
     _finish_named(axes, title, "stored bits an element", ylabel)
     _name_points(axes, points, [front_color if on else "0.35" for on in front])
@@ -759,8 +768,11 @@ def named_points(
     ['a', 'b']
     """
     color, marker = STYLES[4][0], "o"
+    points = _numbers(points)
     for name, (x, y) in points.items():
-        deviation = None if standard_errors is None else standard_errors[name]
+        deviation = None
+        if standard_errors is not None:
+            deviation = as_float(f"standard_errors[{name!r}]", standard_errors[name])
         axes.errorbar(x, y, deviation, fmt=marker, color=color, ms=7, elinewidth=1, capsize=2)
     _finish_named(axes, title, xlabel, ylabel)
     _name_points(axes, points, ["0.25"] * len(points))
@@ -769,7 +781,7 @@ def named_points(
 def demo_figure(
     key_errors: Mapping[str, npt.ArrayLike],
     value_errors: Mapping[str, npt.ArrayLike],
-    sample: npt.NDArray[np.float32],
+    sample: npt.ArrayLike,
     sample_name: str,
     title: str,
 ) -> Figure:
@@ -809,7 +821,15 @@ def demo_figure(
     return figure
 
 
-def _directions(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def _numbers(points: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return points whose coordinates are plain numbers."""
+    return {
+        name: (as_float(f"points[{name!r}][0]", x), as_float(f"points[{name!r}][1]", y))
+        for name, (x, y) in points.items()
+    }
+
+
+def _directions(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     wide = x.astype(np.float64)
     norm = np.linalg.norm(wide, axis=-1, keepdims=True)
     return wide / np.where(norm == 0, 1, norm)
@@ -830,7 +850,8 @@ def _styles(count: int) -> list[tuple[str, str]]:
 def _bound_and_measured(
     name: str, bound: npt.ArrayLike, measured: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    allowed, found = np.asarray(bound, np.float64), np.asarray(measured, np.float64)
+    allowed = as_real_array(f"the bound of {name!r}", bound)
+    found = as_real_array(f"the measured of {name!r}", measured)
     if allowed.shape != found.shape or np.isnan(allowed).any() or np.isnan(found).any():
         raise ValueError(
             f"{name!r}: bound {list(allowed.shape)} and measured {list(found.shape)} must be "
@@ -842,7 +863,7 @@ def _bound_and_measured(
 
 
 def _matrix(name: str, values: npt.ArrayLike, axes_names: str) -> npt.NDArray[np.float64]:
-    matrix = np.asarray(values, np.float64)
+    matrix = as_real_array(name, values)
     if matrix.ndim != 2 or not matrix.size:
         raise ValueError(f"{name} has shape {list(matrix.shape)}; give [{axes_names}]")
     return matrix

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.arrays import as_float_array
+from nsq_ref.environment import in_default_environment
+
 __all__ = ["least_squares_gain", "narrow", "norm", "saturate"]
 
 Float32 = npt.NDArray[np.float32]
@@ -20,7 +23,8 @@ _UNIT = 2.0**-53  # relative error of one float64 operation
 _BEYOND_FLOAT32 = 2.0**128  # the value after the largest float32, were there one more
 
 
-def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+@in_default_environment
+def narrow(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; no negative zero is stored (rules S3, M4, Z1).
 
     Parameters
@@ -40,14 +44,16 @@ def narrow(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     >>> narrow(np.float32([1 / 7, -1e-9]), np.dtype(np.float16))
     array([0.1428, 0.    ], dtype=float16)
     """
+    given, dtype = as_float_array("value", value), np.dtype(dtype)
     with np.errstate(over="ignore", under="ignore"):
-        narrowed = np.array(value, dtype, ndmin=1)
+        narrowed = np.array(given, dtype, ndmin=1)
     bits = narrowed.view(f"u{dtype.itemsize}")
     bits[bits == 1 << (8 * dtype.itemsize - 1)] = 0  # all bits but the sign: -0
-    return narrowed.reshape(np.shape(value))
+    return narrowed.reshape(given.shape)
 
 
-def saturate(value: Float32, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+@in_default_environment
+def saturate(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Round once, half to even, to `dtype`; what is beyond it becomes its largest (rule C1).
 
     Parameters
@@ -67,12 +73,14 @@ def saturate(value: Float32, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     >>> saturate(np.float32([1 / 3, -70000]), np.dtype(np.float16))
     array([ 3.333e-01, -6.550e+04], dtype=float16)
     """
+    value, dtype = as_float_array("value", value), np.dtype(dtype)
     before_infinity = np.array([np.inf], dtype).view(f"u{dtype.itemsize}") - 1
     most = before_infinity.astype(f"u{dtype.itemsize}").view(dtype).astype(np.float32)
     return np.asarray(np.clip(value, -most, most)).astype(dtype)
 
 
-def norm(x: Float32) -> Float32:
+@in_default_environment
+def norm(x: Any) -> Float32:
     """Return the correctly rounded Euclidean norm over the last axis (rule N1).
 
     Parameters
@@ -98,6 +106,7 @@ def norm(x: Float32) -> Float32:
     >>> norm(np.float32([[3, 4], [1e-30, 0]]))
     array([5.e+00, 1.e-30], dtype=float32)
     """
+    x = _float32(as_float_array("x", x))
     root = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=-1))
     relative = (x.shape[-1] + 8) * _UNIT
     lower, upper = _float32(root * (1 - relative)), _float32(root * (1 + relative))
@@ -107,7 +116,8 @@ def norm(x: Float32) -> Float32:
     return lower
 
 
-def least_squares_gain(x: Float32, y: Float32) -> Float32:
+@in_default_environment
+def least_squares_gain(x: Any, y: Any) -> Float32:
     """Return the correctly rounded quotient <x, y> / <y, y> over the last axis (rule M3).
 
     Parameters
@@ -126,6 +136,7 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     >>> least_squares_gain(np.float32([[2, 2]]), np.float32([[1, 0.5]]))
     array([2.4], dtype=float32)
     """
+    x, y = _float32(as_float_array("x", x)), _float32(as_float_array("y", y))
     products = np.multiply(x, y, dtype=np.float64)
     above = np.sum(products, axis=-1)
     below = np.sum(np.square(y, dtype=np.float64), axis=-1)
@@ -144,7 +155,7 @@ def least_squares_gain(x: Float32, y: Float32) -> Float32:
     return lower
 
 
-def _float32(value: npt.NDArray[np.float64]) -> Float32:
+def _float32(value: npt.NDArray[Any]) -> Float32:
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(value, np.float32)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
+
+from nsq_ref.arrays import as_integer
 
 __all__ = ["SPEC_VERSION", "Field", "KeyValueSchemes", "Scheme", "scheme_names"]
 
@@ -41,6 +45,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "nsep+pchan": {"separate_norm": True, "axis": "channel"},
     "streaming": {"symmetric": False, "magnitude": "lsq", "block_size": 128, "sink_tokens": 1},
 }
+# At two bits a range that reaches to the extremes wastes codes: docs/fidelity.md has what it costs.
+_EXCEPTIONS: dict[str, dict[str, Any]] = {"streaming2": {"scale_rule": "search"}}
 _SINGLE = re.compile(r"(?P<family>[a-z+]+)(?P<bits>[2348])")
 _PAIR = re.compile(r"(?P<norm>nsep\+)?KIVI(-K(?P<key>[2348])V(?P<value>[2348]))?")
 
@@ -104,6 +110,8 @@ class Scheme:
     scale_dtype, norm_dtype : {"float16", "bfloat16", "float32"}
         Dtypes in which scales and zeros, and norms or gains, are stored (S3, M4).
 
+    Integers may be NumPy's, or 0-d arrays and tensors; they are kept as Python's.
+
     Raises
     ------
     ValueError
@@ -130,6 +138,9 @@ class Scheme:
     norm_dtype: FloatName = "float16"
 
     def __post_init__(self) -> None:
+        for name in ("bits", "block_size", "sink_tokens", "outlier_channels"):
+            with contextlib.suppress(TypeError):  # of what is no integer, more is said below
+                object.__setattr__(self, name, as_integer(name, getattr(self, name)))
         choices: dict[str, tuple[Any, ...]] = {
             "bits": (2, 3, 4, 8),
             "separate_norm": (True, False),
@@ -196,6 +207,8 @@ class Scheme:
         --------
         >>> Scheme.named("naive4").axis
         'token'
+        >>> Scheme.named("streaming3").scale_rule, Scheme.named("streaming2").scale_rule
+        ('range', 'search')
         >>> key, value = Scheme.named("KIVI-K2V4")
         >>> key.bits, value.bits
         (2, 4)
@@ -214,7 +227,8 @@ class Scheme:
                 f"unknown scheme name {name!r}; known are {', '.join(_FAMILIES)}, each followed "
                 "by 2, 3, 4 or 8, and KIVI-K2V4, nsep+KIVI"
             )
-        return cls(bits=int(single["bits"]), **_FAMILIES[single["family"]])
+        own = _FAMILIES[single["family"]] | _EXCEPTIONS.get(name, {})
+        return cls(bits=int(single["bits"]), **own)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Scheme:
@@ -271,7 +285,7 @@ class Scheme:
         return 2 ** (self.bits - 1) if self.symmetric else 0
 
     def layout(
-        self, tokens: int, head_dim: int, dtype: np.dtype[Any] | None = None
+        self, tokens: int, head_dim: int, dtype: npt.DTypeLike | None = None
     ) -> dict[str, Field]:
         """Return every array that is stored for one sequence of one head.
 
@@ -287,11 +301,18 @@ class Scheme:
         dict of str to Field
             Name to shape and dtype, the leading axes of ``x`` left out.
 
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no integer, or is negative.
+
         Examples
         --------
         >>> Scheme().layout(tokens=10, head_dim=64)["packed"].shape
         (10, 32)
         """
+        tokens = as_integer("tokens", tokens, least=0)
+        head_dim = as_integer("head_dim", head_dim, least=0)
         coded = max(tokens - self.sink_tokens, 0)
         blocks = -(-coded // self.tokens_per_block(coded))
         scale = Field(
@@ -309,7 +330,7 @@ class Scheme:
             stored["outlier_index"] = Field((blocks, kept), np.dtype(np.int32))
             stored["outliers"] = Field((coded, kept), np.dtype(np.float16))
         if self.sink_tokens:
-            kind = np.dtype(np.float32) if dtype is None else dtype
+            kind = np.dtype(np.float32 if dtype is None else dtype)
             stored["sinks"] = Field((tokens - coded, head_dim), kind)
         return stored
 
@@ -321,10 +342,11 @@ class Scheme:
         >>> Scheme().tokens_per_block(500), Scheme(block_size=64).tokens_per_block(500)
         (500, 64)
         """
+        coded = as_integer("coded", coded, least=0)
         return max(min(self.block_size or coded, coded), 1)
 
     def bits_per_element(
-        self, tokens: int, head_dim: int, dtype: np.dtype[Any] | None = None
+        self, tokens: int, head_dim: int, dtype: npt.DTypeLike | None = None
     ) -> float:
         """Return the stored bits over the elements of ``x``: codes, scales, norms, all of it.
 
@@ -340,14 +362,53 @@ class Scheme:
         float
             Bits an element. float16 without quantization has 16.
 
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no integer, or is below 1.
+
         Examples
         --------
         >>> Scheme.named("nsep+pchan4").bits_per_element(tokens=4096, head_dim=128)
         4.12890625
         """
+        tokens = as_integer("tokens", tokens, least=1)
+        head_dim = as_integer("head_dim", head_dim, least=1)
         stored = self.layout(tokens, head_dim, dtype).values()
         size = sum(int(np.prod(field.shape)) * field.dtype.itemsize for field in stored)
         return 8 * size / (tokens * head_dim)
+
+
+def as_scheme(name: str, scheme: Any) -> Scheme:
+    """Take a scheme, or a name that stands for one; ``name`` is the argument's.
+
+    Raises
+    ------
+    TypeError
+        For what is neither, and for a pair of schemes.
+    ValueError
+        For an unknown name, and for the name of a pair.
+
+    Examples
+    --------
+    >>> as_scheme("key", "streaming4").block_size
+    128
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, KeyValueSchemes):
+        raise TypeError(f"{name} is a pair for keys and values; pass its .key or its .value")
+    if not isinstance(scheme, str):
+        raise TypeError(
+            f"{name} must be a Scheme or a name such as 'nsep+pchan4', got {scheme!r:.80}"
+        )
+    named = Scheme.named(scheme)
+    if isinstance(named, KeyValueSchemes):
+        raise ValueError(
+            f"{name}={scheme!r} names a pair for keys and values; pass "
+            f"Scheme.named({scheme!r}).key, or .value"
+        )
+    return named
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Scheme)}

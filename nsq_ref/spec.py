@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 Float32 = npt.NDArray[np.float32]
@@ -22,8 +23,9 @@ SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest firs
 class Block(NamedTuple):
     """What a block stores, and what it need not store because the scheme implies it.
 
-    Without norm separation every norm is 1, without asymmetry every zero is 0, and without
-    outlier channels those arrays have a last axis of length 0.
+    Without norm separation every norm is 1, without asymmetry every zero is -0, which added to a
+    product leaves it as it is, and without outlier channels those arrays have a last axis of
+    length 0.
     """
 
     codes: npt.NDArray[Any]  # [..., T, D]
@@ -35,6 +37,7 @@ class Block(NamedTuple):
     collapsed: npt.NDArray[np.bool_]  # [..., T], tokens that decode to zero but are not (D2)
 
 
+@in_default_environment
 def encode(x: Float32, scheme: Scheme) -> Block:
     """Quantize one block ``x[..., T, D]``.
 
@@ -63,6 +66,7 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     return Block(codes, stored, scale, zero, index, outliers, lost)
 
 
+@in_default_environment
 def decode(block: Block, scheme: Scheme) -> Float32:
     """Reconstruct one block as float32 [..., T, D] (rule D1).
 
@@ -93,6 +97,7 @@ def block_slices(tokens: int, scheme: Scheme) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
+@in_default_environment
 def encode_blocks(x: Float32, scheme: Scheme) -> Block:
     """Quantize all tokens after the sinks, block by block (rule B1).
 
@@ -109,6 +114,7 @@ def encode_blocks(x: Float32, scheme: Scheme) -> Block:
     return Block(*(np.concatenate(part, axis) for axis, part in parts))
 
 
+@in_default_environment
 def decode_blocks(block: Block, scheme: Scheme) -> Float32:
     """Reconstruct what `encode_blocks` returned.
 
@@ -204,9 +210,10 @@ def range_scale(
 
 
 def range_zero(low: Float32, scheme: Scheme) -> npt.NDArray[Any]:
-    """Return the narrowed minimum (rule S2); 0 if symmetric (rule S1)."""
-    least = np.zeros_like(low) if scheme.symmetric else low
-    return rounding.narrow(least, FLOAT_DTYPES[scheme.scale_dtype])
+    """Return the narrowed minimum (rule S2); -0 if symmetric, which adds nothing (rule S1)."""
+    if scheme.symmetric:
+        return np.full(low.shape, -0.0, FLOAT_DTYPES[scheme.scale_dtype])
+    return rounding.narrow(low, FLOAT_DTYPES[scheme.scale_dtype])
 
 
 def range_span(low: Float32, high: Float32, zero: npt.NDArray[Any], scheme: Scheme) -> Float32:

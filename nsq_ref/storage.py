@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 import tokenize
 import zipfile
@@ -26,10 +25,12 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from nsq_ref import packing
-from nsq_ref.codec import INPUT_DTYPES, Quantized, undecodable
+from nsq_ref.arrays import INPUT_DTYPES, as_float_array
+from nsq_ref.codec import Quantized, undecodable
+from nsq_ref.files import kinds
+from nsq_ref.files import tensors as tensors_file
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, Scheme
 
 __all__ = [
@@ -49,6 +50,7 @@ FORMAT = "nsq-safetensors-1"
 CACHE_FORMAT = "nsq-cache-1"
 READERS = {FORMAT: "nsq_ref.storage.load", CACHE_FORMAT: "nsq_ref.KVCache.load"}
 METADATA_KEY = "nsq"
+CACHE_MARK = '"format":"nsq-cache-'  # of any version
 DAMAGED = "the file was cut short or damaged, or is something else; copy it again or make it anew"
 TENSOR_DTYPES = ("F16", "BF16", "F32", "F64")
 MOST_DEFLATE_RATIO = 1032  # what DEFLATE can reach; beyond it a zip lies about a member's size
@@ -205,7 +207,7 @@ def holds_cache(path: PathLike) -> bool:
     >>> folder.cleanup()
     """
     with _open_safetensors(path) as file:
-        return '"format":"nsq-cache-' in (file.metadata() or {}).get(METADATA_KEY, "")
+        return CACHE_MARK in (file.metadata() or {}).get(METADATA_KEY, "")
 
 
 # --- containers ---------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ def write_container(
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     description = {"format": kind, "spec": SPEC_VERSION, **content}
     text = _canonical({**description, "sha256": _digest(description, arrays)})
-    _write(path, arrays, {METADATA_KEY: text})
+    tensors_file.write(path, arrays, {METADATA_KEY: text})
 
 
 def read_container(
@@ -314,8 +316,11 @@ def _entry(name: str, entry: object) -> tuple[Scheme, tuple[int, ...], np.dtype[
         shape, dtype = entry["shape"], entry["dtype"]
         if not isinstance(shape, list) or len(shape) < 2:
             raise ValueError(f"shape is {shape!r:.80}, not a list of at least two sizes")
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"shape is {shape!r:.80}; sizes are positive integers")
+        if not all(type(size) is int and size >= 0 for size in shape) or 0 in shape[-2:]:
+            raise ValueError(
+                f"shape is {shape!r:.80}; tokens and channels are positive integers, other sizes "
+                "may be 0"
+            )
         if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is {dtype!r:.80}, not one of {', '.join(FLOAT_DTYPES)}")
     except (TypeError, ValueError) as error:
@@ -370,8 +375,8 @@ def require_content(quantized: Quantized) -> None:
         _require_all("outlier_index", index, ascending, "does not ascend")
     _require_codes(quantized)
     count, most = quantized.collapsed_tokens, math.prod(quantized.packed.shape[:-1])
-    if type(count) is not int or not 0 <= count <= most:
-        raise ValueError(f"collapsed_tokens is {count!r:.80}; {most} tokens are coded")
+    if count > most:
+        raise ValueError(f"collapsed_tokens is {count}; {most} tokens are coded")
     if (beyond := undecodable(quantized)) is not None:
         raise ValueError(f"decoded x{beyond[0]} = {beyond[1]} is beyond float32")
 
@@ -426,7 +431,10 @@ def _open_safetensors(path: PathLike) -> Iterator[Any]:
                 _require_unique(path, file)
                 yield opened
         except SafetensorError as error:
-            raise StorageError(f"{path} is no safetensors file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.SAFETENSORS)
+                or f"{path} is no safetensors file ({error}); {DAMAGED}"
+            ) from None
 
 
 def _require_unique(path: PathLike, file: IO[bytes]) -> None:
@@ -440,27 +448,6 @@ def _require_unique(path: PathLike, file: IO[bytes]) -> None:
         json.loads(file.read(size), object_pairs_hook=forget)
     except ValueError as error:
         raise StorageError(f"{path}: header: {error}; {DAMAGED}") from None
-
-
-def _write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file next to ``path`` and move it there once it is complete."""
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it did
-    if target.exists() and not target.is_file():
-        raise StorageError(f"{path} exists and is not a regular file; choose another name")
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        open(temporary, "xb").close()  # for its OSError: the library's has no reason
-        save_file(dict(arrays), temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except SafetensorError as error:
-        raise OSError(f"{path} was not written: {error}") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # --- plain arrays -------------------------------------------------------------------------------
@@ -493,15 +480,11 @@ def write_arrays(path: PathLike, arrays: Mapping[str, Array]) -> None:
     {'keys': array([[1., 1., 1.]], dtype=float32)}
     >>> folder.cleanup()
     """
+    given = {}
     for name, array in arrays.items():
         _require_name(name)
-        if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") not in INPUT_DTYPES:
-            got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise TypeError(
-                f"arrays[{name!r}] must be an array of float16, bfloat16, float32 or float64, "
-                f"got {got}"
-            )
-    _write(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, None)
+        given[name] = np.ascontiguousarray(as_float_array(f"arrays[{name!r}]", array))
+    tensors_file.write(path, given, None)
 
 
 def read_arrays(path: PathLike) -> dict[str, Array]:
@@ -540,12 +523,20 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
         arrays = _read_npz(path)
     elif ending == ".npy":
         with open(path, "rb") as file:
+            if found := kinds.mistaken(path, kinds.NPY):
+                raise StorageError(found)
             size = os.fstat(file.fileno()).st_size
             arrays = {Path(path).stem: _read_npy(str(path), file, size)}
     elif ending == ".safetensors":
         arrays = _read_safetensors(path)
     else:
-        raise StorageError(f"{path} must end in .npz, .npy or .safetensors, which are read")
+        if os.path.isdir(path):
+            raise StorageError(f"{path} is a folder; name a file in it")
+        endings = ".npz, .npy or .safetensors"
+        raise StorageError(
+            (os.path.isfile(path) and kinds.mistaken(path, f"a file of arrays, {endings}"))
+            or f"{path} must end in {endings}, which are read"
+        )
     if not arrays:
         raise StorageError(f"{path} holds no arrays")
     try:
@@ -558,7 +549,12 @@ def read_arrays(path: PathLike) -> dict[str, Array]:
 
 def _read_safetensors(path: PathLike) -> dict[str, Array]:
     with _open_safetensors(path) as file:
-        if METADATA_KEY in (file.metadata() or {}):
+        if (text := (file.metadata() or {}).get(METADATA_KEY)) is not None:
+            if CACHE_MARK in text:
+                raise StorageError(
+                    f"{path} holds a saved cache, which is quantized; {READERS[CACHE_FORMAT]} "
+                    "reads it, `nsq info` shows it"
+                )
             raise StorageError(
                 f"{path} holds quantized arrays; `nsq dequantize` or load reads them"
             )
@@ -591,7 +587,9 @@ def _read_npz(path: PathLike) -> dict[str, Array]:
         except StorageError:
             raise
         except ZIP_ERRORS as error:
-            raise StorageError(f"{path} is no .npz file ({error}); {DAMAGED}") from None
+            raise StorageError(
+                kinds.mistaken(path, kinds.NPZ) or f"{path} is no .npz file ({error}); {DAMAGED}"
+            ) from None
     return arrays
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.arrays import as_integer, as_integers
 from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme
 
 try:
@@ -96,7 +97,7 @@ def tensors(
     max_tokens: int = 7,
     min_head_dim: int = 1,
     max_head_dim: int = 9,
-    leading: tuple[int, ...] | None = None,
+    leading: Sequence[int] | None = None,
     dtypes: Sequence[DtypeName] = ("float32",),
     kinds: Sequence[Kind] = KINDS,
     finite: bool = True,
@@ -107,7 +108,7 @@ def tensors(
     ----------
     min_tokens, max_tokens, min_head_dim, max_head_dim : int
         Bounds of T and D, drawn with a liking for the ends and for D at which something changes.
-    leading : tuple of int, optional
+    leading : sequence of int, optional
         The axes before T and D; one axis of 1 or 2 by default.
     dtypes : sequence of {"float16", "bfloat16", "float32", "float64"}
         The dtype is one of these; what it does not hold is clipped.
@@ -133,8 +134,8 @@ def tensors(
 
     Raises
     ------
-    ValueError
-        For bounds in the wrong order, and for an unknown dtype or kind.
+    TypeError, ValueError
+        For what is no integer, for bounds in the wrong order, and for an unknown dtype or kind.
 
     Examples
     --------
@@ -146,21 +147,16 @@ def tensors(
     >>> bool(np.isfinite(find(tensors(finite=False), lambda x: True, settings=quick)).all())
     False
     """
-    for name, least, most in (
-        ("tokens", min_tokens, max_tokens),
-        ("head_dim", min_head_dim, max_head_dim),
-    ):
-        if not 1 <= least <= most:
-            raise ValueError(
-                f"min_{name}={least} and max_{name}={most} must be ordered, and at least 1"
-            )
+    min_tokens, max_tokens = _bounds("tokens", min_tokens, max_tokens)
+    min_head_dim, max_head_dim = _bounds("head_dim", min_head_dim, max_head_dim)
+    lead = None if leading is None else tuple(as_integers("leading", leading, least=1))
     for name, given, allowed in (("dtypes", dtypes, DTYPES), ("kinds", kinds, KINDS)):
         if isinstance(given, str) or not given or not set(given) <= set(allowed):
             raise ValueError(f"{name}={given!r} must be a sequence of some of {', '.join(allowed)}")
     telling = [n for n in _TELLING_HEAD_DIMS if min_head_dim <= n <= max_head_dim]
     head_dims = st.sampled_from(sorted({min_head_dim, *telling, max_head_dim}))
     return _tensors(
-        st.integers(1, 2).map(lambda heads: (heads,)) if leading is None else st.just(leading),
+        st.integers(1, 2).map(lambda heads: (heads,)) if lead is None else st.just(lead),
         st.one_of(st.integers(min_tokens, max_tokens), st.just(max_tokens)),
         st.one_of(head_dims, st.integers(min_head_dim, max_head_dim)),
         st.sampled_from(list(kinds)),
@@ -175,7 +171,7 @@ def inputs(
     max_tokens: int = 7,
     min_head_dim: int = 1,
     max_head_dim: int = 9,
-    leading: tuple[int, ...] | None = None,
+    leading: Sequence[int] | None = None,
     kinds: Sequence[Kind] = KINDS,
     finite: bool = True,
 ) -> st.SearchStrategy[npt.NDArray[Any]]:
@@ -203,6 +199,13 @@ def inputs(
         kinds=kinds,
         finite=finite,
     )
+
+
+def _bounds(name: str, least: Any, most: Any) -> tuple[int, int]:
+    low, high = as_integer(f"min_{name}", least), as_integer(f"max_{name}", most)
+    if not 1 <= low <= high:
+        raise ValueError(f"min_{name}={low} and max_{name}={high} must be ordered, and at least 1")
+    return low, high
 
 
 def _fields() -> dict[str, st.SearchStrategy[Any]]:

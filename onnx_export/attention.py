@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
-from nsq_ref.attention import _require_options
-from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme
+from nsq_ref.arrays import as_integer
+from nsq_ref.attention import require_options
+from nsq_ref.environment import extra
+from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme, as_scheme
 from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
 from onnx_export.codec import DTYPES, IR_VERSION, OPSET
 from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
 from onnx_export.functions import functions
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper
 
 __all__ = ["attention_model", "attention_node", "cache_fields"]
 
@@ -24,8 +27,8 @@ MODEL_DTYPES = ("float32", "float16")
 
 
 def cache_fields(
-    key: Scheme,
-    value: Scheme,
+    key: Scheme | str,
+    value: Scheme | str,
     *,
     kv_heads: int,
     head_dim: int,
@@ -37,8 +40,8 @@ def cache_fields(
 
     Parameters
     ----------
-    key, value : Scheme
-        With a block size and without outlier channels.
+    key, value : Scheme or str
+        Schemes or their names, with a block size and without outlier channels.
     kv_heads, head_dim : int
     value_head_dim : int, optional
         ``head_dim`` by default.
@@ -68,12 +71,12 @@ def cache_fields(
     """
     _require_dtype(dtype)
     plain = FLOAT_DTYPES[dtype]
-    kv_heads, capacity = _integer("kv_heads", kv_heads, 1), _integer("capacity", capacity, 0)
+    kv_heads = as_integer("kv_heads", kv_heads, least=1)
+    capacity = as_integer("capacity", capacity, least=0)
     key_dim, value_dim = _head_dims(head_dim, value_head_dim)
     fields = {}
-    sides = (("key", key, key_dim), ("value", value, value_dim))
-    for side, scheme, channels in sides:
-        block = _block_size(side, scheme)
+    for side, given, channels in (("key", key, key_dim), ("value", value, value_dim)):
+        scheme, block = _scheme(side, given)
         sinks = scheme.sink_tokens
         stored = scheme.layout(sinks + -(-capacity // block) * block, channels, plain)
         stored["tail"] = Field((block, channels), plain)
@@ -85,8 +88,8 @@ def cache_fields(
 
 
 def attention_node(
-    key: Scheme,
-    value: Scheme,
+    key: Scheme | str,
+    value: Scheme | str,
     *,
     heads: int,
     kv_heads: int,
@@ -102,8 +105,8 @@ def attention_node(
 
     Parameters
     ----------
-    key, value : Scheme
-        With a block size and without outlier channels.
+    key, value : Scheme or str
+        Schemes or their names, with a block size and without outlier channels.
     heads, kv_heads : int
         Query heads, a multiple of the key/value heads.
     inputs : collection of str
@@ -144,25 +147,27 @@ def attention_node(
     >>> node.op_type, node.input[:4], node.output[:2]
     ('Attention', ['query', 'key', 'value', 'past_lengths'], ['output', 'present_lengths'])
     """
-    stored = {side: _stored(side, scheme) for side, scheme in (("key", key), ("value", value))}
-    heads, kv_heads = _integer("heads", heads, 1), _integer("kv_heads", kv_heads, 1)
+    schemes = {side: _scheme(side, given)[0] for side, given in (("key", key), ("value", value))}
+    heads, kv_heads = as_integer("heads", heads, least=1), as_integer("kv_heads", kv_heads, least=1)
     if heads % kv_heads:
         raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
     _require_inputs(set(inputs), rotary_interleaved, smooth_softmax)
-    _require_options(1, scale, causal, softcap, sliding_window)
+    factor, cap, window = require_options(1, scale, causal, softcap, sliding_window)
     attributes: dict[str, Any] = {
         "heads": heads,
         "kv_heads": kv_heads,
-        "scale": _attribute("scale", scale),
+        "scale": _attribute("scale", None if scale is None else factor),
         "causal": int(bool(causal)),
-        "softcap": _attribute("softcap", softcap),
-        "sliding_window": 0 if sliding_window is None else int(sliding_window),
+        "softcap": _attribute("softcap", cap),
+        "sliding_window": window or 0,
         "rotary_interleaved": int(bool(rotary_interleaved)),
         "smooth_softmax": int(bool(smooth_softmax)),
     }
-    attributes |= scheme_attributes(key, "key_") | scheme_attributes(value, "value_")
-    del attributes["key_outlier_channels"], attributes["value_outlier_channels"]
-    cache = {f"{side}_{part}" for side, parts in stored.items() for part in parts}
+    cache = set()
+    for side, scheme in schemes.items():
+        attributes |= scheme_attributes(scheme, f"{side}_")
+        del attributes[f"{side}_outlier_channels"]
+        cache |= {f"{side}_{part}" for part in (*scheme.layout(0, 1), "tail")}
     given = {"query", "past_lengths", *inputs, *(f"past_{name}" for name in cache)}
     made = {"output", "present_lengths", *(f"present_{name}" for name in cache)}
     return helper.make_node(
@@ -175,8 +180,8 @@ def attention_node(
 
 
 def attention_model(
-    key: Scheme,
-    value: Scheme,
+    key: Scheme | str,
+    value: Scheme | str,
     *,
     heads: int,
     kv_heads: int,
@@ -190,8 +195,8 @@ def attention_model(
 
     Parameters
     ----------
-    key, value : Scheme
-        With a block size and without outlier channels.
+    key, value : Scheme or str
+        Schemes or their names, with a block size and without outlier channels.
     heads, kv_heads, head_dim : int
     value_head_dim : int, optional
         ``head_dim`` by default.
@@ -237,6 +242,7 @@ def attention_model(
     >>> bool((output[..., :16] == x[..., :16]).all()), int(lengths[0])  # attends to itself
     (True, 1)
     """
+    heads, kv_heads = as_integer("heads", heads, least=1), as_integer("kv_heads", kv_heads, least=1)
     node = attention_node(key, value, heads=heads, kv_heads=kv_heads, **options)
     head_dim, value_dim = _head_dims(head_dim, value_head_dim)
     _require_dtype(dtype)
@@ -288,22 +294,12 @@ def _infos(
     return [helper.make_tensor_value_info(name, *shapes[name]) for name in names if name]
 
 
-def _integer(name: str, value: int, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is not an integer") from None
-    if number < least:
-        raise ValueError(f"{name}={number} must be an integer of at least {least}")
-    return number
-
-
 def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:
     """Return the channels of keys and of values."""
-    key_dim = _integer("head_dim", head_dim, 1)
+    key_dim = as_integer("head_dim", head_dim, least=1)
     if value_head_dim is None:
         return key_dim, key_dim
-    return key_dim, _integer("value_head_dim", value_head_dim, 1)
+    return key_dim, as_integer("value_head_dim", value_head_dim, least=1)
 
 
 def _require_dtype(dtype: str) -> None:
@@ -336,7 +332,7 @@ def _attribute(name: str, value: float | None) -> float:
     if value is None:
         return 0.0
     with np.errstate(over="ignore", under="ignore"):
-        narrowed = np.float32(float(value))
+        narrowed = np.float32(value)
     if narrowed == 0 or not np.isfinite(narrowed):
         raise ValueError(
             f"{name}={value} is {narrowed} as float32, in which the operator has it, and 0 stands "
@@ -345,7 +341,9 @@ def _attribute(name: str, value: float | None) -> float:
     return float(narrowed)
 
 
-def _block_size(side: str, scheme: Scheme) -> int:
+def _scheme(side: str, given: Scheme | str) -> tuple[Scheme, int]:
+    """Return the scheme and its block size, if a cache can have it."""
+    scheme = as_scheme(side, given)
     if scheme.block_size is None:
         raise ValueError(f"{side}.block_size is None; a cache needs blocks that become full")
     if scheme.outlier_channels:
@@ -353,9 +351,4 @@ def _block_size(side: str, scheme: Scheme) -> int:
             f"{side}.outlier_channels={scheme.outlier_channels}; nsq.Attention has no place for "
             "outliers, use a scheme without"
         )
-    return scheme.block_size
-
-
-def _stored(side: str, scheme: Scheme) -> set[str]:
-    _block_size(side, scheme)
-    return {*scheme.layout(0, 1), "tail"}
+    return scheme, scheme.block_size

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
+from nsq_ref.environment import extra
 from nsq_ref.scheme import Scheme
 from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
 from onnx_export.function_builder import Nodes, require_opset
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper
 
 __all__ = ["attention"]
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto, helper
-
 from nsq_ref import __version__
+from nsq_ref.arrays import as_integer
 from nsq_ref.codec import PARTS
-from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme
+from nsq_ref.environment import extra
+from nsq_ref.files import atomic
+from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme, as_scheme
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
 from onnx_export.function_builder import Nodes
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper
 
 __all__ = ["dequantize_model", "quantize_model", "save_models"]
 
@@ -32,13 +33,14 @@ LEAST_AXES = 2
 
 
 def quantize_model(
-    scheme: Scheme, dtype: FloatName = "float32", rank: int | None = None
+    scheme: Scheme | str, dtype: FloatName = "float32", rank: int | None = None
 ) -> onnx.ModelProto:
     """Return a model that quantizes an array.
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Scheme or str
+        A scheme or its name.
     dtype : {"float32", "float16", "bfloat16"}
         Of the input.
     rank : int, optional
@@ -54,8 +56,8 @@ def quantize_model(
 
     Raises
     ------
-    ValueError
-        For another dtype, and a rank below 2.
+    TypeError, ValueError
+        For what is no scheme, another dtype, and a rank that is no integer or below 2.
 
     Examples
     --------
@@ -68,7 +70,8 @@ def quantize_model(
     >>> bool((session.run(["packed"], {"x": x})[0] == nsq_ref.quantize(x).packed).all())
     True
     """
-    kinds = _dtypes(scheme, dtype, rank)
+    scheme, rank = as_scheme("scheme", scheme), _rank(rank)
+    kinds = _dtypes(scheme, dtype)
     add = Nodes()
     made = {name: f"wide_{name}" if _is_widened(name) else name for name in kinds}
     # Also those at the end that are left out, as the checker and onnx.reference count them.
@@ -80,13 +83,14 @@ def quantize_model(
 
 
 def dequantize_model(
-    scheme: Scheme, dtype: FloatName = "float32", rank: int | None = None
+    scheme: Scheme | str, dtype: FloatName = "float32", rank: int | None = None
 ) -> onnx.ModelProto:
     """Return a model that reconstructs an array.
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Scheme or str
+        A scheme or its name.
     dtype : {"float32", "float16", "bfloat16"}
         Of the array that was quantized, which is that of its sinks.
     rank : int, optional
@@ -100,8 +104,8 @@ def dequantize_model(
 
     Raises
     ------
-    ValueError
-        For another dtype, and a rank below 2.
+    TypeError, ValueError
+        For what is no scheme, another dtype, and a rank that is no integer or below 2.
 
     Examples
     --------
@@ -115,7 +119,8 @@ def dequantize_model(
     >>> bool((x_hat == nsq_ref.dequantize(q)).all())
     True
     """
-    kinds = _dtypes(scheme, dtype, rank)
+    scheme, rank = as_scheme("scheme", scheme), _rank(rank)
+    kinds = _dtypes(scheme, dtype)
     add = Nodes()
     given = {
         name: add("Cast", name, to=TensorProto.FLOAT)
@@ -137,12 +142,13 @@ def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
     Parameters
     ----------
     models : mapping of path to onnx.ModelProto
-        Existing files are replaced, and only once all new ones are on disk.
+        Existing files are replaced, and only once all new ones are on disk. Folders that are
+        missing are made.
 
     Raises
     ------
     OSError
-        Where a file cannot be written.
+        Where a file cannot be written; what was there before is untouched.
 
     Examples
     --------
@@ -154,33 +160,27 @@ def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
     'Quantize'
     >>> folder.cleanup()
     """
-    written = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in models}
-    try:
-        for path, model in models.items():
-            if path.exists() and not path.is_file():
-                raise OSError(f"{path} exists and is not a regular file; choose another folder")
-            with open(written[path], "xb") as file:
-                file.write(model.SerializeToString())
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in written.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    files = ((path, model.SerializeToString()) for path, model in models.items())
+    atomic.write(files, make_folders=True)
 
 
 def _is_widened(name: str) -> bool:
     return name in ("scale", "norm", "zero")
 
 
-def _dtypes(scheme: Scheme, dtype: str, rank: int | None) -> dict[str, int]:
+def _rank(rank: int | None) -> int | None:
+    if rank is None:
+        return None
+    rank = as_integer("rank", rank)
+    if rank < LEAST_AXES:
+        raise ValueError(f"rank={rank} is too small; arrays are [..., T, D], of at least two axes")
+    return rank
+
+
+def _dtypes(scheme: Scheme, dtype: str) -> dict[str, int]:
     """Return the parts that are stored, in the order of the operators, with their dtypes."""
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
-    if rank is not None and rank < LEAST_AXES:
-        raise ValueError(f"rank={rank} is too small; arrays are [..., T, D], of at least two axes")
     layout = scheme.layout(1, 1, FLOAT_DTYPES[dtype])
     return {name: DTYPES[layout[name].dtype.name] for name in PARTS if name in layout}
 

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from nsq_ref.environment import extra
 from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
 from onnx_export import rounding_nodes
 from onnx_export.function_builder import Nodes, require_opset
 from onnx_export.rounding_nodes import narrow, where_zero
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
 
@@ -183,7 +186,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
     scale = add("Gather", "scale", of_token, axis=-2)
     zero = add.choose(
         fields.symmetric,
-        lambda add: [add.constant(np.float32(0))],
+        lambda add: [add.constant(np.float32(-0.0))],  # which adds nothing to any product
         lambda add: [
             add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
                 of_token, axis=-2)

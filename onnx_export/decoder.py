@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
+from collections.abc import Generator
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
-import onnxruntime
-import platformdirs
 from numpy.typing import ArrayLike, NDArray
 
+from nsq_ref.environment import extra
 from onnx_export.gguf_file import GGUFFile
-from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx
+from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx, read_config
+
+with extra("onnx", __name__):
+    import onnxruntime
+    import platformdirs
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""
@@ -115,20 +118,12 @@ def cached_onnx(
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
     """
+    file = GGUFFile(gguf_path)
+    read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
     root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
     folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
     if not _is_intact(folder):
-        file = GGUFFile(gguf_path)
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="building-", dir=root) as temporary:
-            complete = Path(temporary) / folder.name
-            complete.mkdir()
-            build_onnx(file, complete, progress)
-            # Another process may have built the same folder meanwhile.
-            if not _is_intact(folder):
-                if folder.exists():
-                    shutil.rmtree(folder)
-                os.replace(complete, folder)
+        build_onnx(file, folder, progress)
     return folder / "model.onnx"
 
 
@@ -141,6 +136,22 @@ def _is_intact(folder: Path) -> bool:
         )
     except OSError:
         return False
+
+
+class Generated(NamedTuple):
+    """What `Decoder.generate` returns.
+
+    Attributes
+    ----------
+    tokens : numpy.ndarray
+        int64 ``[new_tokens]``: the new tokens only, at least one, a stop token included.
+    ended_by : {"stop_token", "max_new_tokens", "context_length"}
+        Why there are no more: the token to stop after was generated, there are as many as were
+        asked for, or the model's context is full.
+    """
+
+    tokens: NDArray[np.int64]
+    ended_by: Literal["stop_token", "max_new_tokens", "context_length"]
 
 
 class Decoder:
@@ -173,8 +184,7 @@ class Decoder:
     """
 
     def __init__(self, onnx_path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        _require_threads(threads)
         path = Path(onnx_path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -231,6 +241,7 @@ class Decoder:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
         """
+        _require_threads(threads)
         return cls(cached_onnx(gguf_path, cache_dir=cache_dir, progress=progress), threads=threads)
 
     def empty_cache(self, batch: int = 1) -> KeyValueCache:
@@ -326,8 +337,11 @@ class Decoder:
 
     def generate(
         self, input_ids: ArrayLike, max_new_tokens: int, *, stop_token: int | None = None
-    ) -> NDArray[np.int64]:
+    ) -> Generated:
         """Continue one sequence greedily: the most likely token at every step.
+
+        Where the model's context ends before the text does, what was generated until then is
+        returned.
 
         Parameters
         ----------
@@ -340,13 +354,14 @@ class Decoder:
 
         Returns
         -------
-        numpy.ndarray
-            int64 ``[new_tokens]``: the new tokens only, `stop_token` included.
+        Generated
+            The new tokens, and why there are no more.
 
         Raises
         ------
         ValueError
-            If an argument has the wrong shape, dtype or range.
+            If an argument has the wrong shape, dtype or range, or the prompt alone is longer than
+            the context.
 
         Examples
         --------
@@ -354,24 +369,79 @@ class Decoder:
         >>> from onnx_export.testing import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
-        >>> decoder.generate([3, 1, 4], 5).shape
-        (5,)
+        >>> tokens, ended_by = decoder.generate([3, 1, 4], 5)
+        >>> tokens.shape, ended_by
+        ((5,), 'max_new_tokens')
+        >>> tokens, ended_by = decoder.generate([3] * 511, 5)
+        >>> tokens.shape, ended_by
+        ((2,), 'context_length')
+        """
+        tokens = np.fromiter(
+            self.stream(input_ids, max_new_tokens, stop_token=stop_token), np.int64
+        )
+        if stop_token is not None and tokens[-1] == stop_token:
+            return Generated(tokens, "stop_token")
+        return Generated(
+            tokens, "max_new_tokens" if len(tokens) == max_new_tokens else "context_length"
+        )
+
+    def stream(
+        self, input_ids: ArrayLike, max_new_tokens: int, *, stop_token: int | None = None
+    ) -> Generator[int, None, None]:
+        """Yield the tokens of `generate` one by one, as soon as each is known.
+
+        Parameters
+        ----------
+        input_ids : array_like of int
+            The prompt, ``[sequence]``.
+        max_new_tokens : int
+            How many tokens to generate at most.
+        stop_token : int, optional
+            Stop after this token.
+
+        Yields
+        ------
+        int
+            The next token; there are none beyond the end of the model's context. What was yielded
+            is yours, whatever becomes of the rest.
+
+        Raises
+        ------
+        ValueError
+            As `generate`, and at once.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> folder = tempfile.mkdtemp()
+        >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
+        >>> len(list(decoder.stream([3] * 500, 100)))
+        13
         """
         prompt = np.asarray(input_ids)
         if prompt.ndim != 1:
             raise ValueError(f"input_ids must have shape [sequence], got {prompt.shape}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        new_tokens: list[int] = []
-        tokens, past = prompt[None], self.empty_cache()
-        for _ in range(max_new_tokens):
+        tokens = self._checked_tokens(prompt[None])
+        self._check_past(self.empty_cache(), *tokens.shape)
+        # The last token of all is not read, so that it needs no place in the context.
+        room = self.config.context_length - len(prompt) + 1
+        return self._generated(tokens, min(max_new_tokens, room), stop_token)
+
+    def _generated(
+        self, tokens: NDArray[np.int64], count: int, stop_token: int | None
+    ) -> Generator[int, None, None]:
+        past = self.empty_cache()
+        for _ in range(count):
             logits, keys, values = self.forward(tokens, past, num_logits=1)
             past = keys, values
-            new_tokens.append(int(logits[0, -1].argmax()))
-            if new_tokens[-1] == stop_token:
+            token = int(logits[0, -1].argmax())
+            yield token
+            if token == stop_token:
                 break
-            tokens = np.array([new_tokens[-1:]])
-        return np.array(new_tokens, np.int64)
+            tokens = np.array([[token]])
 
     def _checked_tokens(self, input_ids: ArrayLike) -> NDArray[np.int64]:
         tokens = np.asarray(input_ids)
@@ -381,13 +451,7 @@ class Decoder:
             )
         if not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"input_ids must be integers, got {tokens.dtype}")
-        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if outside.any():
-            row, column = np.argwhere(outside)[0]
-            raise ValueError(
-                f"input_ids[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of "
-                f"{self.config.vocab_size} tokens; use this model's own tokenizer"
-            )
+        self.config.require_ids(tokens, "input_ids")
         return np.ascontiguousarray(tokens, dtype=np.int64)
 
     def _check_past(self, past: KeyValueCache, batch: int, sequence: int) -> None:
@@ -406,12 +470,12 @@ class Decoder:
                     f"past {name} must have shape [layers, batch, kv_heads, past, head_dim] = "
                     f"{expected}, got {cache.shape}"
                 )
-        total = past[0].shape[3] + sequence
-        if total > config.context_length:
-            raise ValueError(
-                f"past and input_ids have {total} tokens together, more than the model's context "
-                f"of {config.context_length}; use fewer"
-            )
+        config.require_context(past[0].shape[3] + sequence, "past and input_ids")
+
+
+def _require_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
 
 
 def _config_from_metadata(path: Path, metadata: dict[str, str]) -> DecoderConfig:

@@ -93,6 +93,91 @@ class TransformFidelity:
         return _standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two caches on the same passages, and what may be said of them.
+
+    The rule is that of docs/fidelity.md: a difference is stated if it is more than two of its
+    standard errors. As a string it is the sentence that follows.
+
+    Attributes
+    ----------
+    first, second : str
+        Names of the caches.
+    nll_change : float
+        Mean over passages of the NLL with the first less that with the second.
+    nll_change_error : float
+        Standard error of `nll_change`, paired by passage.
+
+    Examples
+    --------
+    >>> print(Comparison("naive4", "pchan4", -0.03, 0.01))
+    pchan4 costs 0.0300 ± 0.0100 nats a token more than naive4.
+    >>> print(Comparison("naive4", "pchan4", -0.02, 0.01))
+    naive4 and pchan4 are not told apart: -0.0200 ± 0.0100 nats a token.
+    """
+
+    first: str
+    second: str
+    nll_change: float
+    nll_change_error: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is more than two standard errors."""
+        return abs(self.nll_change) > 2 * self.nll_change_error
+
+    def __str__(self) -> str:
+        if not self.told_apart:
+            return (
+                f"{self.first} and {self.second} are not told apart: {self.nll_change:+.4f} ± "
+                f"{self.nll_change_error:.4f} nats a token."
+            )
+        more, less = self.first, self.second
+        if self.nll_change < 0:
+            more, less = less, more
+        return (
+            f"{more} costs {abs(self.nll_change):.4f} ± {self.nll_change_error:.4f} nats a token "
+            f"more than {less}."
+        )
+
+
+def compare(
+    results: Mapping[str, TransformFidelity], first: str, second: str | None = None
+) -> Comparison:
+    """Compare two transforms, passage by passage.
+
+    Parameters
+    ----------
+    results : mapping of str to TransformFidelity
+        What `measure_fidelity` returned.
+    first : str
+        A name in it.
+    second : str, optional
+        Another one; the untouched cache when not given.
+
+    Returns
+    -------
+    Comparison
+
+    Examples
+    --------
+    >>> results = {
+    ...     "coarse": TransformFidelity(nll=(2.2, 3.0), baseline_nll=(2.0, 3.0)),
+    ...     "fine": TransformFidelity(nll=(2.1, 2.9), baseline_nll=(2.0, 3.0)),
+    ... }
+    >>> print(compare(results, "coarse", "fine"))
+    coarse costs 0.1000 ± 0.0000 nats a token more than fine.
+    >>> print(compare(results, "coarse"))
+    coarse and the float32 cache are not told apart: +0.1000 ± 0.1000 nats a token.
+    """
+    nll, name = results[first].baseline_nll, "the float32 cache"
+    if second is not None:
+        nll, name = results[second].nll, second
+    paired = TransformFidelity(results[first].nll, nll)
+    return Comparison(first, name, paired.nll_change, paired.nll_change_error)
+
+
 def measure_fidelity(
     decoder: Decoder,
     passages: ArrayLike,
@@ -156,8 +241,10 @@ def measure_fidelity(
     """
     if not transforms:
         raise ValueError("transforms must name at least one transform")
-    tokens = _checked_passages(passages, prefill_length, continuation_length)
     stop = prefill_length + continuation_length
+    tokens = _checked_passages(passages, prefill_length, continuation_length)
+    decoder.config.require_context(stop, "prefill and continuation")
+    decoder.config.require_ids(tokens, "passages")
     nll: dict[str, list[float]] = {name: [] for name in transforms}
     baseline: list[float] = []
     total, done = len(tokens) * (2 + len(transforms)), 0
@@ -190,15 +277,27 @@ def measure_fidelity(
     }
 
 
-def _checked_passages(
-    passages: ArrayLike, prefill_length: int, continuation_length: int
-) -> NDArray[np.int64]:
+def require_lengths(prefill_length: int, continuation_length: int) -> None:
+    """Refuse lengths below 1.
+
+    Examples
+    --------
+    >>> require_lengths(512, 0)
+    Traceback (most recent call last):
+    ValueError: continuation_length must be at least 1, got 0
+    """
     for name, length in (
         ("prefill_length", prefill_length),
         ("continuation_length", continuation_length),
     ):
         if length < 1:
             raise ValueError(f"{name} must be at least 1, got {length}")
+
+
+def _checked_passages(
+    passages: ArrayLike, prefill_length: int, continuation_length: int
+) -> NDArray[np.int64]:
+    require_lengths(prefill_length, continuation_length)
     tokens = np.asarray(passages)
     needed = prefill_length + continuation_length + 1
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -211,7 +310,7 @@ def _checked_passages(
             f"passages has shape {tokens.shape}; a standard error needs at least 2 passages, and "
             f"prefill_length + continuation_length + 1 is {needed} tokens"
         )
-    return tokens.astype(np.int64)
+    return tokens[:, :needed].astype(np.int64)
 
 
 def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> None:

@@ -6,8 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+
+from nsq_ref.environment import extra
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import helper, numpy_helper
 
 __all__ = ["LEAST_OPSET", "Nodes", "require_opset"]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-import onnx
-
+from nsq_ref.environment import extra
 from onnx_export.attention_function import attention
 from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
+
+with extra("onnx", __name__):
+    import onnx
 
 __all__ = ["DOMAIN", "VERSION", "check_nodes", "functions", "scheme_attributes"]
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
+
+from nsq_ref.environment import extra
+from nsq_ref.files import kinds
+
+with extra("onnx", __name__):
+    import gguf
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "<u1",
@@ -76,7 +82,8 @@ class GGUFFile:
     Raises
     ------
     ValueError
-        If the file is not GGUF, is truncated or contradicts itself.
+        If the file is not GGUF, is truncated or contradicts itself, or is one part of a model that
+        was split into several files.
     OSError
         If the file cannot be opened.
 
@@ -134,17 +141,8 @@ class GGUFFile:
             raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
         info = self.tensors[name]
         raw = self._bytes[info.start : info.stop]
-        try:
-            # `dequantize` works on rows of blocks. Scales that are not finite are found below.
-            with np.errstate(all="ignore"):
-                values = gguf.dequantize(
-                    raw.reshape(math.prod(info.shape[:-1]), -1), info.tensor_type
-                )
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} is stored as {info.tensor_type.name}, which "
-                "gguf.dequantize does not support; convert the model to F32, F16, BF16 or Q8_0"
-            ) from error
+        # `dequantize` works on rows of blocks.
+        values = self._dequantized(name, raw.reshape(math.prod(info.shape[:-1]), -1))
         result = np.asarray(values, dtype=np.float32).reshape(info.shape)
         if not np.isfinite(result).all():
             raise ValueError(
@@ -152,6 +150,31 @@ class GGUFFile:
                 "damaged, download or convert it again"
             )
         return result
+
+    def require_types(self) -> None:
+        """Refuse tensors whose type cannot be dequantized, before any tensor is read.
+
+        Raises
+        ------
+        ValueError
+            If there is one.
+        """
+        for name, info in {one.tensor_type: (n, one) for n, one in self.tensors.items()}.values():
+            _, block_bytes = gguf.GGML_QUANT_SIZES[info.tensor_type]
+            self._dequantized(name, np.zeros((1, block_bytes), np.uint8))
+
+    def _dequantized(self, name: str, rows: NDArray[np.uint8]) -> NDArray[Any]:
+        """Return rows of whole blocks as numbers, of which some may not be finite."""
+        kind = self.tensors[name].tensor_type
+        try:
+            with np.errstate(all="ignore"):
+                values: NDArray[Any] = gguf.dequantize(rows, kind)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} is stored as {kind.name}, which "
+                "gguf.dequantize does not support; convert the model to F32, F16, BF16 or Q8_0"
+            ) from error
+        return values
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(
@@ -210,7 +233,10 @@ class GGUFFile:
 
     def _read_header(self) -> None:
         if bytes(self._view[:4]) != b"GGUF":
-            raise ValueError(f"{self.path}: not a GGUF file: it does not begin with 'GGUF'")
+            raise ValueError(
+                kinds.mistaken(self.path, kinds.GGUF)
+                or f"{self.path}: not a GGUF file: it does not begin with 'GGUF'"
+            )
         self._position = 4
         version = self._integer("<I", "the version")
         if version not in (2, 3):
@@ -225,11 +251,25 @@ class GGUFFile:
             if key in self.metadata:
                 raise self._damaged(f"key {key!r} appears twice")
             self.metadata[key] = self._value(key)
+        self._require_whole()
         alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise self._damaged(f"key 'general.alignment' is {alignment!r}, not a power of two")
         headers = [self._tensor_header(index) for index in range(tensor_count)]
         self._place_tensors(headers, alignment)
+
+    def _require_whole(self) -> None:
+        """Refuse a part of a split model, in which tensors and most metadata are elsewhere."""
+        number, count = (self.metadata.get(f"split.{key}") for key in ("no", "count"))
+        if type(number) is not int or type(count) is not int or count < 2:
+            return
+        names = "FIRST-PART OUTPUT"
+        if found := re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", str(self.path)):
+            names = f"{found[1]}-00001{found[2]} {found[1]}.gguf"
+        raise ValueError(
+            f"{self.path}: part {number + 1} of {count} of a split model; merge them first: "
+            f"llama-gguf-split --merge {names}"
+        )
 
     def _tensor_header(
         self, index: int

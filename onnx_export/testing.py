@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from nsq_ref.environment import extra
+from nsq_ref.files import atomic
 from onnx_export.tokenizer import byte_symbols
+
+with extra("onnx", __name__):
+    import gguf
 
 
 def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
@@ -34,6 +38,11 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     'tiny.gguf'
     """
     path = Path(directory) / "tiny.gguf"
+    atomic.write([(path, _write_tiny)])
+    return path
+
+
+def _write_tiny(path: Path) -> None:
     tokens = ["<|endoftext|>", *byte_symbols(), "th", "the", "Ġthe"]
     embedding, feed_forward, query, key = 32, 48, 32, 16
     writer = gguf.GGUFWriter(path, "llama")
@@ -77,4 +86,3 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path

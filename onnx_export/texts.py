@@ -25,6 +25,10 @@ ADDRESSES = (
 )
 """Names of the addresses; neighbours are far apart in time, so that any few of them differ."""
 
+REPORTING_START = 2 * 641
+"""Token of each address from which on it is for reporting (docs/fidelity.md). Schemes were chosen
+by looking at what comes before: two passages of 512 tokens, 128 scored ones and one more."""
+
 
 def read_address(name: str) -> str:
     """Return the text of one address, its paragraphs separated by empty lines.
@@ -55,10 +59,11 @@ def read_address(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def passages(tokenizer: Tokenizer, length: int, count: int) -> NDArray[np.int64]:
+def passages(tokenizer: Tokenizer, length: int, count: int, *, start: int = 0) -> NDArray[np.int64]:
     """Cut passages out of the addresses that do not overlap.
 
     The first passage of every address comes before the second of any, in the order of `ADDRESSES`.
+    A smaller count gives the first of a larger one.
 
     Parameters
     ----------
@@ -68,6 +73,8 @@ def passages(tokenizer: Tokenizer, length: int, count: int) -> NDArray[np.int64]
         Tokens in a passage.
     count : int
         Number of passages.
+    start : int
+        First token of each address that is used: 0, or `REPORTING_START`.
 
     Returns
     -------
@@ -89,17 +96,19 @@ def passages(tokenizer: Tokenizer, length: int, count: int) -> NDArray[np.int64]
     """
     if length < 1 or count < 1:
         raise ValueError(f"length and count must be at least 1, got {length} and {count}")
-    addresses = [tokenizer.encode(read_address(name)) for name in ADDRESSES]
+    if start < 0:
+        raise ValueError(f"start must be at least 0, got {start}")
+    addresses = [tokenizer.encode(read_address(name))[start:] for name in ADDRESSES]
     rounds = max(len(tokens) for tokens in addresses) // length
     found = [
-        tokens[start : start + length]
-        for start in range(0, rounds * length, length)
+        tokens[begin : begin + length]
+        for begin in range(0, rounds * length, length)
         for tokens in addresses
-        if start + length <= len(tokens)
+        if begin + length <= len(tokens)
     ]
     if len(found) < count:
         raise ValueError(
-            f"the addresses hold {len(found)} passages of {length} tokens, fewer than count = "
-            f"{count}; ask for fewer or shorter ones"
+            f"the addresses hold {len(found)} passages of {length} tokens from token {start} on, "
+            f"fewer than count = {count}; ask for fewer or shorter ones"
         )
     return np.stack(found[:count])

@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import gguf
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from nsq_ref.environment import extra
 from onnx_export.gguf_file import GGUFFile
+
+with extra("onnx", __name__):
+    import gguf
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 # How Llama 3 and Qwen2 split text; they differ only in how many digits make one piece.
 _SPLIT = (

@@ -1,14 +1,9 @@
-"""KVCache against a plain list of tokens that is encoded from scratch."""
+"""KVCache, rule by rule at the sizes of use: bytes, memory, attention, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import struct
-import tempfile
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,273 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nsq_ref import (
-    KVCache,
-    RangeError,
-    Scheme,
-    attention,
-    dequantize,
-    quantize,
-    sequence,
-    storage,
-)
-from nsq_ref.strategies import schemes
+from nsq_ref import KVCache, RangeError, Scheme, attention, quantize
+from tests.cache_model import DTYPES, bits, cache_schemes, normals
 
 Array = npt.NDArray[Any]
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-def normals(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def bits(cache: KVCache) -> list[dict[str, tuple[Any, ...]]]:
-    """Everything a cache stores, as comparable bytes."""
-    return [
-        {
-            f"{side}.{name}": (array.dtype.name, array.shape, array.tobytes())
-            for side, stored in cache.stored(row)._asdict().items()
-            for name, array in stored.arrays.items()
-        }
-        for row in range(cache.batch)
-    ]
-
-
-# --- the oracle: lists of tokens ----------------------------------------------------------------
-
-
-class TokenList:
-    """One side of one row: tokens ``[kv_heads, D]`` in a list, encoded anew at every question."""
-
-    def __init__(self, scheme: Scheme, tokens: list[Array] | None = None) -> None:
-        self.scheme = scheme
-        self.tokens = list(tokens or [])
-
-    def copy(self) -> TokenList:
-        return TokenList(self.scheme, self.tokens)
-
-    def split(self, length: int) -> tuple[int, int]:
-        """Where sealed blocks begin and end, in a sequence of this length."""
-        size = self.scheme.block_size
-        assert size is not None
-        start = min(self.scheme.sink_tokens, length)
-        return start, start + (length - start) // size * size
-
-    def crop(self, length: int) -> None:
-        """C1, in the words of the rule."""
-        _, sealed_before = self.split(len(self.tokens))
-        _, sealed = self.split(length)
-        kept = self.tokens[:length]
-        size = self.scheme.block_size
-        if sealed < length < sealed_before:
-            block = np.stack(self.tokens[sealed : sealed + size], axis=1)
-            scheme = dataclasses.replace(self.scheme, sink_tokens=0)
-            decoded = dequantize(quantize(block, scheme, backend="numpy"), backend="numpy")
-            most = np.finfo(np.float16).max if block.dtype == np.float16 else np.inf
-            kept[sealed:] = [
-                np.clip(decoded[:, t], -most, most).astype(block.dtype)
-                for t in range(length - sealed)
-            ]
-        self.tokens = kept
-
-    def bits(self) -> dict[str, tuple[Any, ...]]:
-        if not self.tokens:
-            return {}
-        x = np.stack(self.tokens, axis=1)
-        start, stop = self.split(x.shape[1])
-        arrays = {"sinks": x[:, :start], "tail": x[:, stop:]}
-        if start < stop:
-            size = self.scheme.block_size
-            assert size is not None
-            scheme = dataclasses.replace(self.scheme, sink_tokens=0)
-            arrays |= quantize(x[:, start:stop], scheme, backend="numpy").parts
-            collapsed = [
-                quantize(x[:, t : t + size], scheme, backend="numpy").collapsed_tokens
-                for t in range(start, stop, size)
-            ]
-            arrays["collapsed"] = np.array(collapsed, np.int32)
-        return {
-            name: (array.dtype.name, array.shape, array.tobytes())
-            for name, array in arrays.items()
-            if array.size
-        }
-
-
-class RowList:
-    """A row of the batch as two lists."""
-
-    def __init__(self, keys: TokenList, values: TokenList) -> None:
-        self.keys = keys
-        self.values = values
-
-    def copy(self) -> RowList:
-        return RowList(self.keys.copy(), self.values.copy())
-
-    def bits(self) -> dict[str, tuple[Any, ...]]:
-        sides = {"keys": self.keys, "values": self.values}
-        return {
-            f"{side}.{n}": v for side, tokens in sides.items() for n, v in tokens.bits().items()
-        }
-
-
-cache_schemes = st.integers(1, 5).flatmap(lambda size: schemes(block_size=size))
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Caches, their forks among them, each beside its lists; any operation in any order."""
-
-    @initialize(
-        key=cache_schemes,
-        value=cache_schemes,
-        dtype=st.sampled_from(sorted(DTYPES)),
-        batch=st.integers(1, 3),
-        kv_heads=st.integers(1, 2),
-        channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        page_tokens=st.sampled_from([1, 4, 512]),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def start(
-        self,
-        key: Scheme,
-        value: Scheme,
-        dtype: str,
-        batch: int,
-        kv_heads: int,
-        channels: tuple[int, int],
-        page_tokens: int,
-        seed: int,
-    ) -> None:
-        self.usual_page_tokens = sequence.PAGE_TOKENS
-        sequence.PAGE_TOKENS = page_tokens
-        self.rng = np.random.default_rng(seed)
-        self.dtype = DTYPES[dtype]
-        self.kv_heads, self.channels = kv_heads, channels
-        cache = KVCache(batch, kv_heads, channels[0], key, value, value_head_dim=channels[1])
-        rows = [RowList(TokenList(key), TokenList(value)) for _ in range(batch)]
-        self.pairs = [(cache, rows)]
-        self.touched = 0
-
-    def teardown(self) -> None:
-        if hasattr(self, "pairs"):
-            sequence.PAGE_TOKENS = self.usual_page_tokens
-            for cache, rows in self.pairs:
-                assert bits(cache) == [row.bits() for row in rows]
-
-    def vectors(self, batch: int, tokens: int, channels: int) -> Array:
-        """Values of wild norms, with zeros, that every drawn scheme can hold."""
-        shape = (batch, self.kv_heads, tokens, channels)
-        x = self.rng.standard_normal(shape) * 10.0 ** self.rng.integers(-4, 3, (*shape[:3], 1))
-        x[self.rng.random(shape) < 0.2] = 0
-        x[self.rng.random(shape[:3]) < 0.1] = 0
-        return x.astype(self.dtype)
-
-    def pick(self, which: int) -> tuple[KVCache, list[RowList]]:
-        self.touched = which % len(self.pairs)
-        return self.pairs[self.touched]
-
-    @rule(which=st.integers(0, 3), tokens=st.integers(0, 12), ragged=st.booleans())
-    def append(self, which: int, tokens: int, ragged: bool) -> None:
-        cache, rows = self.pick(which)
-        keys, values = (self.vectors(len(rows), tokens, channels) for channels in self.channels)
-        lengths = self.rng.integers(0, tokens + 1, len(rows)) if ragged else [tokens] * len(rows)
-        for row, (tokens_list, length) in enumerate(zip(rows, lengths, strict=True)):
-            tokens_list.keys.tokens += [keys[row, :, t].copy() for t in range(length)]
-            tokens_list.values.tokens += [values[row, :, t].copy() for t in range(length)]
-            keys[row, :, length:] = np.nan
-            values[row, :, length:] = np.nan
-        cache.append(keys, values, lengths if ragged else None)
-        keys[...] = values[...] = -1  # the caller's memory is the caller's
-
-    @rule(which=st.integers(0, 3), tokens=st.integers(1, 12), side=st.integers(0, 1))
-    def append_what_is_refused(self, which: int, tokens: int, side: int) -> None:
-        cache, rows = self.pick(which)
-        arrays = [self.vectors(len(rows), tokens, channels) for channels in self.channels]
-        arrays[side][-1, -1, -1, -1] = np.nan
-        with pytest.raises(ValueError, match=r"^(keys|values)\[.*\] is nan; nothing"):
-            cache.append(*arrays)
-
-    @rule(which=st.integers(0, 3), fraction=st.floats(0, 1))
-    def crop(self, which: int, fraction: float) -> None:
-        cache, rows = self.pick(which)
-        length = int(fraction * len(cache))
-        cache.crop(length)
-        for row in rows:
-            row.keys.crop(min(length, len(row.keys.tokens)))
-            row.values.crop(min(length, len(row.values.tokens)))
-
-    @rule(which=st.integers(0, 3))
-    def crop_each_row(self, which: int) -> None:
-        cache, rows = self.pick(which)
-        lengths = [int(self.rng.integers(0, len(row.keys.tokens) + 1)) for row in rows]
-        cache.crop(lengths)
-        for row, length in zip(rows, lengths, strict=True):
-            row.keys.crop(length)
-            row.values.crop(length)
-
-    @rule(which=st.integers(0, 3), beams=st.integers(1, 3))
-    def reorder(self, which: int, beams: int) -> None:
-        cache, rows = self.pick(which)
-        chosen = self.rng.integers(0, len(rows), beams)
-        cache.reorder(chosen)
-        self.pairs[self.touched] = (cache, [rows[row].copy() for row in chosen])
-
-    @precondition(lambda self: len(self.pairs) < 4)
-    @rule(which=st.integers(0, 3), some=st.booleans())
-    def fork(self, which: int, some: bool) -> None:
-        cache, rows = self.pick(which)
-        chosen = list(range(len(rows)))
-        if some:
-            chosen = self.rng.integers(0, len(rows), 2).tolist()
-        forked = cache.fork(chosen) if some else cache.fork()
-        self.pairs.append((forked, [rows[row].copy() for row in chosen]))
-
-    @rule(which=st.integers(0, 3))
-    def save_and_load(self, which: int) -> None:
-        cache, rows = self.pick(which)
-        with tempfile.TemporaryDirectory() as folder:
-            first, second = Path(folder) / "first", Path(folder) / "second"
-            cache.save(first)
-            loaded = KVCache.load(first)
-            loaded.save(second)
-            assert first.read_bytes() == second.read_bytes()
-        self.pairs[self.touched] = (loaded, rows)
-
-    @invariant()
-    def touched_stores_what_its_lists_say(self) -> None:
-        if not hasattr(self, "pairs"):
-            return
-        cache, rows = self.pairs[self.touched]
-        assert cache.lengths.tolist() == [len(row.keys.tokens) for row in rows]
-        expected = [row.bits() for row in rows]
-        assert bits(cache) == expected
-        sizes = (v for row in expected for n, v in row.items() if not n.endswith("collapsed"))
-        assert cache.nbytes == sum(len(array[2]) for array in sizes)
-
-    @invariant()
-    def touched_decodes_to_what_it_stores(self) -> None:
-        if not hasattr(self, "pairs"):
-            return
-        cache, _ = self.pairs[self.touched]
-        for side, decoded in zip(("keys", "values"), cache.dequantize(), strict=True):
-            for row, length in enumerate(cache.lengths):
-                sinks, sealed, tail, _ = getattr(cache.stored(row), side)
-                middle = [] if sealed is None else [dequantize(sealed)]
-                parts = [sinks, *middle, tail]
-                whole = np.concatenate([part.astype(np.float32) for part in parts], axis=1)
-                assert decoded[row, :, :length].tobytes() == whole.tobytes()
-                assert not decoded[row, :, length:].any()
-
-
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
-
-
-class TestAnyOrder(CacheMachine.TestCase):  # type: ignore[misc,name-defined]
-    """Any operations in any order give the bytes of a fresh encoding."""
-
-
-# --- the rules, one by one, at the sizes of use -------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["streaming4", "streaming3", "naive4", "nsep+out4", "pchan2"])
@@ -381,8 +114,8 @@ def test_forks_share_sealed_blocks() -> None:
     cache = KVCache(1, 2, 8, Scheme(block_size=16), Scheme(block_size=16))
     cache.append(*normals(2, 1, 2, 100, 8))
     forked = cache.fork([0, 0, 0])
-    pages = cache._rows[0].keys.pages
-    for row in forked._rows:
+    pages = cache._now.rows[0].keys.pages
+    for row in forked._now.rows:
         assert [*map(id, row.keys.pages)] == [*map(id, pages)]
     one, two = normals(2, 3, 2, 100, 8, seed=1)
     forked.append(one, two)  # all three, and then the prompt, go on from the same place
@@ -398,7 +131,7 @@ def test_pages_never_move() -> None:
     seen: list[int] = []
     for _ in range(90):
         cache.append(*normals(2, 1, 1, 16, 8))
-        pages = cache._rows[0].keys.pages
+        pages = cache._now.rows[0].keys.pages
         addresses = [page.arrays["packed"].ctypes.data for page in pages]
         assert addresses[: len(seen)] == seen
         seen = addresses
@@ -440,7 +173,7 @@ def test_collapsed_tokens_are_counted_by_block() -> None:
     cache.append(x[:, :, 7:], x[:, :, 7:])
     assert cache.stored().keys.collapsed.tolist() == [1, 0, 1]  # as zeros, those two came back
     cache.crop(0)
-    assert cache._rows[0].keys.pages == []
+    assert cache._now.rows[0].keys.pages == ()
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -572,7 +305,8 @@ def test_range_errors_leave_everything_as_it_was() -> None:
     cache.append(keys, values)
     before = bits(cache)
     message = (
-        r"^values of row 1: the norm of token x\[0, 1\] is beyond float16.* from position 4 on"
+        r"^values of row 1, head 0: the norm of token 5, which an earlier append left to be coded, "
+        r"is beyond float16.*; crop to 5 goes on without it"
     )
     with pytest.raises(RangeError, match=message):
         cache.append(keys, values)
@@ -596,25 +330,28 @@ def x(*shape: int, dtype: Any = np.float32) -> Array:
         (lambda c: c.append(x(2, 1, 3, 4, dtype=int), x(2, 1, 3, 4)), TypeError, "keys has dtype int64"),
         (lambda c: c.append(x(2, 1, 3, 4, dtype=np.float16), x(2, 1, 3, 4)), TypeError, "keys has dtype float16 and this cache keeps float32"),
         (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4, dtype=np.float16)), TypeError, "values has dtype float16 and this cache keeps float32"),
-        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [3, 4]), ValueError, r"lengths\[1\] is 4; it must be from 0 to 3"),
-        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [3, -1]), ValueError, r"lengths\[1\] is -1"),
+        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [3, 4]), ValueError, r"lengths\[1\]=4 must be an integer from 0 to 3"),
+        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [3, -1]), ValueError, r"lengths\[1\]=-1 must be"),
         (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [3]), ValueError, r"lengths has shape \[1\]; give 2"),
-        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [1.0, 2.0]), TypeError, "lengths must be integers"),
+        (lambda c: c.append(x(2, 1, 3, 4), x(2, 1, 3, 4), [1.0, 2.0]), TypeError, r"lengths\[0\]=1.0 is not an integer"),
         (lambda c: c.append(np.full((2, 1, 3, 4), 1e39), x(2, 1, 3, 4)), ValueError, r"keys\[0, 0, 0, 0\] is 1e\+39, beyond float32"),
-        (lambda c: c.crop(8), ValueError, r"length\[0\] is 8; it must be from 0 to 7"),
-        (lambda c: c.crop(-1), ValueError, r"length\[0\] is -1"),
-        (lambda c: c.crop(1.5), TypeError, "length must be integers"),
-        (lambda c: c.crop([3, 8]), ValueError, r"length\[1\] is 8"),
+        (lambda c: c.crop(8), ValueError, r"length=8 must be an integer from 0 to 7"),
+        (lambda c: c.crop(-1), ValueError, r"length=-1 must"),
+        (lambda c: c.crop(1.5), TypeError, "length=1.5 is not an integer"),
+        (lambda c: c.crop([3, 8]), ValueError, r"length\[1\]=8 must"),
         (lambda c: c.crop([3]), ValueError, r"length has shape \[1\]; give 2"),
-        (lambda c: c.reorder([0, 2]), ValueError, r"rows\[1\] is 2; it must be from 0 to 1"),
+        (lambda c: c.reorder([0, 2]), ValueError, r"rows\[1\]=2 must be an integer from 0 to 1"),
         (lambda c: c.reorder([]), ValueError, "rows is empty"),
-        (lambda c: c.reorder([[0, 1]]), ValueError, r"rows has shape"),
-        (lambda c: c.fork([-1]), ValueError, r"rows\[0\] is -1"),
-        (lambda c: c.fork([True]), TypeError, "rows must be integers"),
-        (lambda c: c.stored(2), ValueError, r"row\[0\] is 2"),
+        (lambda c: c.reorder([[0, 1]]), TypeError, r"rows\[0\]=\[0, 1\] is not an integer"),
+        (lambda c: c.reorder(np.zeros((2, 2), int)), ValueError, r"rows has shape \[2, 2\]"),
+        (lambda c: c.reorder(1), TypeError, r"rows=1 is one integer; give a list, such as \[1\]"),
+        (lambda c: c.fork([-1]), ValueError, r"rows\[0\]=-1 must"),
+        (lambda c: c.fork([True]), TypeError, r"rows\[0\]=True is not an integer"),
+        (lambda c: c.stored(2), ValueError, r"row=2 must be an integer from 0 to 1"),
+        (lambda c: c.stored([0]), TypeError, r"row=\[0\] is not an integer"),
         (lambda c: c.attend(x(2, 1, 8, 4)), ValueError, "row 0 has 8 query tokens and 7 in the cache"),
         (lambda c: c.attend(x(2, 1, 1, 5)), ValueError, r"query has shape .* takes \[2, heads, query_tokens, 4\]"),
-        (lambda c: c.attend(x(2, 1, 1, 4), query_lengths=[2, 1]), ValueError, r"query_lengths\[0\] is 2"),
+        (lambda c: c.attend(x(2, 1, 1, 4), query_lengths=[2, 1]), ValueError, r"query_lengths\[0\]=2 must be an integer from 0 to 1"),
         (lambda c: c.attend(np.full((2, 1, 1, 4), np.inf)), ValueError, r"query\[0, 0, 0, 0\] is inf"),
     ],
 )  # fmt: skip
@@ -632,13 +369,39 @@ def test_refusals(call: Any, error: type[Exception], message: str) -> None:
     ("arguments", "error", "message"),
     [
         ({"batch": 0}, ValueError, "batch=0 must be an integer of at least 1"),
-        ({"kv_heads": True}, ValueError, "kv_heads=True"),
-        ({"head_dim": 4.0}, ValueError, "head_dim=4.0"),
+        ({"kv_heads": True}, TypeError, "kv_heads=True is not an integer"),
+        ({"head_dim": 4.0}, TypeError, "head_dim=4.0 is not an integer"),
+        ({"head_dim": np.array([4])}, TypeError, "head_dim=int64 .* give one of them"),
         ({"value_head_dim": 0}, ValueError, "value_head_dim=0"),
         ({"dtype": "float64"}, TypeError, "dtype='float64' is not one of float16, bfloat16"),
-        ({"key": Scheme()}, ValueError, "key has block_size=None.*block_size=128"),
-        ({"value": "streaming4"}, TypeError, "value must be a Scheme"),
-        ({"key": Scheme.named("KIVI-K2V4")}, TypeError, "key is a pair of schemes"),
+        (
+            {"key": Scheme()},
+            ValueError,
+            "key has block_size=None.*give KVCache a block_size, such as 128",
+        ),
+        ({"key": "nsep+pchan4"}, ValueError, "key has block_size=None"),
+        (
+            {"key": "streaming4", "block_size": 64},
+            ValueError,
+            "block_size=64, but key has 128; leave block_size out",
+        ),
+        (
+            {"key": "nsep+pchan4", "value": "streaming3", "block_size": 64},
+            ValueError,
+            "block_size=64, but value has 128",
+        ),
+        ({"key": "KIVI-K2V4"}, ValueError, "key has block_size=None"),
+        (
+            {"key": "KIVI-K2V4", "value": "streaming4", "block_size": 8},
+            TypeError,
+            "key is a pair of schemes, for keys and values; leave value out",
+        ),
+        ({"value": "KIVI-K2V4", "block_size": 8}, ValueError, "value='KIVI-K2V4' names a pair"),
+        ({"value": Scheme.named("KIVI-K2V4"), "block_size": 8}, TypeError, "value is a pair"),
+        ({"block_size": 0}, ValueError, "block_size=0 must be an integer of at least 1"),
+        ({"block_size": 8.0}, TypeError, "block_size=8.0 is not an integer"),
+        ({"key": "no such"}, ValueError, "unknown scheme name 'no such'"),
+        ({"value": 4}, TypeError, "value must be a Scheme or a name"),
     ],
 )
 def test_what_no_cache_can_be(
@@ -651,129 +414,3 @@ def test_what_no_cache_can_be(
 @pytest.mark.parametrize("dtype", ["bfloat16", np.dtype(ml_dtypes.bfloat16), ml_dtypes.bfloat16])
 def test_dtype_by_any_name(dtype: Any) -> None:
     assert KVCache(1, 1, 4, dtype=dtype).dtype == ml_dtypes.bfloat16
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    cache = KVCache(2, 1, 4, Scheme(block_size=4), Scheme(block_size=8, sink_tokens=1))
-    cache.append(*normals(2, 2, 1, 11, 4), lengths=[11, 2])
-    cache.save(tmp_path / "cache.safetensors")
-    return tmp_path / "cache.safetensors"
-
-
-def rewritten(path: Path, change: Any) -> None:
-    """Change a file and mend its checksum, as only a faulty or malicious writer would."""
-    content, arrays = storage.read_container(
-        path, storage.CACHE_FORMAT, lambda _: set(storage_names(path))
-    )
-    change(content["cache"], arrays)
-    storage.write_container(path, storage.CACHE_FORMAT, content, arrays)
-
-
-def storage_names(path: Path) -> list[str]:
-    with storage.safe_open(path, framework="np") as file:
-        return list(file.keys())
-
-
-def test_a_file_is_as_documented(saved: Path) -> None:
-    """docs/cache.md, with nothing of ours: header, JSON, tensors and checksum."""
-    whole = saved.read_bytes()
-    (size,) = struct.unpack("<Q", whole[:8])
-    header = json.loads(whole[8 : 8 + size])
-    description = json.loads(header.pop("__metadata__")["nsq"])
-    digest = description.pop("sha256")
-    compact = {"sort_keys": True, "separators": (",", ":")}
-    checksum = hashlib.sha256(json.dumps(description, **compact).encode())
-    names = {"F32": "float32", "F16": "float16", "U8": "uint8", "I32": "int32"}
-    for name, tensor in sorted(header.items()):
-        entry = [name, names[tensor["dtype"]], tensor["shape"]]
-        checksum.update(json.dumps(entry, **compact).encode())
-        begin, end = tensor["data_offsets"]
-        checksum.update(whole[8 + size + begin : 8 + size + end])
-    assert checksum.hexdigest() == digest
-    assert (description["format"], description["spec"]) == ("nsq-cache-1", "NSQ-1")
-    assert description["cache"]["lengths"] == [11, 2]
-    assert description["cache"]["key"] == Scheme(block_size=4).to_dict()
-    assert header.keys() == {
-        "keys.0.packed", "keys.0.norm", "keys.0.scale", "keys.0.collapsed", "keys.0.tail",
-        "values.0.packed", "values.0.norm", "values.0.scale", "values.0.collapsed",
-        "values.0.tail", "values.0.sinks", "keys.1.tail", "values.1.sinks", "values.1.tail",
-    }  # fmt: skip
-
-
-def test_empty_caches_are_saved(tmp_path: Path) -> None:
-    KVCache(2, 3, 4, dtype="float16").save(tmp_path / "a")
-    loaded = KVCache.load(tmp_path / "a")
-    assert (loaded.batch, loaded.kv_heads, len(loaded), loaded.dtype) == (2, 3, 0, np.float16)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c, a: c.update(lengths=[11]), r"'keys.1.tail' does not belong there"),
-        (lambda c, a: c.update(lengths=[12, 2]), r"keys of row 0: tail is float32 \[1, 3, 4\]|'keys.0.*"),
-        (lambda c, a: c.update(lengths=[10, 2]), "row 0: tail is float32"),
-        (lambda c, a: c.update(lengths=[11, -2]), "lengths"),
-        (lambda c, a: c.update(lengths=[11, 2.0]), "lengths"),
-        (lambda c, a: c.update(lengths=[]), "lengths"),
-        (lambda c, a: c.update(lengths=[10**30, 2]), "row 0|tensor"),
-        (lambda c, a: c.update(kv_heads=2), "keys of row 0: .* stores"),
-        (lambda c, a: c.update(kv_heads="1"), "kv_heads='1'"),
-        (lambda c, a: c.update(head_dim=5), "keys of row 0"),
-        (lambda c, a: c.update(value_head_dim=0), "value_head_dim=0"),
-        (lambda c, a: c.update(dtype="float16"), "row 0: tail is float32"),
-        (lambda c, a: c.update(dtype=None), "dtype is missing"),
-        (lambda c, a: c.update(dtype=["float32"]), "dtype"),
-        (lambda c, a: c.update(key=None), "a scheme has the fields"),
-        (lambda c, a: c["key"].update(block_size=None), "key has block_size=None"),
-        (lambda c, a: c["key"].update(bits=5), "bits=5"),
-        (lambda c, a: c.pop("dtype"), "lacks or adds fields"),
-        (lambda c, a: c.update(more=1), "lacks or adds fields"),
-        (lambda c, a: a["keys.0.tail"].__setitem__((0, 0, 0), np.nan), "tail holds a value that is not finite"),
-        (lambda c, a: a["values.0.sinks"].__setitem__((0, 0, 0), np.inf), "sinks holds a value that is not finite"),
-        (lambda c, a: a["keys.0.packed"].__setitem__((0, 0, 0), 0), r"keys of row 0: codes\[0, 0, 0\] = -8, which is reserved"),
-        (lambda c, a: a["keys.0.scale"].__setitem__((0, 0, 0), np.nan), "scale.* is not finite"),
-        (lambda c, a: a["keys.0.norm"].__setitem__((0, 0), -1), "norm.* is negative"),
-        (lambda c, a: a["keys.0.collapsed"].__setitem__(0, -1), "collapsed holds counts"),
-        (lambda c, a: a["keys.0.collapsed"].__setitem__(0, 5), "collapsed holds counts"),
-        (lambda c, a: a.pop("keys.0.norm"), "'keys.0.norm' is missing"),
-        (lambda c, a: a.update({"keys.2.tail": a["keys.0.tail"]}), "'keys.2.tail' does not belong there"),
-    ],
-)  # fmt: skip
-def test_files_that_no_cache_writes(saved: Path, change: Any, message: str) -> None:
-    rewritten(saved, change)
-    with pytest.raises(storage.StorageError, match=message):
-        KVCache.load(saved)
-
-
-def test_damage_anywhere_is_found(saved: Path) -> None:
-    whole = saved.read_bytes()
-    for at in range(0, len(whole), 7):
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << at % 8
-        saved.write_bytes(damaged)
-        with pytest.raises(storage.StorageError):
-            KVCache.load(saved)
-    saved.write_bytes(whole[:-1])
-    with pytest.raises(storage.StorageError):
-        KVCache.load(saved)
-
-
-def test_the_two_kinds_of_file_know_each_other(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(storage.StorageError, match=r"'nsq-cache-1', which nsq_ref.KVCache.load"):
-        storage.load(saved)
-    storage.save(tmp_path / "q", {"keys": quantize(normals(2, 4))})
-    with pytest.raises(storage.StorageError, match=r"which nsq_ref.storage.load reads"):
-        KVCache.load(tmp_path / "q")
-
-
-def test_a_failed_save_leaves_the_old_file(saved: Path) -> None:
-    whole = saved.read_bytes()
-    cache = KVCache.load(saved)
-    with pytest.raises(OSError, match="below"):
-        cache.save(saved / "below")
-    assert saved.read_bytes() == whole
-    assert [*saved.parent.iterdir()] == [saved]

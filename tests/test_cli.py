@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -233,6 +234,14 @@ def test_a_label_names_the_scheme(name, bits, block_size, dtype):
     assert cli._label(Scheme.named(name)) == name
 
 
+@given(st.sampled_from(names()))
+def test_a_label_says_the_scale_rule_rather_than_the_width(name):
+    """S4: that streaming2 searches makes no other width of streaming one of its kind."""
+    scheme = Scheme.named(name)
+    other = "range" if scheme.scale_rule == "search" else "search"
+    assert cli._label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -249,7 +258,7 @@ def test_a_label_names_the_scheme(name, bits, block_size, dtype):
         (["--scheme", "naive4", "--set", "magnitude=gain"], "has no effect with separate_norm=F"),
         (["--output", "q.npz"], "--output q.npz must end in .safetensors"),
         (["--output", "no/q.safetensors"], "there is no folder no; make it first"),
-        (["--output", "dir.safetensors"], "dir.safetensors exists and is not a regular file"),
+        (["--output", "dir.safetensors"], "dir.safetensors: exists and is not a regular file"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(options, message, folder):

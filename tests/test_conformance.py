@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
+import nsq_ref as nsq
 from nsq_ref import Scheme, scheme_names
+from nsq_ref.conformance import as_json
 from nsq_ref.conformance.check import check
 from nsq_ref.conformance.findings import Diagnosis, Report
 from tests.wrong_ports import RIGHT, Knobs, Port
@@ -461,3 +466,37 @@ def test_a_port_that_writes_to_its_input_is_told_so() -> None:
     report = report_on(Knobs(writes=True), SCHEMES["paper"], ("encode",))
     assert not report.conforms
     assert {failure.kind for _, failure in report.schemes[0].failures} == {"out of bounds"}
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def test_seeds_of_any_integer_type() -> None:
+    """Whatever counts as an integer, and the report is ready for JSON."""
+    for seed in (3, np.int64(3), np.uint8(3), np.array(3)):
+        report = check(nsq.quantize, scheme="naive2", seed=seed, dtypes=["float32"])  # type: ignore[arg-type]
+        assert report.conforms
+        assert json.loads(json.dumps(as_json(report)))["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"seed": 1.0}, TypeError, "seed must be an integer, got 1.0"),
+        ({"seed": "7"}, TypeError, "seed must be an integer, got '7'"),
+        ({"seed": -1}, ValueError, "seed=-1 must be an integer of at least 0"),
+        ({"seed": True}, ValueError, "seed=True must be"),
+        ({"latitudes": "norm-ulp=1"}, TypeError, "latitudes must be a sequence of names"),
+        ({"latitudes": [1]}, TypeError, "latitudes must be a sequence of names"),
+        ({"dtypes": "float32"}, TypeError, "dtypes must be a sequence of names"),
+        ({"dtypes": [np.float32]}, TypeError, "dtypes must be a sequence of names"),
+        ({"dtypes": []}, ValueError, "are not some of float32"),
+        ({"scheme": "KIVI-K2V4"}, ValueError, "is a pair for keys and values"),
+        ({"scheme": Scheme.named("KIVI-K2V4")}, TypeError, "scheme is a pair for keys and values"),
+        ({"scheme": 4}, TypeError, "scheme must be a Scheme or a name, got 4"),
+        ({"scheme": Scheme(block_size=2**40)}, ValueError, "block_size=1099511627776 is more"),
+    ],
+)
+def test_wrong_arguments_are_named(options: Any, error: Any, says: str) -> None:
+    with pytest.raises(error, match=re.escape(says)):
+        check(nsq.quantize, **options)

@@ -422,3 +422,46 @@ def test_attend_cases(name: str) -> None:
         assert np.isfinite(result.output).all()
         seen.add(len(given["query"]) // len(sides[0]))
     assert seen >= {1, 4}
+
+
+# --- what cases are made for --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "most"), [("block_size", 4096), ("sink_tokens", 256), ("outlier_channels", 256)]
+)
+def test_schemes_that_are_too_large_are_refused(field: str, most: int) -> None:
+    """By name, before memory is asked for, whether a frame could hold the number or not."""
+    for number in (most + 1, 2**31, 2**40, 2**63):
+        with pytest.raises(ValueError, match=f"^{field}={number} is more than cases are made for"):
+            cases(Scheme(**{field: number}))  # type: ignore[arg-type]
+
+
+def test_cases_of_a_named_scheme() -> None:
+    assert digest(cases("naive2")) == digest(cases(Scheme.named("naive2")))
+    assert len(cases("nsep+pchan4-lsq", ["attend"])) == 23
+    pair: Any = Scheme.named("KIVI-K2V4")
+    with pytest.raises(TypeError, match="scheme is a pair"):
+        cases(pair)
+    with pytest.raises(ValueError, match="unknown scheme name 'nsep5'"):
+        cases("nsep5")
+
+
+@pytest.mark.parametrize("name", ["nsep+pchan4", "naive3", "pchan2", "outlier4", "float32"])
+def test_decoders_are_asked_parts_of_which_the_sign_of_zero_follows(name: str) -> None:
+    """D1 S1 Q1 Z1: in symmetric schemes code * scale is never -0 for parts that are asked.
+
+    It would be for a negative code of scale 0, or a negative scale, which no encoder stores.
+    """
+    asked = [case for case in built(name) if case.operation == "decode"]
+    assert asked
+    for case in asked:
+        assert case.scheme.symmetric
+        scale, shape = case.inputs["scale"], case.inputs["shape"].tolist()
+        parts = {n: part for n, part in case.inputs.items() if n not in ("shape", "sinks")}
+        codes = codec.Quantized(case.scheme, tuple(shape), np.dtype(np.float32), **parts).codes
+        wide = np.broadcast_to(scale.astype(np.float32), codes.shape)
+        assert not np.signbit(scale).any()
+        assert not codes[wide == 0].any()
+        product = codes * wide
+        assert not (np.signbit(product) & (product == 0)).any()

@@ -38,8 +38,8 @@ Array = npt.NDArray[Any]
 ROOT = Path(__file__).parents[1]
 SCHEMES = (
     "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "pchan3", "nsep2",
-    "nsep+out4", "outlier8", "streaming4", "streaming3", "nsep+pchan4-gain", "nsep+pchan4-lsq",
-    "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-lsq-float32",
+    "nsep+out4", "outlier8", "streaming4", "streaming3", "streaming2", "nsep+pchan4-gain",
+    "nsep+pchan4-lsq", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-lsq-float32",
     "nsep+pchan4-asymmetric", "nsep+pchan4-asymmetric-float32", "nsep+pchan4-search",
     "nsep+pchan4-outliers", "nsep+pchan4-blocks",
 )  # fmt: skip
@@ -282,7 +282,7 @@ Q = nsq.quantize(np.random.default_rng(0).standard_normal((2, 6, 5)).astype(np.f
     ("changed", "says"),
     [
         ({"packed": Q.packed[0, 0]}, "packed has 1 axes; at least two are needed"),
-        ({"packed": Q.packed[:0]}, "axis 0 of packed is empty"),
+        ({"packed": Q.packed[:0]}, r"scale has shape \[2, 3, 5\], expected \[0, 3, 5\]"),
         ({"packed": Q.packed[..., :2]}, r"packed has shape \[2, 5, 2\], expected \[2, 5, 3\]"),
         ({"packed": Q.packed[:, :4]}, r"scale has shape \[2, 3, 5\], expected \[2, 2, 5\]"),
         ({"scale": Q.scale[:, :2]}, r"scale has shape \[2, 2, 5\], expected \[2, 3, 5\]"),
@@ -316,7 +316,6 @@ def test_parts_that_do_not_fit(changed: dict[str, Array], says: str) -> None:
     [
         ((5,), "x has 1 axes; at least two are needed"),
         ((2, 0, 5), "axis 1 of x is empty; leave such arrays out"),
-        ((0, 2, 5), "axis 0 of x is empty"),
         ((2, 5, 0), "axis 2 of x is empty"),
         ((1, 2**24 + 1), "x asks for 16777217 channels"),
     ],

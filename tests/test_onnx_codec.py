@@ -27,8 +27,9 @@ from tests.test_cli import run as nsq
 
 # Every family of names, width, axis, factor and option once.
 FEW = (
-    "naive3", "pchan2", "nsep8", "nsep+out4", "nsep+pchan4", "streaming3", "nsep+pchan4-gain",
-    "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search", "nsep+pchan4-blocks",
+    "naive3", "pchan2", "nsep8", "nsep+out4", "nsep+pchan4", "streaming3", "streaming2",
+    "nsep+pchan4-gain", "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search",
+    "nsep+pchan4-blocks",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def test_models_are_written_together(tmp_path: Path) -> None:
     """Where one cannot be written, none is, and nothing is left."""
     models = {tmp_path / name: quantize_model(Scheme()) for name in ("one", "two")}
     (tmp_path / "two").mkdir()
-    with pytest.raises(OSError, match="two exists and is not a regular file"):
+    with pytest.raises(FileExistsError, match=r"exists and is not a regular file.*two"):
         save_models(models)
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 

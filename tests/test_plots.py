@@ -35,7 +35,7 @@ def test_histogram_counts_what_becomes_zero() -> None:
     assert legend is not None
     # 0.4 is under half of 7/7, the true 0 does not count: one of four.
     assert [text.get_text() for text in legend.get_texts()] == ["before", "naive4: 25% become 0"]
-    with pytest.raises(ValueError, match=r"'KIVI-K2V4' names two schemes"):
+    with pytest.raises(ValueError, match=r"schemes='KIVI-K2V4' names a pair"):
         plots.direction_histogram(axes, x, ["KIVI-K2V4"], "two tokens")
 
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 import nsq_ref as nsq
 from nsq_ref import Scheme
-from nsq_ref.conformance import ports, worker
+from nsq_ref.conformance import check, ports, worker
 from nsq_ref.conformance.frames import Frame, read_frame, scheme_array, write_frame
 from nsq_ref.conformance.operations import (
     DONE,
@@ -247,6 +247,44 @@ def test_dtypes_of_single_arrays_are_named() -> None:
     assert answer.message == "x_hat is float64 [3, 4]; it should be float32"
 
 
+def test_answers_too_large_for_a_frame_are_not_copied() -> None:
+    """A view of one byte as a terabyte is named before anybody asks for the memory."""
+    answer = failed(Callables("f", encode=functions.endless).ask(0, case()))
+    assert answer.kind == "garbage"
+    assert answer.message == (
+        "packed is uint8 [1048576, 1048576], more than the 1073741824 bytes of any answer"
+    )
+
+
+@pytest.mark.parametrize("how", ["read-only", "Fortran", "strided", "negative strides"])
+def test_memory_of_any_layout_is_taken(how: str) -> None:
+    def laid_out(part: Any) -> Any:
+        if how == "Fortran":
+            return np.asfortranarray(part)
+        if how == "strided":
+            return np.repeat(part, 2, axis=-1)[..., ::2]
+        if how == "negative strides":
+            return np.ascontiguousarray(part[..., ::-1])[..., ::-1]
+        part = part.copy()
+        part.flags.writeable = False
+        return part
+
+    port = Callables("f", encode=lambda x, scheme: {
+        name: laid_out(part) for name, part in nsq.quantize(x, scheme).parts.items()
+    })  # fmt: skip
+    one = case(x=normal(3, 5))
+    stream = stream_of(ports.reply_of(0, port.ask(0, one)))
+    equal(arrays_of(Stream("s", stream).ask(0, one)), nsq.quantize(one.inputs["x"]).parts)
+
+
+def test_another_byte_order_is_no_dtype_of_a_part() -> None:
+    port = Callables("f", encode=lambda x, scheme: {
+        name: part.astype(part.dtype.newbyteorder(">"))
+        for name, part in nsq.quantize(x, scheme).parts.items()
+    })  # fmt: skip
+    assert "scale is >f2 [1, 4]; the scheme stores float16" in failed(port.ask(0, case())).message
+
+
 def test_wrong_shapes_are_left_to_the_judge() -> None:
     port = Callables("f", encode=functions.wrong_shape)
     assert arrays_of(port.ask(0, case()))["packed"].shape == (1, 2, 3)
@@ -259,7 +297,26 @@ def test_refusals(right: Any) -> None:
         answer = answered(port.ask(0, nan))
         assert (answer.status, answer.message[:14]) == (REFUSED, "x[0, 1] is nan")
     answer = answered(Callables("f", encode=functions.too_large).ask(0, case()))
-    assert (answer.status, answer.message) == (REFUSED, "x is too large")
+    (line,) = (
+        n
+        for n, text in enumerate(Path(FUNCTIONS).read_text().splitlines(), 1)
+        if "x is too large" in text
+    )
+    where = f"(OverflowError, functions.py line {line})"
+    assert (answer.status, answer.message) == (REFUSED, f"x is too large {where}")
+
+
+def test_an_error_that_reads_as_a_refusal_says_where_it_is() -> None:
+    """A bug in a port may raise what refuses: the report leads to its line."""
+
+    def stumbles(x: Any, scheme: Scheme) -> Any:
+        return np.concatenate([x, x[0]])
+
+    report = check(encode=stumbles, scheme="naive4", dtypes=["float32"])
+    what = report.schemes[0].diagnoses[0].findings[0].what
+    line = stumbles.__code__.co_firstlineno + 1
+    assert what.startswith("valid input was refused: all the input array")
+    assert what.endswith(f" (ValueError, test_ports.py line {line})")
 
 
 def test_what_is_not_implemented() -> None:
@@ -348,7 +405,45 @@ def test_a_function_imports_its_neighbours(tmp_path: Path) -> None:
     port.close()
 
 
+def test_files_named_like_modules_are_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those beside a port nor the port itself replace what the worker imports."""
+    for name in ("json.py", "typing.py", "ctypes.py", "signal.py", "ml_dtypes.py"):
+        (tmp_path / name).write_text("raise ImportError('not this one')")
+    for name in ("numpy.py", "mine.py"):
+        (tmp_path / name).write_text(
+            "import sys\ndef encode(x, scheme):\n"
+            "    return sys.modules['nsq_ref'].quantize(x, scheme)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    for target in ("mine:encode", "mine.py:encode", "numpy.py:encode"):
+        port = open_port(target)
+        assert list(arrays_of(port.ask(0, case()))) == ["packed", "scale", "norm"]
+        port.close()
+
+
 # --- targets ------------------------------------------------------------------------------------
+
+
+def test_a_link_to_a_program_is_run_by_its_own_name(tmp_path: Path) -> None:
+    """As programs that look beside themselves, or go by their name, expect."""
+    real, link = tmp_path / "real", tmp_path / "bin" / "right"
+    real.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "program.py"} "$(basename "$0")"\n')
+    real.chmod(0o755)
+    link.parent.mkdir()
+    link.symlink_to(real)
+    port = open_port(str(link))
+    arrays_of(port.ask(0, case()))
+    port.close()
+
+
+@pytest.mark.parametrize("name", ["libmine.so", "libmine.so.1", "libmine.so.1.2.3", "m.dylib"])
+def test_names_of_libraries(tmp_path: Path, name: str) -> None:
+    """Also where they are executable, as linkers make them."""
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).chmod(0o755)
+    assert ports.target_kind(str(tmp_path / name)) == "library"
 
 
 @pytest.mark.parametrize(
@@ -358,6 +453,9 @@ def test_a_function_imports_its_neighbours(tmp_path: Path) -> None:
         ({"encode": "./no_such_program"}, "there is no file ./no_such_program"),
         ({"encode": "no/such/file.py:encode"}, "there is no file no/such/file.py"),
         ({"encode": FUNCTIONS}, "functions.py:encode"),
+        ({"encode": str(HERE)}, "is a folder; name what is in it, or judge the answers"),
+        ({"encode": ""}, "a target is empty"),
+        ({"encode": "nsq_ref:quantize", "decode": ""}, "a target is empty"),
         ({"encode": "nsq_ref:"}, "names no Python function"),
         ({"encode": "no_such_module:f"}, "no_such_module cannot be imported: ModuleNotFoundError"),
         ({"encode": "nsq_ref:no_such"}, "nsq_ref has no no_such"),
@@ -560,6 +658,12 @@ def hello_with(**changes: Any) -> Frame:
         (stream_of(hello_with(schemes=[{"name": "x"}])), "a scheme has the fields"),
         (stream_of(hello_with(operations=["paint"])), "operations of the run are"),
         (stream_of(hello_with(seed="7")), "the seed of the run is '7'"),
+        (stream_of(hello_with(seed=-1)), "the seed of the run is -1"),
+        (stream_of({"hello": np.frombuffer(b"[" * 10**5, np.uint8)}), "not one that nsq gen wrote"),
+        (
+            stream_of(hello_with(schemes=[{"name": 3, **Scheme().to_dict()}])),
+            r"the schemes of the run are named \[3\]",
+        ),
         (stream_of(hello_with(dtypes="float32")), "dtypes of the run are"),
     ],
 )
@@ -586,9 +690,10 @@ def test_files(tmp_path: Path) -> None:
     for number, data in enumerate([frame, frame, b"", b"text", frame[:-1], frame + b"\n"]):
         (outputs / f"{number:05d}.nsq").write_bytes(data)
     (outputs / "00006.nsq").mkdir()
+    os.mkfifo(outputs / "00008.nsq")
     port = Folder("mine", outputs)
     equal(arrays_of(port.ask(0, cases[0])), right)
-    answers = [failed(port.ask(number, cases[0])) for number in range(1, 8)]
+    answers = [failed(port.ask(number, cases[0])) for number in range(1, 9)]
     for answer, (kind, says) in zip(
         answers,
         [
@@ -599,6 +704,7 @@ def test_files(tmp_path: Path) -> None:
             ("garbage", "00005.nsq goes on behind its first frame"),
             ("garbage", "00006.nsq cannot be read: "),
             ("missing", "there is no 00007.nsq"),
+            ("garbage", "00008.nsq cannot be read: it is no file"),
         ],
         strict=True,
     ):
@@ -626,11 +732,11 @@ def test_a_stream() -> None:
 
 
 def test_garbage_in_a_stream() -> None:
-    """Behind garbage no frame can be found again."""
-    reply = ports.reply_of(0, Answer(DONE, {}))
-    port = Stream("mine", stream_of(reply, behind=b"some text\n" + stream_of(reply).getvalue()))
+    """It is told of the case behind whose answer it comes, and the next one is judged."""
+    first, second = (stream_of(ports.reply_of(n, Answer(DONE, {}))).getvalue() for n in (0, 1))
+    port = Stream("mine", io.BytesIO(first + b"some text\n" + second))
     kinds = [getattr(port.ask(number, case()), "kind", "") for number in range(4)]
-    assert kinds == ["", "garbage", "missing", "missing"]
+    assert kinds == ["garbage", "", "missing", "missing"]
 
 
 def test_a_pipeline() -> None:

@@ -12,6 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nsq_ref.conformance.pytest_plugin import TARGETS
+from tests.onnx_ports import save_encode
+
 # Where nsq is installed with its entry point, pytest finds the plugin by itself.
 FOUND = any(point.name == "nsq" for point in entry_points(group="pytest11"))
 PLUGIN = [] if FOUND else ["-p", "nsq_ref.conformance.pytest_plugin"]
@@ -82,6 +85,9 @@ def test_a_right_port_passes_beside_other_tests(folder: Path) -> None:
     assert "skipped" not in ran.stdout
     names = [case.get("name") for case in ElementTree.parse(folder / "out.xml").iter("testcase")]
     assert names[0] == "test_own"
+    encode, decode = (sum(f"/{one}/" in name for name in names if name) for one in TARGETS[:2])
+    assert f"nsq: nsep+pchan4, cases judged: encode {encode}, decode {decode}\n" in ran.stdout
+    assert "nsq: not checked: attend, stream\n" in ran.stdout
     assert "nsq[nsep+pchan4/encode/exact-tie/0]" in names
     assert any(name and name.startswith("nsq[nsep+pchan4/decode/") for name in names)
     assert len(names) == len(set(names)) > 100
@@ -107,6 +113,18 @@ def test_a_wrong_port_fails_with_the_rule_and_no_traceback(folder: Path) -> None
     assert "1 failed" in ran.stdout
 
 
+def test_a_model_is_asked_what_a_graph_can_answer(folder: Path) -> None:
+    """I2: as `nsq check` does, not for refusals; what was not asked is named."""
+    save_encode(folder / "encode.onnx")
+    ran = run(folder, "--nsq-encode=encode.onnx", "--nsq-dtype=float32")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search("nsq: nsep.pchan4, cases judged: encode [0-9]+\n", ran.stdout)
+    assert (
+        "nsq: not checked: decode, attend, stream, float16 input, bfloat16 input, input that must "
+        "be refused, as a graph cannot refuse\n"
+    ) in ran.stdout
+
+
 def test_latitudes_and_schemes_are_those_that_were_asked_for(folder: Path) -> None:
     """N1. A latitude lets the same answer pass, and nothing else does."""
     scheme = ["--nsq-scheme=nsep8", "--nsq-scheme=nsep4", "-k", "ordinary/0"]
@@ -118,6 +136,7 @@ def test_latitudes_and_schemes_are_those_that_were_asked_for(folder: Path) -> No
     wide = run(folder, "--nsq-encode=mine:far_norm", "--nsq-allow=norm-ulp=9999", *scheme)
     assert wide.returncode == 0, wide.stdout + wide.stderr
     assert "2 passed" in wide.stdout
+    assert wide.stdout.count("cases judged: encode 1\n") == 2
 
 
 def test_a_port_that_dies_fails_its_case_and_what_it_said_is_escaped(folder: Path) -> None:
@@ -169,6 +188,11 @@ def test_workers_share_the_cases(folder: Path) -> None:
         (["--nsq-encode=mine:missing"], "mine has no missing"),
         (["--nsq-encode=mine:not_a_function"], "cannot be called"),
         (["--nsq-encode=./absent.so"], "there is no file ./absent.so"),
+        (["--nsq-encode="], "a target is empty"),
+        (["--nsq-encode=mine:encode", "--nsq-seed=-1"], "--nsq-seed -1 must be at least 0"),
+        (["--nsq-encode=mine:encode", "--nsq-timeout=nan"], "--nsq-timeout nan must be at least"),
+        (["--nsq-encode=mine:encode", "--nsq-custom-ops=a.so"], "is for ONNX models"),
+        (["--nsq-custom-ops=a.so"], "--nsq-custom-ops needs something to check"),
         (["--nsq-seed=0"], "--nsq-seed needs something to check; give --nsq-encode"),
     ],
 )

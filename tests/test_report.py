@@ -362,7 +362,7 @@ def test_json_survives_a_round_trip_and_keeps_its_keys() -> None:
     found = json.loads(json.dumps(as_json(report)))
     assert found == as_json(report)
     assert " ".join(found) == (
-        "specVersion port command seed latitudes partial conforms notes schemes"
+        "specVersion port command seed latitudes partial conforms notes notChecked schemes"
     )
     first, second = found["schemes"]
     assert " ".join(first) == (

@@ -300,8 +300,8 @@ METADATA = {
     "scheme": (set_path("tensors", "keys", "scheme", {}), "a scheme has the fields"),
     "text scheme": (set_path("tensors", "keys", "scheme", "nsep4"), "a scheme has the fields"),
     "collapsed": (set_path("tensors", "keys", "collapsed_tokens", 6), "collapsed_tokens is 6"),
-    "negative": (set_path("tensors", "keys", "collapsed_tokens", -1), "collapsed_tokens is -1"),
-    "bool count": (set_path("tensors", "keys", "collapsed_tokens", True), "collapsed_tokens is T"),
+    "negative": (set_path("tensors", "keys", "collapsed_tokens", -1), "collapsed_tokens=-1"),
+    "bool count": (set_path("tensors", "keys", "collapsed_tokens", True), "collapsed_tokens=True"),
 }  # fmt: skip
 
 
@@ -447,9 +447,9 @@ def test_save_names_what_is_wrong(tensors, error, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("array", [np.ones(3, np.int8), np.ones(3, "V2"), [1.0], None])
+@pytest.mark.parametrize("array", [np.ones(3, np.int8), np.ones(3, "V2"), ["x"], None])
 def test_write_arrays_takes_float_arrays_only(array, tmp_path):
-    with pytest.raises(TypeError, match=r"arrays\['k'\] must be an array of float16"):
+    with pytest.raises(TypeError, match=r"arrays\['k'\] has dtype .*; pass float32, float16"):
         storage.write_arrays(tmp_path / "x", {"k": array})
     assert list(tmp_path.iterdir()) == []
 
@@ -500,7 +500,7 @@ def test_errors_of_the_file_system_stay_what_they_are(tmp_path):
                 read(path)
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
-    with pytest.raises(StorageError, match="not a regular file"):
+    with pytest.raises(FileExistsError, match="not a regular file"):
         storage.write_arrays(folder, arrays)
     with pytest.raises(IsADirectoryError):
         storage.load(folder)
@@ -598,7 +598,7 @@ def npy(descr: str = "<f4", shape: object = (2, 2), data: bytes = b"", header: s
 
 
 NPY = {
-    "pickle": (pickle.dumps([1.0]), "no .npy array"),
+    "pickle": (pickle.dumps([1.0]), "(no .npy array|is a pickle)"),
     "more than there is": (npy(shape=(2**40, 2**10)), "copy it again"),
     "overflow": (npy(shape=(2**62, 2**62)), "copy it again"),
     "negative": (npy(shape=(-1, -1)), "copy it again"),
@@ -734,7 +734,7 @@ def test_an_encrypted_member_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.npy.gz", ".npz"])
 def test_other_endings_are_refused(name, tmp_path):
-    (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_bytes(b"no arrays")
     with pytest.raises(StorageError, match=r"must end in \.npz, \.npy or \.safetensors"):
         storage.read_arrays(tmp_path / name)
 

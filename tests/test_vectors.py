@@ -467,6 +467,18 @@ def test_a_file_that_is_dropped_is_noticed(tmp_path: Path, monkeypatch: pytest.M
         vectors.write(tmp_path)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_name_that_means_another_scheme_changes_every_case(tmp_path: Path) -> None:
+    """A case with the same answer, or refused either way, is another question all the same."""
+    vectors.write(tmp_path)
+    file = tmp_path / "encode-pchan4.json"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace('"scale_rule": "range"', '"scale_rule": "search"'), "utf-8")
+    count = len(json.loads(before)["cases"])
+    with pytest.raises(ValueError, match=f"^{count} cases in .* would be dropped or changed"):
+        vectors.write(tmp_path)
+
+
 def test_names_that_are_none() -> None:
     for file in ("encode-nsep+pchan5.json", "large-naive4.safetensors", "manifest.json", ""):
         with pytest.raises(ValueError, match="is not a file of vectors"):

@@ -13,8 +13,9 @@ import nsq_ref as nsq
 from nsq_ref import bounds, rounding
 from nsq_ref.attention import attend
 from onnx_export.decoder import cached_onnx
+from onnx_export.fidelity import Comparison
 from onnx_export.smollm2 import smollm2_gguf
-from onnx_export.texts import passages
+from onnx_export.texts import REPORTING_START, passages
 from onnx_export.tokenizer import Tokenizer
 
 _QUERY = "blk.{}.attn_q.heads.rotary"  # the graph's name of queries before the softmax scale
@@ -29,14 +30,14 @@ class AttentionInputs(NamedTuple):
 
 
 def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
-    """Let SmolLM2-135M-Instruct read a passage of an address to Congress.
+    """Let SmolLM2-135M-Instruct read a passage of an address to Congress, kept for reporting.
 
     Parameters
     ----------
     tokens : int
         Length of the passage.
     passage : int
-        Which one, of the order of `onnx_export.texts.passages`.
+        Which one, of the order of `onnx_export.texts.passages` from `REPORTING_START` on.
 
     Returns
     -------
@@ -63,7 +64,7 @@ def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    ids = passages(Tokenizer(gguf), tokens, passage + 1)[passage][None]
+    ids = passages(Tokenizer(gguf), tokens, passage + 1, start=REPORTING_START)[passage][None]
     feeds = {
         given.name: np.empty((1, given.shape[1], 0, given.shape[3]), np.float32)
         for given in session.get_inputs()
@@ -158,13 +159,14 @@ class Learned(NamedTuple):
         return "\n".join(f"- {claim}" for claim in self.claims)
 
 
-def learned(*claims: tuple[bool, str]) -> Learned:
+def learned(*claims: tuple[bool, str] | Comparison) -> Learned:
     """Show what was learned, if all of it holds on this data.
 
     Parameters
     ----------
-    *claims : (bool, str)
-        Whether a claim holds, and the claim: a sentence in Markdown with the figures found.
+    *claims : (bool, str) or Comparison
+        Whether a claim holds, and the claim: a sentence in Markdown with the figures found. A
+        comparison says by itself what holds.
 
     Returns
     -------
@@ -183,7 +185,8 @@ def learned(*claims: tuple[bool, str]) -> Learned:
     ValueError: this does not hold here:
     - Twice two is 5.
     """
-    refuted = [claim for holds, claim in claims if not holds]
+    pairs = [(True, str(one)) if isinstance(one, Comparison) else one for one in claims]
+    refuted = [claim for holds, claim in pairs if not holds]
     if refuted:
         raise ValueError("this does not hold here:\n" + "\n".join(f"- {c}" for c in refuted))
-    return Learned(tuple(claim for _, claim in claims))
+    return Learned(tuple(claim for _, claim in pairs))

@@ -23,21 +23,24 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance import wrong_arithmetic as wrong
 from nsq_ref.conformance.encode_cases import encode_cases, refusal
+from nsq_ref.conformance.family import as_scheme
 from nsq_ref.conformance.frames import scheme_array
 from nsq_ref.conformance.operations import OPERATIONS, Case
 from nsq_ref.conformance.pools import POOL, Draw, differences, stored_blocks
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
-__all__ = ["cases"]
+__all__ = ["cases", "require_size"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
+# Cases are as long as blocks and sinks and as wide as outliers, and are made in pools of hundreds.
+MOST = {"block_size": 4096, "sink_tokens": 256, "outlier_channels": 256}
 FLOAT16, BFLOAT16, FLOAT32 = (FLOAT_DTYPES[name] for name in ("float16", "bfloat16", "float32"))
 
 
 def cases(
-    scheme: Scheme,
+    scheme: Scheme | str,
     operations: Sequence[str] = OPERATIONS,
     seed: int = 0,
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16"),
@@ -46,7 +49,8 @@ def cases(
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Scheme or str
+        A name is one of `family.FAMILY`.
     operations : sequence of {"encode", "decode", "attend", "stream"}
     seed : int
         Of what is drawn; what is computed is the same for all.
@@ -57,12 +61,18 @@ def cases(
     -------
     list of Case
 
+    Raises
+    ------
+    ValueError
+        For a scheme with more sinks, outliers or tokens in a block than cases are made for.
+
     Examples
     --------
-    >>> from nsq_ref import Scheme
-    >>> cases(Scheme(), ["encode"])[0]
+    >>> cases("nsep+pchan4", ["encode"])[0]
     Case(encode ordinary/0)
     """
+    scheme = as_scheme("scheme", scheme)
+    require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
         encoded = list(encode_cases(scheme, seed))
@@ -75,6 +85,27 @@ def cases(
         if "stream" in operations:
             made += _stream_cases(encoded, scheme, seed)
     return [case for case in made if _input_dtype(case) in dtypes]
+
+
+def require_size(scheme: Scheme) -> None:
+    """Raise for a scheme that no cases are made for.
+
+    Raises
+    ------
+    ValueError
+        Where it has more sinks, outliers or tokens in a block.
+
+    Examples
+    --------
+    >>> require_size(Scheme(block_size=2**40))
+    Traceback (most recent call last):
+    ValueError: block_size=1099511627776 is more than cases are made for; check with at most 4096
+    """
+    for name, most in MOST.items():
+        if (number := getattr(scheme, name) or 0) > most:
+            raise ValueError(
+                f"{name}={number} is more than cases are made for; check with at most {most}"
+            )
 
 
 def _input_dtype(case: Case) -> str:

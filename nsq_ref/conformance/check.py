@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.diagnose import Judged, diagnose
-from nsq_ref.conformance.family import scheme_named
+from nsq_ref.conformance.family import as_scheme
 from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.operations import (
@@ -56,6 +57,7 @@ def check(
     stream : callable, optional
         ``stream(x, scheme, steps, row)`` returns what a cache stores.
     scheme : Scheme or str
+        A name is one of the paper's, or that of a variant such as ``nsep+pchan4-gain``.
     seed : int
         Of the drawn cases; 0 are those of the shipped vectors.
     latitudes : sequence of str
@@ -72,6 +74,8 @@ def check(
 
     Raises
     ------
+    TypeError
+        For a scheme, a seed, latitudes or dtypes of another kind.
     ValueError
         For an unknown scheme, latitude or dtype, and where there is nothing to check.
 
@@ -90,9 +94,7 @@ def check(
     operations = [name for name, function in given.items() if function is not None]
     if not operations:
         raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
-    chosen = scheme_named(scheme) if isinstance(scheme, str) else scheme
-    if not isinstance(chosen, Scheme):
-        raise TypeError(f"scheme must be a Scheme or a name, got {scheme!r}")
+    chosen = as_scheme("scheme", scheme)
     port = Callables("callables", **given)
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(
@@ -112,6 +114,7 @@ def run(
     dtypes: Sequence[str] = DTYPES,
     partial: bool = False,
     refusals: bool = True,
+    chosen: Sequence[str] | None = None,
     only: str | None = None,
     command: str = "",
     progress: Progress | None = None,
@@ -132,6 +135,9 @@ def run(
         As `check` takes them.
     refusals : bool
         Ask what must be refused, too; an ONNX graph cannot refuse.
+    chosen : sequence of str, optional
+        Names of the schemes that are asked, all by default. The cases of the others count all the
+        same: answers that were given already are to numbers that stay.
     only : str, optional
         One case, as ``encode/exact-tie/3``.
     command : str
@@ -146,7 +152,7 @@ def run(
     Raises
     ------
     ValueError
-        For an unknown latitude, dtype or case.
+        For an unknown latitude, dtype, scheme or case.
 
     Examples
     --------
@@ -156,48 +162,91 @@ def run(
     >>> report.conforms
     True
     """
-    allowed = Latitudes.parse(list(latitudes))
+    seed = _seed(seed)
+    latitudes, dtypes = _names("latitudes", latitudes), _names("dtypes", dtypes)
+    allowed = Latitudes.parse(latitudes)
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"dtypes={list(dtypes)} are not some of {', '.join(DTYPES)}")
+    asked_of = [name for name, _ in schemes if chosen is None or name in chosen]
+    absent = set(chosen or ()) - set(asked_of)
+    if absent:
+        about = ", ".join(name for name, _ in schemes)
+        raise ValueError(f"there are no questions about {', '.join(absent)}, but about {about}")
     questions: list[tuple[str, Scheme, list[tuple[int, Case]]]] = []
     number = 0
     for name, scheme in schemes:
-        numbered = list(enumerate(cases(scheme, operations, seed, tuple(dtypes)), number))
+        if len(questions) == len(asked_of):
+            break
+        numbered = list(enumerate(cases(scheme, operations, seed, dtypes), number))
         number += len(numbered)
-        chosen = [
+        if name not in asked_of:
+            continue
+        selected = [
             (at, case)
             for at, case in numbered
             if only in (None, f"{case.operation}/{case.id}")
             and (refusals or case.refused_by is None)
         ]
-        if only is not None and not chosen:
-            raise ValueError(
-                f"there is no case {only!r} of {name}; cases are named like encode/exact-tie/0"
-            )
-        questions.append((name, scheme, chosen))
-    total = sum(len(chosen) for *_, chosen in questions)
+        if only is not None and not selected:
+            raise ValueError(_why_not(only, name, cases(scheme, OPERATIONS, seed)))
+        questions.append((name, scheme, selected))
+    else:
+        if isinstance(port, Stream):
+            port.cases = number
+    total = sum(len(selected) for *_, selected in questions)
     must = tuple(operations if required is None else required)
     reports, notes, done = [], [], 0
     unclaimed: dict[Operation, list[str]] = defaultdict(list)
     if not refusals:
         notes.append("not asked: input that must be refused, as a graph cannot refuse")
-    for name, scheme, chosen in questions:
+    if left_out := [dtype for dtype in DTYPES if dtype not in dtypes]:
+        notes.append(f"not asked: {' and '.join(left_out)} input")
+    if only is not None:
+        notes.append(f"not asked: all cases but {only}")
+    for name, scheme, selected in questions:
         asked = []
-        for at, case in chosen:
+        for at, case in selected:
             if progress:
                 progress(f"{name}: {case.operation}", done, total)
             asked.append((case, port.ask(at, case)))
             done += 1
-        again = [] if isinstance(port, Stream) else _asked_again(port, chosen, asked)
+        again = [] if isinstance(port, Stream) else _asked_again(port, selected, asked)
         one, of_scheme = _scheme_report(name, scheme, asked, again, allowed, must, progress)
         reports.append(one)
         for operation in of_scheme:
             unclaimed[operation].append(name)
     for operation, names in unclaimed.items():
-        where = "" if len(names) == len(schemes) else f" for {', '.join(names)}"
+        where = "" if len(names) == len(questions) else f" for {', '.join(names)}"
         notes.append(f"{operation} is not implemented{where}")
-    return Report(port.name, seed, tuple(latitudes), reports, partial, command, notes)
+    return Report(port.name, seed, latitudes, reports, partial, command, notes)
+
+
+def _seed(seed: Any) -> int:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {seed!r:.80}") from None
+    if isinstance(seed, bool) or number < 0:
+        raise ValueError(f"seed={seed!r} must be an integer of at least 0")
+    return number
+
+
+def _names(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Take a sequence of names: of a single string, the letters would be taken."""
+    if isinstance(given, str | bytes) or not all(isinstance(one, str) for one in given):
+        raise TypeError(f"{name} must be a sequence of names, got {given!r:.80}")
+    return tuple(given)
+
+
+def _why_not(only: str, name: str, everything: Sequence[Case]) -> str:
+    """Say why a case is not asked."""
+    if only in (f"{case.operation}/{case.id}" for case in everything):
+        return (
+            f"case {only} of {name} is not among what is asked: it is about another operation or "
+            "dtype, or must be refused, which a graph cannot"
+        )
+    return f"there is no case {only!r} of {name}; cases are named like encode/exact-tie/0"
 
 
 def _asked_again(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from nsq_ref.scheme import Scheme, scheme_names
+from typing import Any
 
-__all__ = ["FAMILY", "scheme_named"]
+from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
 
-# Every named scheme has float16 scales, norms or least-squares gains, and the full range.
+__all__ = ["FAMILY", "as_scheme", "scheme_named"]
+
+# Every named scheme has float16 scales and norms or least-squares gains; only streaming2 searches.
 VARIANTS = {
     "gain": Scheme(magnitude="gain"),
     "lsq": Scheme(magnitude="lsq"),
@@ -52,3 +54,25 @@ def scheme_named(name: str) -> Scheme:
         f"unknown scheme name {name!r}; known are those of `nsq info` (nsep+pchan4, naive4, ...), "
         f"and {variants}"
     )
+
+
+def as_scheme(name: str, scheme: Any) -> Scheme:
+    """Take a scheme, or the name of one of the family; ``name`` is the argument's.
+
+    Raises
+    ------
+    TypeError
+        For what is neither, and for a pair of schemes.
+    ValueError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> as_scheme("scheme", "nsep+pchan4-lsq").magnitude
+    'lsq'
+    """
+    if isinstance(scheme, KeyValueSchemes):
+        raise TypeError(f"{name} is a pair for keys and values; pass its .key or its .value")
+    if not isinstance(scheme, Scheme | str):
+        raise TypeError(f"{name} must be a Scheme or a name, got {scheme!r:.80}")
+    return scheme_named(scheme) if isinstance(scheme, str) else scheme

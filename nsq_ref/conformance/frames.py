@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "Frame",
     "FrameError",
+    "Frames",
     "read_frame",
     "scheme_array",
     "scheme_of",
@@ -33,6 +34,9 @@ MAGIC = b"NSQ1"
 MOST_ARRAYS = 64
 MOST_AXES = 4
 MOST_BYTES = 1 << 30  # of one frame: more is taken for garbage, not for a request of memory
+MOST_BETWEEN = 1 << 20  # bytes between two frames: who writes more writes no frames
+MOST_NUMBER = 2**31 - 1  # of a scheme
+CHUNK_BYTES = 1 << 20  # memory is asked for as data come, not as they are announced
 _COUNT = struct.Struct("<I")
 _HEADER = struct.Struct("<32sII4I")  # name, dtype, axes, shape; 56 bytes
 
@@ -63,6 +67,10 @@ class FrameError(ValueError):
 
 class StreamEndedError(FrameError):
     """What was read is the beginning of a frame: the stream ended within it."""
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...  # pragma: no cover
 
 
 def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
@@ -104,7 +112,7 @@ def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> Frame | None:
+def read_frame(stream: _Readable) -> Frame | None:
     """Read one frame.
 
     Parameters
@@ -135,8 +143,8 @@ def read_frame(stream: BinaryIO) -> Frame | None:
     if not start:
         return None
     if start != MAGIC:
-        text = start + (stream.read1(60) if hasattr(stream, "read1") else b"")
-        raise FrameError(f"a frame begins with {MAGIC!r}; read {text!r}")
+        behind = _read1(stream, 60)
+        raise FrameError(f"a frame begins with {MAGIC!r}; read {start + behind!r}")
     (count,) = _COUNT.unpack(_exactly(stream, _COUNT.size))
     if count > MOST_ARRAYS:
         raise FrameError(f"the frame claims {count} arrays; at most {MOST_ARRAYS} are allowed")
@@ -163,13 +171,89 @@ def read_frame(stream: BinaryIO) -> Frame | None:
                 f"with array {name!r} of shape {list(shape)} the frame would take {taken} bytes; "
                 f"at most {MOST_BYTES} are allowed"
             )
-        data = bytearray(_exactly(stream, size))
-        frame[name] = np.frombuffer(data, DTYPES[kind]).reshape(shape)
+        data = _exactly(stream, size)
+        try:
+            frame[name] = np.frombuffer(data, DTYPES[kind]).reshape(shape)
+        except ValueError:  # no elements, and axes that NumPy cannot hold
+            raise FrameError(
+                f"array {name!r} has the shape {list(shape)}, which no array has"
+            ) from None
     return frame
+
+
+class Frames:
+    """The frames of a stream, found again behind whatever else is written between them.
+
+    Parameters
+    ----------
+    stream : binary file
+
+    Examples
+    --------
+    >>> import io
+    >>> import numpy as np
+    >>> stream = io.BytesIO()
+    >>> _ = stream.write(b"ready!")
+    >>> write_frame(stream, {"x": np.float32([[1, 2]])})
+    >>> _ = stream.seek(0)
+    >>> frames = Frames(stream)
+    >>> frames.read_frame()
+    Traceback (most recent call last):
+    nsq_ref.conformance.frames.FrameError: ...
+    >>> frames.skip()
+    True
+    >>> frames.read_frame()
+    {'x': array([[1., 2.]], dtype=float32)}
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._waiting = b""  # bytes that were read, and are to be read once more
+        self._taken: list[bytes] = []  # of the frame that is being read
+
+    def read_frame(self) -> Frame | None:
+        """Read one frame, as the function `read_frame` does."""
+        self._taken = []
+        return read_frame(self)
+
+    def skip(self) -> bool:
+        """After a `FrameError`, go on to what looks like the next frame; False if there is none."""
+        text = b"".join(self._taken)[1:] + self._waiting
+        for _ in range(MOST_BETWEEN // CHUNK_BYTES + 1):
+            found = text.find(MAGIC)
+            if found >= 0:
+                self._waiting = text[found:]
+                return True
+            if not (more := _read1(self._stream, CHUNK_BYTES)):
+                break
+            text = text[1 - len(MAGIC) :] + more
+        self._waiting = b""
+        return False
+
+    def read(self, size: int, /) -> bytes:
+        """Read so many bytes, or what there is until the end."""
+        data, self._waiting = self._waiting[:size], self._waiting[size:]
+        if len(data) < size:
+            data += self._stream.read(size - len(data))
+        self._taken.append(data)
+        return data
+
+    def read1(self, size: int, /) -> bytes:
+        """Read what there is, at least a byte unless the stream has ended."""
+        data, self._waiting = self._waiting[:size], self._waiting[size:]
+        if not data:
+            data = _read1(self._stream, size)
+        self._taken.append(data)
+        return data
 
 
 def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
     """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry.
+
+    Raises
+    ------
+    ValueError
+        For a number beyond int32.
 
     Examples
     --------
@@ -179,7 +263,13 @@ def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
     numbers = []
     for name, value in scheme.to_dict().items():
         words = _WORDS[name]
-        numbers.append(words.index(value) if words else value or 0)
+        number = words.index(value) if words else value or 0
+        if number > MOST_NUMBER:
+            raise ValueError(
+                f"{name}={number} does not fit the int32 in which frames and nsq.h hold it; give "
+                f"at most {MOST_NUMBER}"
+            )
+        numbers.append(number)
     return np.array(numbers, np.int32)
 
 
@@ -196,8 +286,10 @@ def scheme_of(numbers: Array) -> Scheme:
     >>> scheme_of(scheme_array(Scheme(bits=3))) == Scheme(bits=3)
     True
     """
-    if numbers.shape != (len(_WORDS),):
-        raise ValueError(f"a scheme has {len(_WORDS)} numbers, got shape {list(numbers.shape)}")
+    if numbers.shape != (len(_WORDS),) or numbers.dtype != np.int32:
+        raise ValueError(
+            f"a scheme is int32 [{len(_WORDS)}], got {numbers.dtype} {list(numbers.shape)}"
+        )
     fields: dict[str, Any] = {}
     for (name, words), number in zip(_WORDS.items(), numbers.tolist(), strict=True):
         if words and not 0 <= number < len(words):
@@ -207,8 +299,19 @@ def scheme_of(numbers: Array) -> Scheme:
     return Scheme(**fields)
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise StreamEndedError(f"the stream ended {size - len(data)} bytes before the frame did")
+def _read1(stream: _Readable, size: int) -> bytes:
+    """Read what there is: to read more would be to wait for it."""
+    data: bytes = getattr(stream, "read1", stream.read)(size)
+    return data
+
+
+def _exactly(stream: _Readable, size: int) -> bytearray:
+    data = bytearray()
+    while len(data) < size:
+        chunk = stream.read(min(size - len(data), CHUNK_BYTES))
+        if not chunk:
+            raise StreamEndedError(
+                f"the stream ended {size - len(data)} bytes before the frame did"
+            )
+        data += chunk
     return data

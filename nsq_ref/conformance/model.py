@@ -83,7 +83,7 @@ def block_of(parts: Mapping[str, Array], scheme: Scheme, head_dim: int) -> spec.
         codes=packing.unpack(packed, scheme, head_dim),
         norm=parts.get("norm", np.ones(tokens, np.float32)),
         scale=scale,
-        zero=parts.get("zero", np.zeros_like(scale)),
+        zero=parts.get("zero", np.full_like(scale, -0.0)),
         outlier_index=parts.get("outlier_index", np.zeros((*blocks, 0), np.int32)),
         outliers=parts.get("outliers", np.zeros((*tokens, 0), np.float16)),
         collapsed=np.zeros(tokens, bool),

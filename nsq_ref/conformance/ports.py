@@ -7,13 +7,16 @@ a process of their own, `worker`, so that the kit outlives whatever they do.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +25,15 @@ from typing import IO, Any, BinaryIO, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.codec import PARTS, as_array
+from nsq_ref.arrays import as_array
+from nsq_ref.codec import PARTS
 from nsq_ref.conformance.frames import (
     DTYPES,
     MOST_AXES,
+    MOST_BYTES,
     Frame,
     FrameError,
+    Frames,
     StreamEndedError,
     read_frame,
     scheme_of,
@@ -47,6 +53,7 @@ from nsq_ref.conformance.operations import (
     attention_options,
     request_of,
 )
+from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
 
 __all__ = [
@@ -73,12 +80,18 @@ STDERR_BYTES = 1 << 14  # that are kept of either end
 STDERR_LINES = 5  # that a message shows of either end
 STDERR_CHARACTERS = 300  # of a line
 MESSAGE_BYTES = 2000
+MOST_ODDITIES = 3  # that a message names
 
 HEADER_FILE = "header.nsq"
 _Kind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
+# Not from this directory, where files may be named like modules that the worker imports.
+_WORKER = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from nsq_ref.conformance.worker import main; sys.exit(main())"
+)
 _KINDS: tuple[_Kind, ...] = get_args(_Kind)
 _RESULTS = {"decode": "x_hat", "attend": "output"}  # operations that return one array
-_SUFFIXES = {".so": "library", ".dylib": "library", ".dll": "library", ".onnx": "model"}
+_LIBRARY = re.compile(r".+\.(so(\.[0-9]+)*|dylib|dll)")  # libmine.so.1 is one, too
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -162,10 +175,15 @@ def read_hello(stream: BinaryIO) -> Hello:
             )
         schemes = [(one.pop("name"), Scheme.from_dict(one)) for one in fields["schemes"]]
         hello = Hello(fields["seed"], schemes, fields["operations"], fields["dtypes"])
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (
+        KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError,
+        RecursionError,
+    ) as error:  # fmt: skip
         raise ValueError(f"the first frame is not one that nsq gen wrote: {error!r}") from None
-    if type(hello.seed) is not int:
-        raise ValueError(f"the seed of the run is {hello.seed!r}; it is an integer")
+    if type(hello.seed) is not int or hello.seed < 0:
+        raise ValueError(f"the seed of the run is {hello.seed!r}; it is an integer from 0 on")
+    if not all(isinstance(name, str) for name, _ in schemes):
+        raise ValueError(f"the schemes of the run are named {[name for name, _ in schemes]}")
     for name, given, known in (
         ("operations", hello.operations, OPERATIONS),
         ("dtypes", hello.dtypes, get_args(FloatName)),
@@ -194,7 +212,7 @@ def write_requests(stream: BinaryIO, header: Frame, cases: Iterable[Case]) -> No
 
 
 def write_files(directory: str | Path, header: Frame, cases: Iterable[Case]) -> None:
-    """Write the frames of a run as files: ``header.nsq`` and ``00000.nsq`` onwards.
+    """Write the frames of a run as files: ``header.nsq`` and ``00000.nsq`` onwards, all or none.
 
     Raises
     ------
@@ -211,12 +229,19 @@ def write_files(directory: str | Path, header: Frame, cases: Iterable[Case]) -> 
     ['00000.nsq', '00001.nsq', 'header.nsq']
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / HEADER_FILE).open("wb") as file:
-        write_frame(file, header)
-    for number, case in enumerate(cases):
-        with (folder / _file_name(number)).open("wb") as file:
-            write_frame(file, request_of(number, case))
+
+    def files() -> Iterator[tuple[Path, bytes]]:
+        yield folder / HEADER_FILE, _as_bytes(header)
+        for number, case in enumerate(cases):
+            yield folder / _file_name(number), _as_bytes(request_of(number, case))
+
+    atomic.write(files(), make_folders=True)
+
+
+def _as_bytes(frame: Frame) -> bytes:
+    stream = io.BytesIO()
+    write_frame(stream, frame)
+    return stream.getvalue()
 
 
 def reply_of(number: int, result: Answer | Failure) -> Frame:
@@ -244,8 +269,7 @@ def _answer_of(frame: Frame, number: int) -> Answer | Failure:
     """Return what a frame answers to a case; the inverse of `reply_of`."""
     answered, status = _number(frame), _number(frame, "status")
     if answered is None or status is None:
-        found = {name: f"{array.dtype} {list(array.shape)}" for name, array in frame.items()}
-        return Failure("garbage", f"an answer has case and status, int32 [1]; this one has {found}")
+        return Failure("garbage", _no_answer(frame))
     if answered != number:
         return Failure("garbage", f"case {number} was asked, and case {answered} answered")
     if status not in range(FAILED + 1):
@@ -260,6 +284,11 @@ def _answer_of(frame: Frame, number: int) -> Answer | Failure:
 
 
 _RESERVED = {"case", "status", "message", "kind"}
+
+
+def _no_answer(frame: Frame) -> str:
+    found = {name: f"{array.dtype} {list(array.shape)}" for name, array in frame.items()}
+    return f"an answer has case and status, int32 [1]; this one has {found}"
 
 
 def _number(frame: Frame, name: str = "case") -> int | None:
@@ -337,7 +366,7 @@ class Callables:
         try:
             result = function(*positional, **named)
         except (ValueError, OverflowError) as error:
-            return Answer(REFUSED, {}, str(error))
+            return Answer(REFUSED, {}, f"{error} ({_origin(error)})")
         except NotImplementedError as error:
             return Answer(NOT_IMPLEMENTED, {}, str(error))
         for name, array in given.items():
@@ -347,6 +376,12 @@ class Callables:
 
     def close(self) -> None:
         """Do nothing: there is nothing to let go of."""
+
+
+def _origin(error: Exception) -> str:
+    """Say where an error was raised: one that nobody meant reads as a refusal, too."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{type(error).__name__}, {Path(frame.f_code.co_filename).name} line {line}"
 
 
 def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[str, Any]]:
@@ -401,15 +436,15 @@ def _answer(result: Any, case: Case) -> Answer | Failure:
         if value is None and operation not in _RESULTS:
             continue
         try:
-            array = np.array(as_array(name, value))
+            array = as_array(name, value)
         except TypeError as error:
             return Failure("garbage", str(error))
+        got = f"{name} is {array.dtype} {list(array.shape)}"
         if array.dtype not in DTYPES or array.ndim > MOST_AXES:
-            return Failure(
-                "garbage",
-                f"{name} is {array.dtype} {list(array.shape)}; {_expected(name, case)}",
-            )
-        arrays[name] = array
+            return Failure("garbage", f"{got}; {_expected(name, case)}")
+        if array.nbytes > MOST_BYTES:
+            return Failure("garbage", f"{got}, more than the {MOST_BYTES} bytes of any answer")
+        arrays[name] = np.array(array)
     return Answer(DONE, arrays)
 
 
@@ -729,6 +764,8 @@ class Folder:
     def ask(self, number: int, case: Case) -> Answer | Failure:
         """Read the answer to a case."""
         path = self._directory / _file_name(number)
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            return Failure("garbage", f"{path.name} cannot be read: it is no file")
         try:
             with path.open("rb") as file:
                 frame = read_frame(file)
@@ -748,6 +785,10 @@ class Folder:
 
 class Stream:
     """Answers that come one after the other, in the order of the cases.
+
+    Whatever else comes is a failure of the case in whose place it comes, or behind whose answer:
+    another answer to a case, one to a case that was not asked or whose turn is over, and what is no
+    frame. The cases that follow are judged as if it were not there.
 
     Parameters
     ----------
@@ -771,34 +812,85 @@ class Stream:
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
         self.name = name
-        self._stream = stream
-        self._read: Frame | None = None  # an answer to a later case
-        self._ended = ""  # why there are no more answers
-        self._last: int | None = None  # the case that was answered last
+        self.cases: int | None = None  # of the run, where all of them are asked
+        self._frames = Frames(stream)
+        self._ahead: Frame | None = None  # the next answer
+        self._coming = -1  # the case that it answers
+        self._last = -1  # the case of the answer before it
+        self._passed: set[int] = set()  # all cases of earlier answers
+        self._odd: list[str] = []  # what came between these two
+        self._ended = ""  # why there is no next answer
 
     def ask(self, number: int, case: Case) -> Answer | Failure:
-        """Read the next answer, which is missing if it is one to a later case."""
-        place = "before any answer" if self._last is None else f"after case {self._last}"
-        if self._read is None and not self._ended:
-            try:
-                self._read = read_frame(self._stream)
-            except StreamEndedError as error:
-                place += f" in the midst of an answer ({error})"
-            except FrameError as error:
-                self._ended = f"what came {place} is no frame; what follows cannot be told apart"
-                return Failure("garbage", f"what came {place} is no frame: {error}")
-            if self._read is None:
-                self._ended = f"the stream ended {place}"
-        if self._read is None:
-            return Failure("missing", self._ended)
-        answered = _number(self._read)
-        if answered is not None and answered > number:
-            return Failure("missing", f"{place} the stream goes on with case {answered}")
-        frame, self._read, self._last = self._read, None, number
-        return _answer_of(frame, number)
+        """Return the answer to a case, which is missing if the stream goes on with a later one."""
+        frame = self._next()
+        before = self._oddity() if self._last < 0 else None
+        while frame is not None and self._coming < number:  # a case that nobody asks about
+            frame, before = self._pass(), None
+        if frame is None or self._coming > number:
+            gone_on = f"{self._place()} the stream goes on with case {self._coming}"
+            return before or self._oddity() or Failure("missing", self._ended or gone_on)
+        answer = _answer_of(frame, number)
+        behind = self._pass()
+        # What came in place of the next answer is told of the case that has none.
+        if (behind is None and self.cases in (None, number + 1)) or self._coming == number + 1:
+            return before or self._oddity() or answer
+        return before or answer
 
     def close(self) -> None:
         """Do nothing: the stream is the caller's."""
+
+    def _place(self) -> str:
+        return "before any answer" if self._last < 0 else f"after case {self._last}"
+
+    def _oddity(self) -> Failure | None:
+        odd, self._odd = self._odd, []
+        if not odd:
+            return None
+        more = [f"and {len(odd) - MOST_ODDITIES} more"] if len(odd) > MOST_ODDITIES else []
+        came = "; ".join([*odd[:MOST_ODDITIES], *more])
+        return Failure("garbage", f"{self._place()} came {came}")
+
+    def _pass(self) -> Frame | None:
+        """Let go of the next answer, and return the one that follows."""
+        self._passed.add(self._coming)
+        self._last, self._ahead, self._odd = self._coming, None, []
+        return self._next()
+
+    def _next(self) -> Frame | None:
+        """Return the next answer to a case whose turn is not over."""
+        while self._ahead is None and not self._ended:
+            try:
+                frame = self._frames.read_frame()
+            except FrameError as error:
+                self._skip(error)
+                continue
+            if frame is None:
+                self._ended = f"the stream ended {self._place()}"
+                continue
+            number = _number(frame)
+            if number is None:
+                self._odd.append(_no_answer(frame))
+            elif number < 0 or (self.cases is not None and number >= self.cases):
+                self._odd.append(f"an answer to case {number}, which was not asked")
+            elif number in self._passed:
+                self._odd.append(f"another answer to case {number}")
+            elif number < self._last:
+                self._odd.append(f"the answer to case {number}, out of order")
+            else:
+                self._ahead, self._coming = frame, number
+        return self._ahead
+
+    def _skip(self, error: FrameError) -> None:
+        """Go on to the next frame behind what is none."""
+        cut = isinstance(error, StreamEndedError)
+        if self._frames.skip():
+            self._odd.append(f"what is no frame: {error}")
+        elif cut and self.cases != self._last + 1:
+            self._ended = f"the stream ended {self._place()} in the midst of an answer ({error})"
+        else:
+            self._odd.append(f"what is no frame: {error}")
+            self._ended = f"{self._place()} no other frame came"
 
 
 # --- targets ------------------------------------------------------------------------------------
@@ -863,19 +955,23 @@ def open_port(
                 "a program answers all operations, so that it is given first and alone; got "
                 + ", ".join(f"{operation}={target}" for operation, target in targets.items())
             )
-        argv = [str(Path(targets["encode"]).resolve())]
+        argv = [os.path.abspath(targets["encode"])]  # links kept: some programs go by their name
     else:
-        argv = [sys.executable, "-m", "nsq_ref.conformance.worker"]
+        argv = [sys.executable, "-c", _WORKER]
         argv.append(json.dumps({**targets, "custom_ops": custom_ops}))
     return Process(name, argv, timeout, header)
 
 
 def target_kind(target: str) -> str:
     """Return ``function``, ``library``, ``model`` or ``program``."""
+    if not target:
+        raise ValueError("a target is empty; name what is to be checked, or leave the option out")
     path = Path(target)
     if path.is_file():
-        if path.suffix in _SUFFIXES:
-            return _SUFFIXES[path.suffix]
+        if _LIBRARY.fullmatch(path.name):
+            return "library"
+        if path.suffix == ".onnx":
+            return "model"
         if path.suffix == ".py" and not os.access(path, os.X_OK):
             raise ValueError(f"{target} is a file; name a function in it: {target}:encode")
         if not os.access(path, os.X_OK):
@@ -884,6 +980,11 @@ def target_kind(target: str) -> str:
                 "in .so, .dylib or .dll, models in .onnx"
             )
         return "program"
+    if path.is_dir():
+        raise ValueError(
+            f"{target} is a folder; name what is in it, or judge the answers in it with "
+            f"nsq check --dir {target}"
+        )
     module, colon, function = target.rpartition(":")
     if not colon:
         raise ValueError(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["CaseItem"]
 
 TARGETS = ("encode", "decode", "attend", "stream")
+DTYPES = ("float32", "float16", "bfloat16")
+LEAST_TIMEOUT = 0.1  # seconds
+OPTIONS = ("custom_ops", "scheme", "all", "seed", "allow", "dtype", "timeout")
 
 
 class Run(NamedTuple):
@@ -35,6 +38,10 @@ class Run(NamedTuple):
     operations: list[Operation]
     seed: int
     latitudes: Latitudes
+    dtypes: list[str]
+    refusals: bool
+    custom_ops: str | None
+    timeout: float
     command: str
 
 
@@ -73,23 +80,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="LATITUDE",
         help="a difference to allow, such as norm-ulp=1; may be repeated",
     )
+    group.addoption(
+        "--nsq-dtype",
+        action="append",
+        choices=DTYPES,
+        help="a dtype of the input; may be repeated (default: all)",
+    )
+    group.addoption("--nsq-custom-ops", metavar="FILE", help="operators that ONNX models need")
+    group.addoption(
+        "--nsq-timeout", type=float, metavar="S", help="seconds for one answer (default: 30)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options; refuse those that make no sense."""
-    targets = {name: target for name in TARGETS if (target := config.getoption(f"nsq_{name}"))}
+    named = ((name, config.getoption(f"nsq_{name}")) for name in TARGETS)
+    targets = {name: target for name, target in named if target is not None}
     if targets:
         try:
             config.stash[RUN] = _run_of(config, targets)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from error
         return
-    for name in ("scheme", "all", "seed", "allow"):
+    for name in OPTIONS:
         value = config.getoption(f"nsq_{name}")
         if value is not None and value is not False:
             raise pytest.UsageError(
-                f"--nsq-{name} needs something to check; give --nsq-encode, --nsq-decode, "
-                "--nsq-attend or --nsq-stream"
+                f"--nsq-{name.replace('_', '-')} needs something to check; give --nsq-encode, "
+                "--nsq-decode, --nsq-attend or --nsq-stream"
             )
 
 
@@ -108,7 +126,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     try:
         encode, decode, attend, stream = (run.targets.get(name) for name in TARGETS)
-        port = open_port(encode, decode, attend, stream)
+        port = open_port(encode, decode, attend, stream, run.custom_ops, run.timeout)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     session.config.stash[PORT] = port
@@ -138,6 +156,28 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     # So that the terminal counts them.
     report = pytest.CollectReport("nsq", "passed", longrepr=None, result=list(added))
     session.ihook.pytest_collectreport(report=report)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was judged, and what was not asked: passing tests alone do not tell."""
+    run = config.stash.get(RUN, None)
+    if run is None:
+        return
+    judged: dict[str, dict[str, int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            if report.nodeid.startswith("nsq::nsq["):
+                name, operation, _ = report.nodeid.removeprefix("nsq::nsq[").split("/", 2)
+                counts = judged.setdefault(name, {})
+                counts[operation] = counts.get(operation, 0) + 1
+    for name, counts in judged.items():
+        total = [f"{operation} {counts[operation]}" for operation in TARGETS if operation in counts]
+        terminalreporter.write_line(f"nsq: {name}, cases judged: {', '.join(total)}")
+    absent = [name for name in TARGETS if not any(name in counts for counts in judged.values())]
+    absent += [f"{dtype} input" for dtype in DTYPES if dtype not in run.dtypes]
+    absent += [] if run.refusals else ["input that must be refused, as a graph cannot refuse"]
+    if absent:
+        terminalreporter.write_line(f"nsq: not checked: {', '.join(absent)}")
 
 
 class CaseItem(pytest.Item):
@@ -209,13 +249,25 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
             raise ValueError("--nsq-all checks every named scheme; leave --nsq-scheme out")
         names = list(FAMILY)
     schemes = [(name, scheme_named(name)) for name in dict.fromkeys(names)]
-    does_all = "encode" in targets and target_kind(targets["encode"]) in ("library", "program")
+    kind = target_kind(targets["encode"]) if "encode" in targets else ""
+    does_all = kind in ("library", "program")
     allowed: list[str] = config.getoption("nsq_allow") or []
     seed: int = config.getoption("nsq_seed") or 0
+    if seed < 0:
+        raise ValueError(f"--nsq-seed {seed} must be at least 0")
+    timeout: float | None = config.getoption("nsq_timeout")
+    if timeout is not None and not timeout >= LEAST_TIMEOUT:
+        raise ValueError(f"--nsq-timeout {timeout} must be at least {LEAST_TIMEOUT}")
+    custom_ops: str | None = config.getoption("nsq_custom_ops")
+    dtypes: list[str] = config.getoption("nsq_dtype") or []
     words = ["nsq", "check"]
     for name, target in targets.items():
         words += [target] if name == "encode" else [f"--{name}", target]
+    words += ["--custom-ops", custom_ops] if custom_ops is not None else []
     words += ["--seed", str(seed)] if seed else []
+    words += ["--timeout", f"{timeout:g}"] if timeout is not None else []
+    for dtype in dtypes:
+        words += ["--dtype", dtype]
     for latitude in allowed:
         words += ["--allow", latitude]
     return Run(
@@ -224,6 +276,10 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
         [operation for operation in OPERATIONS if does_all or operation in targets],
         seed,
         Latitudes.parse(allowed),
+        dtypes or list(DTYPES),
+        kind != "model",
+        custom_ops,
+        30.0 if timeout is None else timeout,
         shlex.join(words),
     )
 
@@ -232,8 +288,9 @@ def _cases(run: Run) -> Iterator[tuple[str, Case]]:
     from nsq_ref.conformance.cases import cases
 
     for name, scheme in run.schemes:
-        for case in cases(scheme, run.operations, run.seed):
-            yield name, case
+        for case in cases(scheme, run.operations, run.seed, run.dtypes):
+            if run.refusals or case.refused_by is None:
+                yield name, case
 
 
 def _verdict(

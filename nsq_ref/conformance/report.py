@@ -243,15 +243,16 @@ def _only_case(report: Report) -> Case | None:
 
 def _verdict_lines(report: Report) -> Iterator[Line]:
     names = " and ".join(one.title for one in report.schemes)
-    alone = _only_case(report)
     checked = {operation: _checked(report, operation) for operation in OPERATIONS}
     if not any(checked.values()):
         yield Line("NOTHING WAS CHECKED: no case was asked.", style="bad")
         return
-    if alone:
-        said = "RIGHT" if report.conforms else "WRONG"
-        style = "good" if report.conforms else "bad"
-        yield Line(f"{said} in this one case: {names}, {case_name(alone)}.", style=style)
+    asked = {case_name(case) for one in report.schemes for case in one.cases}
+    if len(asked) == 1:
+        said, style = ("RIGHT", "good") if report.conforms else ("WRONG", "bad")
+        told = [one for one in report.schemes if report.conforms_to(one) == report.conforms]
+        which = " and ".join(one.title for one in told) if len(told) < 4 else f"{len(told)} schemes"
+        yield Line(f"{said} in this one case: {which}, {asked.pop()}.", style=style)
         return
     judged = [(op, sum(one.judged.get(op, 0) for one in report.schemes)) for op in OPERATIONS]
     missing = sum(len(one.not_implemented) for one in report.schemes)
@@ -545,7 +546,8 @@ def as_json(report: Report) -> dict[str, Any]:
     -------
     dict
         ``specVersion``, ``port``, ``command``, ``seed``, ``latitudes``, ``partial``, ``conforms``,
-        ``notes`` and ``schemes``, a list with, for each scheme:
+        ``notes``, ``notChecked``, the operations of which no case was asked or implemented, and
+        ``schemes``, a list with, for each scheme:
 
         ``name``, ``scheme``, ``conforms``
             The scheme as `Scheme.to_dict` gives it.
@@ -584,6 +586,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "partial": report.partial,
         "conforms": report.conforms,
         "notes": [printable(note) for note in report.notes],
+        "notChecked": [name for name in OPERATIONS if not _checked(report, name)],
         "schemes": [_scheme_json(report, one) for one in report.schemes],
     }
 

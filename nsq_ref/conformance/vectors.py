@@ -27,6 +27,7 @@ from nsq_ref.conformance import cases, exact
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 
 __all__ = ["FOLDER", "SCHEMES", "Vector", "content", "export", "load", "names", "write"]
@@ -231,13 +232,12 @@ def write(directory: str | Path, progress: Callable[[str], None] | None = None) 
             progress(file)
         contents[file] = content(file)
     _require_only_additions(target, contents)
-    target.mkdir(parents=True, exist_ok=True)
-    for file, data in {
+    whole = {
         **contents,
         **{name: (FOLDER / name).read_bytes() for name in STATIC},
         MANIFEST: manifest(contents),
-    }.items():
-        (target / file).write_bytes(data)
+    }
+    atomic.write(((target / file, data) for file, data in whole.items()), make_folders=True)
 
 
 def manifest(contents: Mapping[str, bytes]) -> bytes:
@@ -357,9 +357,10 @@ def _large(name: str) -> bytes:
 
 
 def _by_id(file: str, data: bytes) -> dict[str, Any]:
-    """Return what a file says of each id."""
+    """Return what a file says of each id, and of which scheme."""
     if file.endswith(".json"):
-        return {case["id"]: case for case in json.loads(data)["cases"]}
+        parsed = json.loads(data)
+        return {case["id"]: (parsed["scheme"], case) for case in parsed["cases"]}
     size = int.from_bytes(data[:8], "little")
     description = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["nsq_vector"])
     return {description["id"]: data}
@@ -395,8 +396,10 @@ def export(path: str | Path) -> None:
 
     Raises
     ------
+    ValueError
+        For the ending of an archive of another kind.
     OSError
-        Where it cannot be written.
+        Where it cannot be written; nothing is left then.
 
     Examples
     --------
@@ -411,13 +414,12 @@ def export(path: str | Path) -> None:
     shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
     contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
     if target.name.endswith(".tar.gz"):
-        target.write_bytes(_tar(contents))
+        atomic.write([(target, _tar(contents))])
     elif target.suffix == ".zip":
-        target.write_bytes(_zip(contents))
+        atomic.write([(target, _zip(contents))])
     else:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            (target / name).write_bytes(data)
+        files = ((target / name, data) for name, data in contents.items())
+        atomic.write(files, make_folders=True)
 
 
 def _tar(contents: Mapping[str, bytes]) -> bytes:

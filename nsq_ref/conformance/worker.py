@@ -207,6 +207,7 @@ def _function(target: str) -> Callable[..., Any]:
         if origin.endswith(".py"):
             found: Any = _module(Path(origin).resolve())
         else:
+            sys.path.insert(0, os.getcwd())
             found = importlib.import_module(origin)
     except (ImportError, SyntaxError) as error:
         raise TargetError(
@@ -226,8 +227,12 @@ def _module(path: Path) -> Any:
     """Import a file as a script's neighbours are imported: its directory comes first."""
     sys.path.insert(0, str(path.parent))
     name = path.stem
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
-        return sys.modules[name]
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, "__file__", None) != str(path):
+        name = f"{name} of the port"  # a file may be named as what others import
+        known = sys.modules.get(name)
+    if known is not None:
+        return known
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -616,6 +616,10 @@ def range_with_sinks(original: Function, reference: Reference) -> Function:
         sinks = reference.sinks.astype(F32)
         if scheme.separate_norm:
             sinks = reference.spec.direction_of(sinks, reference.rounding.norm(sinks))
+        # Another mistake may have told the tokens apart; sinks are like any of them.
+        of_tokens = np.broadcast_to(coded, direction.shape)
+        of_sinks = np.broadcast_to(coded.any(axis=-2, keepdims=True), sinks.shape)
+        coded = np.concatenate([of_sinks, of_tokens], axis=-2)
         return original(np.concatenate([sinks, direction], axis=-2), coded, scheme)
 
     return extent

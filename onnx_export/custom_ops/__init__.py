@@ -40,14 +40,17 @@ def library_path() -> Path:
             raise FileNotFoundError(f"NSQ_CUSTOM_OPS={named!r} is not a file; unset it or build it")
         return Path(named)
     name = _FILE_NAMES.get(sys.platform, "libnsq_onnx.so")
-    for (
-        folder
-    ) in __path__:  # two if the package is installed from a clone: sources, and what was built
-        if (path := Path(folder) / name).is_file():
+    # Two folders if the package is installed from a clone: sources, and what was built.
+    folders = [Path(folder) for folder in __path__]
+    for folder in folders:
+        if (path := folder / name).is_file():
             return path
+    notes = [note for folder in folders if (note := folder / "without_library.txt").is_file()]
+    reason = f": {notes[0].read_text(encoding='utf-8')} when it was installed" if notes else ""
     raise FileNotFoundError(
-        f"{name} is not in {', '.join(__path__)}; install nsq-ref again, with a C++17 compiler, "
-        "or set NSQ_CUSTOM_OPS to where it is"
+        f"{name} is not in {', '.join(__path__)}{reason}. Install a C++17 compiler (GCC 8 or "
+        "Clang 7, or newer), then nsq-ref anew: pip install --force-reinstall --no-deps "
+        "--no-cache-dir nsq-ref, or . in a clone; or set NSQ_CUSTOM_OPS to where it is"
     )
 
 
@@ -58,6 +61,11 @@ def register(options: SessionOptions) -> None:
     ----------
     options : onnxruntime.SessionOptions
         Changed in place; once is enough, and twice does no harm.
+
+    Raises
+    ------
+    FileNotFoundError
+        As `library_path`.
 
     Examples
     --------

@@ -25,8 +25,6 @@ constexpr int64_t kTaskRows = 1024;  // rows for which a block is decoded once
 constexpr int64_t kTasks = 64;
 constexpr int64_t kSegment = 2048;  // tokens that are worth a task
 constexpr int64_t kStagedTokens = 32;
-// Weights up to so many times their root mean square may be coarse: see Kernels::add_codes.
-constexpr float kCoarse = 6;
 
 long long shown(int64_t number) { return static_cast<long long>(number); }
 
@@ -163,8 +161,6 @@ class Attention {
              const Partial& result) const;
   void add_bias(const Queries& queries, int64_t r, int64_t low, int64_t high, Workspace& space,
                 float* scores) const;
-  void find_coarse(const Queries& queries, int64_t tokens, int64_t seen, Workspace& space,
-                   const Partial& result) const;
   void add(const Queries& queries, const Tokens& values, int64_t low, int64_t high,
            int64_t decoded, Workspace& space, const Partial& result) const;
   void merge(const Queries& queries, const Partial& other, const Partial& result) const;
@@ -580,7 +576,6 @@ struct Attention::Workspace {
   Scratch<float> memory;
   float* scores;   // [pass rows, kStride]
   float* factors;  // [pass rows]: what earlier weights must be multiplied with
-  float* coarse;   // [pass rows]: weights up to this are small beside the others
   float* sums;     // [pass rows, value_dim]: the output of one tile of tokens
   float* scale;    // of one block
   float* zero;
@@ -681,14 +676,16 @@ struct Attention::Queries {
 
 // Sums over some of the tokens, for all rows of some queries.
 struct Attention::Partial {
-  float* most;     // [rows], the maximum that exponentials are taken from; -infinity: none is seen
-  float* total;    // [rows], the sum of exponentials
-  float* squares;  // [rows], that of their squares
-  float* output;   // [rows, value_dim]
+  float* most;    // [rows], the maximum that exponentials are taken from; -infinity: none is seen
+  float* total;   // [rows], the sum of exponentials
+  float* output;  // [rows, value_dim]
+  Roundings* roundings;  // [rows]
 };
 
 Attention::Partial Attention::Plan::partial_at(float* memory) const {
-  return {memory, memory + task_rows, memory + 2 * task_rows, memory + 3 * task_rows};
+  float* output = memory + 2 * task_rows;
+  return {memory, memory + task_rows, output,
+          reinterpret_cast<Roundings*>(output + partial_size - 4 * task_rows)};
 }
 
 Attention::Plan Attention::plan() const {
@@ -714,7 +711,7 @@ Attention::Plan Attention::plan() const {
   plan.segment_tokens = round_up((longest + plan.segments - 1) / plan.segments, kTile);
   plan.task_rows = plan.task_queries * group_;
   plan.pass_rows = plan.pass_queries * group_;
-  plan.partial_size = plan.task_rows * (call_.value.head_dim + 3);
+  plan.partial_size = plan.task_rows * (call_.value.head_dim + 4);
   return plan;
 }
 
@@ -727,7 +724,6 @@ bool Attention::allocate(const Plan& plan, Workspace* space) const {
   } const parts[] = {
       {&space->scores, plan.pass_rows * kStride},
       {&space->factors, plan.pass_rows},
-      {&space->coarse, plan.pass_rows},
       {&space->sums, plan.pass_rows * value_dim},
       {&space->scale, scales},
       {&space->zero, scales},
@@ -809,7 +805,7 @@ void Attention::attend_segment(const Queries& queries, int64_t segment, const Pl
   const int64_t rows = queries.count * group_;
   std::fill(result.most, result.most + rows, -kInfinity);
   std::fill(result.total, result.total + rows, 0.0f);
-  std::fill(result.squares, result.squares + rows, 0.0f);
+  std::fill(result.roundings, result.roundings + rows, Roundings());
   std::fill(result.output, result.output + rows * call_.value.head_dim, 0.0f);
   const int64_t low = first_seen(queries.position);
   const int64_t high =
@@ -837,11 +833,10 @@ void Attention::attend_segment(const Queries& queries, int64_t segment, const Pl
       const int64_t to = call_.options.causal ? std::min(last, pass.position + pass.count) : last;
       if (from >= to) continue;
       const int64_t r = i * group_;
-      const Partial part = {result.most + r, result.total + r, result.squares + r,
-                            result.output + r * call_.value.head_dim};
+      const Partial part = {result.most + r, result.total + r,
+                            result.output + r * call_.value.head_dim, result.roundings + r};
       score(pass, keys, from, to, plan.decode_keys ? from - first : -1, space);
       weigh(pass, from, to, space, part);
-      if (!plan.decode_values) find_coarse(pass, to - from, to - start, space, part);
       add(pass, values, from, to, plan.decode_values ? from - first : -1, space, part);
     }
   }
@@ -918,17 +913,6 @@ void Attention::add_bias(const Queries& queries, int64_t r, int64_t low, int64_t
   if (spoilt != 0) bias_spoils_ = true;
 }
 
-// `seen` is the number of tokens so far, `tokens` that of those whose weights are held.
-void Attention::find_coarse(const Queries& queries, int64_t tokens, int64_t seen,
-                            Workspace& space, const Partial& result) const {
-  for (int64_t r = 0; r < queries.count * group_; ++r) {
-    const float factor = space.factors[r];
-    result.squares[r] = result.squares[r] * factor * factor +
-                        kernels_.sum_of_squares(space.scores + r * kStride, tokens);
-    space.coarse[r] = kCoarse * std::sqrt(result.squares[r] / static_cast<float>(seen));
-  }
-}
-
 // Adds the values of tokens [low, high) times their weights to the result.
 void Attention::add(const Queries& queries, const Tokens& values, int64_t low, int64_t high,
                     int64_t decoded, Workspace& space, const Partial& result) const {
@@ -938,6 +922,7 @@ void Attention::add(const Queries& queries, const Tokens& values, int64_t low, i
     kernels_.add_floats(space.values + decoded * value_dim, high - low, value_dim, space.scores,
                         kStride, rows, space.sums);
   }
+  for (int64_t r = 0; r < rows; ++r) result.roundings[r].rescale(space.factors[r]);
   for (int64_t first = low; decoded < 0 && first < high;) {
     const Piece piece = piece_at(values, first, high, space);
     const float* weights = space.scores + (first - low);
@@ -946,7 +931,7 @@ void Attention::add(const Queries& queries, const Tokens& values, int64_t low, i
                           space.sums);
     } else {
       kernels_.add_codes(call_.value.scheme, piece.block, piece.tokens, value_dim, weights,
-                         kStride, rows, space.coarse, space.sums);
+                         kStride, rows, result.roundings, space.sums);
     }
     first += piece.tokens;
   }

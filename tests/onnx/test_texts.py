@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from onnx_export.texts import ADDRESSES, passages, read_address
+from onnx_export.texts import ADDRESSES, REPORTING_START, passages, read_address
 from onnx_export.tokenizer import Tokenizer
 
 
@@ -47,6 +47,23 @@ def test_passages_do_not_overlap(smollm2_tokenizer: Tokenizer) -> None:
         assert name != next_name or next_start >= start + length
 
 
+def test_reporting_passages_are_none_of_the_development_set(smollm2_tokenizer: Tokenizer) -> None:
+    """docs/fidelity.md: 18 passages of 641 tokens, and 37 others of what follows."""
+    texts = [smollm2_tokenizer.encode(read_address(name)) for name in ADDRESSES]
+    development = passages(smollm2_tokenizer, 641, 18)
+    reporting = passages(smollm2_tokenizer, 641, 37, start=REPORTING_START)
+    with pytest.raises(ValueError, match="hold 37 passages of 641 tokens from token 1282 on"):
+        passages(smollm2_tokenizer, 641, 38, start=REPORTING_START)
+    for which, text in enumerate(texts):
+        np.testing.assert_array_equal(development[which], text[:641])
+        np.testing.assert_array_equal(development[len(texts) + which], text[641:1282])
+        np.testing.assert_array_equal(reporting[which], text[1282:1923])
+    every = passages(smollm2_tokenizer, 641, 18 + 37)
+    np.testing.assert_array_equal(np.concatenate([development, reporting]), every)
+    fewer = passages(smollm2_tokenizer, 641, 16, start=REPORTING_START)
+    np.testing.assert_array_equal(fewer, reporting[:16])
+
+
 def test_wrong_arguments_are_refused(smollm2_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="no address '1900-nobody'; choose one of 1801-jefferson"):
         read_address("1900-nobody")
@@ -54,3 +71,5 @@ def test_wrong_arguments_are_refused(smollm2_tokenizer: Tokenizer) -> None:
         passages(smollm2_tokenizer, 1281, 1000)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
         passages(smollm2_tokenizer, 0, 1)
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+        passages(smollm2_tokenizer, 8, 1, start=-1)

@@ -122,6 +122,10 @@ def wrong_shape(x, scheme):
     return {**encode(x, scheme).parts, "packed": np.zeros((1, 2, 3), np.uint8)}
 
 
+def endless(x, scheme):
+    return {"packed": np.broadcast_to(np.uint8(0), (1 << 20, 1 << 20))}
+
+
 def writes_to_x(x, scheme):
     q = encode(x, scheme)
     x[0, 0] += 1

@@ -1,0 +1,202 @@
+"""Where people run it: no folder to write to, no home, forks, threads at the end of a process."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import site
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nsq_ref
+
+ROOT = Path(nsq_ref.__file__).parent
+CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
+
+QUANTIZE = """
+import numpy as np, nsq_ref as nsq
+x = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
+assert nsq.quantize(x).packed.tobytes() == nsq.quantize(x, backend="numpy").packed.tobytes()
+"""
+SHOW_KEPT = """
+from nsq_ref import kernels
+print(sum(kernels.measure.stats.cache_hits.values()), kernels.measure.stats.cache_path)
+"""
+
+
+class Place:
+    """A copy of the package, run by somebody who can write only where permissions say so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.package = folder / "site" / "nsq_ref"
+        self.home = folder / "home"
+        shutil.copytree(ROOT, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.home.mkdir()
+
+    def lock(self, folder: Path, locked: bool = True) -> None:
+        for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            path.chmod(0o555 if locked else 0o777)
+
+    def run(self, code: str, *, check: bool = True, **variables: str | None) -> Any:
+        environment: dict[str, str | None] = {
+            "PATH": os.environ["PATH"], "HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join([str(self.package.parent), *site.getsitepackages()]),
+            "PYTHONWARNINGS": "always", **variables,
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code],  # -S: nor with what is installed editable
+            cwd=self.folder,
+            env={name: value for name, value in environment.items() if value is not None},
+            preexec_fn=obey_permissions,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+
+def obey_permissions() -> None:
+    """Let even root heed them, from the next program on."""
+    if os.geteuid() == 0:
+        result = ctypes.CDLL(None).prctl(DROP_CAPABILITY, CAPABILITY_TO_WRITE_EVERYWHERE)
+        if result != 0:
+            raise PermissionError("root may not drop CAP_DAC_OVERRIDE; run the tests as a user")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    made.lock(tmp_path)
+    yield made
+    made.lock(tmp_path, locked=False)
+
+
+def notices(done: Any) -> list[str]:
+    return [line for line in done.stderr.splitlines() if "CompilationWarning:" in line]
+
+
+@pytest.mark.parametrize("home", ["~", "no such folder", "home"])
+def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
+    place: Place, home: str
+) -> None:
+    done = place.run(QUANTIZE, HOME=home if home == "~" else str(place.folder / home))
+    (notice,) = notices(done)
+    assert "NUMBA_CACHE_DIR" in notice
+    assert notice.startswith("<string>:4:")  # where the library was called
+
+
+def test_a_user_without_a_home_gets_no_folder_named_tilde(place: Place) -> None:
+    """Users of a container need not be in its list of users: then "~" stays as it is."""
+    place.folder.chmod(0o777)
+    place.run(QUANTIZE, HOME="~")
+    assert sorted(path.name for path in place.folder.iterdir()) == ["home", "site"]
+
+
+def test_the_notice_can_be_turned_off(place: Place) -> None:
+    ignored = (
+        "import warnings, nsq_ref\nwarnings.simplefilter('ignore', nsq_ref.CompilationWarning)"
+    )
+    assert not place.run(ignored + QUANTIZE).stderr
+
+
+@pytest.mark.parametrize("folder", ["NUMBA_CACHE_DIR", "home", "package"])
+def test_what_can_be_written_is_used_in_silence(place: Place, folder: str) -> None:
+    variables: dict[str, str | None] = {}
+    used = {"home": place.home, "package": place.package}.get(folder, place.folder / "cache")
+    if folder == "NUMBA_CACHE_DIR":
+        place.folder.chmod(0o777)
+        variables[folder] = str(used)
+    else:
+        used.chmod(0o777)
+    assert not place.run(QUANTIZE, **variables).stderr
+    hits, path = place.run(QUANTIZE + SHOW_KEPT, **variables).stdout.split()
+    assert (hits, Path(path).is_relative_to(used)) == ("1", True)
+
+
+def test_a_folder_that_cannot_be_written_is_read_nonetheless(place: Place) -> None:
+    """An image is filled once, and then is read-only."""
+    place.package.chmod(0o777)
+    place.run(QUANTIZE)
+    place.lock(place.package)
+    done = place.run(QUANTIZE + SHOW_KEPT)
+    assert done.stdout.split() == ["1", str(place.package / "__pycache__")]
+    assert not done.stderr
+
+
+def test_numba_cache_dir_that_cannot_be_written(place: Place) -> None:
+    (notice,) = notices(place.run(QUANTIZE, NUMBA_CACHE_DIR="/proc/nowhere"))
+    assert "NUMBA_CACHE_DIR" in notice
+
+
+def test_a_folder_that_stops_being_writable(place: Place) -> None:
+    """After the kernels were imported, before they are compiled; so does a full disk fail."""
+    place.home.chmod(0o777)
+    stop = """
+import os, nsq_ref.kernels
+for folder, _, _ in os.walk(os.path.expanduser("~/.cache")):
+    os.chmod(folder, 0o555)
+"""
+    (notice,) = notices(place.run(stop + QUANTIZE))
+    assert "Permission denied" in notice
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file-size limits")
+def test_a_full_disk(place: Place) -> None:
+    """A file-size limit is what a disk without room is to who writes: part of it is written."""
+    place.home.chmod(0o777)
+    limit = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+    )
+    (notice,) = notices(place.run(limit + QUANTIZE))
+    assert "too large" in notice
+    assert not place.run(QUANTIZE).stderr  # what was left behind is no hindrance
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "cut": lambda content: content[: len(content) // 2],
+    "text": lambda content: b"garbage\n" * 9,
+}
+
+
+def test_damaged_files_are_replaced(place: Place) -> None:
+    place.home.chmod(0o777)
+    place.run(QUANTIZE)
+    for suffix, damage in itertools.product((".nbi", ".nbc"), DAMAGES):
+        for path in place.home.rglob(f"*{suffix}"):
+            path.write_bytes(DAMAGES[damage](path.read_bytes()))
+        done = place.run(QUANTIZE + SHOW_KEPT)
+        assert (done.stdout[0], done.stderr) == ("0", ""), (suffix, damage)
+    assert place.run(QUANTIZE + SHOW_KEPT).stdout.startswith("1 ")
+
+
+def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> None:
+    """Two that start at once may both name their file 1, for arrays of different kinds."""
+    place.home.chmod(0o777)
+    frozen = QUANTIZE.replace("float32)\n", "float32)\nx.flags.writeable = False\n")
+
+    def data_of(code: str) -> Path:
+        place.run(code)
+        (path,) = place.home.rglob("kernels.measure*.nbc")
+        return path
+
+    content = data_of(QUANTIZE).read_bytes()
+    for path in place.home.rglob("kernels.measure*"):
+        path.unlink()
+    path = data_of(frozen)
+    assert path.read_bytes() != content
+    path.write_bytes(content)
+    assert place.run(frozen + SHOW_KEPT).stdout.startswith("0 ")
+    assert place.run(frozen + SHOW_KEPT).stdout.startswith("1 ")

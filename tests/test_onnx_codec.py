@@ -122,6 +122,40 @@ def test_models_are_written_together(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
+RACED = """
+import sys
+from pathlib import Path
+from nsq_ref import Scheme
+from onnx_export.codec import quantize_model, save_models
+
+one, two = Path(sys.argv[1], "one"), Path(sys.argv[1], "two")
+
+def put_a_folder_in_the_way(event, arguments):
+    if event == "os.rename" and str(arguments[1]) == str(two):
+        two.mkdir()
+
+sys.addaudithook(put_a_folder_in_the_way)
+try:
+    save_models({one: quantize_model(Scheme()), two: quantize_model(Scheme())})
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_second_model_that_cannot_be_moved_undoes_the_first(
+    old: bytes | None, tmp_path: Path
+) -> None:
+    """The file system refuses when the first is in its place already."""
+    if old is not None:
+        (tmp_path / "one").write_bytes(old)
+    command = [sys.executable, "-c", RACED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "two").rmdir()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if old is None else [old])
+    assert done.stdout == f"[Errno 21] Is a directory: '{tmp_path / 'two'}'\n"
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

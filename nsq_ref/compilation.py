@@ -71,8 +71,8 @@ class _Kept:
         self.obstacle: object = None  # to keeping
         try:
             self.store: Any = _WritableStore(function)
-        except (OSError, RuntimeError) as error:
-            self.obstacle = error
+        except (OSError, RuntimeError):
+            self.obstacle = "no folder of the installation or of a home can be written"
             try:
                 self.store = _FilledStore(function)
             except (OSError, RuntimeError):

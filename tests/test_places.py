@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import nsq_ref
+from nsq_ref import attention_kernels, kernels
 
 ROOT = Path(nsq_ref.__file__).parent
 CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
@@ -200,3 +201,58 @@ def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> Non
     path.write_bytes(content)
     assert place.run(frozen + SHOW_KEPT).stdout.startswith("0 ")
     assert place.run(frozen + SHOW_KEPT).stdout.startswith("1 ")
+
+
+SLOW = """
+from functools import partial
+from nsq_ref.compilation import compiled
+
+@partial(compiled, keep=True, slow=True)
+def double(x):
+    return 2 * x
+"""
+
+
+def test_what_takes_long_is_said_before_it_is_done_once(place: Place) -> None:
+    place.home.chmod(0o777)
+    (place.package.parent / "slow.py").write_text(SLOW)
+    code = "import slow\nslow.double(1)\nslow.double(1.0)\n"
+    (notice,) = notices(place.run(code))
+    assert notice.startswith("<string>:2: ")
+    assert str(place.home) in notice
+    assert not place.run(code).stderr
+    assert "NUMBA_CACHE_DIR" in notices(place.run(code, HOME="~"))[0]
+
+
+def test_it_is_attention_that_takes_long() -> None:
+    for kernel in (attention_kernels.score_pieces, attention_kernels.add_pieces):
+        assert vars(kernel)["_cache"].slow
+    assert not vars(kernels.measure)["_cache"].slow
+
+
+MODULES = [
+    "nsq_ref.plots", "onnx_export.attention", "onnx_export.attention_function",
+    "onnx_export.codec", "onnx_export.codec_functions", "onnx_export.decoder",
+    "onnx_export.function_builder", "onnx_export.functions", "onnx_export.gguf_file",
+    "onnx_export.graph", "onnx_export.rounding_nodes", "onnx_export.testing",
+    "onnx_export.tokenizer",
+]  # fmt: skip
+
+
+def test_what_an_extra_brings_is_named_where_it_is_missing() -> None:
+    code = """
+import importlib, sys
+for name in ("onnx", "onnxruntime", "gguf", "tokenizers", "platformdirs", "matplotlib"):
+    sys.modules[name] = None
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, str(error))
+"""
+    command = [sys.executable, "-c", code, *MODULES]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    assert [line.split()[0] for line in lines] == MODULES
+    for line in lines:
+        extra = "plots" if "plots" in line else "onnx"
+        assert f"pip install 'nsq-ref[{extra}]'" in line

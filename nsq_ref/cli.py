@@ -638,7 +638,7 @@ def _checked_schemes(
         if changes:
             raise ValueError("--all checks the named schemes as they are; leave --set out")
         return list(FAMILY.items())
-    fields = dict(_change(text) for text in changes or ())
+    fields = _changed(changes or [])
     chosen = dict.fromkeys(names or [DEFAULT_SCHEME])
     return [(name, replace(scheme_named(name), **fields)) for name in chosen]
 
@@ -752,8 +752,17 @@ def _schemes(name: str, value_name: str | None, changes: list[str]) -> KeyValueS
         if not isinstance(only, Scheme):
             raise ValueError(f"--value-scheme {value_name} is a pair; give it to --scheme")
         value = only
-    fields = dict(_change(text) for text in changes)
+    fields = _changed(changes)
     return KeyValueSchemes(replace(key, **fields), replace(value, **fields))
+
+
+def _changed(changes: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for field, value in map(_change, changes):
+        if field in fields:
+            raise ValueError(f"--set {field} is given twice; give it once")
+        fields[field] = value
+    return fields
 
 
 def _change(text: str) -> tuple[str, Any]:

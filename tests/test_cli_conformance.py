@@ -217,6 +217,10 @@ def test_files(tmp_path) -> None:
         with (answers / name).open("wb") as file:
             write_frame(file, frame)
     assert "CONFORMS to nsep3" in run("check", "--dir", answers)
+    shutil.copy(answers / names[3], answers / "01000.nsq")
+    shutil.copy(answers / names[3], answers / "99999.nsq")
+    text = run("check", "--dir", answers)
+    assert "Note: not judged: 01000.nsq, which answers no case; there are 2" in text
     (answers / names[3]).unlink()
     assert "missing" in run("check", "--dir", answers, code=1)
     (answers / "header.nsq").unlink()
@@ -445,6 +449,10 @@ def test_latitude_is_named_in_the_report() -> None:
         (["check", "nsq_ref:quantize", "--case", "encode/absent/0"], "encode/absent/0"),
         (["check", "nsq_ref:quantize", "--allow", "norm-ulp"], "norm-ulp"),
         (["check", "nsq_ref:quantize", "--allow", "anything"], "anything"),
+        (
+            ["check", "nsq_ref:quantize", "--set", "bits=3", "--set", "bits=2"],
+            "--set bits is given",
+        ),
         (["check", "nsq_ref:quantize", "--operation", "decode"], "decode"),
         (["check", "nsq_ref:quantize", "--custom-ops", "ops.so"], "custom_ops"),
         (["check", "absent.so"], "absent.so"),

@@ -197,3 +197,13 @@ def test_a_searched_scale_is_not_just_anything(value: float, rule: str) -> None:
 def test_latitudes_are_read_strictly(name: str) -> None:
     with pytest.raises(ValueError, match="latitude"):
         Latitudes.parse([name])
+
+
+@pytest.mark.parametrize("names", [
+    ["norm-ulp=1", "norm-ulp=3"], ["flush-subnormals", "flush-subnormals"],
+    ["gain-folding=2", "tie-ulp=1", "gain-folding=2ulp"],
+])  # fmt: skip
+def test_a_latitude_is_given_once(names: list[str]) -> None:
+    """Of two numbers, one would have no effect."""
+    with pytest.raises(ValueError, match=f"latitude {names[0].partition('=')[0]} is given twice"):
+        Latitudes.parse(names)

@@ -21,7 +21,7 @@ from nsq_ref.conformance.operations import (
     Operation,
     Port,
 )
-from nsq_ref.conformance.ports import Callables, Stream
+from nsq_ref.conformance.ports import Callables, Folder, Stream
 from nsq_ref.scheme import Scheme
 
 __all__ = ["DTYPES", "check", "run"]
@@ -174,7 +174,7 @@ def run(
         about = ", ".join(name for name, _ in schemes)
         raise ValueError(f"there are no questions about {', '.join(absent)}, but about {about}")
     questions: list[tuple[str, Scheme, list[tuple[int, Case]]]] = []
-    number = 0
+    notes, number = [], 0
     for name, scheme in schemes:
         if len(questions) == len(asked_of):
             break
@@ -194,9 +194,11 @@ def run(
     else:
         if isinstance(port, Stream):
             port.cases = number
+        if isinstance(port, Folder) and (others := port.beyond(number)):
+            notes.append(f"not judged: {others[0]}, which answers no case; there are {len(others)}")
     total = sum(len(selected) for *_, selected in questions)
     must = tuple(operations if required is None else required)
-    reports, notes, done = [], [], 0
+    reports, done = [], 0
     unclaimed: dict[Operation, list[str]] = defaultdict(list)
     if not refusals:
         notes.append("not asked: input that must be refused, as a graph cannot refuse")

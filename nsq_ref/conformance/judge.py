@@ -105,13 +105,15 @@ class Latitudes:
         Raises
         ------
         ValueError
-            For a name that is not in `LATITUDES`, and for a wrong or missing number.
+            For a name that is not in `LATITUDES` or comes twice, and for a wrong or missing number.
         """
         values: dict[str, Any] = {}
         for text in names:
             name, equals, number = text.partition("=")
             if name not in LATITUDES:
                 raise ValueError(f"latitude {text!r} is unknown; there are {', '.join(LATITUDES)}")
+            if name.replace("-", "_") in values:
+                raise ValueError(f"latitude {name} is given twice; give it once")
             if name == "flush-subnormals":
                 if equals:
                     raise ValueError(f"latitude {text!r} takes no number; write {name}")

@@ -779,6 +779,21 @@ class Folder:
             return Failure("garbage", f"{path.name} {reason}; it should hold one frame")
         return _answer_of(frame, number)
 
+    def beyond(self, cases: int) -> list[str]:
+        """Return the names of answers to no case of a run of so many.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     (Path(directory) / "00007.nsq").touch()
+        ...     Folder("mine", directory).beyond(7)
+        ['00007.nsq']
+        """
+        numbers = {path.name: path.stem for path in self._directory.glob("*.nsq")}
+        return sorted(name for name, stem in numbers.items()
+                      if re.fullmatch("[0-9]{5,9}", stem) and int(stem) >= cases)  # fmt: skip
+
     def close(self) -> None:
         """Do nothing: files are open only while they are read."""
 

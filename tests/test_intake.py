@@ -313,7 +313,8 @@ CALLS: dict[str, Call] = {
 
 # What takes no array, integer or scheme of a caller, or is what a function returns.
 TAKE_NONE = {
-    "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict", "Scheme.to_dict",
+    "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
+    "Scheme.to_dict",
     "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
@@ -321,8 +322,14 @@ TAKE_NONE = {
     "sequence.Sequence", "sequence.StoredTokens", "storage.StorageError", "storage.holds_cache",
     "storage.is_quantized", "storage.load", "storage.read_arrays", "storage.save",
 }  # fmt: skip
-# Modules with such a test of their own.
-ELSEWHERE = {"nsq_ref.arrays", "nsq_ref.cache", "nsq_ref.sequence", "nsq_ref.conformance"}
+# Modules with such a test of their own, and those that the package keeps for itself.
+ELSEWHERE = {
+    f"nsq_ref.{name}"
+    for name in (
+        "arrays", "cache", "conformance", "sequence", "pages", "compilation", "environment",
+        "threads",
+    )
+}  # fmt: skip
 
 
 # --- every public function is in the table --------------------------------------------------------

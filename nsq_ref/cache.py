@@ -678,6 +678,7 @@ class KVCache:
             f"{side}.{index}.{name}": array
             for index, row in enumerate(state.rows)
             for side, sequence in row._asdict().items()
+            if sequence.length
             for name, array in sequence.stored(state.plain_dtype).arrays.items()
         }
         return content, arrays

@@ -54,8 +54,9 @@ def everything(thing: object, seen: dict[int, Any] | None = None) -> Any:
     if isinstance(thing, list | tuple):
         return [everything(value, seen) for value in thing]
     fields = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
-    # A page keeps what it has prepared for attention, to be quicker: it tells nothing new.
-    kept = ((name, value) for name, value in fields.items() if name != "_prepared")
+    # What is only kept to be quicker tells nothing new.
+    quick = {"_prepared", "block_size", "sealed_scheme"}
+    kept = ((name, value) for name, value in fields.items() if name not in quick)
     return type(thing).__name__, [(name, everything(value, seen)) for name, value in kept]
 
 

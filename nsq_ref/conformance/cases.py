@@ -23,10 +23,11 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance import wrong_arithmetic as wrong
 from nsq_ref.conformance.encode_cases import encode_cases, refusal
-from nsq_ref.conformance.family import as_scheme
+from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.frames import scheme_array
 from nsq_ref.conformance.operations import OPERATIONS, Case
 from nsq_ref.conformance.pools import POOL, Draw, differences, stored_blocks
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 __all__ = ["cases", "require_size"]
@@ -39,6 +40,7 @@ MOST = {"block_size": 4096, "sink_tokens": 256, "outlier_channels": 256}
 FLOAT16, BFLOAT16, FLOAT32 = (FLOAT_DTYPES[name] for name in ("float16", "bfloat16", "float32"))
 
 
+@in_default_environment
 def cases(
     scheme: Scheme | str,
     operations: Sequence[str] = OPERATIONS,
@@ -71,7 +73,7 @@ def cases(
     >>> cases("nsep+pchan4", ["encode"])[0]
     Case(encode ordinary/0)
     """
-    scheme = as_scheme("scheme", scheme)
+    scheme = family_scheme("scheme", scheme)
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be

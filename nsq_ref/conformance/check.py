@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nsq_ref.arrays import as_integer
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.diagnose import Judged, diagnose
-from nsq_ref.conformance.family import as_scheme
+from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.operations import (
@@ -94,7 +94,7 @@ def check(
     operations = [name for name, function in given.items() if function is not None]
     if not operations:
         raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
-    chosen = as_scheme("scheme", scheme)
+    chosen = family_scheme("scheme", scheme)
     port = Callables("callables", **given)
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(
@@ -162,7 +162,7 @@ def run(
     >>> report.conforms
     True
     """
-    seed = _seed(seed)
+    seed = as_integer("seed", seed, least=0)
     latitudes, dtypes = _names("latitudes", latitudes), _names("dtypes", dtypes)
     allowed = Latitudes.parse(latitudes)
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
@@ -222,16 +222,6 @@ def run(
         where = "" if len(names) == len(questions) else f" for {', '.join(names)}"
         notes.append(f"{operation} is not implemented{where}")
     return Report(port.name, seed, latitudes, reports, partial, command, notes)
-
-
-def _seed(seed: Any) -> int:
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {seed!r:.80}") from None
-    if isinstance(seed, bool) or number < 0:
-        raise ValueError(f"seed={seed!r} must be an integer of at least 0")
-    return number
 
 
 def _names(name: str, given: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
 from nsq_ref.conformance.reference import Mistake, Reference
+from nsq_ref.environment import in_default_environment
 
 __all__ = ["Judged", "diagnose"]
 
@@ -30,6 +31,7 @@ class Judged(NamedTuple):
     findings: Sequence[Finding]
 
 
+@in_default_environment
 def diagnose(
     judged: Sequence[Judged],
     latitudes: Latitudes,

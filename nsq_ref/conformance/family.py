@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from nsq_ref.scheme import Scheme, as_scheme, scheme_names
 
-from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
-
-__all__ = ["FAMILY", "as_scheme", "scheme_named"]
+__all__ = ["FAMILY", "family_scheme", "scheme_named"]
 
 # Every named scheme has float16 scales and norms or least-squares gains; only streaming2 searches.
 VARIANTS = {
@@ -56,23 +54,17 @@ def scheme_named(name: str) -> Scheme:
     )
 
 
-def as_scheme(name: str, scheme: Any) -> Scheme:
-    """Take a scheme, or the name of one of the family; ``name`` is the argument's.
+def family_scheme(name: str, scheme: Scheme | str) -> Scheme:
+    """Take a scheme as everybody does, or the name of one of the family.
 
     Raises
     ------
-    TypeError
-        For what is neither, and for a pair of schemes.
-    ValueError
-        For an unknown name.
+    TypeError, ValueError
+        As `nsq_ref.scheme.as_scheme`, and for an unknown name; ``name`` is the argument's.
 
     Examples
     --------
-    >>> as_scheme("scheme", "nsep+pchan4-lsq").magnitude
+    >>> family_scheme("scheme", "nsep+pchan4-lsq").magnitude
     'lsq'
     """
-    if isinstance(scheme, KeyValueSchemes):
-        raise TypeError(f"{name} is a pair for keys and values; pass its .key or its .value")
-    if not isinstance(scheme, Scheme | str):
-        raise TypeError(f"{name} must be a Scheme or a name, got {scheme!r:.80}")
-    return scheme_named(scheme) if isinstance(scheme, str) else scheme
+    return scheme_named(scheme) if isinstance(scheme, str) else as_scheme(name, scheme)

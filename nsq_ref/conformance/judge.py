@@ -23,6 +23,7 @@ from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.model import APPEND
 from nsq_ref.conformance.operations import REFUSED, Answer, Case, attention_options
 from nsq_ref.conformance.reference import Reference
+from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Field, Scheme
 
 __all__ = ["LATITUDES", "STAGES", "Latitudes", "Verdict", "default_rule", "judge"]
@@ -145,6 +146,7 @@ class Verdict:
     stages: list[str] = field(default_factory=list)
 
 
+@in_default_environment
 def judge(
     case: Case,
     answer: Answer,

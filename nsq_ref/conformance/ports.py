@@ -287,6 +287,8 @@ def _file_name(number: int) -> str:
 class Callables:
     """Python functions in this process.
 
+    Threads may share one if they may share the functions.
+
     Parameters
     ----------
     name : str
@@ -430,6 +432,8 @@ def _expected(name: str, case: Case) -> str:
 
 class Process:
     """A program that reads requests from its standard input and writes answers to its output.
+
+    For one thread at a time: questions and answers share two pipes.
 
     Parameters
     ----------
@@ -702,6 +706,8 @@ def _same(one: Frame, other: Frame) -> bool:
 class Folder:
     """Answers that lie in a directory, each as a file with the name of its request.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     name : str
@@ -749,6 +755,8 @@ class Folder:
 
 class Stream:
     """Answers that come one after the other, in the order of the cases.
+
+    For one thread: it is read from its beginning to its end.
 
     Parameters
     ----------

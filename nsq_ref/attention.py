@@ -54,7 +54,10 @@ LEAST_WEIGHT = 2.0**-125  # before normalization, smaller ones may be flushed
 
 
 class Attention(NamedTuple):
-    """What attention gives: the output, and the weights that made it."""
+    """What attention gives: the output, and the weights that made it.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     output: Float64  # [batch, heads, query_tokens, D_v]
     weights: Float64  # [batch, heads, query_tokens, T]

@@ -102,6 +102,8 @@ SECOND_ORDER = 1 + 2.0**-18
 class Interval(NamedTuple):
     """Two float64 arrays that enclose real numbers, elementwise.
 
+    Nothing changes one, so that threads may share it.
+
     Examples
     --------
     >>> interval = Interval(np.array([-0.5]), np.array([0.25]))
@@ -119,6 +121,8 @@ NORMAL_LENGTH = Interval(np.array(1 - UNIT), np.array(1 + UNIT))
 @dataclass(frozen=True, eq=False)
 class Bounds:
     """Bounds of every token of one array; `certificate` and `encoder_bounds` make them.
+
+    Nothing changes one, so that threads may share it.
 
     Sinks are tokens like the others, with no error. A bound that does not exist is infinite.
 
@@ -261,6 +265,8 @@ class Bounds:
 @dataclass(frozen=True)
 class APriori:
     """What holds of every token before any data is seen; `a_priori` makes it.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------

@@ -39,6 +39,8 @@ NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can l
 class Quantized:
     """A quantized array: every stored part, and the scheme that explains them.
 
+    No function of this library writes to one, so that threads may share it.
+
     Parameters
     ----------
     scheme : Scheme

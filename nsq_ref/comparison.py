@@ -25,6 +25,8 @@ DEMO_SCHEMES = (
 class CacheRoundTrip:
     """Quantize and dequantize caches, keeping count of bytes and errors.
 
+    One object is for one thread: it counts without a lock.
+
     Calling it returns what a decoder would read from the quantized cache. Counts add up over calls,
     so that one object follows a scheme through several passages.
 

@@ -75,7 +75,10 @@ class Field(NamedTuple):
 
 
 class KeyValueSchemes(NamedTuple):
-    """The scheme of the keys and the scheme of the values, where a name stands for both."""
+    """The scheme of the keys and the scheme of the values, where a name stands for both.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     key: Scheme
     value: Scheme
@@ -84,6 +87,8 @@ class KeyValueSchemes(NamedTuple):
 @dataclass(frozen=True)
 class Scheme:
     """How vectors ``x[..., T, D]`` are coded; the defaults are the paper's ``nsep+pchan4``.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------

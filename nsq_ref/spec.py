@@ -23,6 +23,8 @@ SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest firs
 class Block(NamedTuple):
     """What a block stores, and what it need not store because the scheme implies it.
 
+    No function of this library writes to one, so that threads may share it.
+
     Without norm separation every norm is 1, without asymmetry every zero is -0, which added to a
     product leaves it as it is, and without outlier channels those arrays have a last axis of
     length 0.

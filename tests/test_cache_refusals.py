@@ -133,9 +133,9 @@ def test_a_refused_append_does_not_choose_the_dtype(first: Any) -> None:
 
 def test_a_file_that_is_no_cache_of_use_takes_no_memory(tmp_path: Any) -> None:
     """Many rows without tokens, of heads that no memory holds: a short file, a small cache."""
-    KVCache(100_000, 2**20, 2**20).save(tmp_path / "wide")
+    KVCache(5_000, 2**20, 2**20).save(tmp_path / "wide")
     loaded = KVCache.load(tmp_path / "wide")
-    assert loaded.batch == 100_000
+    assert loaded.batch == 5_000
     assert len(loaded) == loaded.nbytes == 0
     assert loaded._now.rows[0] is loaded._now.rows[-1]
 

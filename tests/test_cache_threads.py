@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import itertools
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -361,3 +363,27 @@ def test_results_are_the_callers() -> None:
     for array in (*one.dequantize(), one.lengths, *one.attend(query, return_weights=True)):
         array[...] = 0
     assert everything(one) == before
+
+
+def public_classes() -> list[type]:
+    """Every class of `nsq_ref` in docs/api.md, errors aside."""
+    api = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = map(importlib.import_module, re.findall(r"automodule:: (nsq_ref[\w.]*)", api))
+    classes = {
+        thing
+        for module in modules
+        for name, thing in vars(module).items()
+        if name in getattr(module, "__all__", [name])
+        and isinstance(thing, type)
+        and thing.__module__.startswith("nsq_ref")
+        and not name.startswith("_")
+        and not issubclass(thing, BaseException)
+    }
+    return sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))
+
+
+@pytest.mark.parametrize(
+    "cls", public_classes(), ids=lambda cls: f"{cls.__module__}.{cls.__name__}"
+)
+def test_every_public_class_says_what_threads_may_do(cls: type) -> None:
+    assert re.search(r"[Tt]hread", cls.__doc__ or "")

@@ -16,6 +16,8 @@ __all__ = ["Diagnosis", "Explained", "Finding", "Report", "SchemeReport"]
 class Finding:
     """One stage of one case that is wrong.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     case : Case
@@ -49,7 +51,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Explained:
-    """A difference that a named latitude allows, with the witness that shows it."""
+    """A difference that a named latitude allows, with the witness that shows it.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     case: Case
     stage: str
@@ -62,6 +67,8 @@ class Explained:
 @dataclass(frozen=True)
 class Diagnosis:
     """A known mistake that, made in the reference, gives what the port gave.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------
@@ -90,6 +97,8 @@ class Diagnosis:
 @dataclass(frozen=True)
 class SchemeReport:
     """The verdict on one scheme.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------
@@ -146,6 +155,8 @@ class SchemeReport:
 @dataclass(frozen=True)
 class Report:
     """The verdict on a port.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------

@@ -315,6 +315,8 @@ def _file_name(number: int) -> str:
 class Callables:
     """Python functions in this process.
 
+    Threads may share one if they may share the functions.
+
     Parameters
     ----------
     name : str
@@ -464,6 +466,8 @@ def _expected(name: str, case: Case) -> str:
 
 class Process:
     """A program that reads requests from its standard input and writes answers to its output.
+
+    For one thread at a time: questions and answers share two pipes.
 
     Parameters
     ----------
@@ -736,6 +740,8 @@ def _same(one: Frame, other: Frame) -> bool:
 class Folder:
     """Answers that lie in a directory, each as a file with the name of its request.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     name : str
@@ -804,6 +810,8 @@ class Stream:
     Whatever else comes is a failure of the case in whose place it comes, or behind whose answer:
     another answer to a case, one to a case that was not asked or whose turn is over, and what is no
     frame. The cases that follow are judged as if it were not there.
+
+    For one thread: it is read from its beginning to its end.
 
     Parameters
     ----------

@@ -80,6 +80,8 @@ LARGE_SHAPE = (2, 384, 64)
 class Vector:
     """A case and the exact answer to it.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     case : Case

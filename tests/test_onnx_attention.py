@@ -60,7 +60,7 @@ def configs(draw: st.DrawFn) -> Config:
         key=draw(cache_schemes()),
         value=draw(cache_schemes()),
         dtype=draw(st.sampled_from(["float32", "float16"])),
-        capacity=24,
+        capacity=28,  # four steps of 7 tokens
         scale=draw(st.sampled_from([None, -0.5, 1.0])),
         causal=causal,
         softcap=draw(st.sampled_from([None, None, 0.5, 30.0])),

@@ -29,8 +29,8 @@ struct Refusal {
   int64_t token = 0;            // in the block; with S5 and axis channel the channel instead
 };
 
-// What the outputs of one query have lost so far, as sums of squares of weight * gain * scale: to the
-// codes, and to rounding weights. Both in units of the same kind: a code is off by up to half a
+// What the outputs of one query have lost so far, as sums of squares of weight * gain * scale: to
+// the codes, and to rounding weights. Both in units of the same kind: a code is off by up to half a
 // scale, a weight by up to half its unit.
 struct Roundings {
   float codes = 0;

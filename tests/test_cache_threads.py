@@ -119,6 +119,20 @@ def test_two_growths_before_either_is_written() -> None:
         assert out.tobytes() == cache_of(PROMPT, x).dequantize()[0].tobytes()
 
 
+def test_forks_that_share_room_in_a_tail() -> None:
+    """Of those who go on in the same tail, one writes there."""
+    x = normals(3, 2, 1, 1, 2, 2, seed=3)
+    prompt = KVCache(1, 1, 2, Scheme(block_size=8), Scheme(block_size=8))
+    for t in range(5):  # one by one, so that there is room for eight
+        prompt.append(*ONE[:, :, :, t : t + 1])
+    forks = [prompt, prompt.fork(), prompt.fork()]
+    for fork, own in zip(forks, x, strict=True):
+        fork.append(*own)
+    for fork, own in zip(forks, x, strict=True):
+        expected = np.concatenate([ONE[0, 0, :, :5], own[0, 0]], axis=1)
+        assert fork.stored().keys.tail.tobytes() == expected.tobytes()
+
+
 @pytest.fixture
 def _busy_switching() -> Any:
     usual = sys.getswitchinterval()

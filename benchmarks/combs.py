@@ -6,15 +6,20 @@ which may be rounded the same way. `draw` makes them, `added` measures.
 
 from __future__ import annotations
 
+import argparse
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 import nsq_ref as nsq
 from onnx_export.attention import attention_model
+from onnx_export.custom_ops import register
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -25,6 +30,47 @@ CLIPPED = 50.0  # Cauchy, in units of its quartile
 NATS = 5.5  # that strong tokens are above the others
 JITTER = 0.3  # of theirs, standard deviation
 IN_TAIL = 64  # tokens behind the sealed blocks
+
+
+PAIRS = [
+    *(("normal", kind) for kind in (*KINDS, "real")),
+    *((kind, "lognormal") for kind in KINDS if kind != "normal"),
+    ("real", "real"),
+]
+DRAWS = {512: 16, 2048: 12, 8192: 4, 32768: 2}  # of 32 heads each, by tokens
+PERIODS = (16, 32)
+SPREADS = (1.0, 0.3)  # of the scores besides, nats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.combs", description=__doc__)
+    parser.add_argument("--scheme", default="streaming4")
+    parser.add_argument("--seed", type=int, default=1000)
+    asked = parser.parse_args()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    register(options)
+    scheme = nsq.Scheme.named(asked.scheme)
+    table = Table("keys", "values", "heads", "median", "99%", "worst", "worst of each length")
+    for keys, values in track(PAIRS, "Measuring", console=Console(stderr=True)):
+        found = {}
+        for tokens, count in DRAWS.items():
+            draws = (
+                draw(
+                    np.random.default_rng([asked.seed, tokens, number]), keys, values, tokens,
+                    period=PERIODS[number % 2], spread=SPREADS[number // 2 % 2],
+                )
+                for number in range(count)
+            )  # fmt: skip
+            found[tokens] = np.concatenate([added(one, scheme, options) for one in draws])
+        each = np.concatenate(list(found.values()))
+        figures = (np.median(each), np.quantile(each, 0.99), each.max())
+        table.add_row(
+            keys, values, str(each.size), *(f"{figure:.3f}" for figure in figures),
+            " ".join(f"{own.max():.3f}" for own in found.values()),
+        )  # fmt: skip
+    Console(width=100).print(table)
+    print(f"{asked.scheme}, seed {asked.seed}: error added by integers, of the codes' own")
 
 
 class Draw(NamedTuple):
@@ -168,3 +214,7 @@ def attend(one: Draw, keys: Float32, values: Float32) -> Float64:
     weights /= weights.sum(axis=-1, keepdims=True)
     output: Float64 = (weights @ values.astype(np.float64)).reshape(len(one.query), -1)
     return output
+
+
+if __name__ == "__main__":
+    main()

@@ -26,12 +26,9 @@ from rich.console import Console
 from rich.progress import track
 
 import nsq_ref as nsq
-from benchmarks import combs
 from benchmarks.timing import (
     Case,
     Row,
-    Spread,
-    Target,
     Timed,
     as_text,
     interleaved,
@@ -120,7 +117,6 @@ def main() -> None:
         ),
         Group(f"prefill of {options.prefill} tokens", partial(prefill, natives, options)),
         Group("Quantize and Dequantize", partial(codec, natives, options)),
-        Group("added by integers to the error of the codes", partial(integers, natives, longest)),
     ]
     rows, notes = [], general_notes(options.rounds)
     found = [
@@ -347,41 +343,6 @@ def in_threads(count: int, call: Callable[[], object]) -> object:
         return call()
     finally:
         config.NUMBA_NUM_THREADS = before
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-def integers(natives: Sequence[Native], longest: int) -> tuple[list[Row], list[str]]:
-    """Measure what integers add to the error of the codes under comb-like weights."""
-    pairs = [("normal", kind) for kind in (*combs.KINDS, "real")]
-    pairs += [(kind, "lognormal") for kind in combs.KINDS if kind != "normal"] + [("real", "real")]
-    draws = [(512, 12), (2048, 6), (8192, 2), (longest, 1)]
-    rows = []
-    for native in (native for native in natives if not native.exact):
-        os.environ.update(native.environment)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        register(options)
-        for keys, values in pairs:
-            found = []
-            for tokens, count in draws:
-                for number in range(count):
-                    one = combs.draw(
-                        np.random.default_rng([1000, tokens, number]),
-                        keys,
-                        values,
-                        tokens,
-                        period=(16, 32)[number % 2],
-                        spread=(1.0, 0.3)[number // 2 % 2],
-                    )
-                    found.append(combs.added(one, nsq.Scheme.named(MAIN), options))
-            what = f"{native.name}: {keys} keys, {values} values"
-            figure = spread(np.concatenate(found))
-            rows.append(Row(what, figure, "of the codes' own", target=Target(0.15, at_most=True)))
-            most = Spread(figure.greatest, figure.least, figure.greatest)
-            rows.append(Row(f"{what}, worst", most, "", target=Target(0.3, at_most=True)))
-    return rows, [f"weights like a comb, {combs.NATS} nats, {MAIN}, {draws} tokens and draws"]
 
 
 # --- models, and what they are fed ---------------------------------------------------------------

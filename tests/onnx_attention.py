@@ -42,7 +42,9 @@ INPUTS = (
     "attention_bias", "head_sink",
 )  # fmt: skip
 UNIT = 2.0**-24
-COARSE, FINE = 2 * 127.0, 2 * (127.0 * 256 + 127)  # how many half units the largest is
+# By how much of the largest a rounded query, a rounded query of few channels, and a rounded weight
+# may move: 7/4 of a unit with one byte, 1/2 with two, 1 with the sum of roundings spread.
+QUERY, FEW, WEIGHT = 1.75 / 126, 0.5 / (127 * 256 + 127), 1 / 126
 BLOCKS_OF_4 = Scheme(block_size=4)
 
 
@@ -301,14 +303,15 @@ def rounding(sealed: Quantized) -> dict[str, Float64]:
         gain = parts["norm"]
     if scheme.separate_norm and scheme.magnitude == "norm":
         # The square of a length is summed as (scale e / 2)^2 + scale e level + level^2, e an
-        # integer below 2^bits; the numbers that e^2 and e are multiplied with have 16 bits.
+        # integer below 2^bits; what e^2 and e are multiplied with is rounded as queries are.
         y = sealed.codes * scale + zero
         square = np.square(y).sum(axis=-1)
         square = np.where(square == 0, np.inf, square)
         level = np.abs(zero + (2.0 ** (scheme.bits - 1) - 0.5) * scale) * (not scheme.symmetric)
         largest = np.square(swing).max(axis=-1) + 2 * (swing * level).max(axis=-1)
         terms = np.square(swing + level).sum(axis=-1)
-        off = (y.shape[-1] * largest / FINE + 32 * UNIT * terms) / square
+        moved = largest * (FEW if y.shape[-1] < 16 else QUERY)
+        off = (y.shape[-1] * moved + 32 * UNIT * terms) / square
         gain, length = gain / np.sqrt(square), np.where(off < 0.5, off, np.inf)
     return {"swing": swing, "gain": gain, "length": length}
 
@@ -348,9 +351,9 @@ def attend(
     token whose score is exact and whose value is 0; a kernel may take the maximum without it.
     A bias of -infinity hides a token, and a query that sees nothing gives 0.
 
-    In integers, a query times scales, or weights times gains, are rounded to bytes of -127 to 127,
-    which moves each by up to 1 / 254 of the largest, or to 16 bits, always for fewer than 16
-    channels. What is rounded is multiplied with e / 2^(bits - 1), a number of -1 to 1.
+    In integers, a query times scales, or weights times gains, are rounded to one byte, or to two,
+    always for fewer than 16 channels (docs/onnx.md). What is rounded is multiplied with
+    e / 2^(bits - 1), a number of -1 to 1.
     """
     batch, heads, tokens, head_dim = query.shape
     kv_heads, value_dim = values.decoded.shape[1::2]
@@ -371,9 +374,9 @@ def attend(
         off = gamma(head_dim + 16) * abs(scale) * reached
         if integers:
             peak = (np.abs(q)[..., None, :] * k.swing[:, :, None]).max(axis=-1, initial=0)
-            unit = peak * k.gain[:, :, None] / (FINE if head_dim < 16 else COARSE)
+            each = peak * k.gain[:, :, None] * (FEW if head_dim < 16 else QUERY)
             with np.errstate(invalid="ignore"):
-                moved = head_dim * unit + k.length[:, :, None] * reached
+                moved = head_dim * each + k.length[:, :, None] * reached
             off = off + 1.1 * abs(scale) * np.nan_to_num(moved, nan=0.0, posinf=np.inf)
         if config.softcap:
             s = config.softcap * np.tanh(s / config.softcap)
@@ -418,7 +421,7 @@ def attend(
             if integers:
                 peak = (most * v.gain[:, :, None]).max(axis=-1, keepdims=True, initial=0)
                 swing = v.swing.max(axis=2, keepdims=True, initial=0)
-                error += 1.1 * (n * peak * swing / COARSE + (most * v.length[:, :, None]) @ v.reach)
+                error += 1.1 * (n * peak * swing * WEIGHT + (most * v.length[:, :, None]) @ v.reach)
             error = np.nan_to_num(error, nan=np.inf, posinf=np.inf)
         output[row, :, :m] = (p @ v.decoded).reshape(heads, m, value_dim)
         bound[row, :, :m] = error.reshape(heads, m, value_dim)

@@ -22,7 +22,9 @@ test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
 	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
 	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
-	  tests/test_onnx_attention.py tests/test_onnx_codec.py tests/test_onnx_host.py
+	  tests/test_native_memory.py tests/test_native_modes.py tests/test_integer_attention.py \
+	  tests/test_onnx_attention.py tests/test_onnx_codec.py tests/test_onnx_host.py \
+	  tests/test_onnx_options.py
 
 # Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
 # finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.
@@ -35,7 +37,7 @@ sanitize: $(VENV)/test.done
 	NSQ_CUSTOM_OPS="$(CURDIR)/build/sanitize/libnsq_onnx.so" NSQ_TEST_PROFILE=few \
 	  $(BIN)/python -m pytest -n 2 -q \
 	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
-	  tests/test_onnx_attention.py
+	  tests/test_native_modes.py tests/test_integer_attention.py tests/test_onnx_attention.py
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 class Generated(NamedTuple):
-    """What `Decoder.generate` returns.
+    """What `Decoder.generate` returns, for any thread.
 
     Attributes
     ----------
@@ -156,6 +156,8 @@ class Generated(NamedTuple):
 
 class Decoder:
     """A decoder in ONNX Runtime, with its key-value cache in NumPy arrays.
+
+    It keeps nothing of a call, so that threads may share one; a cache belongs to who holds it.
 
     Parameters
     ----------

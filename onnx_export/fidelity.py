@@ -35,6 +35,8 @@ float32 ``[layers, batch, kv_heads, tokens, head_dim]``. Its arguments are read-
 class TransformFidelity:
     """Likelihoods with one transform of the cache, and without any.
 
+    It never changes, so that threads may share one.
+
     Standard errors take passages as independent samples.
 
     Attributes
@@ -98,7 +100,8 @@ class Comparison:
     """Two caches on the same passages, and what may be said of them.
 
     The rule is that of docs/fidelity.md: a difference is stated if it is more than two of its
-    standard errors. As a string it is the sentence that follows.
+    standard errors. As a string it is the sentence that follows. It never changes, so that threads
+    may share one.
 
     Attributes
     ----------

@@ -41,7 +41,7 @@ def require_opset(opset: int) -> None:
 
 
 class Nodes:
-    """Nodes in the order in which they are added; constants are nodes too.
+    """Nodes in the order in which they are added; constants are nodes too. For one thread.
 
     A function body has no initializers, and neither have the subgraphs here, so that both are
     built alike. A subgraph sees the outputs of the graph around it; ``prefix`` keeps its own names

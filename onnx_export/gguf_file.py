@@ -44,7 +44,7 @@ _MAX_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a GGUF file.
+    """Where a tensor lies in a GGUF file, for any thread.
 
     Attributes
     ----------
@@ -64,6 +64,8 @@ class TensorInfo:
 
 class GGUFFile:
     """Metadata and tensors of a GGUF file, versions 2 and 3, little-endian.
+
+    Once made it is only read, so that threads may share one.
 
     Parameters
     ----------

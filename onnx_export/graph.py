@@ -75,7 +75,7 @@ _KNOWN_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a decoder.
+    """Shape and constants of a decoder; it never changes, so that threads may share one.
 
     Attributes
     ----------

@@ -43,7 +43,7 @@ def byte_symbols() -> list[str]:
 
 
 class Tokenizer:
-    """Tokenizer of a GGUF file.
+    """Tokenizer of a GGUF file; it keeps nothing of a call, so that threads may share one.
 
     Parameters
     ----------

@@ -380,16 +380,16 @@ def test_results_are_the_callers() -> None:
 
 
 def public_classes() -> list[type]:
-    """Every class of `nsq_ref` in docs/api.md, errors aside."""
+    """Every class of ours in docs/api.md, errors aside."""
     api = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
-    modules = map(importlib.import_module, re.findall(r"automodule:: (nsq_ref[\w.]*)", api))
+    modules = map(importlib.import_module, re.findall(r"automodule:: ((?:nsq_ref|onnx_export)[\w.]*)", api))
     classes = {
         thing
         for module in modules
         for name, thing in vars(module).items()
         if name in getattr(module, "__all__", [name])
         and isinstance(thing, type)
-        and thing.__module__.startswith("nsq_ref")
+        and thing.__module__.startswith(("nsq_ref", "onnx_export"))
         and not name.startswith("_")
         and not issubclass(thing, BaseException)
     }

@@ -499,7 +499,8 @@ class _Judging:
                  **self._flushed(own.scale, expected)}, range_story,
             )  # fmt: skip
         else:  # the encoder's choice (S4), but not just anything
-            self._storable("zero", own.zero)
+            if not scheme.symmetric:
+                self._storable("zero", own.zero)
             self._storable("scale", own.scale)
         if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
             raise _Wrong

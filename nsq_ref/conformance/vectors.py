@@ -419,6 +419,8 @@ def export(path: str | Path) -> None:
         atomic.write([(target, _tar(contents))])
     elif target.suffix == ".zip":
         atomic.write([(target, _zip(contents))])
+    elif target.suffix in (".7z", ".bz2", ".gz", ".tar", ".tgz", ".xz", ".zst"):
+        raise ValueError(f"{path} is no name for a folder; archives end in .tar.gz or .zip")
     else:
         files = ((target / name, data) for name, data in contents.items())
         atomic.write(files, make_folders=True)

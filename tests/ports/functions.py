@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import nsq_ref as nsq
-from nsq_ref.sequence import Sequence
+from nsq_ref.pages import Change
+from nsq_ref.sequence import Sequence, Side
 
 print("printed while importing")
 
@@ -37,12 +38,14 @@ def attend(query, keys, values, key_scheme, value_scheme, **options):
 
 
 def stream(x, scheme, steps, row):
-    sequence, used = Sequence(scheme, 1, x.shape[2]), 0
+    sequence, used = Sequence.empty(Side(scheme, 1, x.shape[2])), 0
     for kind, *numbers in steps.tolist():
         if kind:
             sequence = sequence.cropped(min(numbers[row], sequence.length))
         else:
-            sequence.accept(sequence.growth(x[row : row + 1, used : used + numbers[row]]))
+            with Change() as change:
+                sequence = sequence.grown(x[row : row + 1, used : used + numbers[row]], change)
+                change.write()
             used += numbers[row]
     stored = sequence.stored(x.dtype)
     sealed = {} if stored.sealed is None else stored.sealed.parts

@@ -21,14 +21,16 @@ from nsq_ref import attention_kernels, kernels
 ROOT = Path(nsq_ref.__file__).parent
 CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
 
-QUANTIZE = """
+# Decoding, whose kernel is compiled soonest.
+USE = """
 import numpy as np, nsq_ref as nsq
 x = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
-assert nsq.quantize(x).packed.tobytes() == nsq.quantize(x, backend="numpy").packed.tobytes()
+q = nsq.quantize(x, backend="numpy")
+assert nsq.dequantize(q).tobytes() == nsq.dequantize(q, backend="numpy").tobytes()
 """
 SHOW_KEPT = """
-from nsq_ref import kernels
-print(sum(kernels.measure.stats.cache_hits.values()), kernels.measure.stats.cache_path)
+from nsq_ref.kernels import decode_rows
+print(sum(decode_rows.stats.cache_hits.values()), decode_rows.stats.cache_path)
 """
 
 
@@ -89,16 +91,16 @@ def notices(done: Any) -> list[str]:
 def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
     place: Place, home: str
 ) -> None:
-    done = place.run(QUANTIZE, HOME=home if home == "~" else str(place.folder / home))
+    done = place.run(USE, HOME=home if home == "~" else str(place.folder / home))
     (notice,) = notices(done)
     assert "NUMBA_CACHE_DIR" in notice
-    assert notice.startswith("<string>:4:")  # where the library was called
+    assert notice.startswith("<string>:5:")  # where the library was called
 
 
 def test_a_user_without_a_home_gets_no_folder_named_tilde(place: Place) -> None:
     """Users of a container need not be in its list of users: then "~" stays as it is."""
     place.folder.chmod(0o777)
-    place.run(QUANTIZE, HOME="~")
+    place.run(USE, HOME="~")
     assert sorted(path.name for path in place.folder.iterdir()) == ["home", "site"]
 
 
@@ -106,7 +108,7 @@ def test_the_notice_can_be_turned_off(place: Place) -> None:
     ignored = (
         "import warnings, nsq_ref\nwarnings.simplefilter('ignore', nsq_ref.CompilationWarning)"
     )
-    assert not place.run(ignored + QUANTIZE).stderr
+    assert not place.run(ignored + USE).stderr
 
 
 @pytest.mark.parametrize("folder", ["NUMBA_CACHE_DIR", "home", "package"])
@@ -118,23 +120,23 @@ def test_what_can_be_written_is_used_in_silence(place: Place, folder: str) -> No
         variables[folder] = str(used)
     else:
         used.chmod(0o777)
-    assert not place.run(QUANTIZE, **variables).stderr
-    hits, path = place.run(QUANTIZE + SHOW_KEPT, **variables).stdout.split()
+    assert not place.run(USE, **variables).stderr
+    hits, path = place.run(USE + SHOW_KEPT, **variables).stdout.split()
     assert (hits, Path(path).is_relative_to(used)) == ("1", True)
 
 
 def test_a_folder_that_cannot_be_written_is_read_nonetheless(place: Place) -> None:
     """An image is filled once, and then is read-only."""
     place.package.chmod(0o777)
-    place.run(QUANTIZE)
+    place.run(USE)
     place.lock(place.package)
-    done = place.run(QUANTIZE + SHOW_KEPT)
+    done = place.run(USE + SHOW_KEPT)
     assert done.stdout.split() == ["1", str(place.package / "__pycache__")]
     assert not done.stderr
 
 
 def test_numba_cache_dir_that_cannot_be_written(place: Place) -> None:
-    (notice,) = notices(place.run(QUANTIZE, NUMBA_CACHE_DIR="/proc/nowhere"))
+    (notice,) = notices(place.run(USE, NUMBA_CACHE_DIR="/proc/nowhere"))
     assert "NUMBA_CACHE_DIR" in notice
 
 
@@ -146,7 +148,7 @@ import os, nsq_ref.kernels
 for folder, _, _ in os.walk(os.path.expanduser("~/.cache")):
     os.chmod(folder, 0o555)
 """
-    (notice,) = notices(place.run(stop + QUANTIZE))
+    (notice,) = notices(place.run(stop + USE))
     assert "Permission denied" in notice
 
 
@@ -159,9 +161,9 @@ def test_a_full_disk(place: Place) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
     )
-    (notice,) = notices(place.run(limit + QUANTIZE))
+    (notice,) = notices(place.run(limit + USE))
     assert "too large" in notice
-    assert not place.run(QUANTIZE).stderr  # what was left behind is no hindrance
+    assert not place.run(USE).stderr  # what was left behind is no hindrance
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -174,27 +176,27 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 def test_damaged_files_are_replaced(place: Place) -> None:
     place.home.chmod(0o777)
-    place.run(QUANTIZE)
+    place.run(USE)
     for suffix, damage in itertools.product((".nbi", ".nbc"), DAMAGES):
         for path in place.home.rglob(f"*{suffix}"):
             path.write_bytes(DAMAGES[damage](path.read_bytes()))
-        done = place.run(QUANTIZE + SHOW_KEPT)
+        done = place.run(USE + SHOW_KEPT)
         assert (done.stdout[0], done.stderr) == ("0", ""), (suffix, damage)
-    assert place.run(QUANTIZE + SHOW_KEPT).stdout.startswith("1 ")
+    assert place.run(USE + SHOW_KEPT).stdout.startswith("1 ")
 
 
 def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> None:
     """Two that start at once may both name their file 1, for arrays of different kinds."""
     place.home.chmod(0o777)
-    frozen = QUANTIZE.replace("float32)\n", "float32)\nx.flags.writeable = False\n")
+    frozen = USE.replace("assert", "q.packed.flags.writeable = False\nassert")
 
     def data_of(code: str) -> Path:
         place.run(code)
-        (path,) = place.home.rglob("kernels.measure*.nbc")
+        (path,) = place.home.rglob("kernels.decode_rows*.nbc")
         return path
 
-    content = data_of(QUANTIZE).read_bytes()
-    for path in place.home.rglob("kernels.measure*"):
+    content = data_of(USE).read_bytes()
+    for path in place.home.rglob("kernels.decode_rows*"):
         path.unlink()
     path = data_of(frozen)
     assert path.read_bytes() != content

@@ -382,7 +382,9 @@ def test_results_are_the_callers() -> None:
 def public_classes() -> list[type]:
     """Every class of ours in docs/api.md, errors aside."""
     api = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
-    modules = map(importlib.import_module, re.findall(r"automodule:: ((?:nsq_ref|onnx_export)[\w.]*)", api))
+    modules = map(
+        importlib.import_module, re.findall(r"automodule:: ((?:nsq_ref|onnx_export)[\w.]*)", api)
+    )
     classes = {
         thing
         for module in modules

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nsq_ref.arrays import as_array, as_integer, as_integer_array
 from nsq_ref.environment import extra
 from onnx_export.gguf_file import GGUFFile
 from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx, read_config
@@ -186,7 +187,7 @@ class Decoder:
     """
 
     def __init__(self, onnx_path: str | os.PathLike[str], *, threads: int | None = None) -> None:
-        _require_threads(threads)
+        threads = _threads(threads)
         path = Path(onnx_path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -243,7 +244,7 @@ class Decoder:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
         """
-        _require_threads(threads)
+        threads = _threads(threads)
         return cls(cached_onnx(gguf_path, cache_dir=cache_dir, progress=progress), threads=threads)
 
     def empty_cache(self, batch: int = 1) -> KeyValueCache:
@@ -270,6 +271,7 @@ class Decoder:
         (2, 1, 2, 0, 8)
         """
         config = self.config
+        batch = as_integer("batch", batch, least=1)
         shape = (config.layers, batch, config.kv_heads, 0, config.head_dim)
         return np.empty(shape, np.float32), np.empty(shape, np.float32)
 
@@ -321,12 +323,10 @@ class Decoder:
         batch, sequence = tokens.shape
         if past is None:
             past = self.empty_cache(batch)
-        self._check_past(past, batch, sequence)
+        past = self._checked_past(past, batch, sequence)
         feeds: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {"input_ids": tokens}
         if num_logits is not None:
-            if num_logits < 0:
-                raise ValueError(f"num_logits must not be negative, got {num_logits}")
-            feeds["num_logits"] = np.array(num_logits, np.int64)
+            feeds["num_logits"] = np.array(as_integer("num_logits", num_logits, least=0), np.int64)
         for kind, cache in zip(("key", "value"), past, strict=True):
             for layer, layer_cache in enumerate(cache):
                 feeds[f"past_key_values.{layer}.{kind}"] = np.ascontiguousarray(layer_cache)
@@ -378,6 +378,9 @@ class Decoder:
         >>> tokens.shape, ended_by
         ((2,), 'context_length')
         """
+        if stop_token is not None:
+            stop_token = as_integer("stop_token", stop_token)
+        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, least=1)
         tokens = np.fromiter(
             self.stream(input_ids, max_new_tokens, stop_token=stop_token), np.int64
         )
@@ -421,13 +424,14 @@ class Decoder:
         >>> len(list(decoder.stream([3] * 500, 100)))
         13
         """
-        prompt = np.asarray(input_ids)
+        prompt = as_integer_array("input_ids", input_ids)
         if prompt.ndim != 1:
             raise ValueError(f"input_ids must have shape [sequence], got {prompt.shape}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if stop_token is not None:
+            stop_token = as_integer("stop_token", stop_token)
+        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, least=1)
         tokens = self._checked_tokens(prompt[None])
-        self._check_past(self.empty_cache(), *tokens.shape)
+        self.config.require_context(tokens.shape[1], "past and input_ids")
         # The last token of all is not read, so that it needs no place in the context.
         room = self.config.context_length - len(prompt) + 1
         return self._generated(tokens, min(max_new_tokens, room), stop_token)
@@ -446,25 +450,22 @@ class Decoder:
             tokens = np.array([[token]])
 
     def _checked_tokens(self, input_ids: ArrayLike) -> NDArray[np.int64]:
-        tokens = np.asarray(input_ids)
+        tokens = as_integer_array("input_ids", input_ids)
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(
                 f"input_ids must have shape [batch, sequence], none of them 0, got {tokens.shape}"
             )
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"input_ids must be integers, got {tokens.dtype}")
         self.config.require_ids(tokens, "input_ids")
         return np.ascontiguousarray(tokens, dtype=np.int64)
 
-    def _check_past(self, past: KeyValueCache, batch: int, sequence: int) -> None:
+    def _checked_past(self, past: KeyValueCache, batch: int, sequence: int) -> KeyValueCache:
         config = self.config
         if not isinstance(past, tuple) or len(past) != 2:
             raise ValueError(f"past must be a tuple (keys, values), got {type(past).__name__}")
+        past = as_array("past keys", past[0]), as_array("past values", past[1])
         for name, cache in zip(("keys", "values"), past, strict=True):
-            if not isinstance(cache, np.ndarray) or cache.dtype != np.float32:
-                raise ValueError(
-                    f"past {name} must be a float32 array, got {getattr(cache, 'dtype', cache)}"
-                )
+            if cache.dtype != np.float32:
+                raise ValueError(f"past {name} must be a float32 array, got {cache.dtype}")
             tokens = past[0].shape[3] if past[0].ndim == 5 else 0
             expected = (config.layers, batch, config.kv_heads, tokens, config.head_dim)
             if cache.shape != expected:
@@ -473,11 +474,11 @@ class Decoder:
                     f"{expected}, got {cache.shape}"
                 )
         config.require_context(past[0].shape[3] + sequence, "past and input_ids")
+        return past
 
 
-def _require_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+def _threads(threads: int | None) -> int | None:
+    return None if threads is None else as_integer("threads", threads, least=1)
 
 
 def _config_from_metadata(path: Path, metadata: dict[str, str]) -> DecoderConfig:

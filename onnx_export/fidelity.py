@@ -23,6 +23,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nsq_ref.arrays import as_integer, as_integer_array
 from onnx_export.decoder import Decoder, KeyValueCache
 from onnx_export.graph import Progress
 
@@ -287,27 +288,23 @@ def require_lengths(prefill_length: int, continuation_length: int) -> None:
     --------
     >>> require_lengths(512, 0)
     Traceback (most recent call last):
-    ValueError: continuation_length must be at least 1, got 0
+    ValueError: continuation_length=0 must be an integer of at least 1
     """
     for name, length in (
         ("prefill_length", prefill_length),
         ("continuation_length", continuation_length),
     ):
-        if length < 1:
-            raise ValueError(f"{name} must be at least 1, got {length}")
+        as_integer(name, length, least=1)
 
 
 def _checked_passages(
     passages: ArrayLike, prefill_length: int, continuation_length: int
 ) -> NDArray[np.int64]:
     require_lengths(prefill_length, continuation_length)
-    tokens = np.asarray(passages)
+    tokens = as_integer_array("passages", passages)
     needed = prefill_length + continuation_length + 1
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            "passages must be an integer array [passages, tokens], got "
-            f"{tokens.dtype} of shape {tokens.shape}"
-        )
+    if tokens.ndim != 2:
+        raise ValueError(f"passages must have shape [passages, tokens], got {tokens.shape}")
     if tokens.shape[0] < 2 or tokens.shape[1] < needed:
         raise ValueError(
             f"passages has shape {tokens.shape}; a standard error needs at least 2 passages, and "

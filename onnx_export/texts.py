@@ -10,6 +10,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
+from nsq_ref.arrays import as_integer
 from onnx_export.tokenizer import Tokenizer
 
 ADDRESSES = (
@@ -94,10 +95,8 @@ def passages(tokenizer: Tokenizer, length: int, count: int, *, start: int = 0) -
     >>> tokenizer.decode(passages(tokenizer, 24, 2)[1])
     'Fellow-Citizens of the Sena'
     """
-    if length < 1 or count < 1:
-        raise ValueError(f"length and count must be at least 1, got {length} and {count}")
-    if start < 0:
-        raise ValueError(f"start must be at least 0, got {start}")
+    length, count = as_integer("length", length, least=1), as_integer("count", count, least=1)
+    start = as_integer("start", start, least=0)
     addresses = [tokenizer.encode(read_address(name))[start:] for name in ADDRESSES]
     rounds = max(len(tokens) for tokens in addresses) // length
     found = [

@@ -102,10 +102,10 @@ def tiny_with(folder: Path, **changes: object) -> Path:
         ({"tokens": None}, {}, "'tokenizer.ggml.tokens' is missing"),
         ({}, {"passages": 100_000}, "the addresses hold"),
         ({}, {"prefill_length": 500, "continuation_length": 13}, "513 tokens together, more than"),
-        ({}, {"prefill_length": 0}, "prefill_length must be at least 1"),
-        ({}, {"continuation_length": 0}, "continuation_length must be at least 1"),
+        ({}, {"prefill_length": 0}, "prefill_length=0 must be an integer of at least 1"),
+        ({}, {"continuation_length": 0}, "continuation_length=0 must be an integer of at least 1"),
         ({}, {"passages": 1}, "passages must be at least 2"),
-        ({}, {"threads": 0}, "threads must be at least 1"),
+        ({}, {"threads": 0}, "threads=0 must be an integer of at least 1"),
     ],
 )  # fmt: skip
 def test_the_demo_builds_nothing_that_it_cannot_use(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from llama_oracle import TinyModel
 
 from onnx_export.decoder import Decoder, cached_onnx, file_sha256
 from onnx_export.graph import GRAPH_VERSION
+from tests.tensors import Tensor
 
 ALL_LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -111,6 +113,23 @@ def test_num_logits_selects_the_last_positions(
     assert logits.shape == (2, expected, 40)
     assert np.abs(logits - every[:, 13 - expected :]).max(initial=0) < 1e-5
     np.testing.assert_array_equal(keys, same_keys)
+
+
+def test_tensors_of_other_frameworks(decoder: Decoder) -> None:
+    """Tokens and caches through DLPack, integers of NumPy and arrays of no axes."""
+    ids = np.array([IDS])
+    _, keys, values = decoder.forward(ids)
+    again, *_ = decoder.forward(Tensor(ids), num_logits=np.array(2))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(again, decoder.forward(ids, num_logits=2)[0])
+    past: Any = Tensor(keys), Tensor(values)
+    next_logits, *_ = decoder.forward(ids[:, :1], past)
+    np.testing.assert_array_equal(next_logits, decoder.forward(ids[:, :1], (keys, values))[0])
+    prompt: Any = Tensor(ids[0])
+    tokens, ended_by = decoder.generate(prompt, np.int64(4), stop_token=np.array(-1))  # type: ignore[arg-type]
+    expected = decoder.generate(IDS, 4)
+    assert (tokens.tolist(), ended_by) == (expected.tokens.tolist(), expected.ended_by)
+    with pytest.raises(TypeError, match=r"max_new_tokens=2\.0 is not an integer"):
+        decoder.generate(IDS, 2.0)  # type: ignore[arg-type]
 
 
 def test_generate_takes_the_most_likely_token_each_time(decoder: Decoder) -> None:
@@ -248,11 +267,11 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
 BAD_CALLS = {
     "one dimension": ([1, 2], None, None, r"input_ids must have shape \[batch, sequence\]"),
     "no tokens": (np.empty((1, 0), int), None, None, "none of them 0"),
-    "floats": ([[1.0]], None, None, "input_ids must be integers, got float64"),
+    "floats": ([[1.0]], None, None, "input_ids has dtype float64; give integers"),
     "too large": ([[1, 40]], None, None, r"input_ids\[0, 1\] is 40, outside the vocabulary of 40"),
     "negative": ([[-1]], None, None, r"input_ids\[0, 0\] is -1"),
     "too long": ([[1] * 65], None, None, "65 tokens together, more than the model's context of 64"),
-    "negative num_logits": ([[1]], None, -1, "num_logits must not be negative, got -1"),
+    "negative num_logits": ([[1]], None, -1, "num_logits=-1 must be an integer of at least 0"),
     "float64 past": (
         [[1]],
         (np.zeros((2, 1, 2, 3, 8)), np.zeros((2, 1, 2, 3, 8))),
@@ -285,17 +304,17 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_wrong_arguments_are_refused(decoder: Decoder, name: str) -> None:
     input_ids, past, num_logits, message = BAD_CALLS[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         decoder.forward(input_ids, past, num_logits=num_logits)
 
 
 def test_generate_and_init_refuse_wrong_arguments(decoder: Decoder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"input_ids must have shape \[sequence\]"):
         decoder.generate([[1]], 3)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be an integer of at least 1"):
         decoder.generate([1], 0)
     path = cached_onnx(TinyModel().write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="threads=0 must be an integer of at least 1"):
         Decoder(path, threads=0)
     with pytest.raises(FileNotFoundError, match="build it with cached_onnx"):
         Decoder(tmp_path / "no.onnx")

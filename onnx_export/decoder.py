@@ -303,7 +303,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If an argument has the wrong shape, dtype or range.
 
         Examples

@@ -493,7 +493,7 @@ def gen(
         try:
             ports.write_requests(sys.stdout.buffer, header, questions)
         except BrokenPipeError:  # `nsq verify` says what became of the program
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            _forget_output()
 
 
 @app.command()
@@ -1039,12 +1039,29 @@ def main() -> None:
     2
     """
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:  # which a shell can close
+                sys.stdout.flush()  # while an error can still be told
+    except BrokenPipeError:  # nobody reads on
+        _forget_output()
+        sys.exit(1)
     except OSError as error:
+        _forget_output()
         name = f"{error.filename}: " if error.filename else ""
         _fail(f"{name}{error.strerror or error}")
     except (MemoryError, TypeError, ValueError) as error:
         _fail(str(error) or type(error).__name__)
+
+
+def _forget_output() -> None:
+    """Drop what could not be printed: Python would try it again at its end, and exit with 120."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> None:

@@ -166,7 +166,7 @@ def direction_histogram(axes: Axes, x: npt.ArrayLike, schemes: Sequence[str], ti
         )
     axes.set(title=title, ylabel="density")
     axes.set_xlabel("element of the direction, in standard deviations of its channel")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", frameon=False)
 
 
 def sweep(
@@ -735,7 +735,7 @@ def frontier(
         x, y = points[name]
         size = as_float(f"standard_errors[{name!r}]", deviation)
         axes.errorbar(x, y, size, color="0.4", lw=1, capsize=2, zorder=2)
-    axes.legend()
+    axes.legend(loc="upper right")
     _finish_named(axes, title, "stored bits an element", ylabel)
     _name_points(axes, points, [front_color if on else "0.35" for on in front])
 

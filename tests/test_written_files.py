@@ -111,8 +111,14 @@ def test_output_that_goes_to_the_file_itself_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_what_is_printed_to_a_full_disk_is_an_error(options: tuple[str, ...]) -> None:
     nsq = Path(sys.executable).with_name("nsq")
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            [nsq, "info", *options], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert (done.returncode, done.stderr) == (2, "nsq: No space left on device\n")
+    for unbuffered in ("", "1"):  # then it is known at the end, or at once
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [nsq, "info", *options],
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (2, "nsq: No space left on device\n")

@@ -142,13 +142,9 @@ def _is_intact(folder: Path) -> bool:
 class Generated(NamedTuple):
     """What `Decoder.generate` returns, for any thread.
 
-    Attributes
-    ----------
-    tokens : numpy.ndarray
-        int64 ``[new_tokens]``: the new tokens only, at least one, a stop token included.
-    ended_by : {"stop_token", "max_new_tokens", "context_length"}
-        Why there are no more: the token to stop after was generated, there are as many as were
-        asked for, or the model's context is full.
+    ``tokens`` are the new ones only, int64 ``[new_tokens]``, at least one, a stop token included.
+    ``ended_by`` says why there are no more: the ``stop_token`` was generated, there are
+    ``max_new_tokens``, or the model's context is full (``context_length``).
     """
 
     tokens: NDArray[np.int64]

@@ -662,7 +662,7 @@ def _show_report(report: Report, as_json: bool, junit: Path | None) -> None:
     if as_json:
         _print_json(to_json(report))
     else:
-        typer.echo(as_text(report, color=sys.stdout.isatty()), nl=False)
+        typer.echo(as_text(report, color=_on_terminal()), nl=False)
     if junit is not None:
         from nsq_ref.files import atomic
 
@@ -995,7 +995,7 @@ def _print_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text, as names may look like markup
     # Into a pipe a row stays a line.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+    Console(width=None if _on_terminal() else 10_000).print(table)
 
 
 @contextlib.contextmanager
@@ -1053,6 +1053,11 @@ def main() -> None:
         _fail(f"{name}{error.strerror or error}")
     except (MemoryError, TypeError, ValueError) as error:
         _fail(str(error) or type(error).__name__)
+
+
+def _on_terminal() -> bool:
+    """Whether somebody looks at what is printed; there is no output where a shell closed it."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _forget_output() -> None:

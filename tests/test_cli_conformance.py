@@ -487,6 +487,16 @@ def test_closed_pipes(line) -> None:
     assert re.fullmatch("nsq: [^\n]* pipe[^\n]*\n", done.stderr), done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["info", "info --json", "check nsq_ref:quantize --case encode/ordinary/0"]
+)
+def test_what_nobody_can_read_is_no_fault(line) -> None:
+    done = subprocess.run(
+        f'"{NSQ}" {line} >&-', shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_a_file_says_does_not_reach_the_terminal(tmp_path) -> None:
     """Names in a header are escaped."""
     from nsq_ref import Scheme

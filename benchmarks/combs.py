@@ -24,8 +24,9 @@ from onnx_export.custom_ops import register
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-KINDS = ("normal", "student-t", "Cauchy", "lognormal", "one-sided", "offset", "channels")
+KINDS = ("normal", "student-t", "Cauchy", "lognormal", "one-sided", "offset", "channels", "drift")
 REAL_TOKENS = 2048
+DRIFT = 0.98  # of a token that the next one keeps
 CLIPPED = 50.0  # Cauchy, in units of its quartile
 NATS = 5.5  # that strong tokens are above the others
 JITTER = 0.3  # of theirs, standard deviation
@@ -35,9 +36,10 @@ IN_TAIL = 64  # tokens behind the sealed blocks
 PAIRS = [
     *(("normal", kind) for kind in (*KINDS, "real")),
     *((kind, "lognormal") for kind in KINDS if kind != "normal"),
+    ("drift", "drift"),
     ("real", "real"),
 ]
-DRAWS = {512: 16, 2048: 12, 8192: 4, 32768: 2}  # of 32 heads each, by tokens
+DRAWS = {512: 16, 2048: 8, 8192: 4, 32768: 4}  # of 32 heads each, by tokens
 PERIODS = (16, 32)
 SPREADS = (1.0, 0.3)  # of the scores besides, nats
 
@@ -127,6 +129,10 @@ def _tokens(rng: np.random.Generator, kind: str, side: int, shape: tuple[int, in
         x = np.abs(x)
     elif kind == "offset":
         x += 3
+    elif kind == "drift":
+        x *= np.sqrt(1 - DRIFT**2)
+        for before in range(shape[1] - 1):
+            x[:, before + 1] += DRIFT * x[:, before]
     elif kind == "channels":  # an offset of each channel's own
         x += 3 * rng.standard_normal((shape[0], 1, shape[2]))
     return x.astype(np.float32)  # type: ignore[no-any-return]

@@ -75,10 +75,16 @@ def test_schemes(options: onnxruntime.SessionOptions, scheme: Scheme) -> None:
     held(combs.added(one, scheme, options))
 
 
+def test_drift(options: onnxruntime.SessionOptions) -> None:
+    """Scores drift as values do: so must not the roundings of flat weights."""
+    one = combs.draw(np.random.default_rng(4), "drift", "drift", 2048, period=32, spread=0.3)
+    held(combs.added(one, STREAMING, options), median=0.08, most=0.15)
+
+
 def test_weights_take_two_bytes(options: onnxruntime.SessionOptions) -> None:
     """One strong token a block: the others need more than a byte beside it."""
     one = combs.draw(np.random.default_rng(5), "normal", "normal", 1024, period=128, spread=0.1)
-    held(combs.added(one, STREAMING, options), median=0.06)
+    held(combs.added(one, STREAMING, options), median=0.09)
 
 
 @pytest.mark.parametrize("sharp", [False, True], ids=["outlier", "sharp"])
@@ -91,7 +97,7 @@ def test_queries_take_two_bytes(options: onnxruntime.SessionOptions, sharp: bool
         query[:, 7] *= 10
         one = one._replace(query=query)
     one = one._replace(bias=0 * one.bias)
-    held(combs.added(one, STREAMING, options), median=0.02 if sharp else 0.05, most=0.15)
+    held(combs.added(one, STREAMING, options), median=0.02 if sharp else 0.06, most=0.15)
 
 
 def outputs(scheme: Scheme, part: str, value: float, exact: bool) -> Array:

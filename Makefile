@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
+NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec attention modes integer_attention) \
+  operators/test_attention.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-torch test-oldest sanitize lint types docs extras places benchmark clean
@@ -21,10 +23,8 @@ test-torch: $(VENV)/torch.done
 test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
 	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
-	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
-	  tests/test_native_memory.py tests/test_native_modes.py tests/test_integer_attention.py \
-	  tests/test_onnx_attention.py tests/test_onnx_codec.py tests/test_onnx_host.py \
-	  tests/test_onnx_options.py
+	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS) custom_ops/test_memory.py custom_ops/test_host.py \
+	    operators/test_codec.py operators/test_options.py)
 
 # Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
 # finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.
@@ -36,8 +36,7 @@ sanitize: $(VENV)/test.done
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	NSQ_CUSTOM_OPS="$(CURDIR)/build/sanitize/libnsq_onnx.so" NSQ_TEST_PROFILE=few \
 	  $(BIN)/python -m pytest -n 2 -q \
-	  tests/test_native_operators.py tests/test_native_codec.py tests/test_native_attention.py \
-	  tests/test_native_modes.py tests/test_integer_attention.py tests/test_onnx_attention.py
+	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS))
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ import torch
 
 import nsq_ref as nsq
 from nsq_ref import arrays
-from tests import test_intake as intake
-from tests.test_intake import CALLS, Integer, Integers, Number, Numbers
+from tests.nsq_ref import test_intake as intake
+from tests.nsq_ref.test_intake import CALLS, Integer, Integers, Number, Numbers
 
 INTEGER_DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from nsq_ref import Scheme, dequantize, quantize, rounding
 from nsq_ref.conformance.cases import cases
 from nsq_ref.strategies import inputs
-from tests import rows as hard_rows
-from tests.test_examples import norm_at
+from tests.project.test_examples import norm_at
+from tests.support import rows as hard_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
 example = importlib.import_module("nsq_port_torch")

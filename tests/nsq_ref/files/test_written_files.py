@@ -1,0 +1,125 @@
+"""Every file that the project writes: whole or not at all, with the mode the umask asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsq_ref import quantize, storage
+
+HERE = Path(__file__).parents[2]
+DRIVER = HERE / "support" / "writers.py"
+PORT = f"{HERE / 'ports' / 'functions.py'}:encode"
+OF_ONE_FILE = ["quantize", "dequantize", "cache", "check", "archive", "zip", "gguf"]
+OF_MANY = ["demo", "codec", "vectors", "questions", "graph"]
+WRITERS = OF_ONE_FILE + OF_MANY
+
+
+def drive(folder: Path, task: str, *arguments: object) -> Any:
+    """Run a task of ``writers.py`` in a process of its own."""
+    command = [sys.executable, str(DRIVER), task, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((2, 40, 8), dtype=np.float32)
+    np.savez(tmp_path / "kv.npz", keys=keys, values=keys[..., ::-1])
+    storage.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
+    return tmp_path
+
+
+def test_new_files_have_the_mode_of_the_umask(folder: Path) -> None:
+    umasks = ["0o022", "0o077", "0o002"]
+    found = drive(folder, "new", *umasks)
+    assert list(found) == umasks
+    for umask, writers in found.items():
+        assert list(writers) == WRITERS
+        for writer, modes in writers.items():
+            assert len(modes) == 1 if writer in OF_ONE_FILE else len(modes) > 1, writer
+            assert set(modes.values()) == {0o666 & ~int(umask, 8)}, (writer, umask)
+
+
+def test_files_that_are_replaced_keep_their_mode(folder: Path) -> None:
+    found = drive(folder, "replaced", "0o644", "0o600", "0o444")
+    assert list(found) == WRITERS
+    for writer, (before, after) in found.items():
+        assert after == before, writer
+    assert {mode for before, _ in found.values() for mode in before.values()} == {
+        0o644, 0o600, 0o444,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("writer", [one for one in WRITERS if one != "gguf"])
+def test_a_full_disk_leaves_what_was_there_and_names_the_file(writer: str, folder: Path) -> None:
+    """No room for a byte, and for all but one byte; with and without files to replace.
+
+    The writer of GGUF files does not say that a disk is full: only tests and examples use it.
+    """
+    for outcome in drive(folder, "full", writer):
+        assert outcome["changed"] == [], outcome
+        assert outcome["errno"] == "EFBIG", outcome
+        assert ".tmp" not in outcome["message"], outcome
+        assert any(outcome["message"].count(name) for name in outcome["files"]), outcome
+
+
+@pytest.mark.parametrize("writer", OF_ONE_FILE)
+def test_links_keep_pointing_where_they_did(writer: str, folder: Path) -> None:
+    (outcome,) = drive(folder, "linked", writer)
+    assert outcome == {"link": True, "changed": True, "mode": 0o640}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_cannot_be_replaced_is_refused_before_the_work(writer: str, folder: Path) -> None:
+    """A folder, a pipe or a device where the file shall be; a folder that cannot be written to."""
+    for outcome in drive(folder, "refused", writer):
+        assert outcome["changed"] == [], outcome
+        assert outcome["says"] in outcome["message"], outcome
+        assert ".tmp" not in outcome["message"], outcome
+        assert outcome["printed"] == "", outcome
+
+
+def test_output_that_goes_to_the_file_itself_is_refused(folder: Path) -> None:
+    """Replaced, the file would lose what the process prints."""
+    nsq = Path(sys.executable).with_name("nsq")
+    shown = folder / "shown"
+    for name in ("/dev/stdout", "shown"):
+        command = [nsq, "check", PORT, "--junit", name]
+        with shown.open("wb") as stream:
+            done = subprocess.run(
+                command, cwd=folder, stdout=stream, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.returncode == 2
+        assert f"{name}: " in done.stderr
+        assert shown.read_bytes() == b""
+    done = subprocess.run(
+        [*command[:-1], "/dev/stdout"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/dev/stdout: exists and is not a regular file" in done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_what_is_printed_to_a_full_disk_is_an_error(options: tuple[str, ...]) -> None:
+    nsq = Path(sys.executable).with_name("nsq")
+    for unbuffered in ("", "1"):  # then it is known at the end, or at once
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [nsq, "info", *options],
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (2, "nsq: No space left on device\n")

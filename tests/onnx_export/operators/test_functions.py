@@ -1,0 +1,249 @@
+"""nsq.Quantize and nsq.Dequantize in standard operators: the reference's bytes, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from hypothesis import assume, given, settings
+from onnx import TensorProto, helper
+
+import nsq_ref as nsq
+from nsq_ref import Scheme, rounding, strategies
+from nsq_ref.codec import PARTS
+from onnx_export import rounding_nodes
+from onnx_export.codec import dequantize_model, quantize_model
+from onnx_export.function_builder import Nodes
+from onnx_export.functions import DOMAIN, VERSION, functions, scheme_attributes
+from tests.support.onnx_runners import RUNNERS, Run, model_of, without_optimization
+from tests.support.rows import norm_order, norm_ties, spread
+
+Array = npt.NDArray[Any]
+FLOAT = TensorProto.FLOAT
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Callable[[onnx.ModelProto], Run]:
+    return RUNNERS[request.param]
+
+
+def assert_same(got: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    assert got.keys() == expected.keys()
+    for name, part in expected.items():
+        assert (name, got[name].dtype, got[name].shape) == (name, part.dtype, part.shape)
+        assert (name, got[name].tobytes()) == (name, part.tobytes())
+
+
+def assert_agrees(runner: Callable[[onnx.ModelProto], Run], x: Array, scheme: Scheme) -> None:
+    """Both directions give the bytes of the reference."""
+    q = nsq.quantize(x, scheme)
+    assert_same(runner(quantize_model(scheme, x.dtype.name))({"x": x}), q.parts)
+    decode = runner(dequantize_model(scheme, x.dtype.name))
+    x_hat = decode({**q.parts, "shape": np.array(x.shape, np.int32)})
+    assert_same(x_hat, {"x_hat": nsq.dequantize(q)})
+
+
+# --- every scheme -------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    strategies.tensors(max_head_dim=70, dtypes=("float32", "float16", "bfloat16")),
+    strategies.schemes(),
+)
+def test_every_scheme(runner: Callable[[onnx.ModelProto], Run], x: Array, scheme: Scheme) -> None:
+    """N1 N2 S1 S2 S3 S4 O1 Q1 Q2 P1 M1 M2 M3 D1 Z1 I1 K1 B1. Whatever is not refused."""
+    try:
+        nsq.quantize(x, scheme)
+    except nsq.RangeError:
+        assume(False)
+    assert_agrees(runner, x, scheme)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 1, 2, 3, 5), (3, 130)])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(sink_tokens=3, bits=3, magnitude="lsq", scale_rule="search"),
+        Scheme(sink_tokens=1, axis="token", symmetric=False, magnitude="gain", outlier_channels=4),
+        Scheme(sink_tokens=3, separate_norm=False, outlier_channels=200, block_size=2),
+    ],
+    ids=["lsq", "token", "outliers"],
+)
+def test_ends_of_the_shapes(
+    runner: Callable[[onnx.ModelProto], Run], shape: tuple[int, ...], scheme: Scheme
+) -> None:
+    """K1 B1 P1 O1. No token after the sinks, one channel, and more outliers than channels."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    assert_agrees(runner, x, scheme)
+
+
+def test_equal_outlier_channels(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """O1. Of equals the lower index, and of a difference in the last bit the larger."""
+    x = np.zeros((1, 6, 9), np.float32)
+    x[0, :, 2:8] = 1
+    x[0, 1, 7] = x[0, 4, 5] = np.nextafter(np.float32(1), np.float32(2))
+    x[0, 3, :] = [2.0**-149, *[0.0] * 8]
+    for bits in (2, 3, 4, 8):
+        scheme = Scheme(bits=bits, separate_norm=False, outlier_channels=3, scale_dtype="float32")
+        q = nsq.quantize(x, scheme)
+        assert q.outlier_index is not None
+        assert q.outlier_index.ravel().tolist() == [2, 5, 7]
+        assert_agrees(runner, x, scheme)
+        assert_agrees(runner, x[:, 3:4], scheme)
+
+
+def test_search_sums_in_the_order_of_the_tokens(
+    runner: Callable[[onnx.ModelProto], Run],
+) -> None:
+    """S4. Where the errors of two ranges are nearly equal, the order of the sum decides."""
+    options = {"separate_norm": False, "scale_rule": "search", "scale_dtype": "float32"}
+    scheme = Scheme(bits=2, **options)
+    drawn = np.random.default_rng(0).integers(-9, 10, (24, 1 << 16)).astype(np.float32) / 3
+    turned = nsq.quantize(drawn, scheme).scale != nsq.quantize(drawn[::-1], scheme).scale
+    x = drawn[:, np.flatnonzero(turned)]
+    assert x.shape[1] > 4
+    for tokens in (x, x[::-1]):
+        assert_agrees(runner, tokens, scheme)
+        assert_agrees(runner, tokens.T, Scheme(bits=2, axis="token", **options))
+    longer = drawn[:, :64]  # its last block is short
+    assert_agrees(runner, longer, Scheme(scale_rule="search", block_size=16))
+
+
+def test_narrowing(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """S3 M4 Z1. Values and ties of float16 and bfloat16, subnormal ones too, and what lies by."""
+    for dtype, digits in ((TensorProto.FLOAT16, 11), (TensorProto.BFLOAT16, 8)):
+        exponents = np.arange(-160, 129)[:, None]
+        ties = np.ldexp(1 + np.arange(0, 64) * 2.0 ** -(digits + 1), exponents)
+        with np.errstate(over="ignore"):
+            values = ties.astype(np.float32).ravel()
+        values = values[np.isfinite(values)]
+        x = np.concatenate([values, np.nextafter(values, np.float32(0)), -values])
+        add = Nodes()
+        narrowed = rounding_nodes.narrow(add, "x", add.constant(dtype))
+        got = runner(model_of(add.nodes, {"x": FLOAT}, {narrowed: FLOAT}))({"x": x})[narrowed]
+        kind = np.float16 if dtype == TensorProto.FLOAT16 else ml_dtypes.bfloat16
+        assert got.tobytes() == rounding.narrow(x, np.dtype(kind)).astype(np.float32).tobytes()
+
+
+# --- roundings that float64 cannot decide -------------------------------------------------------
+
+
+def exact(
+    runner: Callable[[onnx.ModelProto], Run],
+    build: Callable[..., str],
+    **vectors: Array,
+) -> Array:
+    add = Nodes()
+    result = build(add, *vectors)
+    model = model_of(add.nodes, dict.fromkeys(vectors, FLOAT), {result: FLOAT})
+    return runner(model)(vectors)[result]
+
+
+def test_norms_next_to_midpoints(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """N1. On ties, beside them by less than float64 sees, subnormal, and beyond float32."""
+    rng = np.random.default_rng(0)
+    odd = [1, 2.0**-11, 2.0**-12, 2.0**-12, 3 * 2.0**-24, 0]  # its root is 1 + 3 * 2^-24
+    rows = [[*odd[:5], least] for least in (0, 2.0**-30, 2.0**-60, 2.0**-149)]
+    rows += [[odd[i] * (1 - 2.0**-23 if i == 4 else 1) for i in range(6)]]
+    rows += list(np.ldexp(rng.integers(-3, 4, (64, 6)).astype(np.float64), -149))
+    rows += list(np.ldexp(rng.integers(-(2**23), 2**23, (64, 6)).astype(np.float64), -149))
+    rows += list(np.ldexp(rng.standard_normal((64, 6)), rng.integers(-140, 126, (64, 6))))
+    largest = float(np.finfo(np.float32).max)
+    rows += [[largest, other, 0, 0, 0, 0] for other in (1e30, 1.4e34, 1.4e35, largest)]
+    for x in (np.array(rows, np.float32), norm_ties(), norm_order(), spread((20, 12))):
+        assert exact(runner, rounding_nodes.norm, x=x).tobytes() == rounding.norm(x).tobytes()
+
+
+def test_gains_next_to_midpoints(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """M3. Quotients on ties, beside them, and where the products cancel."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i in range(240):
+        middle = (2 * int(rng.integers(2**23, 2**24)) + 1) * 2.0**-24
+        y = np.zeros(6)
+        y[:2] = 2.0**-10
+        x = np.zeros(6)
+        x[0] = np.float32(middle * 2.0**-9)
+        x[1] = middle * 2.0**-9 - x[0]  # the quotient is a tie
+        if i % 3:
+            x[2], y[2] = (1, -1)[i % 2] * 1e-3, (1e-30, 2.0**-140)[i // 6 % 2]  # and beside it
+        pairs.append((x * 2.0 ** int(rng.integers(-90, 90)) * (1, -1)[i // 12 % 2], y))
+    for i in range(120):
+        x, y = rng.standard_normal((2, 6)).astype(np.float32).astype(np.float64)
+        x[0] = np.float32(-(x[1:] @ y[1:]) / y[0])
+        if i % 3 == 0:
+            x[:3], x[3:], y[:3] = (1, -1, 0), 0, (0.5, 0.5, 2.0**-149 * (i % 7))
+        pairs.append((x * 10.0 ** int(rng.integers(-30, 30)), y))
+    pairs.append((np.ones(6), np.zeros(6)))
+    x, y = (np.array(side, np.float32) for side in zip(*pairs, strict=True))
+    got = exact(runner, rounding_nodes.least_squares_gain, x=x, y=y)
+    assert got.tobytes() == rounding.least_squares_gain(x, y).tobytes()
+    with np.errstate(all="ignore"):  # or the cases prove nothing
+        wide_x, wide_y = x.astype(np.float64), y.astype(np.float64)
+        plain = np.sum(wide_x * wide_y, -1) / np.sum(wide_y * wide_y, -1)
+    assert np.count_nonzero(plain.astype(np.float32) != got) > 50
+
+
+def test_stored_norms_at_ties(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """N1. Of one token and of many, with the exact path taken by some of them."""
+    assert_agrees(runner, norm_ties()[2:3], Scheme(norm_dtype="float32"))
+    x = np.concatenate([norm_order()[:, :5], norm_ties()])
+    for magnitude in ("norm", "gain", "lsq"):
+        scheme = Scheme(norm_dtype="float32", scale_dtype="float32", magnitude=magnitude)
+        assert_agrees(runner, x, scheme)
+
+
+# --- the functions ------------------------------------------------------------------------------
+
+
+def test_attributes_default_to_the_default_scheme() -> None:
+    """The attributes are those of `Scheme()` where a node has none."""
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    outputs = [name if name in ("packed", "scale", "norm") else "" for name in PARTS]
+    node = helper.make_node("Quantize", ["x"], outputs, domain=DOMAIN)
+    kinds = {"packed": TensorProto.UINT8, "scale": FLOAT, "norm": FLOAT}
+    got = without_optimization(model_of([node], {"x": FLOAT}, kinds, functions()))({"x": x})
+    q = nsq.quantize(x)
+    assert q.norm is not None
+    assert got["packed"].tobytes() == q.packed.tobytes()
+    assert got["scale"].tobytes() == q.scale.astype(np.float32).tobytes()
+    assert got["norm"].tobytes() == q.norm.astype(np.float32).tobytes()
+
+
+def test_what_is_not_stored(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """All outputs can be connected: those that a scheme does not store say nothing."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
+    kinds = dict(zip(PARTS, (TensorProto.UINT8, FLOAT, FLOAT, FLOAT, 6, 10, FLOAT), strict=True))
+    scheme = Scheme(separate_norm=False)
+    node = helper.make_node(
+        "Quantize", ["x"], list(PARTS), domain=DOMAIN, **scheme_attributes(scheme)
+    )
+    got = runner(model_of([node], {"x": FLOAT}, kinds, functions()))({"x": x})
+    assert got["packed"].tobytes() == nsq.quantize(x, scheme).packed.tobytes()
+    assert (got["norm"] == 1).all()
+    assert (got["zero"] == 0).all()
+    shapes = {name: got[name].shape for name in ("outlier_index", "outliers", "sinks")}
+    assert shapes == {"outlier_index": (2, 1, 0), "outliers": (2, 5, 0), "sinks": (2, 0, 6)}
+
+
+@pytest.mark.parametrize("opset", [21, 22])
+def test_later_opsets(opset: int) -> None:
+    """The functions run in models of later opsets, whose own functions they then are."""
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    scheme = Scheme(bits=3, scale_rule="search", outlier_channels=1, magnitude="lsq")
+    outputs = ["packed", *[""] * (len(PARTS) - 1)]
+    attributes = scheme_attributes(scheme)
+    node = helper.make_node("Quantize", ["x"], outputs, domain=DOMAIN, **attributes)
+    made = functions(opset)
+    assert {one.domain for one in made} == {DOMAIN}
+    assert {one.opset_import[0].version for one in made} == {opset}
+    model = model_of([node], {"x": FLOAT}, {"packed": TensorProto.UINT8}, made, opset)
+    assert model.opset_import[1].version == VERSION
+    got = without_optimization(model)({"x": x})
+    assert got["packed"].tobytes() == nsq.quantize(x, scheme).packed.tobytes()

@@ -12,12 +12,14 @@ Examples
 """
 
 import importlib
+import sys
 from typing import Any
 
 from nsq_ref import attention, bounds
 from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.environment import CompilationWarning
+from nsq_ref.renamed import Renamed
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
 __version__ = "0.1.0"
@@ -37,6 +39,9 @@ __all__ = [
     "quantize",
     "scheme_names",
 ]
+
+RENAMED: dict[str, str] = {}
+sys.meta_path.append(Renamed(RENAMED))
 
 
 def __getattr__(name: str) -> Any:

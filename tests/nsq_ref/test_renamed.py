@@ -25,5 +25,5 @@ def test_both_names_give_one_module(old: str) -> None:
 
 def test_other_names_are_not_found() -> None:
     assert Renamed({"nsq_ref.a": "nsq_ref.metrics"}).find_spec("nsq_ref.b") is None
-    with pytest.raises(ModuleNotFoundError, match="No module named 'nsq_ref.a'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'nsq_ref\.a'"):
         importlib.import_module("nsq_ref.a")

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 
 from nsq_ref import RangeError, Scheme, attention, dequantize, quantize
+from nsq_ref.attention import stored
 from nsq_ref.codec import block_of
 from nsq_ref.strategies import schemes, tensors
 
@@ -467,7 +468,7 @@ def test_chunks_of_queries_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> Non
         whole = attention.attend_quantized(
             query, *[[piece.source for piece in tokens]] * 2, scheme, scheme, weights=True, **mask
         )
-        monkeypatch.setattr(attention, "SCORE_BYTES", 4 * 4 * 300 * 8)
+        monkeypatch.setattr(stored, "SCORE_BYTES", 4 * 4 * 300 * 8)
         check(query, tokens, tokens, scheme, scheme, **mask)
         cut = attention.attend_quantized(
             query, *[[piece.source for piece in tokens]] * 2, scheme, scheme, weights=True, **mask

@@ -5,7 +5,7 @@
 other kernel in float32, may be from the reference (rule A3).
 """
 
-from nsq_ref.attention.options import require_options
+from nsq_ref.attention.options import require_options as require_options
 from nsq_ref.attention.reference import Attention, attend
 from nsq_ref.attention.stored import Piece, PreparedPiece, attend_quantized, prepare
 from nsq_ref.attention.tolerance import reach, tolerance
@@ -18,6 +18,5 @@ __all__ = [
     "attend_quantized",
     "prepare",
     "reach",
-    "require_options",
     "tolerance",
 ]

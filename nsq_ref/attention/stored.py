@@ -64,10 +64,9 @@ Piece = Array | spec.Block | PreparedPiece
 
 
 def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece:
-    """Check some tokens of a sequence and lay them out for `attend_quantized`.
+    """Check some tokens of a sequence for `attend_quantized`.
 
-    It does so by itself; but preparing takes as long as attending to some hundred tokens, so that a
-    cache prepares what no longer changes once.
+    It does so by itself; but a cache prepares what no longer changes once.
 
     Parameters
     ----------
@@ -85,8 +84,7 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
     Returns
     -------
     PreparedPiece
-        It refers to the arrays, and sees what is written to them later; only heads that are not
-        contiguous are copied.
+        It refers to the arrays, and sees what is written to them later.
 
     Raises
     ------
@@ -109,7 +107,7 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
                 f"a piece is {plain.dtype} {list(plain.shape)}; unquantized tokens are float32, "
                 f"float16 or bfloat16 [kv_heads, n, {head_dim}]"
             )
-        return PreparedPiece(*plain.shape, source, (plain,), None)
+        return PreparedPiece(plain.shape[0], plain.shape[1], head_dim, source, (plain,), None)
     parts = {name: as_array(f"{name} of a piece", part) for name, part in source._asdict().items()}
     block = spec.Block(**parts)
     kv_heads, tokens = _require_block(block, scheme, head_dim)
@@ -150,8 +148,8 @@ def attend_quantized(
 ) -> tuple[Float32, Float32 | None]:
     """Attend over one sequence as it is stored, without decoding it (rule A3).
 
-    Scales and zeros join the query and the output, gains the scores and the weights; in between
-    there are sums of integer codes. Results do not depend on the number of threads, nor on how the
+    Scales and zeros of channels join the query and the output, gains the scores and the weights; in
+    between there are sums of codes. Results do not depend on the number of threads, nor on how the
     arrays lie in memory.
 
     Parameters
@@ -332,7 +330,7 @@ def _widened(part: Array) -> Float32:
 
 
 def _read_only(codes: Array) -> Array:
-    view = np.ascontiguousarray(codes).view()
+    view: Array = np.ascontiguousarray(codes).view()
     view.flags.writeable = False
     return view
 

@@ -65,27 +65,23 @@ def jit_square(function: _Function) -> _Function:
 @jit_exact
 def unpack_run(first: int, count: int, packed: Array, head_dim: int, bits: int, row: Array) -> None:
     """Codes of ``count`` tokens (P1), one behind the other; what lies behind the last may be any."""
-    if bits == 4 and head_dim % 2 == 0:  # no gaps between tokens: one loop, which LLVM vectorizes
-        flat = packed[first : first + count].reshape(-1)
-        for i in range(flat.shape[0]):
-            row[2 * i] = flat[i] & np.uint8(15)
-            row[2 * i + 1] = flat[i] >> np.uint8(4)
-    else:
-        for k in range(count):  # a row may reach into the next, which is yet to come
-            unpack_row(packed, first + k, head_dim, bits, row[k * head_dim :])
+    for k in range(count):  # a row may reach into the next, which is yet to come
+        unpack_row(packed, first + k, head_dim, bits, row[k * head_dim :])
 
 
 @jit_exact
 def set_panel(
     first: int, packed: Array, scale: Array, zero: Array, index: Array, outliers: Array, bits: int,
-    offset: np.float32, per_channel: bool, row: Array, panel: Array,
+    offset: np.float32, per_channel: bool, row: Array, flat: Array, panel: Array,
 ) -> None:  # fmt: skip
-    """Fill ``panel[n, D]`` with tokens from ``first`` on; ``index`` names the outlier channels."""
+    """Fill ``panel[n, D]`` with tokens from ``first`` on, ``index`` being their outlier channels.
+
+    ``flat`` is the same memory: one long loop is quicker than a short one for each token.
+    """
     count, head_dim = panel.shape
     if packed.shape[1]:
         unpack_run(first, count, packed, head_dim, bits, row)
-        flat = panel.reshape(-1)
-        for i in range(flat.shape[0]):
+        for i in range(count * head_dim):
             flat[i] = np.float32(row[i]) - offset
         if not per_channel:
             for k in range(count):
@@ -117,7 +113,7 @@ def set_gains(
     first: int, factor: Array, renormalize: bool, panel: Array, slope: Array, level: Array,
     gain: Array,
 ) -> None:  # fmt: skip
-    """The stored factor of each token, over the length of its direction if that is the rule (M1)."""
+    """The stored factor of each token; with M1 over the length of its direction."""
     for k in range(panel.shape[0]):
         gain[k] = factor[first + k]
         if renormalize:
@@ -184,6 +180,13 @@ def multiply(query: Array, panel: Array, count: int, dot: Array) -> None:
 
 
 @jit_sum
+def scale_products(dot: Array, constant: np.float32, gain: Array, out: Array) -> None:
+    """Scores of one row of queries with the tokens of a run."""
+    for k in range(out.shape[0]):
+        out[k] = np.float32(gain[k] * np.float64(dot[k] + constant))
+
+
+@jit_sum
 def add_weighted(weight: Array, panel: Array, total: Array) -> None:
     """Add all tokens of a panel, times their weights, to ``total[D]``."""
     together = panel.shape[0] // 4 * 4
@@ -225,8 +228,8 @@ def plain_add(
 
 
 # --- all tokens of a piece -----------------------------------------------------------------------
-# Both take some heads of a piece, ``packed[heads, T, row_bytes]`` and what belongs to them, and work
-# on its tokens from ``first`` on; the first of them is in column ``column`` of scores and weights.
+# Both take some heads of a piece, ``packed[heads, T, row_bytes]`` and what belongs to them. They work
+# on its tokens from ``first`` on, which is in column ``column`` of scores and weights.
 
 
 @jit
@@ -237,7 +240,8 @@ def score(
 ) -> None:  # fmt: skip
     """Write the products of ``query[heads, rows, D]`` into ``scores[heads, rows, columns]``."""
     rows, head_dim = query.shape[1:]
-    row, panels = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros((RUN, head_dim), np.float32)
+    row, flat = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros(RUN * head_dim, np.float32)
+    panels = flat.reshape(RUN, head_dim)
     slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     gains, constant = np.empty(RUN), np.empty(rows, np.float32)
     folded, dot = np.empty((rows, head_dim), np.float32), np.empty((rows, RUN), np.float32)
@@ -249,19 +253,21 @@ def score(
             panel, gain = panels[:count], gains[:count]
             set_panel(
                 t, packed[h], scale[h], zero[h], index[h, block], outliers[h], bits, offset,
-                per_channel, row, panel,
+                per_channel, row, flat, panel,
             )  # fmt: skip
-            set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
+            if t == first or t % block_size == 0:
+                set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
+                fold(query[h], slope, level, folded, constant)
             set_gains(t, factor[h], renormalize, panel, slope, level, gain)
-            fold(query[h], slope, level, folded, constant)
             multiply(folded, panels, count, dot)
+            at = column + t - first
             for r in range(rows):
-                for k in range(count):
-                    product = np.float32(gain[k] * np.float64(dot[r, k] + constant[r]))
-                    if not np.isfinite(product):
-                        exact = plain_score(query[h, r], panel, k, slope, level, gain[k])
-                        product = np.float32(exact)
-                    scores[h, r, column + t - first + k] = product
+                written = scores[h, r, at : at + count]
+                scale_products(dot[r], constant[r], gain, written)
+                if not np.isfinite(sum_of(written)):
+                    for k in range(count):
+                        if not np.isfinite(written[k]):
+                            written[k] = plain_score(query[h, r], panel, k, slope, level, gain[k])
             t += count
 
 
@@ -273,7 +279,8 @@ def add(
 ) -> None:  # fmt: skip
     """Add values times ``weights[heads, rows, columns]`` to ``out[heads, rows, D]``."""
     rows, head_dim = out.shape[1:]
-    row, panels = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros((RUN, head_dim), np.float32)
+    row, flat = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros(RUN * head_dim, np.float32)
+    panels = flat.reshape(RUN, head_dim)
     slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     gains, weight = np.empty(RUN), np.empty(RUN, np.float32)
     total = np.empty(head_dim, np.float32)
@@ -285,9 +292,10 @@ def add(
             panel, gain = panels[:count], gains[:count]
             set_panel(
                 t, packed[h], scale[h], zero[h], index[h, block], outliers[h], bits, offset,
-                per_channel, row, panel,
+                per_channel, row, flat, panel,
             )  # fmt: skip
-            set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
+            if t == first or t % block_size == 0:
+                set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
             set_gains(t, factor[h], renormalize, panel, slope, level, gain)
             for r in range(rows):
                 given = weights[h, r, column + t - first : column + t - first + count]

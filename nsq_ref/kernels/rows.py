@@ -1,8 +1,8 @@
 """Numba twins of `spec`, row by row: norm, gain, codes and their bytes.
 
-A row is ``rows[t]``, indexed and never sliced, since a slice counts references. A row whose float64
-arithmetic cannot prove how its norm or gain rounds gives NaN, and `rounding`, which can, decides it:
-one definition, no second exact path.
+A row is ``rows[t]``, indexed and never sliced, since a slice counts references. Where float64
+arithmetic cannot prove how the norm or the gain of a row rounds, it is NaN, and `rounding`, which
+can, decides it: one definition, no second exact path.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ head, into a panel of float32. Element j of token t decodes to
 
 With channel scales the panel holds codes, ``slope`` is the scale and ``level`` the zero: they join
 the queries, or the output, once a run. With token scales the panel holds directions; outliers and
-unquantized tokens are in it as they are stored. There ``slope`` is 1 and ``level`` 0. Gains join the
-scores, or the weights.
+unquantized tokens are in it as they are stored. There ``slope`` is 1 and ``level`` 0. Gains join
+the scores, or the weights.
 
 Encoding and decoding are held by bits, attention by a tolerance: here, and only here, sums are
 reordered and fused. No flag assumes that values are finite, and what leaves float32 is formed again
@@ -64,7 +64,7 @@ def jit_square(function: _Function) -> _Function:
 
 @jit_exact
 def unpack_run(first: int, count: int, packed: Array, head_dim: int, bits: int, row: Array) -> None:
-    """Codes of ``count`` tokens (P1), one behind the other; what lies behind the last may be any."""
+    """Codes of ``count`` tokens (P1), one behind the other."""
     for k in range(count):  # a row may reach into the next, which is yet to come
         unpack_row(packed, first + k, head_dim, bits, row[k * head_dim :])
 
@@ -228,8 +228,8 @@ def plain_add(
 
 
 # --- all tokens of a piece -----------------------------------------------------------------------
-# Both take some heads of a piece, ``packed[heads, T, row_bytes]`` and what belongs to them. They work
-# on its tokens from ``first`` on, which is in column ``column`` of scores and weights.
+# Both take some heads of a piece, ``packed[heads, T, row_bytes]`` and what belongs to them. They
+# work on its tokens from ``first`` on, which is in column ``column`` of scores and weights.
 
 
 @jit

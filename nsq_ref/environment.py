@@ -24,7 +24,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CompilationWarning(UserWarning):
-    """Compiling takes long now, or will again: kernels cannot be kept from run to run."""
+    """Compiled kernels cannot be kept from run to run, so that every process compiles them."""
 
 
 # --- floats ---------------------------------------------------------------------------------------

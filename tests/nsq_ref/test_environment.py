@@ -188,7 +188,7 @@ for some in (first, quantize(x, SMALL)):
 def run_python(code: str) -> None:
     """Run in a process of its own, where nobody has made a session or a thread before."""
     code = (
-        "import numba, numpy as np\nfrom nsq_ref import kernels, threads\n"
+        "import numba, numpy as np\nfrom nsq_ref.kernels import codec as kernels, threads\n"
         "from tests.nsq_ref.test_environment import *\n" + code
     )
     root = Path(__file__).parents[2]

@@ -138,6 +138,7 @@ CALLS: dict[str, Call] = {
     ),
     "Scheme.layout": call(nsq.Scheme().layout, tokens=Integer(10), head_dim=Integer(8)),
     "Scheme.tokens_per_block": call(nsq.Scheme(block_size=4).tokens_per_block, coded=Integer(9)),
+    "Scheme.cut": call(nsq.Scheme(block_size=4).cut, length=Integer(9)),
     "Scheme.bits_per_element": call(
         STREAM.bits_per_element, tokens=Integer(9), head_dim=Integer(8)
     ),
@@ -326,8 +327,7 @@ TAKE_NONE = {
 ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
-        "arrays", "cache", "conformance", "sequence", "pages", "compilation", "environment",
-        "threads",
+        "arrays", "cache", "conformance", "sequence", "pages", "environment", "kernels",
     )
 }  # fmt: skip
 

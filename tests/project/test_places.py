@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import nsq_ref
-from nsq_ref import attention_kernels, kernels
 
 ROOT = Path(nsq_ref.__file__).parent
 CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
@@ -29,7 +28,7 @@ q = nsq.quantize(x, backend="numpy")
 assert nsq.dequantize(q).tobytes() == nsq.dequantize(q, backend="numpy").tobytes()
 """
 SHOW_KEPT = """
-from nsq_ref.kernels import decode_rows
+from nsq_ref.kernels.codec import decode_rows
 print(sum(decode_rows.stats.cache_hits.values()), decode_rows.stats.cache_path)
 """
 
@@ -192,44 +191,17 @@ def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> Non
 
     def data_of(code: str) -> Path:
         place.run(code)
-        (path,) = place.home.rglob("kernels.decode_rows*.nbc")
+        (path,) = place.home.rglob("codec.decode_rows*.nbc")
         return path
 
     content = data_of(USE).read_bytes()
-    for path in place.home.rglob("kernels.decode_rows*"):
+    for path in place.home.rglob("codec.decode_rows*"):
         path.unlink()
     path = data_of(frozen)
     assert path.read_bytes() != content
     path.write_bytes(content)
     assert place.run(frozen + SHOW_KEPT).stdout.startswith("0 ")
     assert place.run(frozen + SHOW_KEPT).stdout.startswith("1 ")
-
-
-SLOW = """
-from functools import partial
-from nsq_ref.compilation import compiled
-
-@partial(compiled, keep=True, slow=True)
-def double(x):
-    return 2 * x
-"""
-
-
-def test_what_takes_long_is_said_before_it_is_done_once(place: Place) -> None:
-    place.home.chmod(0o777)
-    (place.package.parent / "slow.py").write_text(SLOW)
-    code = "import slow\nslow.double(1)\nslow.double(1.0)\n"
-    (notice,) = notices(place.run(code))
-    assert notice.startswith("<string>:2: ")
-    assert str(place.home) in notice
-    assert not place.run(code).stderr
-    assert "NUMBA_CACHE_DIR" in notices(place.run(code, HOME="~"))[0]
-
-
-def test_it_is_attention_that_takes_long() -> None:
-    for kernel in (attention_kernels.score_pieces, attention_kernels.add_pieces):
-        assert vars(kernel)["_cache"].slow
-    assert not vars(kernels.measure)["_cache"].slow
 
 
 MODULES = [

@@ -354,9 +354,8 @@ def test_copies_go_on_on_their_own(copied: Callable[[KVCache], KVCache]) -> None
 def test_a_copied_piece_is_read_where_it_lies(copied: Callable[[Any], Any]) -> None:
     piece = attention.prepare(block_of(quantize(normals(2, 6, 8))), Scheme(), 8)
     other = copied(piece)
-    addresses = [array.ctypes.data for array in other.arrays]
-    assert other.record[: len(addresses)].tolist() == addresses
-    assert not {*addresses} & {array.ctypes.data for array in piece.arrays if array.size}
+    addresses = {array.ctypes.data for array in other.arrays if array.size}
+    assert not addresses & {array.ctypes.data for array in piece.arrays if array.size}
     query = normals(2, 1, 8)
     one, two = (
         attention.attend_quantized(query, [p], [p], Scheme(), Scheme())[0] for p in (piece, other)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from nsq_ref import Scheme, kernels, oracle
+from nsq_ref import Scheme, oracle
+from nsq_ref.kernels import rows as kernel_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,7 +30,8 @@ INSPECT = """
 import json, sys
 import numpy as np
 import numba
-from nsq_ref import Scheme, dequantize, kernels, quantize
+from nsq_ref import Scheme, dequantize, quantize
+from nsq_ref.kernels import codec
 
 x = np.random.default_rng(0).standard_normal((2, 40, 24)).astype(np.float32)
 for scheme in (Scheme(),
@@ -37,7 +39,7 @@ for scheme in (Scheme(),
                Scheme(axis="token", outlier_channels=2, magnitude="gain", bits=3)):
     dequantize(quantize(x, scheme))
 found = {}
-for name, value in vars(kernels).items():
+for name, value in vars(codec).items():
     if isinstance(value, numba.core.dispatcher.Dispatcher) and value.targetoptions.get("nogil"):
         found[name] = [(value.inspect_llvm(s), value.inspect_asm(s)) for s in value.signatures]
 json.dump(found, sys.stdout)
@@ -129,7 +131,7 @@ def bits_of(row: np.ndarray) -> np.ndarray:
 def test_norm_of_a_row_is_right_or_undecided(values: list[float]) -> None:
     """N1."""
     row = np.float32([values])
-    known = kernels.norm_of_row(row, bits_of(row), 0)
+    known = kernel_rows.norm_of_row(row, bits_of(row), 0)
     assert np.isnan(known) or known == oracle.exact_norm(row[0].tolist())
 
 
@@ -145,7 +147,7 @@ def test_norm_of_a_row_is_right_or_undecided(values: list[float]) -> None:
 def test_gain_of_a_row_is_right_or_undecided(pair: tuple[list[float], list[float]]) -> None:
     """M3."""
     x, y = np.float32([pair[0]]), np.float32([pair[1]])
-    known = kernels.gain_of_row(x, bits_of(x), 0, y, bits_of(y))
+    known = kernel_rows.gain_of_row(x, bits_of(x), 0, y, bits_of(y))
     scheme = Scheme(magnitude="lsq")
     expected = oracle.factor(x[0].tolist(), y[0].tolist(), 1.0, scheme)
     assert np.isnan(known) or known == expected
@@ -155,9 +157,9 @@ def test_ordinary_rows_are_decided() -> None:
     """Or the two tests above would hold for a kernel that never knows."""
     x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
     y = (x + np.float32(0.1)).astype(np.float32)
-    norms = [kernels.norm_of_row(x, bits_of(x), t) for t in range(200)]
+    norms = [kernel_rows.norm_of_row(x, bits_of(x), t) for t in range(200)]
     gains = [
-        kernels.gain_of_row(x, bits_of(x), t, y[t : t + 1], bits_of(y[t : t + 1]))
+        kernel_rows.gain_of_row(x, bits_of(x), t, y[t : t + 1], bits_of(y[t : t + 1]))
         for t in range(200)
     ]
     assert np.isfinite(norms).all()

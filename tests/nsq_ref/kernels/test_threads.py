@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from nsq_ref.threads import in_shares
+from nsq_ref.kernels.threads import in_shares
 
 BIG = """
 import os, sys, threading, atexit

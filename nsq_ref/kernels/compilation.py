@@ -30,9 +30,7 @@ UNREADABLE = (
 INNER = {"nsq_ref", "numba", "concurrent", "threading"}  # not whoever called us
 
 
-def compiled(
-    function: _Function, *, keep: bool = False, slow: bool = False, **options: Any
-) -> _Function:
+def compiled(function: _Function, *, keep: bool = False, **options: Any) -> _Function:
     """Compile a function when it is first called; ``error_model`` makes division IEEE's.
 
     Parameters
@@ -40,8 +38,6 @@ def compiled(
     function : callable
     keep : bool
         Keep the result on disk, if there is a place. For what is called from Python.
-    slow : bool
-        Compiling takes so long that it is said.
     options
         As `numba.njit` takes them.
 
@@ -59,15 +55,14 @@ def compiled(
     """
     dispatcher = cast(Any, numba.njit)(error_model="numpy", **options)(function)
     if keep:
-        dispatcher._cache = _Kept(function, slow)
+        dispatcher._cache = _Kept(function)
     return cast(_Function, dispatcher)
 
 
 class _Kept:
     """What a dispatcher of Numba asks before it compiles, and tells what it has compiled."""
 
-    def __init__(self, function: Callable[..., Any], slow: bool) -> None:
-        self.slow = slow
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.obstacle: object = None  # to keeping
         try:
             self.store: Any = _WritableStore(function)
@@ -96,12 +91,6 @@ class _Kept:
             return found
         if self.obstacle is not None:
             _say_not_kept(self.obstacle)
-        elif self.slow:
-            _say(
-                "slow",
-                "the attention kernels are compiled now, which takes about half a minute of "
-                f"processor time; they are kept in {self.cache_path} for all later processes",
-            )
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -163,27 +152,23 @@ class _FilledStore(caching.FunctionCache):
     _impl_class = _Filled
 
 
-# --- notices --------------------------------------------------------------------------------------
+# --- the notice -----------------------------------------------------------------------------------
 
-_said: set[str] = set()  # in this process; Numba lets only one thread compile
+_said: list[object] = []  # in this process; Numba lets only one thread compile
 
 
 def _say_not_kept(obstacle: object) -> None:
-    _say(
-        "not kept",
-        f"compiled kernels cannot be kept ({obstacle}): every process compiles them anew, some "
-        "seconds for the first quantize and half a minute for the first attend. Set "
-        "NUMBA_CACHE_DIR to a folder that can be written, or that was filled before",
-    )
-
-
-def _say(subject: str, text: str) -> None:
     """Warn once, on behalf of whoever called the library."""
-    # Who knows that nothing is kept has been told how long everything takes.
-    if _said & {subject, "not kept"}:
+    if _said:
         return
-    _said.add(subject)
+    _said.append(obstacle)
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, CompilationWarning, stacklevel=level)
+    warnings.warn(
+        f"compiled kernels cannot be kept ({obstacle}): every process compiles them anew, some "
+        "seconds for the first quantize and for the first attend. Set NUMBA_CACHE_DIR to a folder "
+        "that can be written, or that was filled before",
+        CompilationWarning,
+        stacklevel=level,
+    )

@@ -74,6 +74,14 @@ class Field(NamedTuple):
     dtype: np.dtype[Any]
 
 
+class Cut(NamedTuple):
+    """How many tokens of a growing sequence lie where; see `Scheme.cut`."""
+
+    sinks: int
+    sealed: int  # in full blocks
+    tail: int
+
+
 class KeyValueSchemes(NamedTuple):
     """The scheme of the keys and the scheme of the values, where a name stands for both.
 
@@ -349,6 +357,38 @@ class Scheme:
         """
         coded = as_integer("coded", coded, least=0)
         return max(min(self.block_size or coded, coded), 1)
+
+    def cut(self, length: int) -> Cut:
+        """Cut a growing sequence, as a cache holds it: sinks, full blocks, tail (K1, B1).
+
+        Without a ``block_size`` no block is ever full.
+
+        Parameters
+        ----------
+        length : int
+            Tokens so far.
+
+        Returns
+        -------
+        Cut
+            Tokens that are sinks, tokens of full blocks, and tokens behind them. They add up to
+            ``length``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no integer, or is negative.
+
+        Examples
+        --------
+        >>> Scheme(block_size=64, sink_tokens=1).cut(200)
+        Cut(sinks=1, sealed=192, tail=7)
+        """
+        length = as_integer("length", length, least=0)
+        sinks = min(self.sink_tokens, length)
+        behind = length - sinks
+        tail = behind % self.block_size if self.block_size else behind
+        return Cut(sinks, behind - tail, tail)
 
     def bits_per_element(
         self, tokens: int, head_dim: int, dtype: npt.DTypeLike | None = None

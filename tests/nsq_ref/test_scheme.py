@@ -59,3 +59,25 @@ def test_a_pair_is_made_of_named_schemes(name: str) -> None:
 
 def test_names_differ_in_more_than_their_letters() -> None:
     assert len(set(map(Scheme.named, scheme_names()))) == len(scheme_names())
+
+
+@pytest.mark.parametrize(
+    ("size", "sinks", "length", "cut"),
+    [
+        (4, 2, 0, (0, 0, 0)),
+        (4, 2, 1, (1, 0, 0)),
+        (4, 2, 5, (2, 0, 3)),
+        (4, 2, 6, (2, 4, 0)),
+        (4, 0, 11, (0, 8, 3)),
+        (1, 1, 3, (1, 2, 0)),
+        (None, 1, 9, (1, 0, 8)),
+    ],
+)
+def test_cut(size: int | None, sinks: int, length: int, cut: tuple[int, int, int]) -> None:
+    """K1, B1: sinks first, then full blocks; what is left waits in the tail."""
+    assert Scheme(block_size=size, sink_tokens=sinks).cut(length) == cut
+
+
+def test_cut_refuses() -> None:
+    with pytest.raises(ValueError, match="length=-1"):
+        Scheme().cut(-1)

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from nsq_ref.extras import extra as extra  # merge: importers take it from nsq_ref.extras
+from nsq_ref.extras import extra
 
-__all__ = ["CompilationWarning", "in_default_environment", "is_default_environment"]
+__all__ = ["CompilationWarning", "extra", "in_default_environment", "is_default_environment"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -7,17 +7,24 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args, overload
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer
+from nsq_ref.dtypes import FLOAT_DTYPES, FloatName
 
-__all__ = ["SPEC_VERSION", "Field", "KeyValueSchemes", "Scheme", "scheme_names"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "SPEC_VERSION",
+    "Cut",
+    "Field",
+    "FloatName",
+    "KeyValueSchemes",
+    "Scheme",
+    "scheme_names",
+]
 
 SPEC_VERSION = "NSQ-1"
-
-FloatName = Literal["float16", "bfloat16", "float32"]
 
 SchemeName = Literal[
     "naive2", "naive3", "naive4", "naive8",
@@ -29,12 +36,6 @@ SchemeName = Literal[
     "streaming2", "streaming3", "streaming4", "streaming8",
 ]  # fmt: skip
 PairName = Literal["KIVI-K2V4", "nsep+KIVI", "nsep+KIVI-K2V4"]
-
-FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "naive": {"separate_norm": False, "axis": "token"},

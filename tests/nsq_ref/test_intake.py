@@ -136,6 +136,7 @@ CALLS: dict[str, Call] = {
         nsq.Scheme, bits=Integer(3), block_size=Integer(64), sink_tokens=Integer(2),
         outlier_channels=Integer(1),
     ),
+    "Scheme.cut": call(nsq.Scheme(block_size=4).cut, length=Integer(10)),
     "Scheme.layout": call(nsq.Scheme().layout, tokens=Integer(10), head_dim=Integer(8)),
     "Scheme.tokens_per_block": call(nsq.Scheme(block_size=4).tokens_per_block, coded=Integer(9)),
     "Scheme.bits_per_element": call(
@@ -318,7 +319,7 @@ TAKE_NONE = {
     "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
-    "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Field",
+    "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
     "sequence.Sequence", "sequence.StoredTokens", "storage.StorageError", "storage.holds_cache",
     "storage.is_quantized", "storage.load", "storage.read_arrays", "storage.save",
 }  # fmt: skip
@@ -326,7 +327,8 @@ TAKE_NONE = {
 ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
-        "arrays", "cache", "conformance", "sequence", "pages", "compilation", "environment",
+        "arrays", "cache", "conformance", "sequence", "pages", "compilation", "dlpack",
+        "environment", "extras",
         "threads",
     )
 }  # fmt: skip

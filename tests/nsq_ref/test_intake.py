@@ -138,6 +138,7 @@ CALLS: dict[str, Call] = {
     ),
     "Scheme.cut": call(nsq.Scheme(block_size=4).cut, length=Integer(10)),
     "Scheme.layout": call(nsq.Scheme().layout, tokens=Integer(10), head_dim=Integer(8)),
+    "Scheme.parts": call(nsq.Scheme().parts, head_dim=Integer(8)),
     "Scheme.tokens_per_block": call(nsq.Scheme(block_size=4).tokens_per_block, coded=Integer(9)),
     "Scheme.bits_per_element": call(
         STREAM.bits_per_element, tokens=Integer(9), head_dim=Integer(8)
@@ -320,6 +321,7 @@ TAKE_NONE = {
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
     "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
+    "scheme.Part", "codec.block_of",
     "sequence.Sequence", "sequence.StoredTokens", "storage.StorageError", "storage.holds_cache",
     "storage.is_quantized", "storage.load", "storage.read_arrays", "storage.save",
 }  # fmt: skip
@@ -328,7 +330,7 @@ ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
         "arrays", "cache", "conformance", "sequence", "pages", "compilation", "dlpack",
-        "environment", "extras",
+        "environment", "extras", "quantized",
         "threads",
     )
 }  # fmt: skip

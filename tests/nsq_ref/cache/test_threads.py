@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from nsq_ref.pages import Cell, Change
+from nsq_ref.sequence import Sequence, Side
 
 from nsq_ref import KVCache, RangeError, Scheme, attention, cache, pages, quantize, sequence
 from nsq_ref.codec import block_of
-from nsq_ref.pages import Cell, Change
-from nsq_ref.sequence import Sequence, Side
 from tests.support.cache_model import bits, everything, normals
 
 Array = npt.NDArray[Any]

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nsq_ref.storage import StorageError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from nsq_ref import SPEC_VERSION, Quantized, Scheme, dequantize, packing, quantize, storage
-from nsq_ref.storage import StorageError
 
 FLOATS = ("float16", "bfloat16", "float32")
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

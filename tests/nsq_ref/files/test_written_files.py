@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsq_ref import quantize, storage
+from nsq_ref import files, quantize
 
 HERE = Path(__file__).parents[2]
 DRIVER = HERE / "support" / "writers.py"
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     random = np.random.default_rng(0)
     keys = random.standard_normal((2, 40, 8), dtype=np.float32)
     np.savez(tmp_path / "kv.npz", keys=keys, values=keys[..., ::-1])
-    storage.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
+    files.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
     return tmp_path
 
 

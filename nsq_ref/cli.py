@@ -247,12 +247,12 @@ def demo(
             given = context.get_parameter_source(name)
             if given is not None and given.name == "COMMANDLINE":
                 raise ValueError(f"--keys are coded without a model; leave --{name} out")
-    from nsq_ref.files import atomic
+    from nsq_ref.files import atomic, read_arrays
 
     image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
     atomic.require_writable(image, drawing, figures, make_folders=True)
     try:
-        from nsq_ref import files, plots
+        from nsq_ref import plots
         from nsq_ref.comparison import layered, round_trips
 
         if keys is None:
@@ -275,7 +275,7 @@ def demo(
         result = {**measured.to_dict(), "passages": passages, "prefill": prefill}
         result["continuation"] = continuation
     else:
-        arrays = files.read_arrays(keys)
+        arrays = read_arrays(keys)
         with _named(str(keys)):
             alone = len(arrays) == 1  # and then called whatever it is
             sides = {name: "key" if alone else _side_of(name) for name in arrays}

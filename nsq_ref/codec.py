@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
 from nsq_ref.arrays import RangeError, as_float_array, as_output, not_finite, slabs
+from nsq_ref.dtypes import kept
 from nsq_ref.environment import in_default_environment
 from nsq_ref.quantized import PARTS, Quantized, block_of, require_shape
 from nsq_ref.scheme import Scheme, as_scheme
@@ -68,9 +69,7 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
     _require_backend(backend)
     given = as_float_array("x", x)
     require_shape("x", given.shape)
-    shape, kind = given.shape, given.dtype
-    if kind == np.float64:
-        kind = np.dtype(np.float32)
+    shape, kind = given.shape, kept(given.dtype)
     count, tokens, head_dim = _flat(shape)
     layout = scheme.layout(tokens, head_dim, kind)
     flat = {name: np.empty((count, *part.shape), part.dtype) for name, part in layout.items()}

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DTYPES", "FLOAT_DTYPES", "INPUT_DTYPES", "FloatName"]
+__all__ = ["DTYPES", "FLOAT_DTYPES", "INPUT_DTYPES", "FloatName", "kept"]
 
 FloatName = Literal["float16", "bfloat16", "float32"]
 
@@ -25,3 +25,8 @@ FLOAT_DTYPES = {name: DTYPES[name] for name in get_args(FloatName)}
 
 INPUT_DTYPES = tuple(DTYPES[name] for name in ("float32", "float16", "bfloat16", "float64"))
 """Those of arrays that are taken (I1)."""
+
+
+def kept(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype in which what is taken is kept: float32 for float64 (I1)."""
+    return DTYPES["float32"] if dtype == DTYPES["float64"] else dtype

@@ -315,22 +315,7 @@ class Scheme:
     def parts(self, head_dim: int, dtype: npt.DTypeLike | None = None) -> dict[str, Part]:
         """Return how each of `PARTS` that the scheme has is stored, however many tokens there are.
 
-        Parameters
-        ----------
-        head_dim : int
-            D of ``x[..., T, D]``.
-        dtype : numpy dtype, optional
-            Dtype of the input, in which sink tokens are kept; float32 by default.
-
-        Returns
-        -------
-        dict of str to Part
-            What has a row: each coded token, each block, or each sink; and how long that row is.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For what is no integer, or is negative.
+        Takes what `layout` takes, and refuses what it refuses.
 
         Examples
         --------

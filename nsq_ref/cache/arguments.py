@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nsq_ref.arrays import as_float_array, as_integer, as_integers, not_finite
 from nsq_ref.cache.sequence import Side
 from nsq_ref.cache.state import Sides
-from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, kept
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["as_dtype", "as_sides", "as_tokens", "finite"]
@@ -94,29 +94,24 @@ def as_tokens(
     if lengths is not None:
         counts = as_integers("lengths", lengths, batch, least=0, most=tokens)
     for name, x in given.items():
-        own = _kept(x)
+        own = kept(x.dtype)
         known = own if known is None else known
         if own != known:
             raise TypeError(
                 f"{name} has dtype {own} and this cache keeps {known}; pass "
                 f"{name}.astype({known.name!r}), or give KVCache another dtype"
             )
-    kept = [finite(name, x, counts) for name, x in given.items()]
-    return kept[0], kept[1], counts
+    held = [finite(name, x, counts) for name, x in given.items()]
+    return held[0], held[1], counts
 
 
 def finite(name: str, x: Array, counts: list[int]) -> Array:
     """Return ``x`` as it is kept, if what is not padding is finite (I2)."""
     with np.errstate(over="ignore"):
-        kept = x.astype(_kept(x), copy=False)
-    if not np.isfinite(kept).all():
+        held = x.astype(kept(x.dtype), copy=False)
+    if not np.isfinite(held).all():
         padding = np.arange(x.shape[2]) >= np.array(counts)[:, None, None, None]
         padding = np.moveaxis(padding, 3, 2)
-        if not np.isfinite(np.where(padding, np.zeros((), kept.dtype), kept)).all():
+        if not np.isfinite(np.where(padding, np.zeros((), held.dtype), held)).all():
             raise not_finite(name, np.where(padding, np.zeros((), x.dtype), x))
-    return kept
-
-
-def _kept(x: Array) -> np.dtype[Any]:
-    """The dtype in which an array is kept."""
-    return DTYPES["float32"] if x.dtype == DTYPES["float64"] else x.dtype
+    return held

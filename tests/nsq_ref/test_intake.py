@@ -329,7 +329,7 @@ TAKE_NONE = {
 ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
-        "arrays", "cache", "compilation", "conformance", "dlpack",
+        "arrays", "cache", "compilation", "conformance", "dlpack", "dtypes",
         "environment", "extras", "quantized",
         "threads",
     )

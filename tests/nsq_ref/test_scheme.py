@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nsq_ref.scheme import Scheme, scheme_names
+import nsq_ref
+from nsq_ref import Quantized, quantize, spec
+from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
     "bits": 4, "separate_norm": True, "axis": "channel", "symmetric": True,
@@ -81,3 +86,40 @@ def test_cut(size: int | None, sinks: int, length: int, cut: tuple[int, int, int
 def test_cut_refuses() -> None:
     with pytest.raises(ValueError, match="length=-1"):
         Scheme().cut(-1)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_parts_is_that_of_quantized_and_of_the_spec() -> None:
+    """Their names and order are written where their types are: nowhere are there others."""
+    every = Scheme(symmetric=False, sink_tokens=1, outlier_channels=1)
+    names = [field.name for field in dataclasses.fields(Quantized)]
+    assert tuple(every.parts(8)) == PARTS == tuple(names[3:-1])
+    assert {*spec.Block._fields} == {*PARTS, "codes", "collapsed"} - {"packed", "sinks"}
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 3, 9])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_parts_have_a_row_for_what_they_say(block_size: int | None, axis: str) -> None:
+    scheme = Scheme(
+        axis=axis,  # type: ignore[arg-type]
+        symmetric=False,
+        block_size=block_size,
+        sink_tokens=2,
+        outlier_channels=3,
+    )
+    counts = {"sinks": 2, "tokens": 7, "blocks": -(-7 // min(block_size or 7, 7))}
+    quantized = quantize(np.ones((2, 9, 4), np.float16), scheme)
+    for name, part in scheme.parts(4, np.float16).items():
+        array = quantized.parts[name]
+        assert array.shape == (2, counts[part.rows], *part.columns)
+        assert array.dtype == part.dtype
+
+
+def test_bfloat16_comes_from_one_place() -> None:
+    folder = Path(nsq_ref.__file__).parent
+    importers = [
+        path.name for path in folder.rglob("*.py") if "import ml_dtypes" in path.read_text("utf-8")
+    ]
+    assert importers == ["dtypes.py"]

@@ -107,8 +107,10 @@ def as_tokens(
 
 def finite(name: str, x: Array, counts: list[int]) -> Array:
     """Return ``x`` as it is kept, if what is not padding is finite (I2)."""
-    with np.errstate(over="ignore"):
-        held = x.astype(kept(x.dtype), copy=False)
+    held, dtype = x, kept(x.dtype)
+    if dtype != x.dtype:
+        with np.errstate(over="ignore"):
+            held = x.astype(dtype)
     if not np.isfinite(held).all():
         padding = np.arange(x.shape[2]) >= np.array(counts)[:, None, None, None]
         padding = np.moveaxis(padding, 3, 2)

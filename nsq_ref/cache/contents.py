@@ -98,7 +98,7 @@ class Described(NamedTuple):
             try:
                 return Sequence.restored(side, length, empty.plain_dtype, own, check)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} of row {index}: {error}") from None
+                raise ValueError(f"{name} of row {index}: {error}") from error
 
         def row(index: int, length: int) -> Row:
             sides = self.sides._asdict().items()

@@ -540,7 +540,7 @@ class KVCache:
         try:
             state = described.filled(arrays, require_content)
         except (TypeError, ValueError) as error:
-            raise StorageError(f"{path}: {error}; {DAMAGED}") from None
+            raise StorageError(f"{path}: {error}; {DAMAGED}") from error
         return cls._of(described.sides, state)
 
     # --- parts ----------------------------------------------------------------------------------

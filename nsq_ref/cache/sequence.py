@@ -19,7 +19,7 @@ from nsq_ref.arrays import RangeError
 from nsq_ref.cache.pages import Change, Page, Plain
 from nsq_ref.codec import Quantized, dequantize, quantize
 from nsq_ref.dtypes import DTYPES
-from nsq_ref.scheme import PARTS, Field, Scheme
+from nsq_ref.scheme import Field, Scheme
 
 __all__ = ["Sequence", "Side", "StoredTokens"]
 
@@ -325,8 +325,8 @@ class Sequence(NamedTuple):
                 collapsed = arrays["collapsed"]
                 if collapsed.min() < 0 or collapsed.max() > side.kv_heads * side.block_size:
                     raise ValueError("collapsed holds counts that no block can have")
-                parts: dict[str, Any] = {name: arrays[name] for name in PARTS if name in expected}
-                parts.pop("sinks", None)
+                names = side.sealed_scheme.parts(side.head_dim)
+                parts: dict[str, Any] = {name: arrays[name] for name in names}
                 shape = (side.kv_heads, parts["packed"].shape[1], side.head_dim)
                 total = int(collapsed.sum())
                 run = Quantized(side.sealed_scheme, shape, dtype, **parts, collapsed_tokens=total)

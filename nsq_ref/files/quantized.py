@@ -126,7 +126,7 @@ def load(path: PathLike) -> dict[str, Quantized]:
             quantized = Quantized(scheme, shape, dtype, **own, collapsed_tokens=collapsed)
             require_content(quantized)
         except (TypeError, ValueError) as error:
-            raise StorageError(f"{path}: {name!r}: {error}; {DAMAGED}") from None
+            raise StorageError(f"{path}: {name!r}: {error}; {DAMAGED}") from error
         loaded[name] = quantized
     return loaded
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nsq_ref
-from nsq_ref import Quantized, quantize, spec
+from nsq_ref import KeyValueSchemes, Quantized, quantize, spec
 from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
@@ -86,6 +86,52 @@ def test_cut(size: int | None, sinks: int, length: int, cut: tuple[int, int, int
 def test_cut_refuses() -> None:
     with pytest.raises(ValueError, match="length=-1"):
         Scheme().cut(-1)
+
+
+def test_unknown_schemes() -> None:
+    for name in ("", "nsep", "nsep5", "pchan44", "NSEP4", "nsep+KIVI-K2", "KIVI-K2V5", "naive4 "):
+        with pytest.raises(ValueError, match=r"unknown scheme name .*; known are naive, nsep"):
+            Scheme.named(name)
+    with pytest.raises(TypeError, match=r"name must be a string such as 'nsep\+pchan4', got 4"):
+        Scheme.named(4)  # type: ignore[call-overload]
+    for fields, message in (
+        ({"bits": 5}, r"bits=5 is not supported; choose one of 2, 3, 4, 8"),
+        ({"bits": 4.0}, r"bits=4\.0 is not supported"),
+        ({"symmetric": 1}, r"symmetric=1 is not supported; choose one of True, False"),
+        ({"axis": "tokens"}, r"axis='tokens' is not supported; choose one of 'channel', 'token'"),
+        ({"block_size": 0}, r"block_size=0 .* at least 1 or None"),
+        ({"block_size": True}, r"block_size=True is not supported"),
+        ({"sink_tokens": -1}, r"sink_tokens=-1 .* at least 0"),
+        ({"scale_dtype": "float64"}, r"scale_dtype='float64' is not supported"),
+        (
+            {"separate_norm": False, "magnitude": "lsq"},
+            r"magnitude='lsq' has no effect with separate",
+        ),
+        ({"separate_norm": False, "norm_dtype": "float32"}, r"norm_dtype='float32' has no effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Scheme(**fields)  # type: ignore[arg-type]
+
+
+def test_names_of_the_paper() -> None:
+    """Every name means what docs/spec.md says."""
+    rows = {
+        "naive": (False, "token", 0), "nsep": (True, "token", 0), "pchan": (False, "channel", 0),
+        "outlier": (False, "token", 4), "nsep+out": (True, "token", 4),
+        "nsep+pchan": (True, "channel", 0),
+    }  # fmt: skip
+    for (family, (norm, axis, outliers)), width in (
+        (r, w) for r in rows.items() for w in (2, 3, 4, 8)
+    ):
+        scheme = Scheme(bits=width, separate_norm=norm, axis=axis, outlier_channels=outliers)  # type: ignore[arg-type]
+        assert Scheme.named(f"{family}{width}") == scheme
+    pair = Scheme.named("KIVI-K2V4")
+    assert isinstance(pair, KeyValueSchemes)
+    assert pair == (Scheme.named("pchan2"), Scheme.named("pchan4"))
+    assert Scheme.named("nsep+KIVI") == (Scheme.named("nsep+pchan2"), Scheme.named("nsep+pchan4"))
+    assert Scheme.named("streaming4") == Scheme(
+        symmetric=False, magnitude="lsq", block_size=128, sink_tokens=1
+    )
 
 
 # --- parts --------------------------------------------------------------------------------------

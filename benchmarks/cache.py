@@ -27,7 +27,7 @@ from benchmarks.timing import (
     use_threads,
     write_json,
 )
-from nsq_ref.pages import PAGE_TOKENS
+from nsq_ref.cache.pages import PAGE_TOKENS
 from nsq_ref.scheme import SchemeName
 
 Float32 = npt.NDArray[np.float32]

@@ -40,7 +40,11 @@ __all__ = [
     "scheme_names",
 ]
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "nsq_ref.pages": "nsq_ref.cache.pages",
+    "nsq_ref.sequence": "nsq_ref.cache.sequence",
+    "nsq_ref.storage": "nsq_ref.files",
+}
 sys.meta_path.append(Renamed(RENAMED))
 
 

@@ -7,15 +7,16 @@ them, count as the plain array that they hold; masked arrays are refused, as the
 
 from __future__ import annotations
 
-import ctypes
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from nsq_ref import dlpack
+from nsq_ref.dtypes import INPUT_DTYPES
 
 __all__ = [
     "RangeError",
@@ -33,11 +34,6 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
-INPUT_DTYPES = tuple(
-    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
-)
-
-DLPACK_UNSIGNED, DLPACK_BFLOAT = 1, 4  # codes of DLDataType
 
 # Work goes slab by slab so that what is needed besides input and output stays small.
 SLAB_BYTES = 1 << 26
@@ -85,7 +81,7 @@ def as_array(name: str, x: Any) -> Array:
     reasons = []
     readers: list[Callable[[Any], Array]] = [np.asarray]
     if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
-        readers = [np.from_dlpack, _bfloat16_from_dlpack, np.asarray]
+        readers = [np.from_dlpack, dlpack.bfloat16, np.asarray]
     for reader in readers:
         try:
             array = reader(x)
@@ -170,7 +166,7 @@ def as_output(name: str, out: Any, shape: tuple[int, ...], dtype: npt.DTypeLike)
         raise TypeError(f"{name} must be an array, got {type(out).__name__}; {wanted}")
     view = as_array(name, out)
     if not view.flags.writeable and not isinstance(out, np.ndarray):
-        view = _writeable(out, view)
+        view = dlpack.writeable(out, view)
     if (view.dtype, view.shape) != (dtype, shape):
         raise ValueError(
             f"{name} must be a {dtype} array of shape {list(shape)}, got {view.dtype} "
@@ -179,62 +175,6 @@ def as_output(name: str, out: Any, shape: tuple[int, ...], dtype: npt.DTypeLike)
     if not (view.flags.c_contiguous and view.flags.writeable):
         raise ValueError(f"{name} must be C-contiguous and writeable; {wanted}")
     return view
-
-
-class _Older:
-    """Ask for DLPack's first form, which says nothing of writing: what is read-only refuses it."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> Any:
-        return self.tensor.__dlpack_device__()
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.tensor.__dlpack__()
-
-
-class _Memory:
-    """Memory to write to, and what keeps it."""
-
-    def __init__(self, view: Array) -> None:
-        self.view = view
-        address, _ = view.__array_interface__["data"]
-        self.__array_interface__ = view.__array_interface__ | {"data": (address, False)}
-
-
-def _writeable(tensor: Any, view: Array) -> Array:
-    """Return a view that can be written to, if the tensor allows; NumPy's own of it cannot.
-
-    NumPy cannot tell whether an older DLPack may be written to, and is careful.
-    """
-    try:
-        older = np.from_dlpack(_Older(tensor))
-    except (BufferError, RuntimeError, TypeError, ValueError):
-        return view
-    return np.asarray(_Memory(older))
-
-
-_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-class _BFloat16AsUnsigned(_Older):
-    """Hand a bfloat16 tensor to NumPy, whose DLPack knows no bfloat16, as 16-bit integers."""
-
-    def __dlpack__(self, **_: Any) -> Any:
-        capsule = self.tensor.__dlpack__()
-        # DLTensor: data (8 bytes), device (8), ndim (4), then the type's code and bits.
-        kind = (ctypes.c_uint8 * 2).from_address(_capsule_pointer(capsule, b"dltensor") + 20)
-        if tuple(kind) != (DLPACK_BFLOAT, 16):
-            raise TypeError("the tensor is not bfloat16")
-        kind[0] = DLPACK_UNSIGNED
-        return capsule
-
-
-def _bfloat16_from_dlpack(x: Any) -> Array:
-    return np.from_dlpack(_BFloat16AsUnsigned(x)).view(ml_dtypes.bfloat16)
 
 
 # --- integers and numbers -----------------------------------------------------------------------

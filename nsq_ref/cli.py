@@ -109,14 +109,14 @@ def info(
     if file is None:
         _show_library(as_json)
         return
-    from nsq_ref import storage
+    from nsq_ref import files
 
     rows: list[dict[str, Any]]
     with _progress(f"reading {file.name}", 1) as advance:
-        if file.suffix.lower() == ".safetensors" and storage.holds_cache(file):
+        if file.suffix.lower() == ".safetensors" and files.holds_cache(file):
             rows = _describe_cache(file)
-        elif file.suffix.lower() == ".safetensors" and storage.is_quantized(file):
-            rows = _describe(storage.load(file))
+        elif file.suffix.lower() == ".safetensors" and files.is_quantized(file):
+            rows = _describe(files.load(file))
         else:
             rows = [
                 {
@@ -130,7 +130,7 @@ def info(
                     "float16_bytes": 2 * array.size,
                     "collapsed_tokens": None,
                 }
-                for name, array in storage.read_arrays(file).items()
+                for name, array in files.read_arrays(file).items()
             ]
         advance()
     _show_arrays(file, rows, as_json)
@@ -165,9 +165,9 @@ def quantize(
     """
     schemes = _schemes(scheme, value_scheme, changes or [])
     _require_output(source, output)
-    from nsq_ref import codec, storage
+    from nsq_ref import codec, files
 
-    arrays = storage.read_arrays(source)
+    arrays = files.read_arrays(source)
     chosen = {}
     for name in arrays:
         with _named(str(source)):
@@ -178,7 +178,7 @@ def quantize(
             with _named(f"{source}: array {name!r}"):
                 quantized[name] = codec.quantize(array, chosen[name], backend=backend.value)
             advance()
-        storage.save(output, quantized)
+        files.save(output, quantized)
     _show_arrays(output, _describe(quantized), as_json)
 
 
@@ -194,15 +194,15 @@ def dequantize(
 ) -> None:
     """Reconstruct every array of a file as float32."""
     _require_output(source, output)
-    from nsq_ref import codec, storage
+    from nsq_ref import codec, files
 
-    quantized = storage.load(source)
+    quantized = files.load(source)
     restored = {}
     with _progress(f"dequantizing {source.name}", len(quantized)) as advance:
         for name, one in quantized.items():
             restored[name] = codec.dequantize(one, backend=backend.value)
             advance()
-        storage.write_arrays(output, restored)
+        files.write_arrays(output, restored)
     rows = [
         {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
         for name, array in restored.items()
@@ -247,12 +247,12 @@ def demo(
             given = context.get_parameter_source(name)
             if given is not None and given.name == "COMMANDLINE":
                 raise ValueError(f"--keys are coded without a model; leave --{name} out")
-    from nsq_ref.files import atomic
+    from nsq_ref.files import atomic, read_arrays
 
     image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
     atomic.require_writable(image, drawing, figures, make_folders=True)
     try:
-        from nsq_ref import plots, storage
+        from nsq_ref import plots
         from nsq_ref.comparison import layered, round_trips
 
         if keys is None:
@@ -275,7 +275,7 @@ def demo(
         result = {**measured.to_dict(), "passages": passages, "prefill": prefill}
         result["continuation"] = continuation
     else:
-        arrays = storage.read_arrays(keys)
+        arrays = read_arrays(keys)
         with _named(str(keys)):
             alone = len(arrays) == 1  # and then called whatever it is
             sides = {name: "key" if alone else _side_of(name) for name in arrays}

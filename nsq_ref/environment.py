@@ -1,4 +1,4 @@
-"""What the place we run in does to us: float modes that others left on, parts not installed.
+"""The floating-point environment: results that do not depend on what others left on.
 
 A thread has a floating-point environment: how operations round, and whether numbers below the
 normal range are flushed to zero. A library that likes speed sets it for all who come after it in
@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
+from nsq_ref.extras import extra
+
 __all__ = ["CompilationWarning", "extra", "in_default_environment", "is_default_environment"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -26,8 +28,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class CompilationWarning(UserWarning):
     """Compiled kernels cannot be kept from run to run, so that every process compiles them."""
 
-
-# --- floats ---------------------------------------------------------------------------------------
 
 # From bytes, as a thread that flushes may read the literal as 0.
 (_SUBNORMAL,) = struct.unpack("<d", (1 << 51).to_bytes(8, "little"))
@@ -132,31 +132,3 @@ def _find_standard() -> tuple[Any, ctypes.c_void_p] | None:
 
 
 _standard = _find_standard()
-
-
-# --- parts that are installed on demand -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def extra(name: str, user: str) -> Iterator[None]:
-    """Import within it what an extra of this package brings.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where it is not installed, with the command that installs it.
-
-    Examples
-    --------
-    >>> with extra("plots", "nsq_ref.plots"):
-    ...     import no_such_module
-    Traceback (most recent call last):
-    ModuleNotFoundError: nsq_ref.plots needs no_such_module; pip install 'nsq-ref[plots]' ...
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{user} needs {error.name}; pip install 'nsq-ref[{name}]' brings all it uses",
-            name=error.name,
-        ) from None

@@ -7,17 +7,26 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args, overload
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer
+from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES, FloatName
 
-__all__ = ["SPEC_VERSION", "Field", "KeyValueSchemes", "Scheme", "scheme_names"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "PARTS",
+    "SPEC_VERSION",
+    "Cut",
+    "Field",
+    "FloatName",
+    "KeyValueSchemes",
+    "Part",
+    "Scheme",
+    "scheme_names",
+]
 
 SPEC_VERSION = "NSQ-1"
-
-FloatName = Literal["float16", "bfloat16", "float32"]
 
 SchemeName = Literal[
     "naive2", "naive3", "naive4", "naive8",
@@ -29,12 +38,6 @@ SchemeName = Literal[
     "streaming2", "streaming3", "streaming4", "streaming8",
 ]  # fmt: skip
 PairName = Literal["KIVI-K2V4", "nsep+KIVI", "nsep+KIVI-K2V4"]
-
-FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-}
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "naive": {"separate_norm": False, "axis": "token"},
@@ -65,6 +68,18 @@ def scheme_names() -> list[SchemeName]:
     ['naive2', 'naive3', 'naive4', 'naive8']
     """
     return list(get_args(SchemeName))
+
+
+# What may be stored, in the order in which operators and ports take it.
+PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
+
+
+class Part(NamedTuple):
+    """How one of `PARTS` is stored; see `Scheme.parts`."""
+
+    rows: Literal["tokens", "blocks", "sinks"]  # what each of its rows belongs to
+    columns: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 class Field(NamedTuple):
@@ -297,6 +312,37 @@ class Scheme:
         """
         return 2 ** (self.bits - 1) if self.symmetric else 0
 
+    def parts(self, head_dim: int, dtype: npt.DTypeLike | None = None) -> dict[str, Part]:
+        """Return how each of `PARTS` that the scheme has is stored, however many tokens there are.
+
+        Takes what `layout` takes, and refuses what it refuses.
+
+        Examples
+        --------
+        >>> Scheme().parts(head_dim=64)["scale"]
+        Part(rows='blocks', columns=(64,), dtype=dtype('float16'))
+        """
+        head_dim = as_integer("head_dim", head_dim, least=0)
+        scales, norms = FLOAT_DTYPES[self.scale_dtype], FLOAT_DTYPES[self.norm_dtype]
+        by_channel = self.axis == "channel"
+        scale = Part("blocks", (head_dim,), scales) if by_channel else Part("tokens", (1,), scales)
+        parts = {
+            "packed": Part("tokens", (row_bytes(head_dim, self.bits),), DTYPES["uint8"]),
+            "scale": scale,
+        }
+        if self.separate_norm:
+            parts["norm"] = Part("tokens", (), norms)
+        if not self.symmetric:
+            parts["zero"] = scale
+        if self.outlier_channels:
+            kept = (min(self.outlier_channels, head_dim),)
+            parts["outlier_index"] = Part("blocks", kept, DTYPES["int32"])
+            parts["outliers"] = Part("tokens", kept, DTYPES["float16"])
+        if self.sink_tokens:
+            kind = np.dtype(np.float32 if dtype is None else dtype)
+            parts["sinks"] = Part("sinks", (head_dim,), kind)
+        return parts
+
     def layout(
         self, tokens: int, head_dim: int, dtype: npt.DTypeLike | None = None
     ) -> dict[str, Field]:
@@ -325,27 +371,13 @@ class Scheme:
         (10, 32)
         """
         tokens = as_integer("tokens", tokens, least=0)
-        head_dim = as_integer("head_dim", head_dim, least=0)
         coded = max(tokens - self.sink_tokens, 0)
         blocks = -(-coded // self.tokens_per_block(coded))
-        scale = Field(
-            (blocks, head_dim) if self.axis == "channel" else (coded, 1),
-            FLOAT_DTYPES[self.scale_dtype],
-        )
-        stored = {"packed": Field((coded, row_bytes(head_dim, self.bits)), np.dtype(np.uint8))}
-        if self.separate_norm:
-            stored["norm"] = Field((coded,), FLOAT_DTYPES[self.norm_dtype])
-        stored["scale"] = scale
-        if not self.symmetric:
-            stored["zero"] = scale
-        if self.outlier_channels:
-            kept = min(self.outlier_channels, head_dim)
-            stored["outlier_index"] = Field((blocks, kept), np.dtype(np.int32))
-            stored["outliers"] = Field((coded, kept), np.dtype(np.float16))
-        if self.sink_tokens:
-            kind = np.dtype(np.float32 if dtype is None else dtype)
-            stored["sinks"] = Field((tokens - coded, head_dim), kind)
-        return stored
+        rows = {"tokens": coded, "blocks": blocks, "sinks": tokens - coded}
+        return {
+            name: Field((rows[part.rows], *part.columns), part.dtype)
+            for name, part in self.parts(head_dim, dtype).items()
+        }
 
     def tokens_per_block(self, coded: int) -> int:
         """Return the block size, at most all ``coded`` tokens (B1) and at least 1.

@@ -10,10 +10,10 @@ import struct
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref import dtypes
 from nsq_ref.scheme import Scheme
 
 __all__ = [
@@ -42,7 +42,7 @@ _HEADER = struct.Struct("<32sII4I")  # name, dtype, axes, shape; 56 bytes
 
 # The number of a dtype, in frames, in schemes and in nsq.h.
 DTYPES: tuple[np.dtype[Any], ...] = tuple(
-    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8, np.int32)
+    dtypes.DTYPES[name] for name in ("float32", "float16", "bfloat16", "uint8", "int32")
 )
 
 # The order of a scheme's numbers, and of the words that some of them stand for.

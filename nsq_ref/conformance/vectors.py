@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
@@ -27,6 +26,7 @@ from nsq_ref.conformance import cases, exact
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.dtypes import DTYPES
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 
@@ -41,16 +41,6 @@ STATIC = ("README.md", "schema.json")  # written by hand
 ARCHIVE_FOLDER = f"nsq-vectors-v{FORMAT_VERSION}"
 MOST_ELEMENTS = 2048  # of an input; larger ones would be most of the files
 MOST_ELEMENTS_ELSEWHERE = 128  # in schemes that are not in LARGE
-
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int32": np.dtype(np.int32),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-}
 
 SCHEMES: dict[str, Scheme] = {
     name: FAMILY[name]

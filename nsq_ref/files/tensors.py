@@ -1,22 +1,28 @@
-"""Safetensors files, written whole or not at all."""
+"""Safetensors files: written whole or not at all, opened only if their header holds."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy.typing as npt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nsq_ref.files import atomic
+from nsq_ref.files import atomic, kinds
+from nsq_ref.files.errors import DAMAGED, StorageError
 
-__all__ = ["write"]
+__all__ = ["FLOATS", "opened", "without_duplicates", "write"]
 
 PathLike = str | os.PathLike[str]
+
+FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of arrays that are taken, in the library's words
 
 
 def write(
@@ -51,3 +57,39 @@ def write(
             raise OSError(f"{path} was not written: {error}") from None
 
     atomic.write([(path, content)])
+
+
+@contextlib.contextmanager
+def opened(path: PathLike) -> Iterator[Any]:
+    """Open a file whose header holds, turning the library's errors into ours."""
+    with open(path, "rb") as file:  # for its OSError: the library has few of its own
+        try:
+            with safe_open(path, framework="np") as handle:
+                _require_unique(path, file)
+                yield handle
+        except SafetensorError as error:
+            raise StorageError(
+                kinds.mistaken(path, kinds.SAFETENSORS)
+                or f"{path} is no safetensors file ({error}); {DAMAGED}"
+            ) from None
+
+
+def _require_unique(path: PathLike, file: IO[bytes]) -> None:
+    """Refuse equal names, of which the library lets the last win; its checks came before."""
+
+    def forget(pairs: list[tuple[str, Any]]) -> None:
+        without_duplicates(pairs)
+
+    (size,) = struct.unpack("<Q", file.read(8))
+    try:
+        json.loads(file.read(size), object_pairs_hook=forget)
+    except ValueError as error:
+        raise StorageError(f"{path}: header: {error}; {DAMAGED}") from None
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs, refusing equal keys: for ``object_pairs_hook``."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key stands twice in one JSON object")
+    return unique

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 
 from nsq_ref import (
-    KeyValueSchemes,
     Quantized,
     RangeError,
     Scheme,
@@ -187,28 +186,6 @@ def test_sinks_are_kept_as_they_came(dtype: Any) -> None:
         assert quantized.codes.shape == (2, max(9 - sinks, 0), 4)
     rest = quantize(x[:, 2:], Scheme())
     assert quantize(x, Scheme(sink_tokens=2)).scale.tobytes() == rest.scale.tobytes()
-
-
-@settings(max_examples=100)
-@given(tensors(), schemes(scale_dtype="float32", norm_dtype="float32", outlier_channels=0))
-def test_bits_per_element_is_what_is_stored(x: Float32, scheme: Scheme) -> None:
-    try:
-        quantized = quantize(x, scheme)
-    except RangeError:
-        return
-    stored = sum(part.nbytes for part in quantized.parts.values())
-    assert quantized.nbytes == stored
-    assert quantized.bits_per_element == 8 * stored / x.size
-    assert scheme.bits_per_element(*x.shape[-2:], x.dtype) == quantized.bits_per_element
-
-
-def test_bits_per_element_by_hand() -> None:
-    """4 bits, a float16 norm in 128 channels, a float16 scale and zero in 128 tokens, a sink."""
-    assert Scheme().bits_per_element(4096, 128) == 4 + 16 / 128 + 16 / 4096
-    streaming = Scheme.named("streaming4")
-    expected = (4 + 16 / 128) * 4096 / 4097 + 32 * 32 / 4097 + 32 / 4097
-    assert streaming.bits_per_element(4097, 128) == pytest.approx(expected, abs=1e-12)
-    assert Scheme.named("naive4").bits_per_element(10, 64) == 4.25
 
 
 # --- arrays of others ---------------------------------------------------------------------------
@@ -398,80 +375,6 @@ def test_wrong_options() -> None:
         dequantize(quantized, [1.0])
     with pytest.raises(ValueError, match=r"out must be C-contiguous and writeable"):
         dequantize(quantized, np.empty((2, 2), np.float32).T)
-
-
-def test_parts_that_do_not_fit_the_scheme() -> None:
-    """A `Quantized` built by hand is checked as one that was loaded."""
-    good = quantize(normals(2, 6, 4))
-    for change, error, message in (
-        ({"norm": None}, TypeError, r"norm must be an array of float16, got None"),
-        ({"zero": good.scale}, ValueError, r"zero is not stored by Scheme"),
-        (
-            {"packed": good.packed[:, :3]},
-            ValueError,
-            r"packed is uint8 \[2, 3, 2\]; .* uint8 \[2, 6, 2\]",
-        ),
-        ({"scale": good.scale.astype(np.float32)}, ValueError, r"scale is float32 .* float16"),
-        (
-            {"shape": (2, 6, 5)},
-            ValueError,
-            r"packed is uint8 \[2, 6, 2\]; the scheme stores uint8 \[2, 6, 3\]",
-        ),
-        ({"shape": (6,)}, ValueError, r"shape has shape \[6\]; at least"),
-        (
-            {"dtype": np.dtype(np.float64)},
-            TypeError,
-            r"dtype=float64 is not float32, float16 or bfloat16",
-        ),
-    ):
-        with pytest.raises(error, match=message):
-            replace(good, **change)
-
-
-def test_unknown_schemes() -> None:
-    for name in ("", "nsep", "nsep5", "pchan44", "NSEP4", "nsep+KIVI-K2", "KIVI-K2V5", "naive4 "):
-        with pytest.raises(ValueError, match=r"unknown scheme name .*; known are naive, nsep"):
-            Scheme.named(name)
-    with pytest.raises(TypeError, match=r"name must be a string such as 'nsep\+pchan4', got 4"):
-        Scheme.named(4)  # type: ignore[call-overload]
-    for fields, message in (
-        ({"bits": 5}, r"bits=5 is not supported; choose one of 2, 3, 4, 8"),
-        ({"bits": 4.0}, r"bits=4\.0 is not supported"),
-        ({"symmetric": 1}, r"symmetric=1 is not supported; choose one of True, False"),
-        ({"axis": "tokens"}, r"axis='tokens' is not supported; choose one of 'channel', 'token'"),
-        ({"block_size": 0}, r"block_size=0 .* at least 1 or None"),
-        ({"block_size": True}, r"block_size=True is not supported"),
-        ({"sink_tokens": -1}, r"sink_tokens=-1 .* at least 0"),
-        ({"scale_dtype": "float64"}, r"scale_dtype='float64' is not supported"),
-        (
-            {"separate_norm": False, "magnitude": "lsq"},
-            r"magnitude='lsq' has no effect with separate",
-        ),
-        ({"separate_norm": False, "norm_dtype": "float32"}, r"norm_dtype='float32' has no effect"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Scheme(**fields)  # type: ignore[arg-type]
-
-
-def test_names_of_the_paper() -> None:
-    """Every name means what docs/spec.md says."""
-    rows = {
-        "naive": (False, "token", 0), "nsep": (True, "token", 0), "pchan": (False, "channel", 0),
-        "outlier": (False, "token", 4), "nsep+out": (True, "token", 4),
-        "nsep+pchan": (True, "channel", 0),
-    }  # fmt: skip
-    for (family, (norm, axis, outliers)), width in (
-        (r, w) for r in rows.items() for w in (2, 3, 4, 8)
-    ):
-        scheme = Scheme(bits=width, separate_norm=norm, axis=axis, outlier_channels=outliers)  # type: ignore[arg-type]
-        assert Scheme.named(f"{family}{width}") == scheme
-    pair = Scheme.named("KIVI-K2V4")
-    assert isinstance(pair, KeyValueSchemes)
-    assert pair == (Scheme.named("pchan2"), Scheme.named("pchan4"))
-    assert Scheme.named("nsep+KIVI") == (Scheme.named("nsep+pchan2"), Scheme.named("nsep+pchan4"))
-    assert Scheme.named("streaming4") == Scheme(
-        symmetric=False, magnitude="lsq", block_size=128, sink_tokens=1
-    )
 
 
 # --- what the rules imply -----------------------------------------------------------------------

@@ -27,13 +27,13 @@ from nsq_ref import (
     attention,
     bounds,
     comparison,
+    files,
     metrics,
     oracle,
     packing,
     plots,
     rounding,
     spec,
-    storage,
     strategies,
 )
 from nsq_ref.bounds import Interval
@@ -108,8 +108,8 @@ def drawn(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def saved(**arrays: Any) -> Any:
     with TemporaryDirectory() as folder:
-        storage.write_arrays(Path(folder) / "x.safetensors", **arrays)
-        return storage.read_arrays(Path(folder) / "x.safetensors")
+        files.write_arrays(Path(folder) / "x.safetensors", **arrays)
+        return files.read_arrays(Path(folder) / "x.safetensors")
 
 
 def round_trip(schemes: Any, keys: Any, values: Any) -> Any:
@@ -136,9 +136,10 @@ CALLS: dict[str, Call] = {
         nsq.Scheme, bits=Integer(3), block_size=Integer(64), sink_tokens=Integer(2),
         outlier_channels=Integer(1),
     ),
+    "Scheme.cut": call(nsq.Scheme(block_size=4).cut, length=Integer(10)),
     "Scheme.layout": call(nsq.Scheme().layout, tokens=Integer(10), head_dim=Integer(8)),
+    "Scheme.parts": call(nsq.Scheme().parts, head_dim=Integer(8)),
     "Scheme.tokens_per_block": call(nsq.Scheme(block_size=4).tokens_per_block, coded=Integer(9)),
-    "Scheme.cut": call(nsq.Scheme(block_size=4).cut, length=Integer(9)),
     "Scheme.bits_per_element": call(
         STREAM.bits_per_element, tokens=Integer(9), head_dim=Integer(8)
     ),
@@ -248,7 +249,7 @@ CALLS: dict[str, Call] = {
     "rounding.least_squares_gain": call(
         rounding.least_squares_gain, x=Numbers(X), y=Numbers(X + 1)
     ),
-    "storage.write_arrays": call(saved, arrays=Numbers({"k": X})),
+    "files.write_arrays": call(saved, arrays=Numbers({"k": X})),
     "strategies.schemes": call(one_drawn, bits=Integer(3)),
     **{
         f"strategies.{function.__name__}": call(
@@ -319,15 +320,17 @@ TAKE_NONE = {
     "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
-    "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Field",
-    "sequence.Sequence", "sequence.StoredTokens", "storage.StorageError", "storage.holds_cache",
-    "storage.is_quantized", "storage.load", "storage.read_arrays", "storage.save",
+    "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
+    "scheme.Part", "codec.block_of",
+    "files.StorageError", "files.holds_cache",
+    "files.is_quantized", "files.load", "files.read_arrays", "files.save",
 }  # fmt: skip
 # Modules with such a test of their own, and those that the package keeps for itself.
 ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
-        "arrays", "cache", "conformance", "sequence", "pages", "environment", "kernels",
+        "arrays", "cache", "conformance", "dlpack", "dtypes", "environment", "extras", "kernels",
+        "quantized",
     )
 }  # fmt: skip
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nsq_ref.scheme import Scheme, scheme_names
+import nsq_ref
+from nsq_ref import KeyValueSchemes, Quantized, quantize, spec
+from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
     "bits": 4, "separate_norm": True, "axis": "channel", "symmetric": True,
@@ -81,3 +86,86 @@ def test_cut(size: int | None, sinks: int, length: int, cut: tuple[int, int, int
 def test_cut_refuses() -> None:
     with pytest.raises(ValueError, match="length=-1"):
         Scheme().cut(-1)
+
+
+def test_unknown_schemes() -> None:
+    for name in ("", "nsep", "nsep5", "pchan44", "NSEP4", "nsep+KIVI-K2", "KIVI-K2V5", "naive4 "):
+        with pytest.raises(ValueError, match=r"unknown scheme name .*; known are naive, nsep"):
+            Scheme.named(name)
+    with pytest.raises(TypeError, match=r"name must be a string such as 'nsep\+pchan4', got 4"):
+        Scheme.named(4)  # type: ignore[call-overload]
+    for fields, message in (
+        ({"bits": 5}, r"bits=5 is not supported; choose one of 2, 3, 4, 8"),
+        ({"bits": 4.0}, r"bits=4\.0 is not supported"),
+        ({"symmetric": 1}, r"symmetric=1 is not supported; choose one of True, False"),
+        ({"axis": "tokens"}, r"axis='tokens' is not supported; choose one of 'channel', 'token'"),
+        ({"block_size": 0}, r"block_size=0 .* at least 1 or None"),
+        ({"block_size": True}, r"block_size=True is not supported"),
+        ({"sink_tokens": -1}, r"sink_tokens=-1 .* at least 0"),
+        ({"scale_dtype": "float64"}, r"scale_dtype='float64' is not supported"),
+        (
+            {"separate_norm": False, "magnitude": "lsq"},
+            r"magnitude='lsq' has no effect with separate",
+        ),
+        ({"separate_norm": False, "norm_dtype": "float32"}, r"norm_dtype='float32' has no effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Scheme(**fields)  # type: ignore[arg-type]
+
+
+def test_names_of_the_paper() -> None:
+    """Every name means what docs/spec.md says."""
+    rows = {
+        "naive": (False, "token", 0), "nsep": (True, "token", 0), "pchan": (False, "channel", 0),
+        "outlier": (False, "token", 4), "nsep+out": (True, "token", 4),
+        "nsep+pchan": (True, "channel", 0),
+    }  # fmt: skip
+    for (family, (norm, axis, outliers)), width in (
+        (r, w) for r in rows.items() for w in (2, 3, 4, 8)
+    ):
+        scheme = Scheme(bits=width, separate_norm=norm, axis=axis, outlier_channels=outliers)  # type: ignore[arg-type]
+        assert Scheme.named(f"{family}{width}") == scheme
+    pair = Scheme.named("KIVI-K2V4")
+    assert isinstance(pair, KeyValueSchemes)
+    assert pair == (Scheme.named("pchan2"), Scheme.named("pchan4"))
+    assert Scheme.named("nsep+KIVI") == (Scheme.named("nsep+pchan2"), Scheme.named("nsep+pchan4"))
+    assert Scheme.named("streaming4") == Scheme(
+        symmetric=False, magnitude="lsq", block_size=128, sink_tokens=1
+    )
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_parts_is_that_of_quantized_and_of_the_spec() -> None:
+    """Their names and order are written where their types are: nowhere are there others."""
+    every = Scheme(symmetric=False, sink_tokens=1, outlier_channels=1)
+    names = [field.name for field in dataclasses.fields(Quantized)]
+    assert tuple(every.parts(8)) == PARTS == tuple(names[3:-1])
+    assert {*spec.Block._fields} == {*PARTS, "codes", "collapsed"} - {"packed", "sinks"}
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 3, 9])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_parts_have_a_row_for_what_they_say(block_size: int | None, axis: str) -> None:
+    scheme = Scheme(
+        axis=axis,  # type: ignore[arg-type]
+        symmetric=False,
+        block_size=block_size,
+        sink_tokens=2,
+        outlier_channels=3,
+    )
+    counts = {"sinks": 2, "tokens": 7, "blocks": -(-7 // min(block_size or 7, 7))}
+    quantized = quantize(np.ones((2, 9, 4), np.float16), scheme)
+    for name, part in scheme.parts(4, np.float16).items():
+        array = quantized.parts[name]
+        assert array.shape == (2, counts[part.rows], *part.columns)
+        assert array.dtype == part.dtype
+
+
+def test_bfloat16_comes_from_one_place() -> None:
+    folder = Path(nsq_ref.__file__).parent
+    importers = [
+        path.name for path in folder.rglob("*.py") if "import ml_dtypes" in path.read_text("utf-8")
+    ]
+    assert importers == ["dtypes.py"]

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import nsq_ref as nsq
-from nsq_ref.pages import Change
-from nsq_ref.sequence import Sequence, Side
+from nsq_ref.cache.pages import Change
+from nsq_ref.cache.sequence import Sequence, Side
 
 print("printed while importing")
 

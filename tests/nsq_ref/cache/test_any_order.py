@@ -16,7 +16,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nsq_ref import KVCache, RangeError, Scheme, dequantize, pages
+from nsq_ref import KVCache, RangeError, Scheme, dequantize
+from nsq_ref.cache import pages
 from tests.support.cache_model import (
     DTYPES,
     CacheList,

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from nsq_ref import KVCache, Scheme, quantize, storage
+from nsq_ref import KVCache, Scheme, files, quantize
+from nsq_ref.files.containers import CACHE_FORMAT, read_container, write_container
 from tests.support.cache_model import normals
 
 
@@ -25,15 +27,13 @@ def saved(tmp_path: Path) -> Path:
 
 def rewritten(path: Path, change: Any) -> None:
     """Change a file and mend its checksum, as only a faulty or malicious writer would."""
-    content, arrays = storage.read_container(
-        path, storage.CACHE_FORMAT, lambda _: set(storage_names(path))
-    )
+    content, arrays = read_container(path, CACHE_FORMAT, lambda _: set(names_in(path)))
     change(content["cache"], arrays)
-    storage.write_container(path, storage.CACHE_FORMAT, content, arrays)
+    write_container(path, CACHE_FORMAT, content, arrays)
 
 
-def storage_names(path: Path) -> list[str]:
-    with storage.safe_open(path, framework="np") as file:
+def names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="np") as file:
         return list(file.keys())
 
 
@@ -104,7 +104,7 @@ def test_empty_caches_are_saved(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_files_that_no_cache_writes(saved: Path, change: Any, message: str) -> None:
     rewritten(saved, change)
-    with pytest.raises(storage.StorageError, match=message):
+    with pytest.raises(files.StorageError, match=message):
         KVCache.load(saved)
 
 
@@ -114,18 +114,18 @@ def test_damage_anywhere_is_found(saved: Path) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
         saved.write_bytes(damaged)
-        with pytest.raises(storage.StorageError):
+        with pytest.raises(files.StorageError):
             KVCache.load(saved)
     saved.write_bytes(whole[:-1])
-    with pytest.raises(storage.StorageError):
+    with pytest.raises(files.StorageError):
         KVCache.load(saved)
 
 
 def test_the_two_kinds_of_file_know_each_other(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(storage.StorageError, match=r"'nsq-cache-1', which nsq_ref.KVCache.load"):
-        storage.load(saved)
-    storage.save(tmp_path / "q", {"keys": quantize(normals(2, 4))})
-    with pytest.raises(storage.StorageError, match=r"which nsq_ref.storage.load reads"):
+    with pytest.raises(files.StorageError, match=r"'nsq-cache-1', which nsq_ref.KVCache.load"):
+        files.load(saved)
+    files.save(tmp_path / "q", {"keys": quantize(normals(2, 4))})
+    with pytest.raises(files.StorageError, match=r"which nsq_ref.files.load reads"):
         KVCache.load(tmp_path / "q")
 
 

@@ -23,16 +23,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nsq_ref import KVCache, RangeError, Scheme, attention, cache, pages, quantize, sequence
+from nsq_ref import KVCache, RangeError, Scheme, attention, cache, quantize
+from nsq_ref.cache.pages import Cell, Change
+from nsq_ref.cache.sequence import Sequence, Side
 from nsq_ref.codec import block_of
-from nsq_ref.pages import Cell, Change
-from nsq_ref.sequence import Sequence, Side
 from tests.support.cache_model import bits, everything, normals
 
 Array = npt.NDArray[Any]
 
 SCHEME = Scheme(block_size=4, sink_tokens=1)
-FILES = {cache.__file__, sequence.__file__, pages.__file__}
+FILES = {str(path) for path in Path(cache.__file__).parent.glob("*.py")}
 # Where memory is claimed every instruction counts; elsewhere a line may be taken as one.
 CLAIMING = {Cell.swap.__code__, Cell._last.__code__, Change.claim.__code__}
 PROMPT, ONE, OTHER = (normals(2, 1, 1, tokens, 2, seed=tokens) for tokens in (8, 7, 9))

@@ -24,8 +24,8 @@ from nsq_ref import (
     __version__,
     cli,
     dequantize,
+    files,
     quantize,
-    storage,
 )
 from nsq_ref import scheme_names as names
 
@@ -77,7 +77,7 @@ def test_a_cache_goes_there_and_back(folder):
     done = run("quantize", "kv.npz", "--output", "q.safetensors", *options, cwd=folder)
     assert done.stderr == ""
     written = json.loads(done.stdout)
-    loaded = storage.load(folder / "q.safetensors")
+    loaded = files.load(folder / "q.safetensors")
     assert [row["name"] for row in written["arrays"]] == list(loaded) == ["keys", "values"]
     for row in written["arrays"]:
         quantized = loaded[row["name"]]
@@ -100,7 +100,7 @@ def test_a_cache_goes_there_and_back(folder):
         "shape": [2, 20, 8],
         "dtype": "float32",
     }
-    restored = storage.read_arrays(folder / "x.safetensors")
+    restored = files.read_arrays(folder / "x.safetensors")
     for name, x in (("keys", KEYS), ("values", VALUES)):
         expected = dequantize(quantize(x, backend="numpy"), backend="numpy")
         np.testing.assert_array_equal(restored[name], expected)
@@ -108,12 +108,12 @@ def test_a_cache_goes_there_and_back(folder):
 
 @pytest.mark.parametrize("backend", ["numba", "numpy", "oracle"])
 def test_every_backend_writes_the_same_file(backend, folder):
-    storage.save(folder / "expected", {"keys": quantize(KEYS), "values": quantize(VALUES)})
+    files.save(folder / "expected", {"keys": quantize(KEYS), "values": quantize(VALUES)})
     output = ("--output", "q.safetensors", "--backend", backend)
     run("quantize", "kv.npz", *output, cwd=folder)
     assert (folder / "q.safetensors").read_bytes() == (folder / "expected").read_bytes()
     run("dequantize", "q.safetensors", "-o", "x.safetensors", "--backend", backend, cwd=folder)
-    keys = storage.read_arrays(folder / "x.safetensors")["keys"]
+    keys = files.read_arrays(folder / "x.safetensors")["keys"]
     np.testing.assert_array_equal(keys, dequantize(quantize(KEYS)))
 
 
@@ -132,7 +132,7 @@ def test_tables_say_what_json_says(folder):
 
 
 def test_info_tells_of_plain_arrays_and_of_collapsed_tokens(tmp_path):
-    storage.write_arrays(tmp_path / "x.safetensors", {"[red]k": KEYS.astype(ml_dtypes.bfloat16)})
+    files.write_arrays(tmp_path / "x.safetensors", {"[red]k": KEYS.astype(ml_dtypes.bfloat16)})
     (row,) = json.loads(run("info", "x.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
     assert (row["name"], row["dtype"], row["scheme"]) == ("[red]k", "bfloat16", None)
     assert (row["bits_per_element"], row["bytes"], row["collapsed_tokens"]) == (16, 640, None)
@@ -188,7 +188,7 @@ def test_info_tells_of_a_saved_cache(tmp_path):
 def test_options_choose_the_schemes(options, key, value, folder):
     output = ("--output", "q.safetensors", "--backend", "numpy")
     run("quantize", "kv.npz", *output, *options, cwd=folder)
-    loaded = storage.load(folder / "q.safetensors")
+    loaded = files.load(folder / "q.safetensors")
     assert (loaded["keys"].scheme, loaded["values"].scheme) == (key, value)
 
 
@@ -287,13 +287,13 @@ def test_bad_input_is_one_line_and_exit_2(folder):
         assert line == "nsq: none.npz: No such file or directory\n"
         assert "kv.txt must end in .npz, .npy" in refused(verb, "kv.txt", *options, cwd=folder)
         assert "two lines.txt must end" in refused(verb, "two\nlines.txt", *options, cwd=folder)
-    storage.write_arrays(folder / "plain.safetensors", {"k": KEYS})
+    files.write_arrays(folder / "plain.safetensors", {"k": KEYS})
     line = refused("dequantize", "plain.safetensors", *output, cwd=folder)
     assert "plain.safetensors is not a file of quantized arrays" in line
 
 
 def test_a_damaged_file_is_refused_by_every_verb(folder):
-    storage.save(folder / "bad.safetensors", {"keys": quantize(KEYS, backend="numpy")})
+    files.save(folder / "bad.safetensors", {"keys": quantize(KEYS, backend="numpy")})
     data = bytearray((folder / "bad.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "bad.safetensors").write_bytes(data)
@@ -307,7 +307,7 @@ def test_a_damaged_file_is_refused_by_every_verb(folder):
 @pytest.mark.parametrize("verb", ["quantize", "dequantize"])
 @pytest.mark.parametrize("output", ["in.safetensors", "./in.safetensors", "link.safetensors"])
 def test_the_input_is_never_the_output(verb, output, folder):
-    storage.write_arrays(folder / "in.safetensors", {"k": KEYS})
+    files.write_arrays(folder / "in.safetensors", {"k": KEYS})
     os.symlink("in.safetensors", folder / "link.safetensors")
     line = refused(verb, "in.safetensors", "--output", output, cwd=folder)
     assert "is the input; choose another name" in line
@@ -317,7 +317,7 @@ def test_an_output_that_exists_is_replaced(folder):
     output = ("--output", "q.safetensors", "--backend", "numpy")
     run("quantize", "kv.npz", *output, "--scheme", "naive2", cwd=folder)
     run("quantize", "kv.npz", *output, "--scheme", "naive8", cwd=folder)
-    assert storage.load(folder / "q.safetensors")["keys"].scheme.bits == 8
+    assert files.load(folder / "q.safetensors")["keys"].scheme.bits == 8
     assert sorted(path.name for path in folder.iterdir()) == ["kv.npz", "q.safetensors"]
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
 
-from nsq_ref import Quantized, Scheme, dequantize, oracle, quantize, rounding, storage
+from nsq_ref import Quantized, Scheme, dequantize, files, oracle, quantize, rounding
 from nsq_ref.codec import Backend
 from nsq_ref.scheme import as_scheme
 from nsq_ref.strategies import AWKWARD
@@ -279,8 +279,8 @@ def test_no_sequences_in_operators(runner: str, name: str) -> None:
 def test_no_sequences_in_a_file(tmp_path: Path) -> None:
     """Parts."""
     quantized = quantize(np.zeros((2, 0, 3, 4), np.float32), "streaming4")
-    storage.save(tmp_path / "none.safetensors", {"keys": quantized})
-    loaded = storage.load(tmp_path / "none.safetensors")["keys"]
+    files.save(tmp_path / "none.safetensors", {"keys": quantized})
+    loaded = files.load(tmp_path / "none.safetensors")["keys"]
     assert (loaded.shape, loaded.scheme) == (quantized.shape, quantized.scheme)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nsq_ref import KVCache, Scheme, cli, quantize, storage
+from nsq_ref import KVCache, Scheme, cli, files, quantize
 from nsq_ref.files import kinds
 from onnx_export.codec import quantize_model, save_models
 from onnx_export.testing import tiny_gguf
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "k.npy", KEYS)
     for name in ("npz.safetensors", "npz.npy"):
         (folder / name).write_bytes((folder / "kv.npz").read_bytes())
-    storage.save(folder / "codes.npz", {"keys": quantize(KEYS, backend="numpy")})
+    files.save(folder / "codes.npz", {"keys": quantize(KEYS, backend="numpy")})
     tiny_gguf(folder)
     (folder / "gguf.safetensors").write_bytes((folder / "tiny.gguf").read_bytes())
     save_models({folder / "encode.onnx": quantize_model(Scheme())})
@@ -110,11 +110,11 @@ def test_what_is_quantized_already_says_what_reads_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    storage.save("codes.safetensors", {"keys": quantize(KEYS, backend="numpy")})
+    files.save("codes.safetensors", {"keys": quantize(KEYS, backend="numpy")})
     cache = KVCache(1, 1, 8)
     cache.append(KEYS[None, :1], KEYS[None, :1])
     cache.save("cache.safetensors")
-    storage.write_arrays("plain.safetensors", {"keys": KEYS})
+    files.write_arrays("plain.safetensors", {"keys": KEYS})
     for verb in (VERBS["quantize"], VERBS["--keys"]):
         for name, says in (
             ("codes.safetensors", "holds quantized arrays; `nsq dequantize` or load reads them"),

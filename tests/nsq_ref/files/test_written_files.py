@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsq_ref import quantize, storage
+from nsq_ref import files, quantize
 
 HERE = Path(__file__).parents[2]
 DRIVER = HERE / "support" / "writers.py"
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     random = np.random.default_rng(0)
     keys = random.standard_normal((2, 40, 8), dtype=np.float32)
     np.savez(tmp_path / "kv.npz", keys=keys, values=keys[..., ::-1])
-    storage.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
+    files.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
     return tmp_path
 
 
@@ -123,3 +123,67 @@ def test_what_is_printed_to_a_full_disk_is_an_error(options: tuple[str, ...]) ->
                 check=False,
             )
         assert (done.returncode, done.stderr) == (2, "nsq: No space left on device\n")
+
+
+# --- functions ----------------------------------------------------------------------------------
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from nsq_ref import Scheme, quantize, files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+x = np.ones((64, 64), np.float32)
+try:
+    if sys.argv[2] == "save":
+        files.save(sys.argv[1], {"k": quantize(x, backend="numpy")})
+    else:
+        files.write_arrays(sys.argv[1], {"k": x})
+except OSError as error:
+    sys.exit(f"OSError: {error}")
+"""
+
+
+@pytest.mark.parametrize("function", ["save", "write_arrays"])
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_a_write_that_fails_changes_nothing(function, before, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    if before is not None:
+        path.write_bytes(before)
+    command = [sys.executable, "-c", LIMITED, str(path), function]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "OSError" in done.stderr
+    assert str(path) in done.stderr
+    assert "File too large" in done.stderr
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
+
+
+def test_errors_of_the_file_system_stay_what_they_are(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    arrays = {"k": np.ones((2, 2), np.float32)}
+    for path, error in (
+        (tmp_path / "none" / "x.safetensors", FileNotFoundError),
+        (tmp_path / "file" / "x.safetensors", NotADirectoryError),
+    ):
+        with pytest.raises(error) as caught:
+            files.write_arrays(path, arrays)
+        assert caught.value.filename == str(path)
+        for read in (files.load, files.read_arrays):
+            with pytest.raises(error):
+                read(path)
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        files.write_arrays(folder, arrays)
+    with pytest.raises(IsADirectoryError):
+        files.load(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
+def test_a_link_keeps_pointing_and_a_file_is_replaced(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"old")
+    os.symlink("a.safetensors", tmp_path / "b.safetensors")
+    files.write_arrays(tmp_path / "b.safetensors", {"k": np.ones((2, 2), np.float32)})
+    assert (tmp_path / "b.safetensors").is_symlink()
+    assert list(files.read_arrays(tmp_path / "a.safetensors")) == ["k"]

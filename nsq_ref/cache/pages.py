@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import attention
-from nsq_ref.codec import Quantized, block_of
+from nsq_ref.quantized import Quantized, block_of
 from nsq_ref.scheme import Scheme
 
 __all__ = ["Cell", "Change", "Page", "Plain"]
@@ -127,15 +127,16 @@ class Page:
     """Sealed blocks of one sequence, and of those that share them."""
 
     def __init__(self, scheme: Scheme, kv_heads: int, head_dim: int, dtype: np.dtype[Any]) -> None:
-        block_size = scheme.block_size or 1
-        self.scheme = scheme
-        self.shape = (kv_heads, max(PAGE_TOKENS // block_size, 1) * block_size, head_dim)
-        self.dtype = dtype
+        self.scheme, self.dtype = scheme, dtype
+        self.block_size = scheme.block_size or 1
+        blocks = max(PAGE_TOKENS // self.block_size, 1)
+        self.shape = (kv_heads, blocks * self.block_size, head_dim)
+        self.parts = scheme.parts(head_dim)
         self.arrays = {
             name: np.empty((kv_heads, *field.shape), field.dtype)
             for name, field in scheme.layout(*self.shape[1:]).items()
         }
-        self.collapsed = np.zeros(self.capacity // block_size, np.int32)  # tokens of each block
+        self.collapsed = np.zeros(blocks, np.int32)  # tokens of each block
         self.used = Cell(0)  # tokens, whoever wrote them
         self._prepared: attention.PreparedPiece | None = None
 
@@ -161,27 +162,26 @@ class Page:
 
     def spans(self, first: int, last: int) -> dict[str, slice]:
         """Rows of each array, one a token or one a block, for tokens from ``first`` to ``last``."""
-        head_dim = self.shape[2]
-        starts, stops = (self.scheme.layout(tokens, head_dim) for tokens in (first, last))
-        return {name: slice(starts[name].shape[0], stops[name].shape[0]) for name in self.arrays}
+        size = self.block_size
+        rows = {"tokens": slice(first, last), "blocks": slice(first // size, last // size)}
+        return {name: rows[part.rows] for name, part in self.parts.items()}
 
     def places(
         self, at: int, source: Quantized, first: int, collapsed: Array
     ) -> Iterator[tuple[Array, Array]]:
         """Pair memory from token ``at`` on with the blocks of ``source`` from its ``first`` on."""
-        block_size = self.scheme.block_size or 1
-        count = len(collapsed) * block_size
+        count = len(collapsed) * self.block_size
         ours, theirs = self.spans(at, at + count), self.spans(first, first + count)
         for name, array in self.arrays.items():
             yield array[:, ours[name]], source.parts[name][:, theirs[name]]
-        yield self.collapsed[at // block_size : (at + count) // block_size], collapsed
+        yield self.collapsed[at // self.block_size :][: len(collapsed)], collapsed
 
     def copy(self, count: int) -> Page:
         """Return a page of one's own with the first ``count`` tokens."""
         kv_heads, _, head_dim = self.shape
         other = Page(self.scheme, kv_heads, head_dim, self.dtype)
         if count:
-            blocks = self.collapsed[: count // (self.scheme.block_size or 1)]
+            blocks = self.collapsed[: count // self.block_size]
             for place, values in other.places(0, self.quantized(0, count), 0, blocks):
                 place[...] = values
             other.used = Cell(count)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from nsq_ref import attention, rounding
 from nsq_ref.arrays import RangeError
-from nsq_ref.codec import PARTS, Quantized, dequantize, quantize
-from nsq_ref.pages import Change, Page, Plain
+from nsq_ref.cache.pages import Change, Page, Plain
+from nsq_ref.codec import Quantized, dequantize, quantize
+from nsq_ref.dtypes import DTYPES
 from nsq_ref.scheme import Field, Scheme
 
 __all__ = ["Sequence", "Side", "StoredTokens"]
@@ -90,15 +91,14 @@ class Side:
 
     def fields(self, length: int, dtype: np.dtype[Any]) -> dict[str, Field]:
         """Return shape and dtype of `StoredTokens.arrays` of a sequence of this length."""
-        sinks = min(length, self.scheme.sink_tokens)
-        sealed = (length - sinks) // self.block_size * self.block_size
-        plain = {"sinks": sinks, "tail": length - sinks - sealed}
+        sinks, sealed, tail = self.scheme.cut(length)
+        plain = {"sinks": sinks, "tail": tail}
         fields = {name: Field((count, self.head_dim), dtype) for name, count in plain.items()}
         fields |= self.sealed_scheme.layout(sealed, self.head_dim)
         fields = {
             name: Field((self.kv_heads, *part.shape), part.dtype) for name, part in fields.items()
         }
-        fields["collapsed"] = Field((sealed // self.block_size,), np.dtype(np.int32))
+        fields["collapsed"] = Field((sealed // self.block_size,), DTYPES["int32"])
         return {name: field for name, field in fields.items() if 0 not in field.shape}
 
 
@@ -156,14 +156,13 @@ class Sequence(NamedTuple):
         """
         side, sinks, pages, sealed, tail = self
         size = side.block_size
-        if to_sinks := self.to_sinks(x.shape[1]):
+        after = side.scheme.cut(self.length + x.shape[1])
+        if to_sinks := after.sinks - sinks.length:
             sinks = sinks.grown(x[:, :to_sinks], side.scheme.sink_tokens, change)
             x = x[:, to_sinks:]
-        waiting = tail.length + x.shape[1]
-        if waiting < size:
+        if after.sealed == sealed:
             return Sequence(side, sinks, pages, sealed, tail.grown(x, size, change))
-        full = waiting // size * size
-        taken = full - tail.length
+        taken = after.sealed - sealed - tail.length
         run = x[:, :taken]
         if tail.length:
             run = np.concatenate([tail.tokens, run], axis=1)
@@ -171,16 +170,13 @@ class Sequence(NamedTuple):
         pages = self.pages_with(quantized, self.collapsed_by_block(run, quantized), change)
         # An array of its own: the old one has room for a whole block, which would lie idle.
         tail = tail.first(0).grown(x[:, taken:], size, change)
-        return Sequence(side, sinks, pages, sealed + full, tail)
-
-    def to_sinks(self, tokens: int) -> int:
-        """How many of the next tokens become sinks."""
-        return min(self.side.scheme.sink_tokens - self.sinks.length, tokens)
+        return Sequence(side, sinks, pages, after.sealed, tail)
 
     def place_of(self, error: RangeError, tokens: int) -> tuple[str, int, int]:
         """Return what of which tokens is refused when so many are appended, and their positions."""
         side, place = self.side, error.index[1:]
-        first = self.sinks.length + self.to_sinks(tokens) + self.sealed  # of what is to be sealed
+        sinks = side.scheme.cut(self.length + tokens).sinks
+        first = sinks + self.sealed  # of what is to be sealed
         if error.part in ("scale", "zero") and side.scheme.axis == "channel":
             start = first + place[0] * side.block_size
             stop = start + side.block_size
@@ -229,19 +225,16 @@ class Sequence(NamedTuple):
 
     def cropped(self, length: int) -> Sequence:
         """Return the sequence of the first tokens; those of a block cut in two are decoded (C1)."""
-        sinks, size = self.sinks.length, self.side.block_size
-        if length >= sinks + self.sealed:
-            return self._replace(tail=self.tail.first(length - sinks - self.sealed))
-        kept = self.sinks.first(min(length, sinks))
-        coded = length - kept.length
-        whole = coded // size * size
-        tail = self.tail.first(0)
-        if coded > whole:
-            block = self.decoded(whole, whole + size)[:, : coded - whole]
+        if length >= self.sinks.length + self.sealed:
+            return self._replace(tail=self.tail.first(length - self.sinks.length - self.sealed))
+        sinks, whole, rest = self.side.scheme.cut(length)
+        tail, size = self.tail.first(0), self.side.block_size
+        if rest:
+            block = self.decoded(whole, whole + size)[:, :rest]
             with Change() as change:
                 tail = tail.grown(rounding.saturate(block, self.pages[0].dtype), size, change)
                 change.write()
-        shorter = Sequence(self.side, kept, self.pages, whole, tail)
+        shorter = Sequence(self.side, self.sinks.first(sinks), self.pages, whole, tail)
         return shorter._replace(pages=tuple(page for page, _ in shorter.parts()))
 
     # --- reading --------------------------------------------------------------------------------
@@ -332,8 +325,8 @@ class Sequence(NamedTuple):
                 collapsed = arrays["collapsed"]
                 if collapsed.min() < 0 or collapsed.max() > side.kv_heads * side.block_size:
                     raise ValueError("collapsed holds counts that no block can have")
-                parts: dict[str, Any] = {name: arrays[name] for name in PARTS if name in expected}
-                parts.pop("sinks", None)
+                names = side.sealed_scheme.parts(side.head_dim)
+                parts: dict[str, Any] = {name: arrays[name] for name in names}
                 shape = (side.kv_heads, parts["packed"].shape[1], side.head_dim)
                 total = int(collapsed.sum())
                 run = Quantized(side.sealed_scheme, shape, dtype, **parts, collapsed_tokens=total)

@@ -1,69 +1,27 @@
-"""`KVCache`: keys and values of a running model, quantized block by block as tokens arrive."""
+"""The cache that users hold: what it takes and gives, and the one reference that changes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import attention
-from nsq_ref.arrays import RangeError, as_array, as_float_array, as_integer, as_integers, not_finite
-from nsq_ref.codec import Quantized
+from nsq_ref.arrays import as_array, as_integer, as_integers
+from nsq_ref.cache import attending
+from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens
+from nsq_ref.cache.contents import Described, contents
+from nsq_ref.cache.pages import Cell, Change
+from nsq_ref.cache.state import Sides, State, StoredRow
 from nsq_ref.environment import in_default_environment
-from nsq_ref.pages import Cell, Change
-from nsq_ref.scheme import (
-    FLOAT_DTYPES,
-    KeyValueSchemes,
-    PairName,
-    Scheme,
-    SchemeName,
-    as_scheme,
-)
-from nsq_ref.sequence import Sequence, Side, StoredTokens
+from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
-__all__ = ["KVCache", "StoredRow"]
+__all__ = ["KVCache"]
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
-
-FLOAT64 = np.dtype(np.float64)
-
-
-class StoredRow(NamedTuple):
-    """What is stored of one row of the batch: copies, which threads may share."""
-
-    keys: StoredTokens
-    values: StoredTokens
-
-
-class _Row(NamedTuple):
-    keys: Sequence
-    values: Sequence
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """All that changes about a cache, in one piece, so that it changes at once or not at all."""
-
-    rows: tuple[_Row, ...]
-    dtype: np.dtype[Any] | None
-
-    @property
-    def lengths(self) -> list[int]:
-        return [row.keys.length for row in self.rows]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(side.nbytes for row in self.rows for side in row)
-
-    @property
-    def plain_dtype(self) -> np.dtype[Any]:
-        return FLOAT_DTYPES["float32"] if self.dtype is None else self.dtype
 
 
 class KVCache:
@@ -135,20 +93,8 @@ class KVCache:
         dtype: str | np.dtype[Any] | type | None = None,
     ) -> None:
         batch = as_integer("batch", batch, least=1)
-        kv_heads = as_integer("kv_heads", kv_heads, least=1)
-        head_dim = as_integer("head_dim", head_dim, least=1)
-        value_head_dim = (
-            head_dim
-            if value_head_dim is None
-            else as_integer("value_head_dim", value_head_dim, least=1)
-        )
-        schemes = _schemes(key, value, block_size)
-        self._keys = Side(schemes.key, kv_heads, head_dim)
-        self._values = Side(schemes.value, kv_heads, value_head_dim)
-        # Rows without tokens are one: sequences never change.
-        row = _Row(Sequence.empty(self._keys), Sequence.empty(self._values))
-        known = None if dtype is None else _require_dtype(dtype)
-        self._state = Cell(_State((row,) * batch, known))
+        self._sides = as_sides(kv_heads, head_dim, value_head_dim, key, value, block_size)
+        self._state = Cell(State.empty(self._sides, batch, as_dtype(dtype)))
 
     def __repr__(self) -> str:
         now = self._now
@@ -170,10 +116,10 @@ class KVCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As in a file: memory that is not used yet, locks and addresses stay here.
-        return _unpickled, self._content(self._now)
+        return _unpickled, contents(self._sides, self._now)
 
     @property
-    def _now(self) -> _State:
+    def _now(self) -> State:
         """The cache at this moment; who reads twice may read two states."""
         return self._state.value
 
@@ -185,27 +131,27 @@ class KVCache:
     @property
     def kv_heads(self) -> int:
         """Key/value heads."""
-        return self._keys.kv_heads
+        return self._sides.keys.kv_heads
 
     @property
     def head_dim(self) -> int:
         """Channels of a key."""
-        return self._keys.head_dim
+        return self._sides.keys.head_dim
 
     @property
     def value_head_dim(self) -> int:
         """Channels of a value."""
-        return self._values.head_dim
+        return self._sides.values.head_dim
 
     @property
     def key(self) -> Scheme:
         """The scheme of the keys."""
-        return self._keys.scheme
+        return self._sides.keys.scheme
 
     @property
     def value(self) -> Scheme:
         """The scheme of the values."""
-        return self._values.scheme
+        return self._sides.values.scheme
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
@@ -298,23 +244,13 @@ class KVCache:
         array([3, 1])
         """
         before = self._now
-        keys, values = as_float_array("keys", keys), as_float_array("values", values)
-        batch, tokens = len(before.rows), self._require_tokens(keys, values, len(before.rows))
-        counts = [tokens] * batch
-        if lengths is not None:
-            counts = as_integers("lengths", lengths, batch, least=0, most=tokens)
-        dtype = _require_same_dtype(before.dtype, keys, values)
-        keys, values = _finite("keys", keys, counts), _finite("values", values, counts)
+        keys, values, counts = as_tokens(
+            self._sides, len(before.rows), before.dtype, keys, values, lengths
+        )
         with Change() as change:
-            rows = tuple(
-                _Row(
-                    _grown("keys", index, row.keys, keys[index, :, :count], change),
-                    _grown("values", index, row.values, values[index, :, :count], change),
-                )
-                for index, (row, count) in enumerate(zip(before.rows, counts, strict=True))
-            )
+            after = before.grown(keys, values, counts, keys.dtype, change)
             change.write()
-            self._change(before, _State(rows, dtype))
+            self._change(before, after)
 
     @in_default_environment
     def crop(self, length: Any) -> None:
@@ -349,11 +285,7 @@ class KVCache:
             kept = [min(most, tokens) for tokens in own]
         else:
             kept = as_integers("length", length, len(own), least=0, most=own)
-        rows = tuple(
-            _Row(row.keys.cropped(count), row.values.cropped(count))
-            for row, count in zip(before.rows, kept, strict=True)
-        )
-        self._change(before, replace(before, rows=rows))
+        self._change(before, before.cropped(kept))
 
     def reorder(self, rows: Any) -> None:
         """Replace the rows by the given ones, as beam search does; any may recur or be left out.
@@ -378,7 +310,7 @@ class KVCache:
         array([1, 1, 3])
         """
         before = self._now
-        self._change(before, _selected(before, rows))
+        self._change(before, before.selected(rows))
 
     def fork(self, rows: Any = None) -> KVCache:
         """Return a cache that continues from here on its own, sharing all sealed blocks.
@@ -404,12 +336,7 @@ class KVCache:
         3
         """
         now = self._now
-        forked = KVCache(
-            1, self.kv_heads, self.head_dim, self.key, self.value,
-            value_head_dim=self.value_head_dim,
-        )  # fmt: skip
-        forked._state = Cell(now if rows is None else _selected(now, rows))
-        return forked
+        return KVCache._of(self._sides, now if rows is None else now.selected(rows))
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -483,45 +410,10 @@ class KVCache:
         >>> weights.round(3)
         array([[[[1., 0.]]]], dtype=float32)
         """
-        now = self._now
-        batch, lengths = len(now.rows), now.lengths
-        query = as_float_array("query", query)
-        heads = query.shape[1] if query.ndim == 4 else 0
-        if not heads or heads % self.kv_heads or query.shape[::3] != (batch, self.head_dim):
-            expected = f"[{batch}, heads, query_tokens, {self.head_dim}]"
-            raise ValueError(
-                f"query has shape {list(query.shape)}; this cache takes {expected}, heads a "
-                f"multiple of {self.kv_heads}"
-            )
-        counts = [query.shape[2]] * batch
-        if query_lengths is not None:
-            counts = as_integers(
-                "query_lengths", query_lengths, batch, least=0, most=query.shape[2]
-            )
-        for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            if count > length:
-                raise ValueError(
-                    f"row {index} has {count} query tokens and {length} in the cache; append their "
-                    "keys and values first, or give query_lengths"
-                )
-        query = np.asarray(_finite("query", query, counts), np.float32)
-        output = np.zeros((*query.shape[:3], self.value_head_dim), np.float32)
-        weights = None
-        if return_weights:
-            weights = np.zeros((*query.shape[:3], max(lengths)), np.float32)
-        for index, (row, count) in enumerate(zip(now.rows, counts, strict=True)):
-            if not count:
-                continue
-            attended, row_weights = attention.attend_quantized(
-                query[index, :, :count], row.keys.pieces(), row.values.pieces(),
-                self.key, self.value, value_head_dim=self.value_head_dim, scale=scale,
-                causal=causal, softcap=softcap, sliding_window=sliding_window,
-                weights=return_weights,
-            )  # fmt: skip
-            output[index, :, :count] = attended
-            if weights is not None and row_weights is not None:
-                weights[index, :, :count, : row_weights.shape[-1]] = row_weights
-        return output if weights is None else (output, weights)
+        return attending.attend(
+            self._sides, self._now, query, query_lengths, return_weights,
+            scale=scale, causal=causal, softcap=softcap, sliding_window=sliding_window,
+        )  # fmt: skip
 
     def stored(self, row: int = 0) -> StoredRow:
         """Return what is stored of a row, for whoever checks a cache of their own against this one.
@@ -602,10 +494,10 @@ class KVCache:
         300
         >>> folder.cleanup()
         """
-        content, arrays = self._content(self._now)
-        from nsq_ref import storage  # here, as most who use a cache never save one
+        fields, arrays = contents(self._sides, self._now)
+        from nsq_ref.files import containers  # here, as most who use a cache never save one
 
-        storage.write_container(path, storage.CACHE_FORMAT, {"cache": content}, arrays)
+        containers.write_container(path, containers.CACHE_FORMAT, {"cache": fields}, arrays)
 
     @classmethod
     def load(cls, path: PathLike) -> KVCache:
@@ -633,228 +525,44 @@ class KVCache:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'no such file'
         """
-        from nsq_ref import storage
+        from nsq_ref.files.containers import CACHE_FORMAT, read_container
+        from nsq_ref.files.content import require_content
+        from nsq_ref.files.errors import DAMAGED, StorageError
 
-        empty: list[tuple[KVCache, list[int]]] = []
+        found: list[Described] = []
 
         def names(content: dict[str, Any]) -> set[str]:
-            cache, lengths = _described(content)
-            empty.append((cache, lengths))
-            return set(cache._names(lengths))
+            found.append(Described.of(content.get("cache") if len(content) == 1 else None))
+            return found[0].names()
 
-        _, arrays = storage.read_container(path, storage.CACHE_FORMAT, names)
-        ((cache, lengths),) = empty
+        _, arrays = read_container(path, CACHE_FORMAT, names)
+        (described,) = found
         try:
-            cache._fill(lengths, arrays, storage.require_content)
+            state = described.filled(arrays, require_content)
         except (TypeError, ValueError) as error:
-            raise storage.StorageError(f"{path}: {error}; {storage.DAMAGED}") from None
-        return cache
+            raise StorageError(f"{path}: {error}; {DAMAGED}") from error
+        return cls._of(described.sides, state)
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _change(self, before: _State, after: _State) -> None:
+    @staticmethod
+    def _of(sides: Sides, state: State) -> KVCache:
+        cache = KVCache.__new__(KVCache)
+        cache._sides, cache._state = sides, Cell(state)
+        return cache
+
+    def _change(self, before: State, after: State) -> None:
         if not self._state.swap(before, after):
             raise RuntimeError(
                 "another thread changed this cache at the same time, and this call changed "
                 "nothing; let one thread at a time change a cache, or give each its own with fork()"
             )
 
-    def _bits_per_element(self, state: _State) -> float:
+    def _bits_per_element(self, state: State) -> float:
         elements = sum(state.lengths) * self.kv_heads * (self.head_dim + self.value_head_dim)
         return 8 * state.nbytes / elements if elements else 0.0
 
-    def _content(self, state: _State) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Return what describes a state, and its arrays by their names in a file."""
-        content = {
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "value_head_dim": self.value_head_dim,
-            "key": self.key.to_dict(),
-            "value": self.value.to_dict(),
-            "dtype": None if state.dtype is None else state.dtype.name,
-            "lengths": state.lengths,
-        }
-        arrays = {
-            f"{side}.{index}.{name}": array
-            for index, row in enumerate(state.rows)
-            for side, sequence in row._asdict().items()
-            if sequence.length
-            for name, array in sequence.stored(state.plain_dtype).arrays.items()
-        }
-        return content, arrays
-
-    def _names(self, lengths: list[int]) -> Iterator[str]:
-        """Names of the arrays in a file of rows of these lengths."""
-        for prefix, side in (("keys", self._keys), ("values", self._values)):
-            fields = {
-                length: list(side.fields(length, self._now.plain_dtype)) for length in set(lengths)
-            }
-            for index, length in enumerate(lengths):
-                yield from (f"{prefix}.{index}.{name}" for name in fields[length])
-
-    def _fill(
-        self,
-        lengths: list[int],
-        arrays: Mapping[str, Array],
-        check: Callable[[Quantized], None] | None = None,
-    ) -> None:
-        """Take over the arrays of `_content`; this cache must be empty.
-
-        Raises ValueError for arrays that are not those of `_names`, and what ``check`` raises.
-        """
-        before = self._now
-        dtype = before.plain_dtype
-
-        def restored(name: str, side: Side, index: int, length: int) -> Sequence:
-            prefix = f"{name}.{index}."
-            own = {name: arrays[prefix + name] for name in side.fields(length, dtype)}
-            try:
-                return Sequence.restored(side, length, dtype, own, check)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} of row {index}: {error}") from None
-
-        rows = tuple(
-            _Row(
-                restored("keys", self._keys, index, length),
-                restored("values", self._values, index, length),
-            )
-            if length
-            else before.rows[index]
-            for index, length in enumerate(lengths)
-        )
-        self._change(before, replace(before, rows=rows))
-
-    def _require_tokens(self, keys: Array, values: Array, batch: int) -> int:
-        """Return T, if both arrays have the shape they must have."""
-        tokens = keys.shape[2] if keys.ndim == 4 else -1
-        for name, x, side in (("keys", keys, self._keys), ("values", values, self._values)):
-            if x.shape != (batch, side.kv_heads, tokens, side.head_dim):
-                expected = f"[{batch}, {side.kv_heads}, T, {side.head_dim}]"
-                raise ValueError(
-                    f"{name} has shape {list(x.shape)}; this cache takes {expected}, "
-                    "the same T for keys and values"
-                )
-        return tokens
-
-
-def _selected(state: _State, rows: Any) -> _State:
-    """Return a state of the given rows."""
-    chosen = as_integers("rows", rows, least=0, most=len(state.rows) - 1)
-    if not chosen:
-        raise ValueError("rows is empty; give at least one row")
-    return replace(state, rows=tuple(state.rows[row] for row in chosen))
-
-
-def _grown(name: str, row: int, sequence: Sequence, x: Array, change: Change) -> Sequence:
-    """Return a grown sequence, or say which token of it cannot be coded."""
-    try:
-        return sequence.grown(x, change)
-    except RangeError as error:
-        head, known = error.index[0], sequence.length
-        what, first, last = sequence.place_of(error, x.shape[1])
-        remedy = ""
-        if last <= known:
-            what += ", which an earlier append left to be coded"
-            remedy = f"; crop to {first} goes on without it"
-        elif last == first + 1:
-            what += f", {name}[{row}, {head}, {first - known}]"
-        else:
-            what += f", up to {name}[{row}, {head}, {last - known - 1}]"
-        raise RangeError(
-            f"{name} of row {row}, head {head}: {what}, {error.fault}. Nothing was appended{remedy}"
-        ) from None
-
-
-def _require_same_dtype(known: np.dtype[Any] | None, keys: Array, values: Array) -> np.dtype[Any]:
-    """Return the dtype in which a cache that keeps the ``known`` one keeps keys and values."""
-    kept = [FLOAT_DTYPES["float32"] if x.dtype == FLOAT64 else x.dtype for x in (keys, values)]
-    dtype = kept[0] if known is None else known
-    for name, own in zip(("keys", "values"), kept, strict=True):
-        if own != dtype:
-            raise TypeError(
-                f"{name} has dtype {own} and this cache keeps {dtype}; pass "
-                f"{name}.astype({dtype.name!r}), or give KVCache another dtype"
-            )
-    return dtype
-
-
-def _schemes(key: Any, value: Any, block_size: Any) -> KeyValueSchemes:
-    if block_size is not None:
-        block_size = as_integer("block_size", block_size, least=1)
-    pair = Scheme.named(key) if isinstance(key, str) else key
-    if isinstance(pair, KeyValueSchemes):
-        if value is not None:
-            raise TypeError("key is a pair of schemes, for keys and values; leave value out")
-        key, value = pair
-    return KeyValueSchemes(
-        _with_blocks("key", key, block_size), _with_blocks("value", value, block_size)
-    )
-
-
-def _with_blocks(name: str, given: Any, block_size: int | None) -> Scheme:
-    """Return a scheme whose ``block_size`` is a number, this one if it is given."""
-    if given is None:
-        usual = Scheme.named("streaming4")
-        return usual if block_size is None else replace(usual, block_size=block_size)
-    scheme = as_scheme(name, given)
-    if scheme.block_size is None:
-        if block_size is None:
-            raise ValueError(
-                f"{name} has block_size=None, one block for a whole sequence, which in a cache is "
-                "never full and so never quantized; give KVCache a block_size, such as 128"
-            )
-        return replace(scheme, block_size=block_size)
-    if block_size not in (None, scheme.block_size):
-        raise ValueError(
-            f"block_size={block_size}, but {name} has {scheme.block_size}; leave block_size out, "
-            f"or give a {name} of that size"
-        )
-    return scheme
-
-
-def _require_dtype(dtype: Any) -> np.dtype[Any]:
-    for name, known in FLOAT_DTYPES.items():
-        if dtype is known.type or (isinstance(dtype, str | np.dtype) and dtype in (name, known)):
-            return known
-    raise TypeError(f"dtype={dtype!r:.80} is not one of {', '.join(FLOAT_DTYPES)}")
-
-
-def _finite(name: str, x: Array, counts: list[int]) -> Array:
-    """Return ``x`` as it is kept, if what is not padding is finite (I2)."""
-    given = x
-    if x.dtype == FLOAT64:
-        with np.errstate(over="ignore"):
-            x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        padding = np.arange(x.shape[2]) >= np.array(counts)[:, None, None, None]
-        padding = np.moveaxis(padding, 3, 2)
-        if not np.isfinite(np.where(padding, np.zeros((), x.dtype), x)).all():
-            raise not_finite(name, np.where(padding, np.zeros((), given.dtype), given))
-    return x
-
-
-def _described(content: dict[str, Any]) -> tuple[KVCache, list[int]]:
-    """Return the cache that a file describes, still without tokens, and the lengths of its rows."""
-    fields = content.get("cache")
-    names = {"kv_heads", "head_dim", "value_head_dim", "key", "value", "dtype", "lengths"}
-    if set(content) != {"cache"} or not isinstance(fields, dict) or set(fields) != names:
-        raise ValueError("the description of the cache lacks or adds fields")
-    lengths = fields["lengths"]
-    if not isinstance(lengths, list) or not lengths:
-        raise ValueError(f"lengths is {lengths!r:.80}, not a list of tokens of each row")
-    if not all(type(length) is int and length >= 0 for length in lengths):
-        raise ValueError(f"lengths is {lengths!r:.80}; give integers from 0")
-    if fields["dtype"] is None and any(lengths):
-        raise ValueError("dtype is missing")
-    cache = KVCache(
-        len(lengths), fields["kv_heads"], fields["head_dim"],
-        Scheme.from_dict(fields["key"]), Scheme.from_dict(fields["value"]),
-        value_head_dim=fields["value_head_dim"], dtype=fields["dtype"],
-    )  # fmt: skip
-    return cache, lengths
-
 
 def _unpickled(fields: dict[str, Any], arrays: dict[str, Array]) -> KVCache:
-    cache, lengths = _described({"cache": fields})
-    cache._fill(lengths, arrays)
-    return cache
+    described = Described.of(fields)
+    return KVCache._of(described.sides, described.filled(arrays))

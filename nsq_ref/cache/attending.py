@@ -1,0 +1,70 @@
+"""Attention of a batch of queries to the rows of a cache, each of its own length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nsq_ref import attention
+from nsq_ref.arrays import as_float_array, as_integers
+from nsq_ref.cache.arguments import finite
+from nsq_ref.cache.state import Sides, State
+
+__all__ = ["attend"]
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+
+def attend(
+    sides: Sides,
+    state: State,
+    query: Any,
+    query_lengths: Any,
+    return_weights: bool,
+    **options: Any,
+) -> Float32 | tuple[Float32, Float32]:
+    """Attend as `KVCache.attend` does; ``options`` are those of `attention.attend_quantized`."""
+    query, counts = _queries(sides, state.lengths, query, query_lengths)
+    output = np.zeros((*query.shape[:3], sides.values.head_dim), np.float32)
+    weights = None
+    if return_weights:
+        weights = np.zeros((*query.shape[:3], max(state.lengths)), np.float32)
+    for index, (row, count) in enumerate(zip(state.rows, counts, strict=True)):
+        if not count:
+            continue
+        attended, row_weights = attention.attend_quantized(
+            query[index, :, :count], row.keys.pieces(), row.values.pieces(),
+            sides.keys.scheme, sides.values.scheme, value_head_dim=sides.values.head_dim,
+            weights=return_weights, **options,
+        )  # fmt: skip
+        output[index, :, :count] = attended
+        if weights is not None and row_weights is not None:
+            weights[index, :, :count, : row_weights.shape[-1]] = row_weights
+    return output if weights is None else (output, weights)
+
+
+def _queries(
+    sides: Sides, lengths: list[int], query: Any, query_lengths: Any
+) -> tuple[Float32, list[int]]:
+    """Return the queries as float32, and how many each row has."""
+    batch, kv_heads, head_dim = len(lengths), sides.keys.kv_heads, sides.keys.head_dim
+    query = as_float_array("query", query)
+    heads = query.shape[1] if query.ndim == 4 else 0
+    if not heads or heads % kv_heads or query.shape[::3] != (batch, head_dim):
+        raise ValueError(
+            f"query has shape {list(query.shape)}; this cache takes "
+            f"[{batch}, heads, query_tokens, {head_dim}], heads a multiple of {kv_heads}"
+        )
+    counts = [query.shape[2]] * batch
+    if query_lengths is not None:
+        counts = as_integers("query_lengths", query_lengths, batch, least=0, most=query.shape[2])
+    for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        if count > length:
+            raise ValueError(
+                f"row {index} has {count} query tokens and {length} in the cache; append their "
+                "keys and values first, or give query_lengths"
+            )
+    return np.asarray(finite("query", query, counts), np.float32), counts

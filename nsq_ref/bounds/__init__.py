@@ -25,29 +25,12 @@ from nsq_ref.bounds.before_data import APriori, a_priori
 from nsq_ref.bounds.certificates import Bounds, certificate, encoder_bounds
 from nsq_ref.bounds.direction import direction_error, direction_interval, element_error
 from nsq_ref.bounds.intervals import Interval
-from nsq_ref.bounds.norm import factor_error, norm_interval
-from nsq_ref.bounds.roundings import narrowing_interval
+from nsq_ref.bounds.norm import factor_error, narrowing_interval, norm_interval
 from nsq_ref.bounds.token import chord, reconstruction_error, relative_error
 
 __all__ = [
-    "APriori",
-    "Bounds",
-    "Interval",
-    "a_priori",
-    "certificate",
-    "chord",
-    "direction_error",
-    "direction_interval",
-    "element_error",
-    "encoder_bounds",
-    "estimate_logit_rms",
-    "factor_error",
-    "logit_error",
-    "narrowing_interval",
-    "norm_interval",
-    "output_error",
-    "reconstruction_error",
-    "relative_error",
-    "spread",
-    "total_variation",
-]
+    "APriori", "Bounds", "Interval", "a_priori", "certificate", "chord", "direction_error",
+    "direction_interval", "element_error", "encoder_bounds", "estimate_logit_rms", "factor_error",
+    "logit_error", "narrowing_interval", "norm_interval", "output_error", "reconstruction_error",
+    "relative_error", "spread", "total_variation",
+]  # fmt: skip

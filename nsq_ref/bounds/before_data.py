@@ -11,8 +11,7 @@ import numpy as np
 from nsq_ref import rounding
 from nsq_ref.arrays import as_integer
 from nsq_ref.bounds.direction import LEAST_SHRINK
-from nsq_ref.bounds.intervals import Interval
-from nsq_ref.bounds.roundings import NORMAL_LENGTH, PRECISIONS, UNIT
+from nsq_ref.bounds.intervals import NORMAL_LENGTH, PRECISIONS, UNIT, Interval
 from nsq_ref.bounds.token import chord, relative_error
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme, as_scheme

@@ -20,22 +20,19 @@ from nsq_ref.bounds.direction import direction_error, direction_interval
 from nsq_ref.bounds.intervals import (
     DOWN,
     OUTWARD,
+    SMALLEST_NORMAL,
     TERM,
     UP,
     Array,
     Float64,
     Interval,
+    direction_length,
     divide,
     euclidean,
     farthest,
-)
-from nsq_ref.bounds.norm import factor_error, norm_interval
-from nsq_ref.bounds.roundings import (
-    SMALLEST_NORMAL,
-    direction_length,
-    narrowing_interval,
     undivided,
 )
+from nsq_ref.bounds.norm import factor_error, narrowing_interval, norm_interval
 from nsq_ref.bounds.token import (
     chord,
     chord_of_product,

@@ -8,8 +8,19 @@ import numpy as np
 
 from nsq_ref import spec
 from nsq_ref.bounds import arguments
-from nsq_ref.bounds.intervals import OUTWARD, UP, Float64, Interval, euclidean, largest
-from nsq_ref.bounds.roundings import SMALLEST_NORMAL, TINY, UNIT, narrowing_interval, undivided
+from nsq_ref.bounds.intervals import (
+    OUTWARD,
+    SMALLEST_NORMAL,
+    TINY,
+    UNIT,
+    UP,
+    Float64,
+    Interval,
+    euclidean,
+    largest,
+    undivided,
+)
+from nsq_ref.bounds.norm import narrowing_interval
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme, as_scheme
 

@@ -1,4 +1,4 @@
-"""Intervals in float64 that enclose real numbers ("Words and small facts" of docs/bounds.md).
+"""Intervals of real numbers, and what roundings leave open ("Words and small facts": L1, L4).
 
 Every function of this package rounds in float64 as well. A result is moved outwards by `OUTWARD` of
 the terms it is made of, which covers a hundred roundings, and by `TERM` more for each term of a
@@ -12,11 +12,39 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.scheme import Scheme
+
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
 OUTWARD, TERM = 2.0**-46, 2.0**-52
 UP, DOWN = 1 + OUTWARD, 1 - OUTWARD  # for numbers that are not negative
+
+
+class Precision(NamedTuple):
+    """Significant bits of a format, and the exponent of its smallest normal number."""
+
+    bits: int
+    least_exponent: int
+
+    @property
+    def unit(self) -> float:
+        """Largest relative error of rounding to a normal number."""
+        return float(2.0**-self.bits)
+
+    @property
+    def tiny(self) -> float:
+        """Largest error of rounding to a subnormal number: half the smallest one."""
+        return float(2.0 ** (self.least_exponent - self.bits))
+
+
+PRECISIONS = {
+    "float16": Precision(11, -14),
+    "bfloat16": Precision(8, -126),
+    "float32": Precision(24, -126),
+}
+UNIT, TINY = PRECISIONS["float32"].unit, PRECISIONS["float32"].tiny  # u and eta
+SMALLEST_NORMAL = 2.0**-126
 
 
 class Interval(NamedTuple):
@@ -33,6 +61,9 @@ class Interval(NamedTuple):
 
     low: Float64
     high: Float64
+
+
+NORMAL_LENGTH = Interval(np.array(1 - UNIT), np.array(1 + UNIT))  # L4, of normal norms
 
 
 def euclidean(vectors: Float64) -> Interval:
@@ -66,3 +97,30 @@ def divide(above: Any, below: Any, otherwise: float) -> Float64:
     zero = below == 0
     quotient = above / np.where(zero, 1, below)
     return np.asarray(np.where(zero, np.where(above == 0, 0, otherwise), quotient))
+
+
+def before_rounding(value: Interval) -> Interval:
+    """Enclose the real numbers that round to float32 numbers between these (L1)."""
+    return Interval(value.low - _rounding(value.low), value.high + _rounding(value.high))
+
+
+def undivided(start: Any, offset: Any, side: int, roundings: float, scheme: Scheme) -> Float64:
+    """Move ``start + offset`` to that side by what the offset and the division of N2 rounded."""
+    end = start + offset
+    end = end + side * (np.abs(offset) * roundings + np.abs(end) * OUTWARD)
+    return np.asarray(end + side * _rounding(end) if scheme.separate_norm else end)
+
+
+def _rounding(value: Any) -> Float64:
+    """Bound what rounding to this float32, or rounding this real number to one, changes (L1)."""
+    return np.asarray(np.maximum(UNIT * UP * np.abs(value), TINY))
+
+
+def direction_length(norm: Float64) -> Interval:
+    """Enclose the Euclidean norm of ``x / norm``, from a lower bound of the norm of N1 (L4).
+
+    Only the rounding of that norm keeps it from 1. No token but zero has a norm below 2**-149.
+    """
+    small = TINY / np.maximum(norm, 2 * TINY)
+    off = np.where(norm < SMALLEST_NORMAL, small, UNIT) + TERM
+    return Interval(1 - off, 1 + off)

@@ -1,4 +1,4 @@
-"""The norm, from the factor that is stored in its place (E9)."""
+"""What was narrowed (L3), and the norm, from the factor that is stored for it (E9)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,62 @@ import numpy as np
 
 from nsq_ref import rounding
 from nsq_ref.bounds import arguments
-from nsq_ref.bounds.direction import direction_error
 from nsq_ref.bounds.intervals import (
     DOWN,
     OUTWARD,
+    PRECISIONS,
     UP,
     Interval,
+    before_rounding,
+    direction_length,
     divide,
     euclidean,
     farthest,
     inner_product,
 )
-from nsq_ref.bounds.roundings import before_rounding, direction_length, narrowing_interval
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import FloatName, Scheme, as_scheme
+
+
+@in_default_environment
+def narrowing_interval(stored: Any, dtype: FloatName) -> Interval:
+    """Enclose the float32 numbers that rules S3 and M4 narrow to these stored ones (L3, E9).
+
+    Parameters
+    ----------
+    stored : array
+        Finite values of `dtype`.
+    dtype : {"float16", "bfloat16", "float32"}
+
+    Returns
+    -------
+    Interval
+        From half way to the next lower stored value to half way to the next higher one, exactly;
+        for float32 the value itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another dtype, and for values that it cannot hold.
+
+    Examples
+    --------
+    >>> low, high = narrowing_interval([0.0, 1.0], "float16")
+    >>> low.tolist() == [-(2.0**-25), 1 - 2.0**-12], high.tolist() == [2.0**-25, 1 + 2.0**-11]
+    (True, True)
+    """
+    values = arguments.stored("stored", stored, dtype)
+    if dtype == "float32":
+        return Interval(values, values)
+    precision = PRECISIONS[dtype]
+    significand, exponent = np.frexp(np.maximum(np.abs(values), 2.0**precision.least_exponent))
+    half = np.ldexp(1.0, exponent - 1 - precision.bits)  # frexp's significand is in [0.5, 1)
+    at_power = (significand == 0.5) & (exponent - 1 > precision.least_exponent)
+    inner = np.where(at_power, half / 2, half)
+    negative = values < 0
+    return Interval(
+        values - np.where(negative, half, inner), values + np.where(negative, inner, half)
+    )
 
 
 @in_default_environment
@@ -109,7 +151,7 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | 
         return Interval(low, np.where(divisor == 0, np.inf, high))
     direction = arguments.interval("direction", direction)
     size, projection = euclidean(dequantized), inner_product(direction, dequantized)
-    error = direction_error(farthest(direction, dequantized))
+    error = euclidean(farthest(direction, dequantized)).high
     low = np.zeros(values.shape)
     for _ in range(2):  # how long the direction may be depends on how small the norm may be
         length = direction_length(low)

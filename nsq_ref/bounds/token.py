@@ -9,6 +9,7 @@ import numpy as np
 from nsq_ref.bounds import arguments
 from nsq_ref.bounds.intervals import (
     DOWN,
+    NORMAL_LENGTH,
     OUTWARD,
     UP,
     Float64,
@@ -17,7 +18,6 @@ from nsq_ref.bounds.intervals import (
     euclidean,
     inner_product,
 )
-from nsq_ref.bounds.roundings import NORMAL_LENGTH
 from nsq_ref.environment import in_default_environment
 
 Magnitude = Literal["norm", "gain", "lsq"]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from nsq_ref.arrays import as_real_array
 from nsq_ref.plots.style import STYLES, plain_ticks, styles
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Float64 = npt.NDArray[np.float64]
 

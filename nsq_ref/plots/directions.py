@@ -1,21 +1,21 @@
-"""Directions, and what quantization makes of them."""
+"""Directions, and what quantization makes of them; the figure of ``nsq demo``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from nsq_ref.arrays import as_float_array, as_integer
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.plots.series import error_by_layer
 from nsq_ref.plots.style import STYLES, styles
 from nsq_ref.scheme import Scheme, as_scheme
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def direction_histogram(axes: Axes, x: npt.ArrayLike, schemes: Sequence[str], title: str) -> None:
@@ -47,26 +47,16 @@ def direction_histogram(axes: Axes, x: npt.ArrayLike, schemes: Sequence[str], ti
     spread[spread == 0] = 1
     middle = before.mean(axis=-2, keepdims=True)
     edges = np.linspace(-4, 4, 161).tolist()
-    axes.hist(
-        np.clip((before - middle) / spread, -4, 4).ravel(),
-        edges,
-        density=True,
-        color="0.8",
-        label="before",
-    )
+
+    def draw(elements: npt.NDArray[np.float64], **style: Any) -> None:
+        drawn = np.clip((elements - middle) / spread, -4, 4).ravel()
+        axes.hist(drawn, edges, density=True, **style)
+
+    draw(before, color="0.8", label="before")
     for name, (color, _) in zip(schemes, styles(1), strict=False):
         after = _directions(dequantize(quantize(given, as_scheme("schemes", name))))
         zeros = np.mean((after == 0) & (before != 0))
-        scaled = np.clip((after - middle) / spread, -4, 4).ravel()
-        axes.hist(
-            scaled,
-            edges,
-            density=True,
-            histtype="step",
-            lw=1.3,
-            color=color,
-            label=f"{name}: {zeros:.0%} become 0",
-        )
+        draw(after, histtype="step", lw=1.3, color=color, label=f"{name}: {zeros:.0%} become 0")
     axes.set(title=title, ylabel="density")
     axes.set_xlabel("element of the direction, in standard deviations of its channel")
     axes.legend(loc="upper right", frameon=False)
@@ -120,6 +110,49 @@ def two_channels(axes: Axes, tokens: npt.ArrayLike, scheme: Scheme | str, chosen
     axes.grid(color="0.85")
     axes.set(aspect="equal", xlim=(0, 1.35), ylim=(0, 1.25), xlabel="channel 0", ylabel="channel 1")
     axes.legend(loc="upper right")
+
+
+def demo_figure(
+    key_errors: Mapping[str, npt.ArrayLike],
+    value_errors: Mapping[str, npt.ArrayLike],
+    sample: npt.ArrayLike,
+    sample_name: str,
+    title: str,
+) -> Figure:
+    """Draw the figure of ``nsq demo``: errors by layer, and directions before and after.
+
+    Parameters
+    ----------
+    key_errors, value_errors : mapping of str to array, shape [layers]
+        Relative errors; ``value_errors`` may be empty.
+    sample : float32 array, shape [..., T, D]
+        Keys whose directions are shown.
+    sample_name, title : str
+
+    Returns
+    -------
+    matplotlib Figure
+        To be saved with ``savefig``.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+    >>> figure = demo_figure({"naive4": [0.1]}, {}, x, "keys of layer 0", "a model")
+    >>> len(figure.axes)
+    4
+    """
+    figure = Figure(figsize=(12, 8.2), layout="constrained")
+    grid = figure.subplots(2, 2)
+    error_by_layer(grid[0, 0], key_errors, "error of keys")
+    error_by_layer(grid[0, 1], value_errors, "error of values")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    for axes, name in zip(grid[1], ("naive4", "nsep+pchan4"), strict=True):
+        direction_histogram(axes, sample, [name], f"directions of {sample_name}: {name}")
+    for axes in grid[1]:
+        axes.set_ylim(0, 1.2)  # a spike at zero is beyond; the legend has its size
+    figure.suptitle(title)
+    return figure
 
 
 def _directions(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

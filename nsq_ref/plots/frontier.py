@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from nsq_ref.arrays import as_float, as_real_array
 from nsq_ref.plots.style import STYLES, plain_ticks
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Where a name may stand about its point: offset in points, and how it is aligned to it.
 Place: TypeAlias = tuple[

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from nsq_ref.arrays import as_real_array
 from nsq_ref.metrics import relative_error
 from nsq_ref.plots.style import DIVERGING, SEQUENTIAL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
 
 
 def outlier_ratio_map(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullLocator
-
-if TYPE_CHECKING:
-    from matplotlib.axis import Axis
 
 # Okabe and Ito's palette, each colour with a marker of its own, so that no figure rests on colour.
 STYLES = [

@@ -92,8 +92,8 @@ def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
         error, chords = (1.0, math.sqrt(2)) if scheme.symmetric else (math.inf, 2.0)
         return APriori(math.inf, math.inf, error, chords, error)
     worst = _worst_scale(scheme, coded)
-    by_token = scheme.axis == "token"
-    error = (_worst_token if by_token else _worst_of_block)(scheme, coded, worst)
+    of_direction = _worst_token if scheme.axis == "token" else _worst_of_block
+    error = of_direction(scheme, coded, worst)
     if scheme.outlier_channels:
         error = math.hypot(error, _worst_outliers(scheme, head_dim - coded))
     error *= SECOND_ORDER
@@ -125,6 +125,7 @@ class _Terms(NamedTuple):
     levels: int  # the greatest code
     unit: float  # largest relative error of narrowing a scale
     tiny: float  # largest error of narrowing a subnormal one
+    half: float  # half a scale, as a share of the range that it divides
     block: float  # tokens that share a scale of a channel
     cut: float  # share of a range that the search of rule S4 may take away from one of its ends
 
@@ -134,11 +135,12 @@ def _terms(scheme: Scheme) -> _Terms:
     if scheme.scale_dtype != "float32":
         precision = PRECISIONS[scheme.scale_dtype]
         unit, tiny = precision.unit, precision.tiny if scheme.separate_norm else 0.0
+    levels = scheme.code_range[1]
+    half = (1 + unit) / (2 * levels) + 8 * UNIT
     block = math.inf if scheme.block_size is None else scheme.block_size
-    cut = 0.0
-    if scheme.scale_rule == "search":
-        cut = (1 - LEAST_SHRINK) / (1 if scheme.symmetric else 2)
-    return _Terms(scheme.code_range[1], unit, tiny, block, cut)
+    searched = scheme.scale_rule == "search"
+    cut = (1 - LEAST_SHRINK) / (1 if scheme.symmetric else 2) if searched else 0.0
+    return _Terms(levels, unit, tiny, half, block, cut)
 
 
 class _Worst(NamedTuple):
@@ -152,7 +154,7 @@ class _Worst(NamedTuple):
 
 def _worst_scale(scheme: Scheme, coded: int) -> _Worst:
     """Bound scales and element errors of tokens of norm 1 with this many coded channels (E1)."""
-    levels, unit, tiny, block, cut = _terms(scheme)
+    levels, unit, tiny, _, block, cut = _terms(scheme)
     if scheme.symmetric:
         span = 1.0 if coded else 0.0
     elif scheme.axis == "token":  # greatest less least of a vector of norm 1, and a narrowed zero
@@ -181,19 +183,19 @@ def _worst_token(scheme: Scheme, coded: int, worst: _Worst) -> float:
 
     S4 keeps the whole range unless a shorter one makes the sum of squares less.
     """
-    levels, unit, tiny, _, _ = _terms(scheme)
     if scheme.symmetric:
-        square = max(coded - 1, 0) * _half_scale(levels, unit) ** 2
+        terms = _terms(scheme)
+        square = max(coded - 1, 0) * terms.half**2
         inner = math.sqrt(square / (1 + square))
-        return math.hypot(inner, worst.end) + math.sqrt(coded) * tiny + 4 * UNIT
+        return math.hypot(inner, worst.end) + math.sqrt(coded) * terms.tiny + 4 * UNIT
     inner = math.sqrt(max(coded - 2, 0)) * max(worst.rounded, worst.end)
     return math.hypot(inner, math.sqrt(2) * worst.end) + 4 * UNIT
 
 
 def _worst_of_block(scheme: Scheme, coded: int, worst: _Worst) -> float:
     """Bound the norm of the error of the coded channels of a token of norm 1, axis channel (E2)."""
-    levels, unit, tiny, block, cut = _terms(scheme)
-    root, share = math.sqrt(coded), _half_scale(levels, unit)
+    levels, unit, tiny, half, block, cut = _terms(scheme)
+    root = math.sqrt(coded)
     # Roots of sums over the channels: of squared ranges of all tokens of the block and of all but
     # one, and of squared zeros. Tokens have norm 1. A channel whose range ends at the token in
     # question rounds nothing but that end.
@@ -207,20 +209,15 @@ def _worst_of_block(scheme: Scheme, coded: int, worst: _Worst) -> float:
             for tokens in (block, block - 1)
         )
     slack = root * ((levels + 1) * tiny + 8 * UNIT)
-    rounded, narrowed = min(root * worst.rounded, others * share), unit * (every + zeros)
+    rounded, narrowed = min(root * worst.rounded, others * half), unit * (every + zeros)
     if scheme.symmetric:  # nothing is coded worse than by 0, and what is clamped better than that
         clamped = (unit + cut) * math.sqrt(max(1 - rounded**2, 0))
     else:
         clamped = narrowed + cut * (1 + some)
     if cut:
-        saved = math.hypot(min(root * worst.rounded, every * share), narrowed)
+        saved = math.hypot(min(root * worst.rounded, every * half), narrowed)
         clamped = min(clamped, narrowed + math.sqrt(block) * (saved + slack))
     return min(math.hypot(rounded, clamped) + slack, root * max(worst.rounded, worst.clamped))
-
-
-def _half_scale(levels: int, unit: float) -> float:
-    """Return half a scale as a share of the range that it divides."""
-    return (1 + unit) / (2 * levels) + 8 * UNIT
 
 
 def _worst_outliers(scheme: Scheme, count: int) -> float:

@@ -130,7 +130,9 @@ def element_error(
     scales, zeros = arguments.scale_and_zero(scale, zero, scheme)
     greatest = scheme.code_range[1]
     step = np.abs(scales)
-    ends = Interval(*(_dequantized(code, scales, zeros) for code in scheme.code_range))
+    single = np.float32(scales), np.float32(zeros)
+    decoded = (spec.dequantize(np.full(step.shape, code), *single) for code in scheme.code_range)
+    ends = Interval(*(y.astype(np.float64) for y in decoded))  # in the float32 of rule D1
     far = largest(ends)
     # The operations of rules N2, Q1 and D1 that round: with a narrowed scale, neither the division
     # by it nor the product with a code does.
@@ -205,9 +207,3 @@ def _reach(scale: Float64, zero: Float64, scheme: Scheme) -> Interval:
     if scheme.separate_norm:
         low, high = np.maximum(low, -1), np.minimum(high, 1)
     return Interval(low, high)
-
-
-def _dequantized(code: int, scale: Float64, zero: Float64) -> Float64:
-    """Return ``y`` of one code, in the float32 of rule D1."""
-    single = np.float32(scale), np.float32(zero)
-    return spec.dequantize(np.full(scale.shape, code), *single).astype(np.float64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullLocator
@@ -14,18 +13,6 @@ STYLES = [
     ("#000000", "o"), ("#E69F00", "s"), ("#56B4E9", "^"), ("#009E73", "D"),
     ("#0072B2", "v"), ("#D55E00", "P"), ("#CC79A7", "X"),
 ]  # fmt: skip
-
-TALK_STYLE: dict[str, Any] = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 120,
-    "figure.figsize": (9.0, 4.0),
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-"""Settings for ``matplotlib.rcParams.update``: figures that can be read from afar."""
 
 FAMILIES = ("naive", "nsep", "pchan", "nsep+pchan", "streaming", "outlier", "nsep+out")
 

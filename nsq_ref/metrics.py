@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer, as_integers, as_real_array
+from nsq_ref.bounds.intervals import divide
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
@@ -55,7 +56,7 @@ def relative_error(
         axis = tuple(as_integers("axis", axis)) if several else as_integer("axis", axis)
     error = np.sqrt(np.sum(np.square(original - restored), axis=axis))
     size = np.sqrt(np.sum(np.square(original), axis=axis))
-    ratio = _divide(error, size, np.where(error == 0, 0.0, np.inf))
+    ratio = divide(error, size, np.inf)
     return float(ratio) if axis is None else ratio
 
 
@@ -88,10 +89,7 @@ def cosine_similarity(x: Any, x_hat: Any) -> Float64:
         raise ValueError("x is a single number; at least [head_dim] is needed")
     # Unit vectors first: the product of two norms leaves float64 before either norm does.
     lengths = [np.linalg.norm(side, axis=-1, keepdims=True) for side in (original, restored)]
-    units = [
-        _divide(side, length, np.zeros_like(side))
-        for side, length in zip((original, restored), lengths, strict=True)
-    ]
+    units = divide(original, lengths[0], 0), divide(restored, lengths[1], 0)
     cosine = np.clip(np.sum(units[0] * units[1], axis=-1), -1, 1)
     both_zero = (lengths[0] == 0) & (lengths[1] == 0)
     return np.where(both_zero[..., 0], 1.0, cosine)
@@ -130,7 +128,7 @@ def outlier_ratio(x: Any) -> Float64:
         raise ValueError(f"x has shape {shape}; at least [tokens, head_dim] is needed")
     peak = np.max(np.abs(values), axis=-2)
     mean = np.mean(peak, axis=-1)
-    return _divide(np.max(peak, axis=-1), mean, np.ones_like(mean))
+    return np.where(mean == 0, 1.0, divide(np.max(peak, axis=-1), mean, 1))
 
 
 def _pair(x: Any, x_hat: Any) -> tuple[Float64, Float64]:
@@ -146,9 +144,3 @@ def _real(name: str, values: Any) -> Float64:
     if given.size == 0:
         raise ValueError(f"{name} has shape {list(given.shape)}, which is empty")
     return given
-
-
-def _divide(above: Any, below: Any, otherwise: Any) -> Float64:
-    """Return ``above / below``, and `otherwise` where ``below`` is 0."""
-    zero = below == 0
-    return np.asarray(np.where(zero, otherwise, above / np.where(zero, 1.0, below)))

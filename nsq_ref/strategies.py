@@ -165,22 +165,13 @@ def tensors(
     )
 
 
-def inputs(
-    *,
-    min_tokens: int = 1,
-    max_tokens: int = 7,
-    min_head_dim: int = 1,
-    max_head_dim: int = 9,
-    leading: Sequence[int] | None = None,
-    kinds: Sequence[Kind] = KINDS,
-    finite: bool = True,
-) -> st.SearchStrategy[npt.NDArray[Any]]:
+def inputs(**options: Any) -> st.SearchStrategy[npt.NDArray[Any]]:
     """Draw `tensors` of every dtype that is taken (rule I1).
 
     Parameters
     ----------
-    min_tokens, max_tokens, min_head_dim, max_head_dim, leading, kinds, finite
-        As in `tensors`.
+    **options
+        Those of `tensors`, but dtypes.
 
     Examples
     --------
@@ -189,16 +180,7 @@ def inputs(
     >>> x.dtype.name
     'float16'
     """
-    return tensors(
-        min_tokens=min_tokens,
-        max_tokens=max_tokens,
-        min_head_dim=min_head_dim,
-        max_head_dim=max_head_dim,
-        leading=leading,
-        dtypes=DTYPES,
-        kinds=kinds,
-        finite=finite,
-    )
+    return tensors(dtypes=DTYPES, **options)
 
 
 def _bounds(name: str, least: Any, most: Any) -> tuple[int, int]:

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from nsq_ref import Scheme
 from nsq_ref.comparison import round_trips
-from onnx_export.decoder import Decoder, KeyValueCache
-from onnx_export.fidelity import (
+from onnx_export.evaluation.fidelity import (
     Comparison,
     Transform,
     TransformFidelity,
     compare,
     measure_fidelity,
 )
-from onnx_export.texts import passages
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.decoder import Decoder, KeyValueCache
+from onnx_export.models.texts import passages
+from onnx_export.models.tokenizer import Tokenizer
 from tests.support.llama_oracle import TinyModel
 
 Float = NDArray[np.float32]

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnx_export.decoder import Decoder, cached_onnx, file_sha256
-from onnx_export.graph import GRAPH_VERSION
+from onnx_export.models.built import GRAPH_VERSION
+from onnx_export.models.decoder import Decoder, cached_onnx, file_sha256
 from tests.support.llama_oracle import TinyModel
 from tests.support.tensors import Tensor
 

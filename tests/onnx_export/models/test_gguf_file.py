@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
-from onnx_export.decoder import cached_onnx
-from onnx_export.gguf_file import GGUFFile
+from onnx_export.models.decoder import cached_onnx
+from onnx_export.models.gguf import GGUFFile
 from tests.support.llama_oracle import TinyModel, write_gguf
 
 

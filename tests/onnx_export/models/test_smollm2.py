@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_export.decoder import Decoder, file_sha256
-from onnx_export.smollm2 import smollm2_gguf
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.decoder import Decoder, file_sha256
+from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.tokenizer import Tokenizer
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "smollm2_logits.npz"
 

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_integer, as_integer_array
-from onnx_export.decoder import Decoder, KeyValueCache
-from onnx_export.graph import Progress
+from onnx_export.models.built import Progress
+from onnx_export.models.decoder import Decoder, KeyValueCache
 
 Transform: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.float32]], KeyValueCache]
 """``transform(keys, values)`` returns arrays of the same shape and dtype:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.environment import extra
-from onnx_export.gguf_file import GGUFFile
+from onnx_export.models.gguf import GGUFFile
 
 with extra("onnx", __name__):
     import gguf

@@ -121,6 +121,53 @@ class GGUFFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._read_header()
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key of the metadata.
+
+        Parameters
+        ----------
+        key : str
+            The whole key.
+        default : object, optional
+            What it is where the key is missing.
+
+        Returns
+        -------
+        object
+            As in `metadata`.
+
+        Raises
+        ------
+        ValueError
+            If the key is missing and has no default.
+        """
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.path}: key {key!r} is missing; convert the model again")
+        return value
+
+    def info(self, name: str) -> TensorInfo:
+        """Return where a tensor lies, and its shape.
+
+        Parameters
+        ----------
+        name : str
+            Name of the tensor.
+
+        Returns
+        -------
+        TensorInfo
+            As in `tensors`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
+        return self.tensors[name]
+
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return one tensor, dequantized.
 
@@ -139,9 +186,7 @@ class GGUFFile:
         ValueError
             If there is no such tensor, its type cannot be dequantized, or an element is not finite.
         """
-        if name not in self.tensors:
-            raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
-        info = self.tensors[name]
+        info = self.info(name)
         raw = self._bytes[info.start : info.stop]
         # `dequantize` works on rows of blocks.
         values = self._dequantized(name, raw.reshape(math.prod(info.shape[:-1]), -1))

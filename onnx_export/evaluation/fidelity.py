@@ -219,9 +219,9 @@ def measure_fidelity(
 
     Raises
     ------
-    ValueError
-        If an argument is out of range, or a transform returns a wrong shape, dtype or elements that
-        are not finite.
+    TypeError, ValueError
+        If an argument has the wrong type or is out of range, or a transform returns a wrong shape,
+        dtype or elements that are not finite.
 
     Examples
     --------
@@ -315,13 +315,12 @@ def _checked_passages(
 
 def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> None:
     if not isinstance(cache, tuple) or len(cache) != 2:
-        raise ValueError(
-            f"transform {name!r} must return a tuple (keys, values), got {type(cache)}"
-        )
+        raise TypeError(f"transform {name!r} must return a tuple (keys, values), got {type(cache)}")
     for kind, array in zip(("keys", "values"), cache, strict=True):
         shape, dtype = np.shape(array), getattr(array, "dtype", type(array))
         if shape != keys.shape or dtype != np.float32:
-            raise ValueError(
+            wrong = ValueError if dtype == np.float32 else TypeError
+            raise wrong(
                 f"transform {name!r} must return {kind} as float32 of shape {keys.shape}, got "
                 f"{dtype} of shape {shape}"
             )

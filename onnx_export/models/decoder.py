@@ -249,7 +249,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If an argument has the wrong shape, dtype or range, or the prompt alone is longer than
             the context.
 
@@ -298,7 +298,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             As `generate`, and at once.
 
         Examples
@@ -345,11 +345,11 @@ class Decoder:
     def _checked_past(self, past: KeyValueCache, batch: int, sequence: int) -> KeyValueCache:
         config = self.config
         if not isinstance(past, tuple) or len(past) != 2:
-            raise ValueError(f"past must be a tuple (keys, values), got {type(past).__name__}")
+            raise TypeError(f"past must be a tuple (keys, values), got {type(past).__name__}")
         past = as_array("past keys", past[0]), as_array("past values", past[1])
         for name, cache in zip(("keys", "values"), past, strict=True):
             if cache.dtype != np.float32:
-                raise ValueError(f"past {name} must be a float32 array, got {cache.dtype}")
+                raise TypeError(f"past {name} must be a float32 array, got {cache.dtype}")
             tokens = past[0].shape[3] if past[0].ndim == 5 else 0
             expected = (config.layers, batch, config.kv_heads, tokens, config.head_dim)
             if cache.shape != expected:

@@ -147,22 +147,35 @@ def test_a_destroyed_model_has_infinite_perplexity() -> None:
 
 
 BAD_TRANSFORMS = {
-    "shape": (lambda keys, values: (keys, values[..., :-1, :]), "must return values as float32"),
-    "dtype": (lambda keys, values: (keys.astype(np.float64), values), "got float64 of shape"),
+    "shape": (
+        lambda keys, values: (keys, values[..., :-1, :]),
+        ValueError,
+        "must return values as float32",
+    ),
+    "dtype": (
+        lambda keys, values: (keys.astype(np.float64), values),
+        TypeError,
+        "got float64 of shape",
+    ),
     "not a number": (
         lambda keys, values: (keys * np.nan, values),
+        ValueError,
         "returned keys that are not fin",
     ),
-    "nothing": (lambda keys, values: None, r"must return a tuple \(keys, values\)"),
-    "only keys": (lambda keys, values: (keys,), r"must return a tuple \(keys, values\)"),
-    "lists": (lambda keys, values: (keys.tolist(), values), "must return keys as float32"),
+    "nothing": (lambda keys, values: None, TypeError, r"must return a tuple \(keys, values\)"),
+    "only keys": (lambda keys, values: (keys,), TypeError, r"must return a tuple \(keys, values\)"),
+    "lists": (
+        lambda keys, values: (keys.tolist(), values),
+        TypeError,
+        "must return keys as float32",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TRANSFORMS)
 def test_a_wrong_transform_is_named(decoder: Decoder, name: str) -> None:
-    transform, message = BAD_TRANSFORMS[name]
-    with pytest.raises(ValueError, match=message) as error:
+    transform, kind, message = BAD_TRANSFORMS[name]
+    with pytest.raises(kind, match=message) as error:
         measure_fidelity(
             decoder, PASSAGES, {"bad": transform}, prefill_length=P, continuation_length=C
         )

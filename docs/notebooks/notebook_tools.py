@@ -13,7 +13,7 @@ import nsq_ref as nsq
 from nsq_ref import bounds, rounding
 from nsq_ref.attention import attend
 from onnx_export.evaluation.fidelity import Comparison
-from onnx_export.models.decoder import cached_onnx
+from onnx_export.models.built import cached_onnx
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tokenizer import Tokenizer

@@ -290,11 +290,8 @@ def require_lengths(prefill_length: int, continuation_length: int) -> None:
     Traceback (most recent call last):
     ValueError: continuation_length=0 must be an integer of at least 1
     """
-    for name, length in (
-        ("prefill_length", prefill_length),
-        ("continuation_length", continuation_length),
-    ):
-        as_integer(name, length, least=1)
+    as_integer("prefill_length", prefill_length, least=1)
+    as_integer("continuation_length", continuation_length, least=1)
 
 
 def _checked_passages(

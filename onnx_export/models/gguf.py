@@ -41,6 +41,9 @@ _SCALARS = {
 # GGML's own limit on the number of dimensions of a tensor.
 _MAX_DIMENSIONS = 4
 
+# Name, shape, type, and offset from where the tensors begin.
+_Header = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -122,24 +125,12 @@ class GGUFFile:
         self._read_header()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key of the metadata.
-
-        Parameters
-        ----------
-        key : str
-            The whole key.
-        default : object, optional
-            What it is where the key is missing.
-
-        Returns
-        -------
-        object
-            As in `metadata`.
+        """Return what `metadata` has under a key, or else the default.
 
         Raises
         ------
         ValueError
-            If the key is missing and has no default.
+            If there is neither.
         """
         value = self.metadata.get(key, default)
         if value is None:
@@ -147,17 +138,7 @@ class GGUFFile:
         return value
 
     def info(self, name: str) -> TensorInfo:
-        """Return where a tensor lies, and its shape.
-
-        Parameters
-        ----------
-        name : str
-            Name of the tensor.
-
-        Returns
-        -------
-        TensorInfo
-            As in `tensors`.
+        """Return what `tensors` has under a name.
 
         Raises
         ------
@@ -318,9 +299,7 @@ class GGUFFile:
             f"llama-gguf-split --merge {names}"
         )
 
-    def _tensor_header(
-        self, index: int
-    ) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+    def _tensor_header(self, index: int) -> _Header:
         name = self._string(f"the name of tensor {index}")
         what = f"tensor {name!r}"
         dimensions = self._integer("<I", f"the dimension count of {what}")
@@ -338,11 +317,7 @@ class GGUFFile:
             ) from error
         return name, shape, tensor_type, offset
 
-    def _place_tensors(
-        self,
-        headers: Iterable[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]],
-        alignment: int,
-    ) -> None:
+    def _place_tensors(self, headers: Iterable[_Header], alignment: int) -> None:
         data_start = -(-self._position // alignment) * alignment
         for name, shape, tensor_type, offset in headers:
             if name in self.tensors:

@@ -52,17 +52,7 @@ class _Positions(NamedTuple):
 
 
 class DecoderGraph(Graph):
-    """The graph of a decoder; names of nodes are those of the tensors in the GGUF file.
-
-    Parameters
-    ----------
-    file : GGUFFile
-        The model.
-    config : DecoderConfig
-        What `read_config` returned for it.
-    progress : callable, optional
-        Called as ``progress(what, done, total)`` after every tensor.
-    """
+    """The graph of a decoder; a node whose name is that of a tensor applies this tensor."""
 
     def __init__(self, file: GGUFFile, config: DecoderConfig, progress: Progress | None) -> None:
         super().__init__(WEIGHTS)

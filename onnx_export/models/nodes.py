@@ -23,21 +23,10 @@ _ALIGNMENT = 4096
 
 
 class Graph:
-    """Collects nodes and initializers; large tensors go straight into the external data file.
-
-    Parameters
-    ----------
-    external : str
-        Name of the external data file, beside that of the model.
-
-    Attributes
-    ----------
-    stream : binary file
-        The external data file, to be set while weights are added.
-    """
+    """Collects nodes and initializers; large tensors go straight into a file of external data."""
 
     def __init__(self, external: str) -> None:
-        self.stream: IO[bytes]
+        self.stream: IO[bytes]  # of the external data, while weights are added
         self._external = external
         self._hash = hashlib.sha256()
         self._inputs: list[onnx.ValueInfoProto] = []

@@ -17,7 +17,7 @@ from nsq_ref import Scheme
 from onnx_export.attention import attention_node, cache_fields
 from onnx_export.custom_ops import register
 from onnx_export.functions import DOMAIN, VERSION, functions
-from onnx_export.models.decoder import cached_onnx
+from onnx_export.models.built import cached_onnx
 from onnx_export.models.texts import read_address
 from onnx_export.models.tokenizer import Tokenizer
 

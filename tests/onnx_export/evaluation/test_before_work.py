@@ -13,7 +13,8 @@ import pytest
 
 from onnx_export.evaluation.demo import run_demo
 from onnx_export.evaluation.fidelity import measure_fidelity
-from onnx_export.models.decoder import Decoder, cached_onnx
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.testing import tiny_gguf

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from onnx_export.models.built import GRAPH_VERSION
-from onnx_export.models.decoder import Decoder, cached_onnx, file_sha256
+from onnx_export.models.built import GRAPH_VERSION, cached_onnx
+from onnx_export.models.decoder import Decoder
+from onnx_export.models.sources import file_sha256
 from tests.support.llama_oracle import TinyModel
 
 
@@ -28,6 +32,23 @@ def test_the_name_in_the_cache_depends_on_the_content(tmp_path: Path) -> None:
     assert first != second
     assert second.parent.name == f"{file_sha256(tmp_path / 'tiny.gguf')}-{GRAPH_VERSION}"
     assert Decoder(second).config.rms_norm_epsilon == pytest.approx(0.1)
+
+
+def test_another_graph_has_another_version(tmp_path: Path) -> None:
+    """The cache would give the graph of before: raise GRAPH_VERSION, then renew the digest."""
+    path = cached_onnx(TinyModel().write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
+    graph = onnx.load(str(path), load_external_data=False).graph
+    said: list[object] = []
+    for node in graph.node:
+        said.append((node.op_type, *node.input, *node.output))
+        said += [(one.name, helper.get_attribute_value(one)) for one in node.attribute]
+    for one in graph.initializer:
+        said.append((one.name, *one.dims, *[place.value for place in one.external_data]))
+        if not one.external_data:
+            values = numpy_helper.to_array(one).ravel()
+            said.append([f"{value:.9g}" for value in values])  # powers differ by the machine
+    digest = hashlib.sha256(repr(said).encode()).hexdigest()
+    assert (GRAPH_VERSION, digest[:16]) == (1, "c09c6d0e655a177a")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "weights.bin", "SHA256SUMS"])

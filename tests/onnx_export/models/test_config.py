@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_export.models.decoder import cached_onnx
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.config import DecoderConfig, read_config
+from onnx_export.models.gguf import GGUFFile
 from tests.support.llama_oracle import TinyModel, write_gguf
 
 
@@ -169,3 +171,10 @@ def test_unsupported_models_are_refused(name: str, path: Path) -> None:
         convert(path)
     assert str(error.value).startswith(f"{path}: ")
     assert not list(path.parent.glob("cache/onnx/*"))
+
+
+def test_metadata_of_an_onnx_model_holds_the_configuration(path: Path) -> None:
+    config = read_config(GGUFFile(TinyModel(theta=0.1, eps=1e-5).write(path)))
+    metadata = config.to_metadata()
+    assert all(type(value) is str for value in metadata.values())
+    assert DecoderConfig.from_metadata({**metadata, "graph_version": "1"}) == config

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_export.models.decoder import Decoder, cached_onnx
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
 from tests.support.llama_oracle import IDS, TinyModel
 from tests.support.tensors import Tensor
 

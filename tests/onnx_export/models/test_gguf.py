@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from onnx_export.models.decoder import cached_onnx
+from onnx_export.models.built import cached_onnx
 from onnx_export.models.gguf import GGUFFile
 from tests.support.llama_oracle import TinyModel
 

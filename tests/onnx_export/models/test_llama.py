@@ -11,7 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnx_export.models.decoder import Decoder, cached_onnx
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
 from tests.support.llama_oracle import IDS, TinyModel
 
 ALL_LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

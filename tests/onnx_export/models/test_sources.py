@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_export.models.decoder import file_sha256
-from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.sources import file_sha256, smollm2_gguf
 
 
 @pytest.fixture

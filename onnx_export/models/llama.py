@@ -75,7 +75,7 @@ class DecoderGraph(Graph):
         config = self._config
         self.input("input_ids", "batch", "sequence", dtype=TensorProto.INT64)
         # An input with an initializer of the same name is optional; the initializer is its default.
-        self.constant("num_logits", np.array(np.iinfo(np.int64).max, np.int64))
+        self.initializer("num_logits", np.array(np.iinfo(np.int64).max, np.int64))
         self.input("num_logits", dtype=TensorProto.INT64)
         self.output("logits", "batch", "scored", config.vocab_size)
 
@@ -118,8 +118,8 @@ class DecoderGraph(Graph):
         frequencies = self._config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in self._file.tensors:
             frequencies = frequencies / self._read("rope_freqs.weight")
-        zero = self.constant("zero", np.array(0, np.int64))
-        one = self.constant("one", np.array(1, np.int64))
+        zero = self.initializer("zero", np.array(0, np.int64))
+        one = self.initializer("one", np.array(1, np.int64))
         sequence = self.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")
         sequence = self.add("Squeeze", sequence, name="sequence")
         past = self.add("Shape", "past_key_values.0.key", start=2, end=3, name="past.shape")
@@ -130,12 +130,12 @@ class DecoderGraph(Graph):
         keys = self.add("Range", zero, total, one, name="key_positions")
 
         future = self.add("Greater", keys, queries, name="future")
-        masked = self.constant("masked", np.array(-np.inf, np.float32))
-        visible = self.constant("visible", np.array(0, np.float32))
+        masked = self.initializer("masked", np.array(-np.inf, np.float32))
+        visible = self.initializer("visible", np.array(0, np.float32))
         mask = self.add("Where", future, masked, visible, name="mask")
 
         positions = self.add("Cast", queries, to=TensorProto.DOUBLE, name="positions")
-        both_halves = self.constant("rotary_frequencies", np.tile(frequencies, 2))
+        both_halves = self.initializer("rotary_frequencies", np.tile(frequencies, 2))
         angles = self.add("Mul", positions, both_halves, name="angles")
 
         def sine(name: str, angle: str) -> str:
@@ -143,7 +143,7 @@ class DecoderGraph(Graph):
             return self.add("Cast", exact, to=TensorProto.FLOAT, name=name)
 
         # Sine only: older runtimes have no cosine in float64.
-        quarter_turn = self.constant("quarter_turn", np.array(math.pi / 2))
+        quarter_turn = self.initializer("quarter_turn", np.array(math.pi / 2))
         shifted = self.add("Add", angles, quarter_turn, name="angles.shifted")
         return _Positions(cosine=sine("cosine", shifted), sine=sine("sine", angles), mask=mask)
 
@@ -173,7 +173,7 @@ class DecoderGraph(Graph):
         key = cache("key", split_heads("attn_k", kv_heads, rotary=True))
         value = cache("value", split_heads("attn_v", kv_heads, rotary=False))
 
-        scale = self.constant("attention_scale", np.array(head_dim**-0.5, np.float32))
+        scale = self.initializer("attention_scale", np.array(head_dim**-0.5, np.float32))
         query = self.add("Mul", query, scale, name=f"{block}query.scaled")
         groups = self.ints(0, kv_heads, heads // kv_heads, -1, head_dim)
         query = self.add("Reshape", query, groups, name=f"{block}query")
@@ -213,8 +213,8 @@ class DecoderGraph(Graph):
     def _rms_norm(self, x: str, name: str) -> str:
         # This chain of nodes is the one that runtimes fuse into a single kernel.
         constant = np.array(self._config.rms_norm_epsilon, np.float32)
-        epsilon = self.constant("rms_norm_epsilon", constant)
-        two = self.constant("two", np.array(2, np.float32))
+        epsilon = self.initializer("rms_norm_epsilon", constant)
+        two = self.initializer("two", np.array(2, np.float32))
         square = self.add("Pow", x, two, name=f"{name}.square")
         mean = self.add("ReduceMean", square, self.ints(-1), name=f"{name}.mean")
         shifted = self.add("Add", mean, epsilon, name=f"{name}.shifted")

@@ -54,7 +54,7 @@ class Graph:
         )
         return name
 
-    def constant(self, name: str, values: NDArray[Any]) -> str:
+    def initializer(self, name: str, values: NDArray[Any]) -> str:
         """Add a small initializer, once for every name."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(values, name)
@@ -63,7 +63,7 @@ class Graph:
     def ints(self, *values: int) -> str:
         """Add a vector of int64, such as a shape."""
         name = "ints_" + "_".join(map(str, values))
-        return self.constant(name, np.array(values, dtype=np.int64))
+        return self.initializer(name, np.array(values, dtype=np.int64))
 
     def weight(self, name: str, values: NDArray[np.float32]) -> str:
         """Add an initializer whose elements lie in the external data file."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,14 +40,6 @@ WEIGHTS = "weights.bin"
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
-
-
-class _Positions(NamedTuple):
-    """Cosine and sine of the rotary angles ``[sequence, head_dim]``, and the causal mask."""
-
-    cosine: str
-    sine: str
-    mask: str
 
 
 class DecoderGraph(Graph):
@@ -81,10 +72,10 @@ class DecoderGraph(Graph):
 
         embedding = self._weight("token_embd.weight")
         x = self.add("Gather", embedding, "input_ids", name="token_embd")
-        positions = self._positions()
+        self._add_positions()
         for layer in range(config.layers):
             norm = self._rms_norm(x, f"blk.{layer}.attn_norm")
-            attention = self._attention(layer, norm, positions)
+            attention = self._attention(layer, norm)
             x = self.add("Add", x, attention, name=f"blk.{layer}.attn_residual")
             norm = self._rms_norm(x, f"blk.{layer}.ffn_norm")
             x = self.add(
@@ -109,10 +100,12 @@ class DecoderGraph(Graph):
         )
         self.add("Reshape", flat, shape, allowzero=1, name="logits")
 
-    def _positions(self) -> _Positions:
+    def _add_positions(self) -> None:
         """Add what depends on the positions of the new tokens, the same for all layers.
 
-        Angles are computed in float64: in float32 the angle of a late position has lost digits.
+        That is ``cosine`` and ``sine`` of the rotary angles, ``[sequence, head_dim]``, and the
+        causal ``mask``. Angles are computed in float64: in float32 the angle of a late position has
+        lost digits.
         """
         half = self._config.head_dim // 2
         frequencies = self._config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
@@ -132,22 +125,23 @@ class DecoderGraph(Graph):
         future = self.add("Greater", keys, queries, name="future")
         masked = self.initializer("masked", np.array(-np.inf, np.float32))
         visible = self.initializer("visible", np.array(0, np.float32))
-        mask = self.add("Where", future, masked, visible, name="mask")
+        self.add("Where", future, masked, visible, name="mask")
 
         positions = self.add("Cast", queries, to=TensorProto.DOUBLE, name="positions")
         both_halves = self.initializer("rotary_frequencies", np.tile(frequencies, 2))
         angles = self.add("Mul", positions, both_halves, name="angles")
 
-        def sine(name: str, angle: str) -> str:
+        def add_sine(name: str, angle: str) -> None:
             exact = self.add("Sin", angle, name=f"{name}.float64")
-            return self.add("Cast", exact, to=TensorProto.FLOAT, name=name)
+            self.add("Cast", exact, to=TensorProto.FLOAT, name=name)
 
         # Sine only: older runtimes have no cosine in float64.
         quarter_turn = self.initializer("quarter_turn", np.array(math.pi / 2))
         shifted = self.add("Add", angles, quarter_turn, name="angles.shifted")
-        return _Positions(cosine=sine("cosine", shifted), sine=sine("sine", angles), mask=mask)
+        add_sine("cosine", shifted)
+        add_sine("sine", angles)
 
-    def _attention(self, layer: int, x: str, positions: _Positions) -> str:
+    def _attention(self, layer: int, x: str) -> str:
         """Grouped-query attention of one layer, with its past and present cache."""
         block, config = f"blk.{layer}.", self._config
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
@@ -159,7 +153,7 @@ class DecoderGraph(Graph):
                 "Reshape", flat, self.ints(0, 0, count, head_dim), name=f"{flat}.split"
             )
             split = self.add("Transpose", split, perm=[0, 2, 1, 3], name=f"{flat}.heads")
-            return self._rotary(split, positions) if rotary else split
+            return self._rotary(split) if rotary else split
 
         def cache(kind: str, new: str) -> str:
             past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
@@ -179,7 +173,7 @@ class DecoderGraph(Graph):
         query = self.add("Reshape", query, groups, name=f"{block}query")
         key = self.add("Transpose", key, perm=[0, 1, 2, 4, 3], name=f"{block}key.transposed")
         scores = self.add("MatMul", query, key, name=f"{block}scores")
-        scores = self.add("Add", scores, positions.mask, name=f"{block}scores.masked")
+        scores = self.add("Add", scores, "mask", name=f"{block}scores.masked")
         weights = self.add("Softmax", scores, axis=-1, name=f"{block}attention_weights")
         mixed = self.add("MatMul", weights, value, name=f"{block}attention")
         by_head = self.ints(0, heads, -1, head_dim)
@@ -189,15 +183,15 @@ class DecoderGraph(Graph):
         mixed = self.add("Reshape", mixed, merged, name=f"{block}attention.merged")
         return self._linear(mixed, f"{block}attn_output")
 
-    def _rotary(self, x: str, positions: _Positions) -> str:
+    def _rotary(self, x: str) -> str:
         """Rotate ``x`` of shape ``[batch, heads, sequence, head_dim]``."""
         middle, end = self.ints(self._config.head_dim // 2), self.ints(self._config.head_dim)
         first = self.add("Slice", x, self.ints(0), middle, self.ints(3), name=f"{x}.first")
         second = self.add("Slice", x, middle, end, self.ints(3), name=f"{x}.second")
         negative = self.add("Neg", second, name=f"{x}.negative")
         turned = self.add("Concat", negative, first, axis=3, name=f"{x}.turned")
-        straight = self.add("Mul", x, positions.cosine, name=f"{x}.cosine")
-        across = self.add("Mul", turned, positions.sine, name=f"{x}.sine")
+        straight = self.add("Mul", x, "cosine", name=f"{x}.cosine")
+        across = self.add("Mul", turned, "sine", name=f"{x}.sine")
         return self.add("Add", straight, across, name=f"{x}.rotary")
 
     def _feed_forward(self, layer: int, x: str) -> str:

@@ -152,10 +152,10 @@ def _real_heads(rng: np.random.Generator, side: int, shape: tuple[int, int, int]
 @cache
 def real_tokens() -> Float32:
     """Return keys and values of SmolLM2, ``[2, texts, layers * kv_heads, tokens, head_dim]``."""
-    from onnx_export.decoder import Decoder
-    from onnx_export.smollm2 import smollm2_gguf
-    from onnx_export.texts import passages
-    from onnx_export.tokenizer import Tokenizer
+    from onnx_export.models.decoder import Decoder
+    from onnx_export.models.sources import smollm2_gguf
+    from onnx_export.models.texts import passages
+    from onnx_export.models.tokenizer import Tokenizer
 
     path = smollm2_gguf()
     decoder = Decoder.from_gguf(path)

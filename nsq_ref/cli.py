@@ -256,7 +256,7 @@ def demo(
         from nsq_ref.comparison import layered, round_trips
 
         if keys is None:
-            from onnx_export.demo import run_demo
+            from onnx_export.evaluation.demo import run_demo
     except ModuleNotFoundError as error:
         raise ValueError(
             f"nsq demo needs {error.name}; pip install 'nsq-ref[demo]' brings all it uses"

@@ -9,7 +9,7 @@ import numpy as np
 
 from nsq_ref.environment import extra
 from nsq_ref.files import atomic
-from onnx_export.tokenizer import byte_symbols
+from onnx_export.models.tokenizer import byte_symbols
 
 with extra("onnx", __name__):
     import gguf

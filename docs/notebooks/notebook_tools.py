@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 import nsq_ref as nsq
 from nsq_ref import bounds, rounding
 from nsq_ref.attention import attend
-from onnx_export.decoder import cached_onnx
-from onnx_export.fidelity import Comparison
-from onnx_export.smollm2 import smollm2_gguf
-from onnx_export.texts import REPORTING_START, passages
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.evaluation.fidelity import Comparison
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.texts import REPORTING_START, passages
+from onnx_export.models.tokenizer import Tokenizer
 
 _QUERY = "blk.{}.attn_q.heads.rotary"  # the graph's name of queries before the softmax scale
 
@@ -37,7 +37,7 @@ def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
     tokens : int
         Length of the passage.
     passage : int
-        Which one, of the order of `onnx_export.texts.passages` from `REPORTING_START` on.
+        Which one, of the order of `onnx_export.models.texts.passages` from `REPORTING_START` on.
 
     Returns
     -------

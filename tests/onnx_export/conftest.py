@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from onnx_export.decoder import Decoder
-from onnx_export.smollm2 import smollm2_gguf
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.decoder import Decoder
+from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

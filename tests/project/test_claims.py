@@ -13,7 +13,7 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.cli import _show_demo
 from nsq_ref.comparison import DEMO_SCHEMES
-from onnx_export.fidelity import TransformFidelity, compare
+from onnx_export.evaluation.fidelity import TransformFidelity, compare
 
 DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.with_name("README.md").read_text(encoding="utf-8")

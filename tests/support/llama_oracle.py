@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9, 7]  # tokens of a text that every tiny model knows
+
 
 @dataclass
 class TinyModel:

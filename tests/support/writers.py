@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nsq_ref import KVCache, cli
-from onnx_export.decoder import cached_onnx
+from onnx_export.models.built import cached_onnx
 from onnx_export.testing import tiny_gguf
 
 PORT = f"{Path(__file__).parents[1] / 'ports' / 'functions.py'}:encode"

@@ -11,12 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
-from onnx_export.decoder import Decoder, cached_onnx
-from onnx_export.demo import run_demo
-from onnx_export.fidelity import measure_fidelity
-from onnx_export.gguf_file import GGUFFile
+from onnx_export.evaluation.demo import run_demo
+from onnx_export.evaluation.fidelity import measure_fidelity
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
+from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.testing import tiny_gguf
-from onnx_export.tokenizer import Tokenizer
 from tests.support.llama_oracle import TinyModel, write_gguf
 
 NSQ = Path(sys.executable).with_name("nsq")

@@ -14,11 +14,11 @@ import pytest
 
 from nsq_ref import Scheme
 from nsq_ref.comparison import DEMO_SCHEMES, round_trips
-from onnx_export.decoder import Decoder
-from onnx_export.fidelity import measure_fidelity
+from onnx_export.evaluation.fidelity import measure_fidelity
+from onnx_export.models.decoder import Decoder
+from onnx_export.models.texts import passages
+from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.testing import tiny_gguf
-from onnx_export.texts import passages
-from onnx_export.tokenizer import Tokenizer
 
 NSQ = Path(sys.executable).with_name("nsq")
 

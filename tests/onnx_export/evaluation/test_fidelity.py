@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from nsq_ref import Scheme
 from nsq_ref.comparison import round_trips
-from onnx_export.decoder import Decoder, KeyValueCache
-from onnx_export.fidelity import (
+from onnx_export.evaluation.fidelity import (
     Comparison,
     Transform,
     TransformFidelity,
     compare,
     measure_fidelity,
 )
-from onnx_export.texts import passages
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.decoder import Decoder, KeyValueCache
+from onnx_export.models.texts import passages
+from onnx_export.models.tokenizer import Tokenizer
 from tests.support.llama_oracle import TinyModel
 
 Float = NDArray[np.float32]
@@ -147,22 +147,35 @@ def test_a_destroyed_model_has_infinite_perplexity() -> None:
 
 
 BAD_TRANSFORMS = {
-    "shape": (lambda keys, values: (keys, values[..., :-1, :]), "must return values as float32"),
-    "dtype": (lambda keys, values: (keys.astype(np.float64), values), "got float64 of shape"),
+    "shape": (
+        lambda keys, values: (keys, values[..., :-1, :]),
+        ValueError,
+        "must return values as float32",
+    ),
+    "dtype": (
+        lambda keys, values: (keys.astype(np.float64), values),
+        TypeError,
+        "got float64 of shape",
+    ),
     "not a number": (
         lambda keys, values: (keys * np.nan, values),
+        ValueError,
         "returned keys that are not fin",
     ),
-    "nothing": (lambda keys, values: None, r"must return a tuple \(keys, values\)"),
-    "only keys": (lambda keys, values: (keys,), r"must return a tuple \(keys, values\)"),
-    "lists": (lambda keys, values: (keys.tolist(), values), "must return keys as float32"),
+    "nothing": (lambda keys, values: None, TypeError, r"must return a tuple \(keys, values\)"),
+    "only keys": (lambda keys, values: (keys,), TypeError, r"must return a tuple \(keys, values\)"),
+    "lists": (
+        lambda keys, values: (keys.tolist(), values),
+        TypeError,
+        "must return keys as float32",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TRANSFORMS)
 def test_a_wrong_transform_is_named(decoder: Decoder, name: str) -> None:
-    transform, message = BAD_TRANSFORMS[name]
-    with pytest.raises(ValueError, match=message) as error:
+    transform, kind, message = BAD_TRANSFORMS[name]
+    with pytest.raises(kind, match=message) as error:
         measure_fidelity(
             decoder, PASSAGES, {"bad": transform}, prefill_length=P, continuation_length=C
         )

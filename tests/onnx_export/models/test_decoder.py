@@ -1,74 +1,24 @@
-"""The decoder against an independent forward pass, and its cache of built models."""
+"""Running a decoder: its cache, generation, and what is refused."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
-from onnx_export.decoder import Decoder, cached_onnx, file_sha256
-from onnx_export.graph import GRAPH_VERSION
-from tests.support.llama_oracle import TinyModel
+from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
+from tests.support.llama_oracle import IDS, TinyModel
 from tests.support.tensors import Tensor
-
-ALL_LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
-MODELS = {
-    "llama tied, 2 groups": TinyModel(),
-    "llama untied": TinyModel(tied=False),
-    "one group": TinyModel(kv_heads=4),
-    "four groups": TinyModel(kv_heads=1),
-    "odd sizes": TinyModel(
-        layers=3, heads=3, kv_heads=1, head_dim=6, embedding=18, feed_forward=13, vocab=37
-    ),
-    "one layer, head_dim 2": TinyModel(layers=1, heads=6, kv_heads=3, head_dim=2, embedding=12),
-    "own head_dim": TinyModel(heads=3, kv_heads=3, head_dim=10, explicit_head_dim=True),
-    "biases everywhere": TinyModel(biases=ALL_LINEAR),
-    "rope factors": TinyModel(rope_factors=(1.0, 1.5, 4.0, 8.0)),
-    "large eps and theta": TinyModel(eps=0.5, theta=1e6),
-    "F16": TinyModel(tensor_type=gguf.GGMLQuantizationType.F16),
-    "BF16": TinyModel(tensor_type=gguf.GGMLQuantizationType.BF16),
-    "Q8_0": TinyModel(feed_forward=64, tensor_type=gguf.GGMLQuantizationType.Q8_0),
-    "Q4_1": TinyModel(feed_forward=64, tensor_type=gguf.GGMLQuantizationType.Q4_1),
-    "qwen2": TinyModel("qwen2", biases=("attn_q", "attn_k", "attn_v")),
-    "qwen2 untied, 4 groups": TinyModel(
-        "qwen2", kv_heads=1, tied=False, biases=("attn_q", "attn_k", "attn_v")
-    ),
-}
-
-IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9, 7]
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("decoder")
     return Decoder.from_gguf(TinyModel().write(folder / "tiny.gguf"), cache_dir=folder)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_agrees_with_an_independent_forward_pass(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]
-    decoder = Decoder.from_gguf(model.write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
-    logits, keys, values = decoder.forward([IDS])
-    expected_logits, expected_keys, expected_values = model.forward(IDS)
-    assert np.abs(logits[0] - expected_logits).max() < 1e-5 * np.abs(expected_logits).max()
-    assert np.abs(keys[:, 0] - expected_keys).max() < 1e-5 * np.abs(expected_keys).max()
-    assert np.abs(values[:, 0] - expected_values).max() < 1e-5 * np.abs(expected_values).max()
-
-
-def test_the_oracle_tells_models_apart() -> None:
-    """Each setting above changes the logits by far more than the tolerance."""
-    base, _, _ = TinyModel().forward(IDS)
-    for change in ({"eps": 0.5}, {"theta": 500.0}, {"rope_factors": (1.0, 1.0, 1.0, 2.0)}):
-        other, _, _ = replace(TinyModel(), weights={}, **change).forward(IDS)
-        assert np.abs(other - base).max() > 1e-2
 
 
 @pytest.mark.parametrize("sizes", [[1] * 13, [12, 1], [1, 12], [5, 5, 3]])
@@ -181,87 +131,6 @@ def test_one_thread_gives_the_same(decoder: Decoder, tmp_path: Path) -> None:
     single = Decoder.from_gguf(path, cache_dir=tmp_path, threads=1)
     assert single._session.get_session_options().intra_op_num_threads == 1
     assert np.abs(single.forward([IDS])[0] - decoder.forward([IDS])[0]).max() < 1e-5
-
-
-def test_the_graph_is_standard_onnx(tmp_path: Path) -> None:
-    path = cached_onnx(TinyModel().write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
-    onnx.checker.check_model(str(path), full_check=True)
-    model = onnx.load(str(path), load_external_data=False)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
-    assert {node.domain for node in model.graph.node} == {""}
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    empty = np.empty((1, 2, 0, 8), np.float32)
-    feeds = {
-        item.name: np.array([IDS]) if item.name == "input_ids" else empty
-        for item in session.get_inputs()
-        if item.name != "num_logits"
-    }
-    logits = session.run(["logits"], feeds)[0]
-    expected, _, _ = TinyModel().forward(IDS)
-    assert np.abs(logits[0] - expected).max() < 1e-4
-    assert {item.name for item in session.get_outputs()} == {
-        "logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value",
-    }  # fmt: skip
-
-
-def test_progress_counts_every_tensor(tmp_path: Path) -> None:
-    calls: list[tuple[str, int, int]] = []
-    path = TinyModel().write(tmp_path / "tiny.gguf")
-    cached_onnx(path, cache_dir=tmp_path, progress=lambda *call: calls.append(call))
-    assert [done for _, done, _ in calls] == list(range(1, 21))
-    assert {total for _, _, total in calls} == {20}
-    cached_onnx(path, cache_dir=tmp_path, progress=lambda *call: calls.append(call))
-    assert len(calls) == 20
-
-
-def test_the_name_in_the_cache_depends_on_the_content(tmp_path: Path) -> None:
-    first = cached_onnx(TinyModel().write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
-    second = cached_onnx(TinyModel(eps=0.1).write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
-    assert first != second
-    assert second.parent.name == f"{file_sha256(tmp_path / 'tiny.gguf')}-{GRAPH_VERSION}"
-    assert Decoder(second).config.rms_norm_epsilon == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "weights.bin", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove", "extend"])
-def test_a_damaged_model_in_the_cache_is_rebuilt(name: str, damage: str, tmp_path: Path) -> None:
-    gguf_path = TinyModel().write(tmp_path / "tiny.gguf")
-    folder = cached_onnx(gguf_path, cache_dir=tmp_path).parent
-    intact = {path.name: path.read_bytes() for path in folder.iterdir()}
-    content = intact[name]
-    damaged = {
-        "flip": content[:50] + bytes([content[50] ^ 1]) + content[51:],
-        "truncate": content[:-1],
-        "empty": b"",
-        "extend": content + b"\0",
-    }
-    if damage == "remove":
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(damaged[damage])
-    cached_onnx(gguf_path, cache_dir=tmp_path)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == intact
-
-
-def test_an_intact_model_in_the_cache_is_used_again(tmp_path: Path) -> None:
-    gguf_path = TinyModel().write(tmp_path / "tiny.gguf")
-    path = cached_onnx(gguf_path, cache_dir=tmp_path)
-    os.utime(path, (1, 1))
-    assert cached_onnx(gguf_path, cache_dir=tmp_path) == path
-    assert path.stat().st_mtime == 1
-
-
-def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
-    gguf_path = TinyModel().write(tmp_path / "tiny.gguf")
-
-    def interrupt(what: str, done: int, total: int) -> None:
-        if done == 7:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached_onnx(gguf_path, cache_dir=tmp_path, progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
-    assert Decoder.from_gguf(gguf_path, cache_dir=tmp_path).config.layers == 2
 
 
 BAD_CALLS = {

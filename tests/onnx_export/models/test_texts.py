@@ -8,8 +8,8 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from onnx_export.texts import ADDRESSES, REPORTING_START, passages, read_address
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.texts import ADDRESSES, REPORTING_START, passages, read_address
+from onnx_export.models.tokenizer import Tokenizer
 
 
 def test_the_files_are_those_of_the_list_and_clean() -> None:

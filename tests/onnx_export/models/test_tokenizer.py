@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from onnx_export.gguf_file import GGUFFile
-from onnx_export.texts import ADDRESSES, read_address
-from onnx_export.tokenizer import Tokenizer, byte_symbols
+from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.texts import ADDRESSES, read_address
+from onnx_export.models.tokenizer import Tokenizer, byte_symbols
 from tests.support.llama_oracle import write_gguf
 
 # GPT-2's rule for ASCII; `smollm` cuts every digit out first.

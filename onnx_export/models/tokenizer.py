@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.environment import extra
-from onnx_export.gguf_file import GGUFFile
+from onnx_export.models.gguf import GGUFFile
 
 with extra("onnx", __name__):
     import gguf
@@ -194,9 +194,7 @@ class Tokenizer:
 
 def _metadata(file: GGUFFile, key: str, kind: type) -> Any:
     full_key = f"tokenizer.ggml.{key}"
-    if full_key not in file.metadata:
-        raise ValueError(f"{file.path}: key {full_key!r} is missing; convert the model again")
-    value = file.metadata[full_key]
+    value = file.value(full_key)
     if not isinstance(value, kind):
         raise ValueError(
             f"{file.path}: key {full_key!r} has the wrong type ({type(value).__name__}); "

@@ -1,0 +1,1 @@
+"""What a quantized key-value cache costs a language model."""

@@ -1,0 +1,1 @@
+"""Language models: from GGUF files to ONNX decoders that run, with their tokenizers and texts."""

@@ -1,0 +1,144 @@
+"""The ONNX files of a GGUF file: written whole or not at all, and kept in the user's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nsq_ref.files import atomic
+from onnx_export.models.config import DecoderConfig, read_config
+from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.llama import GRAPH_VERSION, WEIGHTS, DecoderGraph, Progress
+from onnx_export.models.sources import default_cache_dir, file_sha256
+
+__all__ = [
+    "GRAPH_VERSION",
+    "WEIGHTS",
+    "DecoderConfig",
+    "Progress",
+    "build_onnx",
+    "cached_onnx",
+    "read_config",
+]
+
+_MODEL = "model.onnx"
+_SUMS = "SHA256SUMS"
+
+
+def build_onnx(
+    file: GGUFFile, directory: str | os.PathLike[str], progress: Progress | None = None
+) -> DecoderConfig:
+    """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS``: all or none.
+
+    Parameters
+    ----------
+    file : GGUFFile
+        A model of the llama or qwen2 architecture.
+    directory : str or os.PathLike
+        Created where it does not exist; existing files are replaced.
+    progress : callable, optional
+        Called as ``progress(what, done, total)`` after every tensor.
+
+    Returns
+    -------
+    DecoderConfig
+        The decoder's configuration.
+
+    Raises
+    ------
+    ValueError
+        If the model is unsupported, or a tensor is missing, superfluous or of the wrong shape.
+    OSError
+        If a file cannot be written; what was there before is untouched.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import gguf
+    >>> path = Path(tempfile.mkdtemp()) / "empty.gguf"
+    >>> writer = gguf.GGUFWriter(path, "llama")
+    >>> writer.write_header_to_file()
+    >>> writer.write_kv_data_to_file()
+    >>> writer.close()
+    >>> build_onnx(GGUFFile(path), path.parent)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
+    """
+    config = read_config(file)
+    directory = Path(directory)
+
+    def files() -> Iterator[tuple[Path, atomic.Content]]:
+        graph = DecoderGraph(file, config, progress)
+        yield directory / WEIGHTS, graph.fill
+        model = graph.decoder_model().SerializeToString()
+        yield directory / _MODEL, model
+        yield directory / _SUMS, _sums(hashlib.sha256(model).hexdigest(), graph.digest)
+
+    atomic.write(files(), make_folders=True)
+    return config
+
+
+def cached_onnx(
+    gguf_path: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the ONNX decoder of a GGUF file, building it unless an intact one is in the cache.
+
+    The folder's name holds the SHA-256 of the GGUF file and the version of the graph, so another
+    model or a newer graph is never confused with it. It appears under that name only when complete,
+    and its checksums are verified at every call.
+
+    Parameters
+    ----------
+    gguf_path : str or os.PathLike
+        A model of the llama or qwen2 architecture.
+    cache_dir : str or os.PathLike, optional
+        Where to keep it; `default_cache_dir` when not given.
+    progress : callable, optional
+        Called as ``progress(what, done, total)`` while building.
+
+    Returns
+    -------
+    pathlib.Path
+        ``model.onnx``, with its external data beside it.
+
+    Raises
+    ------
+    ValueError
+        If the GGUF file is damaged or its model is not supported.
+    OSError
+        If the GGUF file cannot be read or the cache cannot be written.
+
+    Examples
+    --------
+    >>> cached_onnx("missing.gguf")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
+    """
+    file = GGUFFile(gguf_path)
+    read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
+    root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
+    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
+    if not _is_intact(folder):
+        build_onnx(file, folder, progress)
+    return folder / _MODEL
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files of the folder have the checksums that ``SHA256SUMS`` states."""
+    try:
+        return (folder / _SUMS).read_bytes() == _sums(
+            file_sha256(folder / _MODEL), file_sha256(folder / WEIGHTS)
+        )
+    except OSError:
+        return False
+
+
+def _sums(model: str, weights: str) -> bytes:
+    """Return the checksums in the format of ``sha256sum``."""
+    return f"{model}  {_MODEL}\n{weights}  {WEIGHTS}\n".encode("ascii")

@@ -1,0 +1,99 @@
+"""Nodes and weights of the ONNX graph of a model, added one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsq_ref.environment import extra
+
+with extra("onnx", __name__):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+_OPSET = 21
+# The first IR version that belongs to opset 21.
+_IR_VERSION = 10
+# External data must be aligned to pages to be mapped into memory.
+_ALIGNMENT = 4096
+
+
+class Graph:
+    """Collects nodes and initializers; large tensors go straight into a file of external data."""
+
+    def __init__(self, external: str) -> None:
+        self.stream: IO[bytes]  # of the external data, while weights are added
+        self._external = external
+        self._hash = hashlib.sha256()
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the external data."""
+        return self._hash.hexdigest()
+
+    def input(self, name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> None:
+        """Add an input of the graph; strings name the axes that may have any length."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def output(self, name: str, *shape: int | str) -> None:
+        """Add a float32 output of the graph."""
+        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def add(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """Append a node with one output of the node's name, and return the name."""
+        self._nodes.append(
+            helper.make_node(operator, list(inputs), [name], name=name, **attributes)
+        )
+        return name
+
+    def initializer(self, name: str, values: NDArray[Any]) -> str:
+        """Add a small initializer, once for every name."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def ints(self, *values: int) -> str:
+        """Add a vector of int64, such as a shape."""
+        name = "ints_" + "_".join(map(str, values))
+        return self.initializer(name, np.array(values, dtype=np.int64))
+
+    def weight(self, name: str, values: NDArray[np.float32]) -> str:
+        """Add an initializer whose elements lie in the external data file."""
+        data = np.ascontiguousarray(values, dtype="<f4")
+        padding = bytes(-self.stream.tell() % _ALIGNMENT)
+        for part in (padding, data.data.cast("B")):
+            self._hash.update(part)
+            self.stream.write(part)
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=data.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        location = {
+            "location": self._external,
+            "offset": self.stream.tell() - data.nbytes,
+            "length": data.nbytes,
+        }
+        for key, value in location.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
+        return name
+
+    def model(self, name: str, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        """Return the finished model."""
+        graph = helper.make_graph(
+            self._nodes, name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="onnx_export",
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR_VERSION,
+        )
+        helper.set_model_props(model, dict(metadata))
+        return model

@@ -14,10 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nsq_ref import Scheme
-from onnx_export.attention import attention_node, cache_fields
 from onnx_export.custom_ops import register
 from onnx_export.decoder import cached_onnx
-from onnx_export.functions import DOMAIN, VERSION, functions
+from onnx_export.operators import DOMAIN, VERSION, attention_node, cache_fields, functions
 from onnx_export.texts import read_address
 from onnx_export.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from nsq_ref.conformance.check import run
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.operations import DONE, Answer, Case
 from nsq_ref.conformance.report import as_text
-from onnx_export.codec import dequantize_model, quantize_model, save_models
+from onnx_export.operators import dequantize_model, quantize_model, save_models
 from tests.nsq_ref.cli.test_verbs import refused
 from tests.nsq_ref.cli.test_verbs import run as nsq
 from tests.support.onnx_runners import RUNNERS, Run
@@ -126,7 +126,7 @@ RACED = """
 import sys
 from pathlib import Path
 from nsq_ref import Scheme
-from onnx_export.codec import quantize_model, save_models
+from onnx_export.operators import quantize_model, save_models
 
 one, two = Path(sys.argv[1], "one"), Path(sys.argv[1], "two")
 

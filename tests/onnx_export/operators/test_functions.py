@@ -16,10 +16,16 @@ from onnx import TensorProto, helper
 import nsq_ref as nsq
 from nsq_ref import Scheme, rounding, strategies
 from nsq_ref.codec import PARTS
-from onnx_export import rounding_nodes
-from onnx_export.codec import dequantize_model, quantize_model
-from onnx_export.function_builder import Nodes
-from onnx_export.functions import DOMAIN, VERSION, functions, scheme_attributes
+from onnx_export.operators import (
+    DOMAIN,
+    VERSION,
+    dequantize_model,
+    functions,
+    quantize_model,
+    scheme_attributes,
+)
+from onnx_export.operators import rounding as exported
+from onnx_export.operators.nodes import Nodes
 from tests.support.onnx_runners import RUNNERS, Run, model_of, without_optimization
 from tests.support.rows import norm_order, norm_ties, spread
 
@@ -125,7 +131,7 @@ def test_narrowing(runner: Callable[[onnx.ModelProto], Run]) -> None:
         values = values[np.isfinite(values)]
         x = np.concatenate([values, np.nextafter(values, np.float32(0)), -values])
         add = Nodes()
-        narrowed = rounding_nodes.narrow(add, "x", add.constant(dtype))
+        narrowed = exported.narrow(add, "x", add.constant(dtype))
         got = runner(model_of(add.nodes, {"x": FLOAT}, {narrowed: FLOAT}))({"x": x})[narrowed]
         kind = np.float16 if dtype == TensorProto.FLOAT16 else ml_dtypes.bfloat16
         assert got.tobytes() == rounding.narrow(x, np.dtype(kind)).astype(np.float32).tobytes()
@@ -157,7 +163,7 @@ def test_norms_next_to_midpoints(runner: Callable[[onnx.ModelProto], Run]) -> No
     largest = float(np.finfo(np.float32).max)
     rows += [[largest, other, 0, 0, 0, 0] for other in (1e30, 1.4e34, 1.4e35, largest)]
     for x in (np.array(rows, np.float32), norm_ties(), norm_order(), spread((20, 12))):
-        assert exact(runner, rounding_nodes.norm, x=x).tobytes() == rounding.norm(x).tobytes()
+        assert exact(runner, exported.norm, x=x).tobytes() == rounding.norm(x).tobytes()
 
 
 def test_gains_next_to_midpoints(runner: Callable[[onnx.ModelProto], Run]) -> None:
@@ -182,7 +188,7 @@ def test_gains_next_to_midpoints(runner: Callable[[onnx.ModelProto], Run]) -> No
         pairs.append((x * 10.0 ** int(rng.integers(-30, 30)), y))
     pairs.append((np.ones(6), np.zeros(6)))
     x, y = (np.array(side, np.float32) for side in zip(*pairs, strict=True))
-    got = exact(runner, rounding_nodes.least_squares_gain, x=x, y=y)
+    got = exact(runner, exported.least_squares_gain, x=x, y=y)
     assert got.tobytes() == rounding.least_squares_gain(x, y).tobytes()
     with np.errstate(all="ignore"):  # or the cases prove nothing
         wide_x, wide_y = x.astype(np.float64), y.astype(np.float64)

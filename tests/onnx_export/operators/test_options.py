@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from nsq_ref import Scheme, attention
-from onnx_export.attention import attention_model, attention_node, cache_fields
-from onnx_export.attention_function import INPUTS
-from onnx_export.codec import quantize_model
 from onnx_export.custom_ops import library_path
-from onnx_export.function_builder import Nodes
-from onnx_export.functions import check_nodes, functions
+from onnx_export.operators import (
+    attention_model,
+    attention_node,
+    cache_fields,
+    check_nodes,
+    functions,
+    quantize_model,
+)
+from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.schema import ATTENTION
 from tests.support.native_calls import Session
 from tests.support.onnx_attention import Config, Runner, make_inputs, model
 
@@ -152,7 +157,7 @@ def renamed(one: onnx.NodeProto) -> None:
 
 
 def longer(one: onnx.NodeProto) -> None:
-    one.input.extend(["query"] * (len(INPUTS) + 1 - len(one.input)))
+    one.input.extend(["query"] * (len(ATTENTION.inputs) + 1 - len(one.input)))
 
 
 @pytest.mark.parametrize(

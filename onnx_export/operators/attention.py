@@ -6,47 +6,22 @@ float32, whatever the model's dtype is; tensors of that dtype are widened, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nsq_ref.environment import extra
-from nsq_ref.scheme import Scheme
-from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
-from onnx_export.function_builder import Nodes, require_opset
+from onnx_export.operators.nodes import Nodes, Reference, make_function
+from onnx_export.operators.schema import ATTENTION, BOOL, DEQUANTIZE, FLOAT, INT64, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper
 
 __all__ = ["attention"]
 
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 LARGEST_INDEX = np.iinfo(np.int64).max
 NOTHING = np.float32(-np.inf)  # the logarithm of a weight of 0
-
-PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
-INPUTS = (
-    "query", "key", "value", "past_lengths", "new_lengths", "cos", "sin", "position_ids",
-    "attention_bias", "head_sink",
-    *(f"past_{side}_{part}" for side in ("key", "value") for part in PARTS),
-)  # fmt: skip
-OUTPUTS = (
-    "output", "present_lengths",
-    *(f"present_{side}_{part}" for side in ("key", "value") for part in PARTS),
-)  # fmt: skip
-REQUIRED = ("heads", "kv_heads", "key_block_size", "value_block_size")
-DEFAULTS = {
-    "scale": 0.0,
-    "causal": 1,
-    "softcap": 0.0,
-    "sliding_window": 0,
-    "rotary_interleaved": 0,
-    "smooth_softmax": 0,
-}
-# What a block is coded with; its tokens are all of one block, without sinks.
-OF_A_BLOCK = {"block_size": 0, "sink_tokens": 0, "outlier_channels": 0}
 
 
 class Lengths(NamedTuple):
@@ -68,7 +43,7 @@ class Side(NamedTuple):
     first_tail: str  # where the tail begins
 
 
-def attention(opset: int = 21) -> onnx.FunctionProto:
+def attention(opset: int = OPSET) -> onnx.FunctionProto:
     """Return the body of nsq.Attention; its attributes and inputs decide what it does.
 
     It calls nsq.Quantize and nsq.Dequantize. An input that does not fit ends in an error of some
@@ -90,7 +65,6 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     >>> body.name, body.input[:3], len(body.output)
     ('Attention', ['query', 'key', 'value'], 14)
     """
-    require_opset(opset)
     add = Nodes()
     heads, kv_heads = (
         add("Unsqueeze", add.attribute(name, "int"), [0]) for name in ("heads", "kv_heads")
@@ -112,17 +86,7 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     weights = _weights(add, scores, seen, heads)
     _output(add, weights, values_by_position, kv_heads)
     add("Identity", lengths.present, name="present_lengths")
-    defaults = DEFAULTS | {
-        name: value
-        for side in ("key_", "value_")
-        for name, value in scheme_attributes(Scheme(), side).items()
-        if name not in REQUIRED and not name.endswith("outlier_channels")
-    }
-    return helper.make_function(
-        DOMAIN, "Attention", INPUTS, OUTPUTS, add.nodes,
-        [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)], REQUIRED,
-        [helper.make_attribute(name, value) for name, value in defaults.items()],
-    )  # fmt: skip
+    return make_function(ATTENTION, add, opset)
 
 
 # --- what may be absent --------------------------------------------------------------------------
@@ -213,7 +177,7 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
         lambda _: positions,
     )
     known = add("Where", real, ids, 0)
-    interleaved = add("Cast", add.attribute("rotary_interleaved", "int"), to=TensorProto.BOOL)
+    interleaved = add("Cast", add.attribute("rotary_interleaved", "int"), to=BOOL)
 
     def rotated(add: Nodes) -> list[str]:
         cos, sin = (
@@ -318,7 +282,7 @@ def _seal(
     past = {part: f"past_{side}_{part}" for part in ("packed", "scale", "norm", "zero")}
     # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
     coded = {part: f"new_{side}_{part}" for part in past}
-    _call(add, "Quantize", side, [blocks], [*coded.values(), "", "", ""])
+    add.call(QUANTIZE, {"x": blocks}, coded, **_of_a_block(side))
 
     # Which blocks of each row are new, and where among the candidates they are: [B, capacity].
     index = _count(add, capacity)
@@ -326,6 +290,8 @@ def _seal(
     source = add("Where", is_new, add("Sub", index, sealed_before), 0)
     changed = add("Unsqueeze", is_new, [1, 3])
     kept = add("Unsqueeze", add("Less", index, sealed_before), [1, 3])
+
+    norm_dtype = Reference(f"{side}_norm_dtype", "int")
 
     def stored(add: Nodes, part: str, old: str, nothing: object) -> str:
         by_block = add("Concat", [0, 0], capacity, [-1], axis=0)
@@ -336,8 +302,8 @@ def _seal(
         return add("Where", changed, _take(add, fresh, source), cleared)
 
     def norms(add: Nodes) -> str:
-        typed = add("Cast", add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3]))
-        _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+        first = add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3])
+        typed = add("Cast", first, to=norm_dtype)
         old = add("Cast", _joined(add, past["norm"], typed, 2), to=FLOAT)
         return stored(add, "norm", old, np.float32(0))
 
@@ -367,8 +333,7 @@ def _seal(
         flat = add("Reshape", value, add("Shape", past[like]))
         add("CastLike", flat, past[like], name=f"present_{side}_{part}")
     flat = add("Reshape", norm, add("Shape", past["packed"], end=3))
-    add("Cast", flat, name=f"present_{side}_norm")
-    _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+    add("Cast", flat, name=f"present_{side}_norm", to=norm_dtype)
     return {"packed": packed, "scale": scale, "norm": norm, "zero": zero}
 
 
@@ -378,14 +343,15 @@ def _decode(add: Nodes, side: str, parts: dict[str, str], block: str, head_dim: 
     by_token = add.is_one_of(f"{side}_axis", ["token"])[0]
     # A scale has one row a block, or one number a token.
     scales = add("Where", by_token, rows, [0, 0, 0, 1, -1])
-    inputs = [
-        add("Reshape", parts["packed"], rows),
-        add("Reshape", parts["scale"], scales),
-        parts["norm"],
-        add("Reshape", parts["zero"], scales),
-    ]
+    inputs = {
+        "packed": add("Reshape", parts["packed"], rows),
+        "scale": add("Reshape", parts["scale"], scales),
+        "norm": parts["norm"],
+        "zero": add("Reshape", parts["zero"], scales),
+        "head_dim": head_dim,
+    }
     decoded = f"decoded_{side}"
-    _call(add, "Dequantize", side, [*inputs, "", "", "", head_dim], [decoded])
+    add.call(DEQUANTIZE, inputs, {"x_hat": decoded}, **_of_a_block(side))
     flat = add("Concat", [0, 0, -1], add("Unsqueeze", head_dim, [0]), axis=0)
     return add("Reshape", decoded, flat)
 
@@ -409,22 +375,13 @@ def _take(add: Nodes, x: str, index: str) -> str:
     return add("Transpose", taken, perm=[0, 2, 1, 3])
 
 
-def _call(
-    add: Nodes, operator: str, side: str, inputs: Sequence[str], outputs: Sequence[str]
-) -> None:
-    """Call Quantize or Dequantize on blocks, with the attributes of keys or values."""
-    add.several(operator, inputs, outputs, domain=DOMAIN, **OF_A_BLOCK)
-    kinds = {int: onnx.AttributeProto.INT, str: onnx.AttributeProto.STRING}
-    for name, value in scheme_attributes(Scheme()).items():
-        if name not in OF_A_BLOCK:
-            _refer(add.nodes[-1], name, f"{side}_{name}", kinds[type(value)])
-
-
-def _refer(
-    node: onnx.NodeProto, name: str, attribute: str, kind: onnx.AttributeProto.AttributeType
-) -> None:
-    """Let an attribute of a node be one of the function's."""
-    node.attribute.add(name=name, type=kind, ref_attr_name=attribute)
+def _of_a_block(side: str) -> dict[str, Any]:
+    """Return the scheme of keys or values: for the tokens of one block, without sinks."""
+    of_side = {
+        name: Reference(f"{side}_{name}", "string" if isinstance(default, str) else "int")
+        for name, default in QUANTIZE.attributes.items()
+    }
+    return of_side | {"block_size": 0, "sink_tokens": 0, "outlier_channels": 0}
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -480,7 +437,7 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
-    smooth = add("Cast", add.attribute("smooth_softmax", "int"), to=TensorProto.BOOL)
+    smooth = add("Cast", add.attribute("smooth_softmax", "int"), to=BOOL)
     usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
     sink = _optional(
         add, "head_sink", FLOAT, lambda add: _widened(add, "head_sink"), lambda _: usual

@@ -12,60 +12,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsq_ref.environment import extra
-from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
-from onnx_export import rounding_nodes
-from onnx_export.function_builder import Nodes, require_opset
-from onnx_export.rounding_nodes import narrow, where_zero
+from onnx_export.operators import rounding
+from onnx_export.operators.nodes import Nodes, make_function
+from onnx_export.operators.rounding import narrow, where_zero
+from onnx_export.operators.schema import (
+    BOOL,
+    DEQUANTIZE,
+    DOUBLE,
+    FLOAT,
+    FLOAT16,
+    INT32,
+    INT64,
+    OPSET,
+    QUANTIZE,
+    UINT8,
+)
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper
 
-__all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
+__all__ = ["dequantize", "quantize"]
 
-DOMAIN = "nsq"
-VERSION = 1
-
-FLOAT, FLOAT16, UINT8, INT32, INT64, BOOL, DOUBLE = (
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT32,
-    TensorProto.INT64, TensorProto.BOOL, TensorProto.DOUBLE,
-)  # fmt: skip
-DTYPES = {"float32": FLOAT, "float16": FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 INFINITY = np.float32(np.inf)
 POWERS = 2.0 ** np.arange(8, dtype=np.float32)
 
 
-def scheme_attributes(scheme: Scheme, prefix: str = "") -> dict[str, Any]:
-    """Return a scheme as attributes of a node.
-
-    Parameters
-    ----------
-    scheme : Scheme
-    prefix : str
-        Of the names, as ``key_``.
-
-    Returns
-    -------
-    dict
-        0 is ``block_size=None``, and dtypes are those of `onnx.TensorProto`.
-
-    Examples
-    --------
-    >>> attributes = scheme_attributes(Scheme(bits=2), "key_")
-    >>> attributes["key_bits"], attributes["key_block_size"], attributes["key_scale_dtype"]
-    (2, 0, 10)
-    """
-    values = scheme.to_dict()
-    for name in ("separate_norm", "symmetric"):
-        values[name] = int(values[name])
-    for name in ("scale_dtype", "norm_dtype"):
-        values[name] = DTYPES[values[name]]
-    values["block_size"] = values["block_size"] or 0
-    return {prefix + name: value for name, value in values.items()}
-
-
-def quantize(opset: int = 21) -> onnx.FunctionProto:
+def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Quantize``.
 
     Parameters
@@ -108,7 +82,7 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
 
     norm = add.choose(
         fields.separate_norm,
-        lambda add: [rounding_nodes.norm(add, x_blocks)],  # N1
+        lambda add: [rounding.norm(add, x_blocks)],  # N1
         lambda add: [add("Expand", np.float32(1), add("Shape", x_blocks, end=-1))],
         [FLOAT],
     )[0]
@@ -136,11 +110,10 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     add("Cast", joined(index, stored_blocks), name="outlier_index", to=INT32)
     add("Cast", joined(outliers, tokens), name="outliers", to=FLOAT16)
     add("CastLike", add("Slice", x, [0], sinks, [-2]), "x", name="sinks")  # K1
-    outputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks"]
-    return _function("Quantize", ["x"], outputs, add, opset)
+    return make_function(QUANTIZE, add, opset)
 
 
-def dequantize(opset: int = 21) -> onnx.FunctionProto:
+def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Dequantize``.
 
     Parameters
@@ -207,7 +180,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
         norm = _a_token(add, given(add, "norm", np.float32, [0]))
 
         def renormalized(add: Nodes) -> list[str]:
-            length = where_zero(add, rounding_nodes.norm(add, y), INFINITY)
+            length = where_zero(add, rounding.norm(add, y), INFINITY)
             return [add("Div", y, _a_token(add, length))]
 
         # Not without tokens, as runtimes differ in reducing nothing.
@@ -223,21 +196,7 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
     has_sinks = add("Greater", fields.sink_tokens, 0)
     whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], [FLOAT])[0]
     add("Identity", whole, name="x_hat")
-    inputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks", "head_dim"]
-    return _function("Dequantize", inputs, ["x_hat"], add, opset)
-
-
-def _function(
-    name: str, inputs: Sequence[str], outputs: Sequence[str], add: Nodes, opset: int
-) -> onnx.FunctionProto:
-    require_opset(opset)
-    defaults = [
-        helper.make_attribute(field, value) for field, value in scheme_attributes(Scheme()).items()
-    ]
-    return helper.make_function(
-        DOMAIN, name, inputs, outputs, add.nodes, [helper.make_opsetid("", opset)],
-        attribute_protos=defaults,
-    )  # fmt: skip
+    return make_function(DEQUANTIZE, add, opset)
 
 
 class _Fields(NamedTuple):
@@ -422,8 +381,8 @@ def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields
         y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
         return add.choose(
             fields.least_squares,
-            lambda add: [rounding_nodes.least_squares_gain(add, x, y)],
-            lambda add: [add("Div", norm, where_zero(add, rounding_nodes.norm(add, y), INFINITY))],
+            lambda add: [rounding.least_squares_gain(add, x, y)],
+            lambda add: [add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY))],
             [FLOAT],
         )
 

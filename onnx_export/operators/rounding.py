@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.environment import extra
-from onnx_export.function_builder import Nodes
+from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.schema import BFLOAT16, DOUBLE, FLOAT, FLOAT16, INT64
 
 with extra("onnx", __name__):
-    from onnx import TensorProto, numpy_helper
+    from onnx import numpy_helper
 
 __all__ = ["least_squares_gain", "narrow", "norm", "where_zero"]
-
-FLOAT, FLOAT16, BFLOAT16, DOUBLE, INT64 = (
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE,
-    TensorProto.INT64,
-)  # fmt: skip
 
 DIGIT_BITS = 32
 # Squares of float32 are below 2^256. Midpoints are multiples of 2^-150, and times the square of the

@@ -1,43 +1,47 @@
-"""Nodes of a graph or of a function body, added one by one."""
+"""The one builder of nodes, functions and models; nodes are added one by one.
+
+It makes the messages of ONNX themselves, not the objects of onnx_ir. A node here is a line that
+names what it takes; inputs that may be absent, attributes that refer to those of a function, and
+branches that see the tensors around them are such names, for which onnx_ir wants an object each.
+What is built is read by it in one call (``onnx_ir.from_proto``), where a graph is to be changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nsq_ref import __version__
 from nsq_ref.environment import extra
+from onnx_export.operators.schema import (
+    BOOL,
+    DOMAIN,
+    ELEMENTS,
+    INT64,
+    IR_VERSION,
+    OPSET,
+    VERSION,
+    Operator,
+    require_opset,
+)
 
 with extra("onnx", __name__):
     import onnx
     from onnx import helper, numpy_helper
 
-__all__ = ["LEAST_OPSET", "Nodes", "require_opset"]
+__all__ = ["Nodes", "Reference", "Tensors", "make_function", "make_model"]
 
-LEAST_OPSET = 21
-
-_ATTRIBUTE = {
-    "int": ("value_int", onnx.AttributeProto.INT),
-    "float": ("value_float", onnx.AttributeProto.FLOAT),
-    "string": ("value_string", onnx.AttributeProto.STRING),
-}
+Tensors = Mapping[str, tuple[str, Sequence[str | int] | None]]
+"""Inputs or outputs of a model: the dtype of each, by its name in NumPy, and its axes, if known."""
 
 
-def require_opset(opset: int) -> None:
-    """Refuse a version of the standard operators that the functions cannot be written in.
+class Reference(NamedTuple):
+    """Stands for the value of an attribute of the function: "int", "float" or "string"."""
 
-    Raises
-    ------
-    ValueError
-        Below 21.
-
-    Examples
-    --------
-    >>> require_opset(21)
-    """
-    if opset < LEAST_OPSET:
-        raise ValueError(f"opset={opset} is too old; the functions need at least {LEAST_OPSET}")
+    attribute: str
+    kind: str
 
 
 class Nodes:
@@ -71,7 +75,7 @@ class Nodes:
         name : str, optional
             Of the output; a new one by default.
         **attributes
-            Of the node.
+            Of the node; a `Reference` is an attribute of the function.
 
         Returns
         -------
@@ -100,7 +104,35 @@ class Nodes:
         'index'
         """
         names = [one if isinstance(one, str) else self.constant(one) for one in inputs]
-        self.nodes.append(helper.make_node(operator, names, list(outputs), **attributes))
+        of_function = {k: v for k, v in attributes.items() if isinstance(v, Reference)}
+        own = {k: v for k, v in attributes.items() if k not in of_function}
+        node = helper.make_node(operator, names, list(outputs), **own)
+        for name, (attribute, kind) in of_function.items():
+            kind_type = onnx.AttributeProto.AttributeType.Value(kind.upper())
+            node.attribute.add(name=name, type=kind_type, ref_attr_name=attribute)
+        self.nodes.append(node)
+
+    def call(
+        self,
+        operator: Operator,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        **attributes: Any,
+    ) -> None:
+        """Add a node of the domain, given tensors by the operator's names; others are left out.
+
+        Examples
+        --------
+        >>> from onnx_export.operators.schema import DEQUANTIZE
+        >>> add = Nodes()
+        >>> add.call(DEQUANTIZE, {"packed": "p", "scale": "s", "zero": "z"}, {"x_hat": "y"})
+        >>> add.nodes[-1].input[:4]
+        ['p', 's', '', 'z']
+        """
+        # Also those at the end that are left out, as the checker and onnx.reference count them.
+        given = [inputs.get(name, "") for name in operator.inputs]
+        made = [outputs.get(name, "") for name in operator.outputs]
+        self.several(operator.name, given, made, domain=DOMAIN, **attributes)
 
     def constant(self, value: Any) -> str:
         """Add a constant; Python integers and lists of them are int64.
@@ -112,8 +144,7 @@ class Nodes:
         """
         array = np.asarray(value, np.int64) if isinstance(value, (int, list)) else np.asarray(value)
         output = self._new("constant")
-        tensor = numpy_helper.from_array(array, output)
-        self.nodes.append(helper.make_node("Constant", [], [output], value=tensor))
+        self.several("Constant", [], [output], value=numpy_helper.from_array(array, output))
         return output
 
     def attribute(self, name: str, kind: str) -> str:
@@ -126,11 +157,9 @@ class Nodes:
         >>> add.nodes[-1].attribute[0].ref_attr_name
         'bits'
         """
-        field, attribute_type = _ATTRIBUTE[kind]
-        node = helper.make_node("Constant", [], [self._new(name)])
-        node.attribute.add(name=field, type=attribute_type, ref_attr_name=name)
-        self.nodes.append(node)
-        return str(node.output[0])
+        output = self._new(name)
+        self.several("Constant", [], [output], **{f"value_{kind}": Reference(name, kind)})
+        return output
 
     def is_one_of(self, name: str, values: Sequence[str]) -> list[str]:
         """Tell for each of some strings whether an attribute of the function is it.
@@ -144,7 +173,7 @@ class Nodes:
         """
         # Sliced from one tensor, as onnx.reference compares only strings of one length.
         known = self._new("strings")
-        self.nodes.append(helper.make_node("Constant", [], [known], value_strings=list(values)))
+        self.several("Constant", [], [known], value_strings=list(values))
         value = self("Unsqueeze", self.attribute(name, "string"), [0])
         both = self("Concat", value, known, axis=0)
         same = self("Equal", self("Slice", both, [0], [1]), both)
@@ -231,10 +260,10 @@ class Nodes:
         before = [f"{kind}_before_{i}" for i in range(len(state))]
         info = helper.make_tensor_value_info
         # ONNX Runtime wants to know that these are scalars.
-        given = [info(index, onnx.TensorProto.INT64, []), info(more, onnx.TensorProto.BOOL, [])]
+        given = [info(index, INT64, []), info(more, BOOL, [])]
         given += [info(name, dtype, None) for name, dtype in zip(before, dtypes, strict=True)]
         after = [body("Identity", one) for one in step(body, index, before)]
-        made = [info(body("Identity", more), onnx.TensorProto.BOOL, [])]
+        made = [info(body("Identity", more), BOOL, [])]
         made += [info(name, dtype, None) for name, dtype in zip(after, dtypes, strict=True)]
         outputs = [f"{kind}_{i}" for i in range(len(state))]
         self.several(
@@ -245,3 +274,79 @@ class Nodes:
 
     def _new(self, kind: str) -> str:
         return f"{self._prefix}{kind}_{len(self.nodes)}"
+
+
+def make_function(operator: Operator, add: Nodes, opset: int) -> onnx.FunctionProto:
+    """Return the function of an operator, whose body is the nodes that were added.
+
+    Raises
+    ------
+    ValueError
+        For an older opset than 21.
+
+    Examples
+    --------
+    >>> from onnx_export.operators.schema import QUANTIZE
+    >>> make_function(QUANTIZE, Nodes(), 21).name
+    'Quantize'
+    """
+    require_opset(opset)
+    required = [name for name, default in operator.attributes.items() if default is None]
+    defaults = [
+        helper.make_attribute(name, default)
+        for name, default in operator.attributes.items()
+        if default is not None
+    ]
+    return helper.make_function(
+        DOMAIN, operator.name, operator.inputs, operator.outputs, add.nodes,
+        _opsets(add.nodes, opset), required, defaults,
+    )  # fmt: skip
+
+
+def make_model(
+    name: str,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Tensors,
+    outputs: Tensors,
+    *,
+    functions: Sequence[onnx.FunctionProto] = (),
+    initializers: Sequence[onnx.TensorProto] = (),
+    metadata: Mapping[str, str] | None = None,
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """Return a model of one graph.
+
+    Examples
+    --------
+    >>> add = Nodes()
+    >>> doubled = add("Mul", "x", np.float32(2), name="y")
+    >>> vector = "float32", ["n"]
+    >>> model = make_model("double", add.nodes, {"x": vector}, {"y": vector})
+    >>> [one.name for one in model.graph.output]
+    ['y']
+    """
+    given, made = (
+        [
+            helper.make_tensor_value_info(name, ELEMENTS[dtype], axes)
+            for name, (dtype, axes) in ends.items()
+        ]
+        for ends in (inputs, outputs)
+    )
+    model = helper.make_model(
+        helper.make_graph(nodes, name, given, made, initializers),
+        opset_imports=_opsets(nodes, opset),
+        functions=functions,
+        ir_version=IR_VERSION,
+        producer_name="nsq-ref",
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, dict(metadata or {}))
+    return model
+
+
+def _opsets(nodes: Sequence[onnx.NodeProto], opset: int) -> list[onnx.OperatorSetIdProto]:
+    """Return the versions of the standard operators, and of the other domains that nodes are of."""
+    versions = {"": opset}
+    for node in nodes:
+        versions.setdefault(node.domain, VERSION if node.domain == DOMAIN else 1)
+    return [helper.make_opsetid(domain, version) for domain, version in versions.items()]

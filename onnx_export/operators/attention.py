@@ -13,7 +13,7 @@ import numpy as np
 
 from nsq_ref.environment import extra
 from onnx_export.operators.nodes import Nodes, Reference, make_function
-from onnx_export.operators.schema import ATTENTION, BOOL, DEQUANTIZE, FLOAT, INT64, OPSET, QUANTIZE
+from onnx_export.operators.schema import ATTENTION, DEQUANTIZE, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
     import onnx
@@ -95,7 +95,7 @@ def attention(opset: int = OPSET) -> onnx.FunctionProto:
 def _optional(
     add: Nodes,
     name: str,
-    dtype: int,
+    dtype: str,
     then: Callable[[Nodes], str],
     otherwise: Callable[[Nodes], str],
     present: str = "",
@@ -118,9 +118,9 @@ def _joined(add: Nodes, name: str, like: str, axis: int) -> str:
 
 def _widened(add: Nodes, name: str) -> str:
     """Return an input of the model's dtype as float32, for `_optional`."""
-    data = add("Cast", add("ReduceMax", "past_lengths", keepdims=0), to=FLOAT)
+    data = add.cast(add("ReduceMax", "past_lengths", keepdims=0), "float32")
     least = add("Sub", NOTHING, add("Mul", data, np.float32(0)))
-    return add("Cast", add("Max", add("CastLike", least, "query"), name), to=FLOAT)
+    return add.cast(add("Max", add("CastLike", least, "query"), name), "float32")
 
 
 # --- the new tokens ------------------------------------------------------------------------------
@@ -131,23 +131,27 @@ def _heads(add: Nodes, heads: str, kv_heads: str) -> list[str]:
     width = add("Shape", "query", start=2)
     pairs = add("Mul", kv_heads, 2)
     own = add("Div", add("Mul", width, heads), add("Add", heads, pairs))
-    end = _optional(add, "key", INT64, lambda _: width, lambda _: own)
+    end = _optional(add, "key", "int64", lambda _: width, lambda _: own)
     middle = add("Div", add("Add", end, width), 2)
     parts = [add("Slice", "query", [0], end, [2])]
     for name, start, stop in (("key", end, middle), ("value", middle, width)):
 
         def separate(add: Nodes, name: str = name) -> str:
-            return add("Cast", _joined(add, name, "query", 2), to=FLOAT)
+            return add.cast(_joined(add, name, "query", 2), "float32")
 
         def together(add: Nodes, start: str = start, stop: str = stop) -> str:
-            return add("Cast", add("Slice", "query", start, stop, [2]), to=FLOAT)
+            return add.cast(add("Slice", "query", start, stop, [2]), "float32")
 
-        parts.append(_optional(add, name, FLOAT, separate, together))
+        parts.append(_optional(add, name, "float32", separate, together))
     split = []
     for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True):
         shape = add("Concat", [0, 0], count, [-1], axis=0)
         split.append(
-            add("Transpose", add("Reshape", add("Cast", part, to=FLOAT), shape), perm=[0, 2, 1, 3])
+            add(
+                "Transpose",
+                add("Reshape", add.cast(part, "float32"), shape),
+                perm=[0, 2, 1, 3],
+            )
         )
     return split
 
@@ -157,7 +161,7 @@ def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
     new = _optional(
         add,
         "new_lengths",
-        INT64,
+        "int64",
         lambda add: _joined(add, "new_lengths", "past_lengths", 0),
         lambda add: add("Expand", tokens, add("Shape", "past_lengths")),
     )
@@ -172,12 +176,12 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
     ids = _optional(
         add,
         "position_ids",
-        INT64,
+        "int64",
         lambda add: _joined(add, "position_ids", positions, 1),
         lambda _: positions,
     )
     known = add("Where", real, ids, 0)
-    interleaved = add("Cast", add.attribute("rotary_interleaved", "int"), to=BOOL)
+    interleaved = add.cast(add.attribute("rotary_interleaved", "int"), "bool")
 
     def rotated(add: Nodes) -> list[str]:
         cos, sin = (
@@ -203,13 +207,13 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
                 add("Add", add("Mul", b, cos), add("Mul", a, sin)),
                 axis=3,
             )
-            narrowed = add("Cast", add("CastLike", turned, "query"), to=FLOAT)
+            narrowed = add.cast(add("CastLike", turned, "query"), "float32")
             rest = add("Slice", x, add("Unsqueeze", count, [0]), [LARGEST_INDEX], [3])
             results.append(add("Concat", add("Gather", narrowed, found, axis=3), rest, axis=3))
         return results
 
     present = add("OptionalHasElement", "cos")
-    return add.choose(present, rotated, lambda _: [query, key], [FLOAT, FLOAT])
+    return add.choose(present, rotated, lambda _: [query, key], ["float32", "float32"])
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -237,12 +241,12 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
     old_sinks = _optional(
         add,
         past_sinks,
-        FLOAT,
-        lambda add: add("Cast", _joined(add, past_sinks, past_tail, 2), to=FLOAT),
+        "float32",
+        lambda add: add.cast(_joined(add, past_sinks, past_tail, 2), "float32"),
         lambda add: add("Slice", new, [0], [0], [2]),
         add("Greater", add("Squeeze", sinks), 0),
     )
-    plain = add("Concat", old_sinks, add("Cast", past_tail, to=FLOAT), new, axis=2)
+    plain = add("Concat", old_sinks, add.cast(past_tail, "float32"), new, axis=2)
 
     def plain_tokens(position: str) -> str:
         """Take tokens by position[B, n]: [B, kv_heads, n, D]; 0 behind the last."""
@@ -303,16 +307,16 @@ def _seal(
 
     def norms(add: Nodes) -> str:
         first = add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3])
-        typed = add("Cast", first, to=norm_dtype)
-        old = add("Cast", _joined(add, past["norm"], typed, 2), to=FLOAT)
+        typed = add.cast(first, norm_dtype)
+        old = add.cast(_joined(add, past["norm"], typed, 2), "float32")
         return stored(add, "norm", old, np.float32(0))
 
     def zeros(add: Nodes) -> str:
-        old = add("Cast", _joined(add, past["zero"], past["scale"], 2), to=FLOAT)
+        old = add.cast(_joined(add, past["zero"], past["scale"], 2), "float32")
         return stored(add, "zero", old, np.float32(0))
 
     packed = stored(add, "packed", past["packed"], np.uint8(0))
-    scale = stored(add, "scale", add("Cast", past["scale"], to=FLOAT), np.float32(0))
+    scale = stored(add, "scale", add.cast(past["scale"], "float32"), np.float32(0))
     tokens = add(
         "Concat", add("Shape", packed, end=3), add("Shape", blocks, start=3, end=4), axis=0
     )
@@ -320,10 +324,15 @@ def _seal(
     has_norm = add("Equal", add.attribute(f"{side}_separate_norm", "int"), 1)
     has_zero = add("Equal", add.attribute(f"{side}_symmetric", "int"), 0)
     norm = _optional(
-        add, past["norm"], FLOAT, norms, lambda add: add("Expand", np.float32(0), tokens), has_norm
+        add,
+        past["norm"],
+        "float32",
+        norms,
+        lambda add: add("Expand", np.float32(0), tokens),
+        has_norm,
     )
     zero = _optional(
-        add, past["zero"], FLOAT, zeros, lambda add: add("Mul", scale, np.float32(0)), has_zero
+        add, past["zero"], "float32", zeros, lambda add: add("Mul", scale, np.float32(0)), has_zero
     )
     for part, value, like in (
         ("packed", packed, "packed"),
@@ -333,7 +342,7 @@ def _seal(
         flat = add("Reshape", value, add("Shape", past[like]))
         add("CastLike", flat, past[like], name=f"present_{side}_{part}")
     flat = add("Reshape", norm, add("Shape", past["packed"], end=3))
-    add("Cast", flat, name=f"present_{side}_norm", to=norm_dtype)
+    add.cast(flat, norm_dtype, name=f"present_{side}_norm")
     return {"packed": packed, "scale": scale, "norm": norm, "zero": zero}
 
 
@@ -411,7 +420,7 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
     """Return the scores before the mask, [B, heads, S, tokens] (A1)."""
     shape = add("Shape", query)
     given = add.attribute("scale", "float")
-    channels = add("Cast", add("Squeeze", add("Shape", query, start=3)), to=FLOAT)
+    channels = add.cast(add("Squeeze", add("Shape", query, start=3)), "float32")
     usual = add("Div", np.float32(1), add("Sqrt", channels))
     scale = add("Where", add("Equal", given, np.float32(0)), usual, given)
     # The query heads of one key/value head are as many more queries.
@@ -432,15 +441,15 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
         own = add("Slice", bias, [0], add("Unsqueeze", longest, [0]), [3])
         return add("Add", scores, own)
 
-    return _optional(add, "attention_bias", FLOAT, biased, lambda _: scores)
+    return _optional(add, "attention_bias", "float32", biased, lambda _: scores)
 
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
-    smooth = add("Cast", add.attribute("smooth_softmax", "int"), to=BOOL)
+    smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
     usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
     sink = _optional(
-        add, "head_sink", FLOAT, lambda add: _widened(add, "head_sink"), lambda _: usual
+        add, "head_sink", "float32", lambda add: _widened(add, "head_sink"), lambda _: usual
     )
     sink = add("Unsqueeze", sink, [0, 2, 3])
     scores = add("Where", seen, scores, NOTHING)

@@ -16,18 +16,7 @@ from nsq_ref.spec import SHRINK
 from onnx_export.operators import rounding
 from onnx_export.operators.nodes import Nodes, make_function
 from onnx_export.operators.rounding import narrow, where_zero
-from onnx_export.operators.schema import (
-    BOOL,
-    DEQUANTIZE,
-    DOUBLE,
-    FLOAT,
-    FLOAT16,
-    INT32,
-    INT64,
-    OPSET,
-    QUANTIZE,
-    UINT8,
-)
+from onnx_export.operators.schema import DEQUANTIZE, ELEMENTS, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
     import onnx
@@ -62,7 +51,7 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     """
     add = Nodes()
     fields = _fields(add)
-    x = add("Cast", "x", to=FLOAT)  # I1
+    x = add.cast("x", "float32")  # I1
     lead = add("Shape", x, end=-2)
     channels = add("Shape", x, start=-1)
     all_tokens = add("Shape", x, start=-2, end=-1)
@@ -84,7 +73,7 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
         fields.separate_norm,
         lambda add: [rounding.norm(add, x_blocks)],  # N1
         lambda add: [add("Expand", np.float32(1), add("Shape", x_blocks, end=-1))],
-        [FLOAT],
+        ["float32"],
     )[0]
     direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
     index, outliers, coded = _outliers(add, direction, fields)  # O1
@@ -92,7 +81,7 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
     scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
     codes = _code(add, direction, scale, zero, fields)  # Q1 Q2
-    has_code = add("And", coded, _a_token(add, add("Cast", norm, to=BOOL)))
+    has_code = add("And", coded, _a_token(add, add.cast(norm, "bool")))
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
     factor = _factor(add, x_blocks, norm, (codes, scale, zero, index, outliers), fields)
 
@@ -107,8 +96,8 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     joined(scale, scales, name="scale")
     add("Squeeze", joined(_a_token(add, factor), tokens), [-1], name="norm")
     joined(zero, scales, name="zero")
-    add("Cast", joined(index, stored_blocks), name="outlier_index", to=INT32)
-    add("Cast", joined(outliers, tokens), name="outliers", to=FLOAT16)
+    add.cast(joined(index, stored_blocks), "int32", name="outlier_index")
+    add.cast(joined(outliers, tokens), "float16", name="outliers")
     add("CastLike", add("Slice", x, [0], sinks, [-2]), "x", name="sinks")  # K1
     return make_function(QUANTIZE, add, opset)
 
@@ -144,7 +133,7 @@ def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
         fields.channel,
         lambda add: [add("Shape", "scale", start=-1)],
         lambda add: [add("Max", [1], "head_dim")],
-        [INT64],
+        ["int64"],
     )[0]
 
     def given(add: Nodes, name: str, kind: Any, *shape: Any) -> str:
@@ -164,17 +153,17 @@ def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
             add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
                 of_token, axis=-2)
         ],
-        [FLOAT],
+        ["float32"],
     )[0]  # fmt: skip
     y = _dequantized(add, _unpack(add, channels, fields), scale, zero)
 
     def with_outliers(add: Nodes) -> list[str]:
         kept = add("Min", fields.outlier_channels, channels)
         index = add("Gather", given(add, "outlier_index", np.int32, [0], kept), block, axis=-2)
-        outliers = add("Cast", given(add, "outliers", np.float16, [0], kept), to=FLOAT)
-        return [add("ScatterElements", y, add("Cast", index, to=INT64), outliers, axis=-1)]
+        outliers = add.cast(given(add, "outliers", np.float16, [0], kept), "float32")
+        return [add("ScatterElements", y, add.cast(index, "int64"), outliers, axis=-1)]
 
-    y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+    y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], ["float32"])[0]
 
     def with_norm(add: Nodes) -> list[str]:
         norm = _a_token(add, given(add, "norm", np.float32, [0]))
@@ -185,16 +174,16 @@ def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
 
         # Not without tokens, as runtimes differ in reducing nothing.
         some = add("And", fields.stores_norm, add("Squeeze", add("Greater", tokens, 0)))
-        unit = add.choose(some, renormalized, lambda _: [y], [FLOAT])[0]
+        unit = add.choose(some, renormalized, lambda _: [y], ["float32"])[0]
         return [add("Mul", norm, unit)]
 
-    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], [FLOAT])[0]  # D1
+    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], ["float32"])[0]  # D1
 
     def with_sinks(add: Nodes) -> list[str]:
         return [add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)]
 
     has_sinks = add("Greater", fields.sink_tokens, 0)
-    whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], [FLOAT])[0]
+    whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], ["float32"])[0]
     add("Identity", whole, name="x_hat")
     return make_function(DEQUANTIZE, add, opset)
 
@@ -228,7 +217,7 @@ def _fields(add: Nodes) -> _Fields:
         )
     }  # fmt: skip
     separate_norm, symmetric = (
-        add("Cast", add.attribute(name, "int"), to=BOOL) for name in ("separate_norm", "symmetric")
+        add.cast(add.attribute(name, "int"), "bool") for name in ("separate_norm", "symmetric")
     )
     channel, _ = add.is_one_of("axis", ["channel", "token"])
     _, search = add.is_one_of("scale_rule", ["range", "search"])
@@ -279,8 +268,8 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         # Of equals TopK takes the lower index.
         add.several("TopK", [peak, count], [f"{largest}_value", largest])
         add.several("TopK", [largest, count], [index, f"{index}_order"], largest=0)
-        every = add("Cast", add("Expand", np.float32(1), add("Shape", peak)), to=BOOL)
-        none = add("Cast", add("Expand", np.float32(0), add("Shape", index)), to=BOOL)
+        every = add.cast(add("Expand", np.float32(1), add("Shape", peak)), "bool")
+        none = add.cast(add("Expand", np.float32(0), add("Shape", index)), "bool")
         coded = add("ScatterElements", every, index, none, axis=-1)
         shape = add("Concat", add("Shape", direction, end=-1), count, axis=0)
         # Not GatherElements, which onnx.reference has only for up to 64 channels.
@@ -288,7 +277,7 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         places = add("Reshape", add("Expand", index, shape), flat)
         rows = add("Reshape", direction, add("Concat", [-1], channels, axis=0))
         values = _reshape(add, add("GatherND", rows, places, batch_dims=1), shape)
-        return [index, narrow(add, values, add.constant(FLOAT16)), coded]
+        return [index, narrow(add, values, add.constant(ELEMENTS["float16"])), coded]
 
     def none(add: Nodes) -> list[str]:
         rows = add("Shape", direction, end=-1)
@@ -297,7 +286,7 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         no_values = add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
         return [no_index, no_values, add.constant(np.ones((1, 1), bool))]
 
-    return add.choose(fields.has_outliers, kept, none, [INT64, FLOAT, BOOL])
+    return add.choose(fields.has_outliers, kept, none, ["int64", "float32", "bool"])
 
 
 def _scale_and_zero(
@@ -316,7 +305,7 @@ def _scale_and_zero(
         """Return the sum of squared errors, in the order of S4, or what is told if not finite."""
         y = _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
         off = add("Where", counted, add("Sub", direction, y), np.float32(0))
-        wide = add("Cast", off, to=DOUBLE)
+        wide = add.cast(off, "float64")
         sums = add("CumSum", add("Mul", wide, wide), axis)
         total = add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
         fits = [add("Less", add("Abs", one), INFINITY) for one in (scale, zero)]
@@ -342,9 +331,9 @@ def _scale_and_zero(
 
         # Nothing is less than -infinity: a full range that does not fit is kept.
         first = [*widest, error(add, widest[0], widest[1], np.float64(-np.inf))]
-        return add.repeat(len(SHRINK) - 1, shrink, first, [FLOAT, FLOAT, DOUBLE])[:2]
+        return add.repeat(len(SHRINK) - 1, shrink, first, ["float32", "float32", "float64"])[:2]
 
-    return add.choose(fields.search, search, lambda _: widest, [FLOAT, FLOAT])
+    return add.choose(fields.search, search, lambda _: widest, ["float32", "float32"])
 
 
 def _range_scale(add: Nodes, low: str, high: str, fields: _Fields) -> list[str]:
@@ -378,15 +367,15 @@ def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields
             of_token = add("Expand", index, add("Shape", outliers))
             return [add("ScatterElements", y, of_token, outliers, axis=-1)]
 
-        y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+        y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], ["float32"])[0]
         return add.choose(
             fields.least_squares,
             lambda add: [rounding.least_squares_gain(add, x, y)],
             lambda add: [add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY))],
-            [FLOAT],
+            ["float32"],
         )
 
-    factor = add.choose(fields.stores_norm, lambda _: [norm], gain, [FLOAT])[0]
+    factor = add.choose(fields.stores_norm, lambda _: [norm], gain, ["float32"])[0]
     return narrow(add, factor, fields.norm_dtype)  # M4
 
 
@@ -408,7 +397,7 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> str:
         lead = add("Shape", numbers, end=-1)
         shape = add("Concat", lead, filled, add("Shape", shifts), axis=0)
         groups = add("Mul", _reshape(add, numbers, shape), add("Gather", POWERS, shifts))
-        row_bytes = add("Cast", add("ReduceSum", groups, [-1], keepdims=0), to=UINT8)
+        row_bytes = add.cast(add("ReduceSum", groups, [-1], keepdims=0), "uint8")
         return add("Slice", row_bytes, [0], size, [-1])
 
     def two_rows(add: Nodes) -> list[str]:
@@ -420,7 +409,7 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> str:
         add("Equal", fields.bits, 3),
         two_rows,
         lambda add: [row(add, padded, fields.bits)],
-        [UINT8],
+        ["uint8"],
     )[0]
 
 
@@ -432,12 +421,12 @@ def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
         shifts = add("Range", 0, 8, bits)
         mask = add("Sub", add("Gather", [2, 4, 8, 16, 32, 64, 128, 256], add("Sub", bits, 1)), 1)
         groups = add(
-            "BitShift", _a_token(add, row_bytes), add("Cast", shifts, to=UINT8), direction="RIGHT"
+            "BitShift", _a_token(add, row_bytes), add.cast(shifts, "uint8"), direction="RIGHT"
         )
-        numbers = add("BitwiseAnd", groups, add("Cast", mask, to=UINT8))
+        numbers = add("BitwiseAnd", groups, add.cast(mask, "uint8"))
         size = add("Mul", add("Shape", row_bytes, start=-1), add("Shape", shifts))
         shape = add("Concat", add("Shape", row_bytes, end=-1), size, axis=0)
-        flat = add("Cast", _reshape(add, numbers, shape), to=FLOAT)
+        flat = add.cast(_reshape(add, numbers, shape), "float32")
         return add("Slice", flat, [0], channels, [-1])
 
     def two_rows(add: Nodes) -> list[str]:
@@ -450,6 +439,6 @@ def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
         add("Equal", fields.bits, 3),
         two_rows,
         lambda add: [row(add, "packed", fields.bits)],
-        [FLOAT],
+        ["float32"],
     )[0]
     return add("Sub", numbers, fields.offset)

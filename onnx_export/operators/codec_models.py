@@ -12,14 +12,7 @@ from nsq_ref.files import atomic
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme, as_scheme
 from onnx_export.operators.codec import dequantize, quantize
 from onnx_export.operators.nodes import Nodes, make_model
-from onnx_export.operators.schema import (
-    DEQUANTIZE,
-    ELEMENTS,
-    FLOAT,
-    INT64,
-    QUANTIZE,
-    scheme_attributes,
-)
+from onnx_export.operators.schema import DEQUANTIZE, QUANTIZE, scheme_attributes
 
 with extra("onnx", __name__):
     import onnx
@@ -76,7 +69,7 @@ def quantize_model(
     add.call(QUANTIZE, {"x": "x"}, made, **scheme_attributes(scheme))
     for name in stored:
         if name in WIDENED:
-            add("Cast", made[name], name=name, to=ELEMENTS[stored[name]])
+            add.cast(made[name], stored[name], name=name)
     return _model(quantize(), add, {"x": dtype}, stored, scheme, rank)
 
 
@@ -121,10 +114,9 @@ def dequantize_model(
     stored = _stored(scheme, dtype)
     add = Nodes()
     given = {
-        name: add("Cast", name, to=FLOAT) if name in (*WIDENED, "sinks") else name
-        for name in stored
+        name: add.cast(name, "float32") if name in (*WIDENED, "sinks") else name for name in stored
     }
-    given["head_dim"] = add("Cast", add("Gather", "shape", -1), to=INT64)
+    given["head_dim"] = add.cast(add("Gather", "shape", -1), "int64")
     add.call(DEQUANTIZE, given, {"x_hat": "x_hat"}, **scheme_attributes(scheme))
     taken = {**stored, "shape": "int32"}
     return _model(dequantize(), add, taken, {"x_hat": "float32"}, scheme, rank)

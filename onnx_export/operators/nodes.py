@@ -16,10 +16,8 @@ import numpy as np
 from nsq_ref import __version__
 from nsq_ref.environment import extra
 from onnx_export.operators.schema import (
-    BOOL,
     DOMAIN,
     ELEMENTS,
-    INT64,
     IR_VERSION,
     OPSET,
     VERSION,
@@ -147,6 +145,17 @@ class Nodes:
         self.several("Constant", [], [output], value=numpy_helper.from_array(array, output))
         return output
 
+    def cast(self, value: str, dtype: str | Reference, name: str = "") -> str:
+        """Add a Cast; dtypes have their names in NumPy, here and below.
+
+        Examples
+        --------
+        >>> Nodes().cast("x", "bfloat16", name="y")
+        'y'
+        """
+        to = ELEMENTS[dtype] if isinstance(dtype, str) else dtype
+        return self("Cast", value, name=name, to=to)
+
     def attribute(self, name: str, kind: str) -> str:
         """Add the value of an attribute of the function: a scalar "int", "float" or "string".
 
@@ -184,7 +193,7 @@ class Nodes:
         condition: str,
         then: Callable[[Nodes], Sequence[str]],
         otherwise: Callable[[Nodes], Sequence[str]],
-        dtypes: Sequence[int],
+        dtypes: Sequence[str],
     ) -> list[str]:
         """Add an If: only the branch that is chosen is computed.
 
@@ -195,7 +204,7 @@ class Nodes:
         then, otherwise : callable
             Add the nodes of a branch to the builder that they are given, and return the names of
             its results, which may be tensors of the graph around it.
-        dtypes : sequence of int
+        dtypes : sequence of str
             Of the results.
 
         Returns
@@ -206,7 +215,7 @@ class Nodes:
         Examples
         --------
         >>> add = Nodes()
-        >>> add.choose("late", lambda add: [add("Neg", "x")], lambda add: ["x"], [1])
+        >>> add.choose("late", lambda add: [add("Neg", "x")], lambda add: ["x"], ["float32"])
         ['chosen_0_0']
         """
         kind = self._new("chosen")
@@ -215,9 +224,7 @@ class Nodes:
             branch = Nodes(f"{kind}_{name[:4]}_")
             # A result of a branch must be made in it.
             results = [branch("Identity", one) for one in fill(branch)]
-            made = [
-                helper.make_tensor_value_info(*r, None) for r in zip(results, dtypes, strict=True)
-            ]
+            made = _infos({r: (dtype, None) for r, dtype in zip(results, dtypes, strict=True)})
             branches[name] = helper.make_graph(branch.nodes, name, [], made)
         outputs = [f"{kind}_{i}" for i in range(len(dtypes))]
         self.several("If", [condition], outputs, **branches)
@@ -228,7 +235,7 @@ class Nodes:
         times: Any,
         step: Callable[[Nodes, str, Sequence[str]], Sequence[str]],
         state: Sequence[str],
-        dtypes: Sequence[int],
+        dtypes: Sequence[str],
     ) -> list[str]:
         """Add a Loop that changes some tensors again and again.
 
@@ -240,7 +247,7 @@ class Nodes:
             state, it adds the nodes of one step, and returns the names of the new state.
         state : sequence of str
             The state at first.
-        dtypes : sequence of int
+        dtypes : sequence of str
             Of the state.
 
         Returns
@@ -251,24 +258,28 @@ class Nodes:
         Examples
         --------
         >>> add = Nodes()
-        >>> add.repeat(3, lambda add, index, state: [add("Add", *state, *state)], ["x"], [1])
+        >>> add.repeat(3, lambda add, index, state: [add("Neg", *state)], ["x"], ["float32"])
         ['repeated_0_0']
         """
         kind = self._new("repeated")
         body = Nodes(f"{kind}_")
         index, more = f"{kind}_index", f"{kind}_more"
         before = [f"{kind}_before_{i}" for i in range(len(state))]
-        info = helper.make_tensor_value_info
         # ONNX Runtime wants to know that these are scalars.
-        given = [info(index, INT64, []), info(more, BOOL, [])]
-        given += [info(name, dtype, None) for name, dtype in zip(before, dtypes, strict=True)]
+        given: Tensors = {
+            index: ("int64", []),
+            more: ("bool", []),
+            **{name: (dtype, None) for name, dtype in zip(before, dtypes, strict=True)},
+        }
         after = [body("Identity", one) for one in step(body, index, before)]
-        made = [info(body("Identity", more), BOOL, [])]
-        made += [info(name, dtype, None) for name, dtype in zip(after, dtypes, strict=True)]
+        made: Tensors = {
+            body("Identity", more): ("bool", []),
+            **{name: (dtype, None) for name, dtype in zip(after, dtypes, strict=True)},
+        }
         outputs = [f"{kind}_{i}" for i in range(len(state))]
         self.several(
             "Loop", [times, np.bool_(True), *state], outputs,
-            body=helper.make_graph(body.nodes, "body", given, made),
+            body=helper.make_graph(body.nodes, "body", _infos(given), _infos(made)),
         )  # fmt: skip
         return outputs
 
@@ -325,15 +336,8 @@ def make_model(
     >>> [one.name for one in model.graph.output]
     ['y']
     """
-    given, made = (
-        [
-            helper.make_tensor_value_info(name, ELEMENTS[dtype], axes)
-            for name, (dtype, axes) in ends.items()
-        ]
-        for ends in (inputs, outputs)
-    )
     model = helper.make_model(
-        helper.make_graph(nodes, name, given, made, initializers),
+        helper.make_graph(nodes, name, _infos(inputs), _infos(outputs), initializers),
         opset_imports=_opsets(nodes, opset),
         functions=functions,
         ir_version=IR_VERSION,
@@ -342,6 +346,13 @@ def make_model(
     )
     helper.set_model_props(model, dict(metadata or {}))
     return model
+
+
+def _infos(tensors: Tensors) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, ELEMENTS[dtype], axes)
+        for name, (dtype, axes) in tensors.items()
+    ]
 
 
 def _opsets(nodes: Sequence[onnx.NodeProto], opset: int) -> list[onnx.OperatorSetIdProto]:

@@ -17,9 +17,8 @@ with extra("onnx", __name__):
     from onnx import TensorProto
 
 __all__ = [
-    "ATTENTION", "BFLOAT16", "BOOL", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "DOUBLE", "ELEMENTS",
-    "FLOAT", "FLOAT16", "INT32", "INT64", "IR_VERSION", "OPERATORS", "OPSET", "QUANTIZE", "SIDES",
-    "UINT8", "VERSION", "Operator", "require_opset", "scheme_attributes",
+    "ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS", "IR_VERSION", "OPERATORS",
+    "OPSET", "QUANTIZE", "SIDES", "VERSION", "Operator", "require_opset", "scheme_attributes",
 ]  # fmt: skip
 
 DOMAIN = "nsq"
@@ -27,22 +26,15 @@ VERSION = 1
 OPSET = 21  # of the standard operators: the least that function bodies can be written in
 IR_VERSION = 10  # the first that belongs to this opset
 
-FLOAT, FLOAT16, BFLOAT16, DOUBLE = (
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE,
-)  # fmt: skip
-UINT8, INT32, INT64, BOOL = (
-    TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL,
-)  # fmt: skip
-
 ELEMENTS: dict[str, int] = {
-    "float32": FLOAT,
-    "float16": FLOAT16,
-    "bfloat16": BFLOAT16,
-    "float64": DOUBLE,
-    "uint8": UINT8,
-    "int32": INT32,
-    "int64": INT64,
-    "bool": BOOL,
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float64": TensorProto.DOUBLE,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
 }
 """ONNX's element types by the names of NumPy's dtypes."""
 

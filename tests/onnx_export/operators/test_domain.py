@@ -114,7 +114,7 @@ def around(made: onnx.NodeProto, depth: str) -> onnx.ModelProto:
             inner.nodes.append(made)
             return ["output"]
 
-        add.choose("late", branch, lambda _: ["query"], [TensorProto.FLOAT])
+        add.choose("late", branch, lambda _: ["query"], ["float32"])
     elif depth == "graph":
         add.nodes.append(made)
     model = helper.make_model(helper.make_graph(add.nodes, "graph", [], []))

@@ -95,20 +95,18 @@ def attention(opset: int = OPSET) -> onnx.FunctionProto:
 def _optional(
     add: Nodes,
     name: str,
-    dtype: str,
     then: Callable[[Nodes], str],
     otherwise: Callable[[Nodes], str],
-    present: str = "",
+    dtype: str = "float32",
 ) -> str:
-    """Choose by whether the function has an input, or by a condition that says the same.
+    """Choose by whether the function has an input.
 
     Where it has not, ``then`` is not computed, but must pass the checks of ONNX, which take the
     name of an absent tensor only as an input of an operator with any number of inputs, and not as
     the first: begin with `_joined` or `_widened`. Its other inputs must be no constants, or the
-    runtime computes it beforehand.
+    runtime computes it beforehand. The same holds where attributes say that there is an input.
     """
-    present = present or add("OptionalHasElement", name)
-    return add.choose(present, lambda add: [then(add)], lambda add: [otherwise(add)], [dtype])[0]
+    return add.choose(add("OptionalHasElement", name), then, otherwise, dtype)
 
 
 def _joined(add: Nodes, name: str, like: str, axis: int) -> str:
@@ -131,7 +129,7 @@ def _heads(add: Nodes, heads: str, kv_heads: str) -> list[str]:
     width = add("Shape", "query", start=2)
     pairs = add("Mul", kv_heads, 2)
     own = add("Div", add("Mul", width, heads), add("Add", heads, pairs))
-    end = _optional(add, "key", "int64", lambda _: width, lambda _: own)
+    end = _optional(add, "key", lambda _: width, lambda _: own, "int64")
     middle = add("Div", add("Add", end, width), 2)
     parts = [add("Slice", "query", [0], end, [2])]
     for name, start, stop in (("key", end, middle), ("value", middle, width)):
@@ -142,17 +140,12 @@ def _heads(add: Nodes, heads: str, kv_heads: str) -> list[str]:
         def together(add: Nodes, start: str = start, stop: str = stop) -> str:
             return add.cast(add("Slice", "query", start, stop, [2]), "float32")
 
-        parts.append(_optional(add, name, "float32", separate, together))
+        parts.append(_optional(add, name, separate, together))
     split = []
     for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True):
         shape = add("Concat", [0, 0], count, [-1], axis=0)
-        split.append(
-            add(
-                "Transpose",
-                add("Reshape", add.cast(part, "float32"), shape),
-                perm=[0, 2, 1, 3],
-            )
-        )
+        by_head = add("Reshape", add.cast(part, "float32"), shape)
+        split.append(add("Transpose", by_head, perm=[0, 2, 1, 3]))
     return split
 
 
@@ -161,9 +154,9 @@ def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
     new = _optional(
         add,
         "new_lengths",
-        "int64",
         lambda add: _joined(add, "new_lengths", "past_lengths", 0),
         lambda add: add("Expand", tokens, add("Shape", "past_lengths")),
+        "int64",
     )
     lengths = Lengths("past_lengths", new, add("Add", "past_lengths", new))
     index = _count(add, tokens)
@@ -176,9 +169,9 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
     ids = _optional(
         add,
         "position_ids",
-        "int64",
         lambda add: _joined(add, "position_ids", positions, 1),
         lambda _: positions,
+        "int64",
     )
     known = add("Where", real, ids, 0)
     interleaved = add.cast(add.attribute("rotary_interleaved", "int"), "bool")
@@ -213,7 +206,7 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
         return results
 
     present = add("OptionalHasElement", "cos")
-    return add.choose(present, rotated, lambda _: [query, key], ["float32", "float32"])
+    return add.choose_several(present, rotated, lambda _: [query, key], ["float32", "float32"])
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -238,13 +231,10 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
     )
 
     # All tokens that are not sealed yet: the sinks, the tail, the new ones.
-    old_sinks = _optional(
-        add,
-        past_sinks,
-        "float32",
+    old_sinks = add.choose(
+        add("Greater", add("Squeeze", sinks), 0),
         lambda add: add.cast(_joined(add, past_sinks, past_tail, 2), "float32"),
         lambda add: add("Slice", new, [0], [0], [2]),
-        add("Greater", add("Squeeze", sinks), 0),
     )
     plain = add("Concat", old_sinks, add.cast(past_tail, "float32"), new, axis=2)
 
@@ -323,17 +313,8 @@ def _seal(
     # By attributes: OptionalHasElement does not take bfloat16.
     has_norm = add("Equal", add.attribute(f"{side}_separate_norm", "int"), 1)
     has_zero = add("Equal", add.attribute(f"{side}_symmetric", "int"), 0)
-    norm = _optional(
-        add,
-        past["norm"],
-        "float32",
-        norms,
-        lambda add: add("Expand", np.float32(0), tokens),
-        has_norm,
-    )
-    zero = _optional(
-        add, past["zero"], "float32", zeros, lambda add: add("Mul", scale, np.float32(0)), has_zero
-    )
+    norm = add.choose(has_norm, norms, lambda add: add("Expand", np.float32(0), tokens))
+    zero = add.choose(has_zero, zeros, lambda add: add("Mul", scale, np.float32(0)))
     for part, value, like in (
         ("packed", packed, "packed"),
         ("scale", scale, "scale"),
@@ -441,16 +422,14 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
         own = add("Slice", bias, [0], add("Unsqueeze", longest, [0]), [3])
         return add("Add", scores, own)
 
-    return _optional(add, "attention_bias", "float32", biased, lambda _: scores)
+    return _optional(add, "attention_bias", biased, lambda _: scores)
 
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
     smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
     usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
-    sink = _optional(
-        add, "head_sink", "float32", lambda add: _widened(add, "head_sink"), lambda _: usual
-    )
+    sink = _optional(add, "head_sink", lambda add: _widened(add, "head_sink"), lambda _: usual)
     sink = add("Unsqueeze", sink, [0, 2, 3])
     scores = add("Where", seen, scores, NOTHING)
     most = add("Max", add("ReduceMax", scores, [3]), sink)

@@ -71,10 +71,9 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
 
     norm = add.choose(
         fields.separate_norm,
-        lambda add: [rounding.norm(add, x_blocks)],  # N1
-        lambda add: [add("Expand", np.float32(1), add("Shape", x_blocks, end=-1))],
-        ["float32"],
-    )[0]
+        lambda add: rounding.norm(add, x_blocks),  # N1
+        lambda add: add("Expand", np.float32(1), add("Shape", x_blocks, end=-1)),
+    )
     direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
     index, outliers, coded = _outliers(add, direction, fields)  # O1
     present = add("Less", places, tokens)
@@ -131,10 +130,10 @@ def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
     # is refused, even where the branch is not taken.
     channels = add.choose(
         fields.channel,
-        lambda add: [add("Shape", "scale", start=-1)],
-        lambda add: [add("Max", [1], "head_dim")],
-        ["int64"],
-    )[0]
+        lambda add: add("Shape", "scale", start=-1),
+        lambda add: add("Max", [1], "head_dim"),
+        "int64",
+    )
 
     def given(add: Nodes, name: str, kind: Any, *shape: Any) -> str:
         """Return an optional input of a dtype, whose axis of length 0 here may have any length."""
@@ -146,44 +145,42 @@ def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
     block = add("Div", count, _tokens_per_block(add, tokens, fields))
     of_token = add("Where", fields.channel, block, count)
     scale = add("Gather", "scale", of_token, axis=-2)
-    zero = add.choose(
-        fields.symmetric,
-        lambda add: [add.constant(np.float32(-0.0))],  # which adds nothing to any product
-        lambda add: [
-            add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
-                of_token, axis=-2)
-        ],
-        ["float32"],
-    )[0]  # fmt: skip
+
+    def stored_zero(add: Nodes) -> str:
+        zero = given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1))
+        return add("Gather", zero, of_token, axis=-2)
+
+    # -0 adds nothing to any product.
+    zero = add.choose(fields.symmetric, lambda add: add.constant(np.float32(-0.0)), stored_zero)
     y = _dequantized(add, _unpack(add, channels, fields), scale, zero)
 
-    def with_outliers(add: Nodes) -> list[str]:
+    def with_outliers(add: Nodes) -> str:
         kept = add("Min", fields.outlier_channels, channels)
         index = add("Gather", given(add, "outlier_index", np.int32, [0], kept), block, axis=-2)
         outliers = add.cast(given(add, "outliers", np.float16, [0], kept), "float32")
-        return [add("ScatterElements", y, add.cast(index, "int64"), outliers, axis=-1)]
+        return add("ScatterElements", y, add.cast(index, "int64"), outliers, axis=-1)
 
-    y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], ["float32"])[0]
+    y = add.choose(fields.has_outliers, with_outliers, lambda _: y)
 
-    def with_norm(add: Nodes) -> list[str]:
+    def with_norm(add: Nodes) -> str:
         norm = _a_token(add, given(add, "norm", np.float32, [0]))
 
-        def renormalized(add: Nodes) -> list[str]:
+        def renormalized(add: Nodes) -> str:
             length = where_zero(add, rounding.norm(add, y), INFINITY)
-            return [add("Div", y, _a_token(add, length))]
+            return add("Div", y, _a_token(add, length))
 
         # Not without tokens, as runtimes differ in reducing nothing.
         some = add("And", fields.stores_norm, add("Squeeze", add("Greater", tokens, 0)))
-        unit = add.choose(some, renormalized, lambda _: [y], ["float32"])[0]
-        return [add("Mul", norm, unit)]
+        unit = add.choose(some, renormalized, lambda _: y)
+        return add("Mul", norm, unit)
 
-    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], ["float32"])[0]  # D1
+    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: y)  # D1
 
-    def with_sinks(add: Nodes) -> list[str]:
-        return [add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)]
+    def with_sinks(add: Nodes) -> str:
+        return add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)
 
     has_sinks = add("Greater", fields.sink_tokens, 0)
-    whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], ["float32"])[0]
+    whole = add.choose(has_sinks, with_sinks, lambda _: x_hat)
     add("Identity", whole, name="x_hat")
     return make_function(DEQUANTIZE, add, opset)
 
@@ -286,7 +283,7 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         no_values = add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
         return [no_index, no_values, add.constant(np.ones((1, 1), bool))]
 
-    return add.choose(fields.has_outliers, kept, none, ["int64", "float32", "bool"])
+    return add.choose_several(fields.has_outliers, kept, none, ["int64", "float32", "bool"])
 
 
 def _scale_and_zero(
@@ -333,7 +330,7 @@ def _scale_and_zero(
         first = [*widest, error(add, widest[0], widest[1], np.float64(-np.inf))]
         return add.repeat(len(SHRINK) - 1, shrink, first, ["float32", "float32", "float64"])[:2]
 
-    return add.choose(fields.search, search, lambda _: widest, ["float32", "float32"])
+    return add.choose_several(fields.search, search, lambda _: widest, ["float32", "float32"])
 
 
 def _range_scale(add: Nodes, low: str, high: str, fields: _Fields) -> list[str]:
@@ -359,23 +356,22 @@ def _dequantized(add: Nodes, codes: str, scale: str, zero: str) -> str:
 def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields) -> str:
     """M1 M2 M3: the narrowed factor of each token."""
 
-    def gain(add: Nodes) -> list[str]:
+    def gain(add: Nodes) -> str:
         codes, scale, zero, index, outliers = coded
         y = _dequantized(add, codes, scale, zero)
 
-        def with_outliers(add: Nodes) -> list[str]:
+        def with_outliers(add: Nodes) -> str:
             of_token = add("Expand", index, add("Shape", outliers))
-            return [add("ScatterElements", y, of_token, outliers, axis=-1)]
+            return add("ScatterElements", y, of_token, outliers, axis=-1)
 
-        y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], ["float32"])[0]
+        y = add.choose(fields.has_outliers, with_outliers, lambda _: y)
         return add.choose(
             fields.least_squares,
-            lambda add: [rounding.least_squares_gain(add, x, y)],
-            lambda add: [add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY))],
-            ["float32"],
+            lambda add: rounding.least_squares_gain(add, x, y),
+            lambda add: add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY)),
         )
 
-    factor = add.choose(fields.stores_norm, lambda _: [norm], gain, ["float32"])[0]
+    factor = add.choose(fields.stores_norm, lambda _: norm, gain)
     return narrow(add, factor, fields.norm_dtype)  # M4
 
 
@@ -400,17 +396,13 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> str:
         row_bytes = add.cast(add("ReduceSum", groups, [-1], keepdims=0), "uint8")
         return add("Slice", row_bytes, [0], size, [-1])
 
-    def two_rows(add: Nodes) -> list[str]:
+    def two_rows(add: Nodes) -> str:
         high = add("Floor", add("Mul", padded, np.float32(0.25)))
         low = add("Sub", padded, add("Mul", high, np.float32(4)))
-        return [add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)]
+        return add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)
 
-    return add.choose(
-        add("Equal", fields.bits, 3),
-        two_rows,
-        lambda add: [row(add, padded, fields.bits)],
-        ["uint8"],
-    )[0]
+    three = add("Equal", fields.bits, 3)
+    return add.choose(three, two_rows, lambda add: row(add, padded, fields.bits), "uint8")
 
 
 def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
@@ -429,16 +421,12 @@ def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
         flat = add.cast(_reshape(add, numbers, shape), "float32")
         return add("Slice", flat, [0], channels, [-1])
 
-    def two_rows(add: Nodes) -> list[str]:
+    def two_rows(add: Nodes) -> str:
         split = add("Div", add("Add", channels, 3), 4)
         low = add("Slice", "packed", [0], split, [-1])
         high = add("Slice", "packed", split, [np.iinfo(np.int64).max], [-1])
-        return [add("Add", row(add, low, 2), add("Mul", row(add, high, 1), np.float32(4)))]
+        return add("Add", row(add, low, 2), add("Mul", row(add, high, 1), np.float32(4)))
 
-    numbers = add.choose(
-        add("Equal", fields.bits, 3),
-        two_rows,
-        lambda add: [row(add, "packed", fields.bits)],
-        ["float32"],
-    )[0]
+    three = add("Equal", fields.bits, 3)
+    numbers = add.choose(three, two_rows, lambda add: row(add, "packed", fields.bits))
     return add("Sub", numbers, fields.offset)

@@ -191,10 +191,10 @@ class Nodes:
     def choose(
         self,
         condition: str,
-        then: Callable[[Nodes], Sequence[str]],
-        otherwise: Callable[[Nodes], Sequence[str]],
-        dtypes: Sequence[str],
-    ) -> list[str]:
+        then: Callable[[Nodes], str],
+        otherwise: Callable[[Nodes], str],
+        dtype: str = "float32",
+    ) -> str:
         """Add an If: only the branch that is chosen is computed.
 
         Parameters
@@ -202,20 +202,36 @@ class Nodes:
         condition : str
             A boolean scalar.
         then, otherwise : callable
-            Add the nodes of a branch to the builder that they are given, and return the names of
-            its results, which may be tensors of the graph around it.
-        dtypes : sequence of str
-            Of the results.
+            Add the nodes of a branch to the builder that they are given, and return the name of
+            its result, which may be a tensor of the graph around it.
+        dtype : str
+            Of the result.
 
         Returns
         -------
-        list of str
-            The names of the results.
+        str
+            The name of the result.
 
         Examples
         --------
-        >>> add = Nodes()
-        >>> add.choose("late", lambda add: [add("Neg", "x")], lambda add: ["x"], ["float32"])
+        >>> Nodes().choose("late", lambda add: add("Neg", "x"), lambda _: "x")
+        'chosen_0_0'
+        """
+        branches = (lambda add: [then(add)]), (lambda add: [otherwise(add)])
+        return self.choose_several(condition, *branches, [dtype])[0]
+
+    def choose_several(
+        self,
+        condition: str,
+        then: Callable[[Nodes], Sequence[str]],
+        otherwise: Callable[[Nodes], Sequence[str]],
+        dtypes: Sequence[str],
+    ) -> list[str]:
+        """Add an If, as `choose`, with several results.
+
+        Examples
+        --------
+        >>> Nodes().choose_several("late", lambda _: ["x"], lambda _: ["y"], ["float32"])
         ['chosen_0_0']
         """
         kind = self._new("chosen")

@@ -144,7 +144,7 @@ def _rounded(
     undecided = add("Less", lower, upper)
     count = add("ReduceSum", add.cast(undecided, "int64"), keepdims=0)
 
-    def decide(add: Nodes) -> list[str]:
+    def decide(add: Nodes) -> str:
         index = add("Squeeze", add("NonZero", add("Reshape", undecided, [-1])), [0])
         ends = [add("Gather", add("Reshape", end, [-1, 1]), index) for end in (lower, upper)]
         rows = []
@@ -153,9 +153,9 @@ def _rounded(
             rows.append(add("Gather", add("Reshape", vector, flat), index))
         decided = add("Squeeze", exact(add, ends[0], ends[1], rows), [1])
         flat = add("ScatterElements", add("Reshape", lower, [-1]), index, decided)
-        return [add("Reshape", flat, add("Shape", lower))]
+        return add("Reshape", flat, add("Shape", lower))
 
-    return add.choose(add("Greater", count, 0), decide, lambda _: [lower], ["float32"])[0]
+    return add.choose(add("Greater", count, 0), decide, lambda _: lower)
 
 
 def _middle(add: Nodes, lower: str, upper: str) -> str:

@@ -110,11 +110,11 @@ def around(made: onnx.NodeProto, depth: str) -> onnx.ModelProto:
     add = Nodes()
     if depth == "branch":
 
-        def branch(inner: Nodes) -> list[str]:
+        def branch(inner: Nodes) -> str:
             inner.nodes.append(made)
-            return ["output"]
+            return "output"
 
-        add.choose("late", branch, lambda _: ["query"], ["float32"])
+        add.choose("late", branch, lambda _: "query")
     elif depth == "graph":
         add.nodes.append(made)
     model = helper.make_model(helper.make_graph(add.nodes, "graph", [], []))

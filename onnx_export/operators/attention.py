@@ -44,20 +44,11 @@ class Side(NamedTuple):
 
 
 def attention(opset: int = OPSET) -> onnx.FunctionProto:
-    """Return the body of nsq.Attention; its attributes and inputs decide what it does.
+    """Return ``nsq.Attention``, in standard operators of an opset that is at least 21.
 
     It calls nsq.Quantize and nsq.Dequantize. An input that does not fit ends in an error of some
     operator, as does a length beyond the capacity; keys, values and blocks that rules I2, N1, M4,
     S5 and D3 refuse are not told.
-
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21, as in the model.
-
-    Returns
-    -------
-    onnx.FunctionProto
 
     Examples
     --------

@@ -29,20 +29,10 @@ POWERS = 2.0 ** np.arange(8, dtype=np.float32)
 
 
 def quantize(opset: int = OPSET) -> onnx.FunctionProto:
-    """Return ``nsq.Quantize``.
+    """Return ``nsq.Quantize``, in standard operators of an opset that is at least 21.
 
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21.
-
-    Returns
-    -------
-    onnx.FunctionProto
-        Input ``x [..., T, D]``, float32, float16 or bfloat16. Outputs ``packed`` (uint8),
-        ``scale``, ``norm`` and ``zero`` (float32, which hold values of the stored dtypes),
-        ``outlier_index`` (int32), ``outliers`` (float16) and ``sinks`` (dtype of ``x``), of which
-        a scheme stores some.
+    Of the outputs, ``scale``, ``norm`` and ``zero`` are float32 that holds values of the stored
+    dtypes, and ``sinks`` has the dtype of ``x``. What a scheme does not store says nothing.
 
     Examples
     --------
@@ -102,19 +92,10 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
 
 
 def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
-    """Return ``nsq.Dequantize``.
+    """Return ``nsq.Dequantize``, in standard operators of an opset that is at least 21.
 
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21.
-
-    Returns
-    -------
-    onnx.FunctionProto
-        Inputs are the outputs of ``nsq.Quantize``, sinks as float32, and ``head_dim``, an int64
-        scalar that is only needed for axis token; what a scheme does not store is left out. Output
-        ``x_hat [..., T, D]``, float32.
+    Inputs are the outputs of ``nsq.Quantize``, sinks as float32, and ``head_dim``, an int64 scalar
+    that is only needed for axis token; what a scheme does not store is left out.
 
     Examples
     --------

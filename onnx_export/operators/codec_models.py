@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from nsq_ref import __version__
 from nsq_ref.arrays import as_integer
 from nsq_ref.environment import extra
 from nsq_ref.files import atomic
@@ -180,9 +181,12 @@ def _model(
         for ends in (inputs, outputs)
     )
     metadata = {"nsq.spec": SPEC_VERSION, "nsq.scheme": json.dumps(scheme.to_dict())}
-    return make_model(
+    model = make_model(
         function.name, add.nodes, given, made, functions=[function], metadata=metadata
     )
+    # Written to files, so that they say which release made them.
+    model.producer_name, model.producer_version = "nsq-ref", __version__
+    return model
 
 
 def _axes(name: str, scheme: Scheme, rank: int | None) -> list[str | int] | None:

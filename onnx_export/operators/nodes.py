@@ -1,9 +1,9 @@
 """The one builder of nodes, functions and models; nodes are added one by one.
 
-It makes the messages of ONNX themselves, not the objects of onnx_ir. A node here is a line that
-names what it takes; inputs that may be absent, attributes that refer to those of a function, and
-branches that see the tensors around them are such names, for which onnx_ir wants an object each.
-What is built is read by it in one call (``onnx_ir.from_proto``), where a graph is to be changed.
+It makes the messages of ONNX themselves, not the objects of onnx_ir, which would be one more
+dependency, with sympy behind it. A node here is a line that names what it takes: inputs that may be
+absent, attributes of the function and tensors around a branch are such names, where onnx_ir wants
+an object for each. Who changes a graph reads what is built in one call, ``onnx_ir.from_proto``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref import __version__
 from nsq_ref.environment import extra
 from onnx_export.operators.schema import (
     DOMAIN,
@@ -357,8 +356,7 @@ def make_model(
         opset_imports=_opsets(nodes, opset),
         functions=functions,
         ir_version=IR_VERSION,
-        producer_name="nsq-ref",
-        producer_version=__version__,
+        producer_name="onnx_export",
     )
     helper.set_model_props(model, dict(metadata or {}))
     return model

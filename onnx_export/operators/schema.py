@@ -18,7 +18,7 @@ with extra("onnx", __name__):
 
 __all__ = [
     "ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS", "IR_VERSION", "OPERATORS",
-    "OPSET", "QUANTIZE", "SIDES", "VERSION", "Operator", "require_opset", "scheme_attributes",
+    "OPSET", "QUANTIZE", "VERSION", "Operator", "require_opset", "scheme_attributes",
 ]  # fmt: skip
 
 DOMAIN = "nsq"
@@ -126,29 +126,29 @@ def require_opset(opset: int) -> None:
         raise ValueError(f"opset={opset} is too old; the functions need at least {OPSET}")
 
 
-PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
-OPTIONAL_PARTS = frozenset(PARTS[2:])
+_PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")
+_OPTIONAL = frozenset(_PARTS[2:])
 
 QUANTIZE = Operator(
     "Quantize",
     inputs=("x",),
-    outputs=PARTS,
-    optional=OPTIONAL_PARTS,
+    outputs=_PARTS,
+    optional=_OPTIONAL,
     dtypes=tuple(FLOAT_DTYPES),
     attributes=scheme_attributes(Scheme()),
 )
 DEQUANTIZE = Operator(
     "Dequantize",
-    inputs=(*PARTS, "head_dim"),
+    inputs=(*_PARTS, "head_dim"),
     outputs=("x_hat",),
-    optional=OPTIONAL_PARTS | {"head_dim"},
+    optional=_OPTIONAL | {"head_dim"},
     dtypes=("float32",),
     attributes=scheme_attributes(Scheme()),
 )
 
-SIDES = ("key", "value")
+_SIDES = ("key", "value")
 CACHE_PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
-_CACHE = [f"{side}_{part}" for side in SIDES for part in CACHE_PARTS]
+_CACHE = [f"{side}_{part}" for side in _SIDES for part in CACHE_PARTS]
 _REQUIRED = ("heads", "kv_heads", "key_block_size", "value_block_size")
 
 ATTENTION = Operator(
@@ -177,7 +177,7 @@ ATTENTION = Operator(
         "smooth_softmax": 0,
         **{
             name: default
-            for side in SIDES
+            for side in _SIDES
             for name, default in scheme_attributes(Scheme(), f"{side}_").items()
             if name not in _REQUIRED and not name.endswith("outlier_channels")
         },

@@ -13,12 +13,7 @@ from nsq_ref.environment import extra
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme, as_scheme
 from onnx_export.operators.domain import functions
 from onnx_export.operators.nodes import Nodes, make_model
-from onnx_export.operators.schema import (
-    ATTENTION,
-    CACHE_PARTS,
-    OPSET,
-    scheme_attributes,
-)
+from onnx_export.operators.schema import ATTENTION, CACHE_PARTS, OPSET, scheme_attributes
 
 with extra("onnx", __name__):
     import onnx

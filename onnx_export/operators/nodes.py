@@ -14,15 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsq_ref.environment import extra
-from onnx_export.operators.schema import (
-    DOMAIN,
-    ELEMENTS,
-    IR_VERSION,
-    OPSET,
-    VERSION,
-    Operator,
-    require_opset,
-)
+from onnx_export.operators.schema import DOMAIN, ELEMENTS, IR_VERSION, OPSET, VERSION, Operator
 
 with extra("onnx", __name__):
     import onnx
@@ -61,23 +53,11 @@ class Nodes:
         self._prefix = prefix
 
     def __call__(self, operator: str, *inputs: Any, name: str = "", **attributes: Any) -> str:
-        """Add a node with one output, and return its name.
+        """Add a node with one output, and return its name: ``name``, or a new one.
 
-        Parameters
-        ----------
-        operator : str
-            Of the standard domain, unless ``domain`` is among the attributes.
-        *inputs : str, number, list of int or array
-            Names of tensors ("" for one left out); anything else becomes a constant.
-        name : str, optional
-            Of the output; a new one by default.
-        **attributes
-            Of the node; a `Reference` is an attribute of the function.
-
-        Returns
-        -------
-        str
-            The name of the output.
+        Inputs are names of tensors, "" for one that is left out; anything else becomes a constant.
+        The operator is a standard one, unless ``domain`` is among the attributes. An attribute may
+        be a `Reference` to one of the function.
 
         Examples
         --------
@@ -194,22 +174,10 @@ class Nodes:
         otherwise: Callable[[Nodes], str],
         dtype: str = "float32",
     ) -> str:
-        """Add an If: only the branch that is chosen is computed.
+        """Add an If, by a boolean scalar: only the branch that is chosen is computed.
 
-        Parameters
-        ----------
-        condition : str
-            A boolean scalar.
-        then, otherwise : callable
-            Add the nodes of a branch to the builder that they are given, and return the name of
-            its result, which may be a tensor of the graph around it.
-        dtype : str
-            Of the result.
-
-        Returns
-        -------
-        str
-            The name of the result.
+        Each branch adds its nodes to the builder that it is given, and returns the name of its
+        result, which may be a tensor of the graph around it. Returns the name of what was chosen.
 
         Examples
         --------
@@ -252,23 +220,11 @@ class Nodes:
         state: Sequence[str],
         dtypes: Sequence[str],
     ) -> list[str]:
-        """Add a Loop that changes some tensors again and again.
+        """Add a Loop that changes some tensors, the state, again and again.
 
-        Parameters
-        ----------
-        times : int or str
-        step : callable
-            Given a builder, the name of the number of the step, an int64 scalar, and those of the
-            state, it adds the nodes of one step, and returns the names of the new state.
-        state : sequence of str
-            The state at first.
-        dtypes : sequence of str
-            Of the state.
-
-        Returns
-        -------
-        list of str
-            The names of the last state.
+        ``step`` is given a builder, the name of the number of the step, an int64 scalar, and those
+        of the state; it adds the nodes of one step, and returns the names of the new state. Returns
+        the names of the last one.
 
         Examples
         --------
@@ -316,7 +272,8 @@ def make_function(operator: Operator, add: Nodes, opset: int) -> onnx.FunctionPr
     >>> make_function(QUANTIZE, Nodes(), 21).name
     'Quantize'
     """
-    require_opset(opset)
+    if opset < OPSET:
+        raise ValueError(f"opset={opset} is too old; the functions need at least {OPSET}")
     required = [name for name, default in operator.attributes.items() if default is None]
     defaults = [
         helper.make_attribute(name, default)

@@ -18,7 +18,7 @@ with extra("onnx", __name__):
 
 __all__ = [
     "ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS", "IR_VERSION", "OPERATORS",
-    "OPSET", "QUANTIZE", "VERSION", "Operator", "require_opset", "scheme_attributes",
+    "OPSET", "QUANTIZE", "VERSION", "Operator", "scheme_attributes",
 ]  # fmt: skip
 
 DOMAIN = "nsq"
@@ -108,22 +108,6 @@ def scheme_attributes(scheme: Scheme, prefix: str = "") -> dict[str, Any]:
         values[name] = ELEMENTS[values[name]]
     values["block_size"] = values["block_size"] or 0
     return {prefix + name: value for name, value in values.items()}
-
-
-def require_opset(opset: int) -> None:
-    """Refuse a version of the standard operators that the functions cannot be written in.
-
-    Raises
-    ------
-    ValueError
-        Below 21.
-
-    Examples
-    --------
-    >>> require_opset(21)
-    """
-    if opset < OPSET:
-        raise ValueError(f"opset={opset} is too old; the functions need at least {OPSET}")
 
 
 _PARTS = ("packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks")

@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from nsq_ref import Scheme, attention
-from onnx_export.operators import (
-    attention_model,
-    attention_node,
-    cache_fields,
-)
+from onnx_export.operators import attention_model, attention_node, cache_fields
 
 SCHEME = Scheme(block_size=4)
 NUMBERS = (None, -1.0, -0.0, 0.0, 1e-50, 1e-40, 0.5, 30.0, 1e39, np.nan, np.inf, -np.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import numpy as np
@@ -127,3 +128,18 @@ def test_check_nodes_takes_what_the_builders_make() -> None:
     """Attention calls Quantize and Dequantize, with attributes of its own."""
     check_nodes(quantize_model(Scheme()))
     check_nodes(attention_model(SCHEME, SCHEME, heads=4, kv_heads=2, head_dim=8))
+
+
+# --- earlier names -------------------------------------------------------------------------------
+
+EARLIER = {
+    "attention": ["attention_model", "attention_node", "cache_fields"],
+    "codec": ["dequantize_model", "quantize_model", "save_models"],
+    "functions": ["DOMAIN", "VERSION", "check_nodes", "functions", "scheme_attributes"],
+}
+
+
+@pytest.mark.parametrize("module", EARLIER)
+def test_earlier_modules_have_their_names(module: str) -> None:
+    earlier = importlib.import_module(f"onnx_export.{module}")
+    assert set(EARLIER[module]) <= set(earlier.__all__)

@@ -24,7 +24,7 @@ test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
 	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
 	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS) custom_ops/test_memory.py custom_ops/test_host.py \
-	    operators/test_codec.py operators/test_options.py)
+	    operators/test_codec_models.py operators/test_attention_options.py)
 
 # Python itself leaks, by intention; hypothesis draws few examples, as this is slow. The sanitizer
 # finds what onnxruntime throws with only if libstdc++ is loaded as early as it is.

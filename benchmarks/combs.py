@@ -18,8 +18,8 @@ from rich.progress import track
 from rich.table import Table
 
 import nsq_ref as nsq
-from onnx_export.attention import attention_model
 from onnx_export.custom_ops import register
+from onnx_export.operators import attention_model
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import helper
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from rich.console import Console
 from rich.progress import track
@@ -39,10 +39,10 @@ from benchmarks.timing import (
     write_json,
 )
 from nsq_ref.scheme import SchemeName
-from onnx_export.attention import attention_node
-from onnx_export.codec import dequantize_model, quantize_model
 from onnx_export.custom_ops import register
-from onnx_export.functions import DOMAIN, VERSION
+from onnx_export.operators import attention_node, dequantize_model, quantize_model
+from onnx_export.operators.nodes import make_model
+from onnx_export.operators.schema import ELEMENTS
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -60,14 +60,6 @@ INT4_STEP = 0.5  # of GroupQueryAttention's static scales: standard normal data 
 PEER, PEER_FLOAT = "GQA int4", "GQA float32"
 READ_BYTES = 1 << 28  # more than caches of the processor hold
 SETTLE = 0.1  # seconds: threads of the sessions before spin for up to half of it
-OPSET, IR_VERSION = 21, 10
-ELEMENT = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "uint8": TensorProto.UINT8,
-    "int32": TensorProto.INT32,
-    "int64": TensorProto.INT64,
-}
 
 
 class Native(NamedTuple):
@@ -367,7 +359,7 @@ class Step:
             (self.binding.bind_output, results),
         ):
             for name, array in arrays.items():
-                element = ELEMENT[array.dtype.name]
+                element = ELEMENTS[array.dtype.name]
                 bind(name, "cpu", 0, element, array.shape, array.ctypes.data)
 
     def __call__(self) -> None:
@@ -439,7 +431,7 @@ def native_step(
     results |= {f"present_{name}": array for name, array in cache.items()}
     scheme = replace(nsq.Scheme.named(scheme_name), block_size=BLOCK_SIZE)
     node = attention_node(scheme, scheme, heads=HEADS, kv_heads=KV_HEADS)
-    model = one_node(node, feeds, results, helper.make_opsetid(DOMAIN, VERSION))
+    model = one_node(node, feeds, results)
     return Step(model, threads, native, feeds, results)
 
 
@@ -475,8 +467,7 @@ def peer_step(new: Arrays, keys: Array, values: Array, past: int, threads: int) 
         kv_num_heads=KV_HEADS,
         **attributes,
     )
-    version = helper.make_opsetid("com.microsoft", 1)
-    model = one_node(node, feeds, results, version, initializers)
+    model = one_node(node, feeds, results, initializers)
     return Step(model, threads, None, feeds, results)
 
 
@@ -484,19 +475,13 @@ def one_node(
     node: onnx.NodeProto,
     feeds: Arrays,
     results: Arrays,
-    version: onnx.OperatorSetIdProto,
     initializers: Sequence[onnx.TensorProto] = (),
 ) -> onnx.ModelProto:
     given, made = (
-        [
-            helper.make_tensor_value_info(name, ELEMENT[array.dtype.name], array.shape)
-            for name, array in arrays.items()
-        ]
+        {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
         for arrays in (feeds, results)
     )
-    graph = helper.make_graph([node], "one node", given, made, initializers)
-    imports = [helper.make_opsetid("", OPSET), version]
-    return helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
+    return make_model("one node", [node], given, made, initializers=initializers)
 
 
 def as_int4(x: Float32) -> npt.NDArray[np.uint8]:

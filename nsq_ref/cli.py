@@ -705,7 +705,7 @@ def codec(
         )
     ((_, chosen),) = _checked_schemes([scheme], False, changes)
     try:
-        from onnx_export.codec import dequantize_model, quantize_model, save_models
+        from onnx_export.operators import dequantize_model, quantize_model, save_models
     except ModuleNotFoundError as error:
         raise ValueError(
             f"nsq onnx needs {error.name}; pip install 'nsq-ref[onnx]' brings all it uses"

@@ -5,9 +5,12 @@ import sys
 from nsq_ref.renamed import Renamed
 
 RENAMED = {
+    "onnx_export.attention": "onnx_export.operators",
+    "onnx_export.codec": "onnx_export.operators",
     "onnx_export.decoder": "onnx_export.models.decoder",
     "onnx_export.demo": "onnx_export.evaluation.demo",
     "onnx_export.fidelity": "onnx_export.evaluation.fidelity",
+    "onnx_export.functions": "onnx_export.operators",
     "onnx_export.gguf_file": "onnx_export.models.gguf",
     "onnx_export.graph": "onnx_export.models.built",
     "onnx_export.smollm2": "onnx_export.models.sources",

@@ -18,7 +18,7 @@ from nsq_ref.codec import PARTS, Backend
 from nsq_ref.conformance import model
 from nsq_ref.strategies import schemes
 from onnx_export import custom_ops
-from onnx_export.codec import dequantize_model
+from onnx_export.operators import dequantize_model
 from tests.support.onnx_runners import RUNNERS, Run, array_of, value_of
 
 Float32 = NDArray[np.float32]

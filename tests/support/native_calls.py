@@ -27,8 +27,9 @@ from onnx import TensorProto, helper
 from nsq_ref import Scheme
 from nsq_ref.codec import PARTS
 from onnx_export.custom_ops import register
-from onnx_export.functions import DOMAIN, scheme_attributes
-from tests.support.onnx_attention import ELEMENT, Config, make_inputs, model
+from onnx_export.operators import DOMAIN, scheme_attributes
+from onnx_export.operators.schema import ELEMENTS
+from tests.support.onnx_attention import Config, make_inputs, model
 from tests.support.onnx_runners import array_of, model_of
 from tests.support.processors import CPUS
 
@@ -90,7 +91,7 @@ class Session:
 def bind(how: Callable[..., None], name: str, array: Array) -> None:
     # An array without elements has no memory to bind; any address will do.
     address = (array if array.size else np.zeros(1)).ctypes.data
-    how(name, "cpu", 0, ELEMENT[array.dtype.name], array.shape, address)
+    how(name, "cpu", 0, ELEMENTS[array.dtype.name], array.shape, address)
 
 
 Run = Callable[[Session, Arrays], dict[str, Array]]

@@ -16,25 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from nsq_ref import KVCache, Quantized, Scheme, attention
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName
-from onnx_export.attention import attention_model, cache_fields
+from onnx_export.operators import attention_model, cache_fields
+from onnx_export.operators.schema import ELEMENTS
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Inputs = dict[str, Array]
 
-ELEMENT = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "uint8": TensorProto.UINT8,
-    "int32": TensorProto.INT32,
-    "int64": TensorProto.INT64,
-}
 PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
 CACHE = tuple(f"{side}_{part}" for side in ("key", "value") for part in PARTS)
 INPUTS = (
@@ -195,7 +187,7 @@ class Runner:
         for bind, arrays in ((binding.bind_input, feeds), (binding.bind_output, results)):
             for name, array in arrays.items():
                 address = (array if array.size else spare).ctypes.data
-                bind(name, "cpu", 0, ELEMENT[array.dtype.name], array.shape, address)
+                bind(name, "cpu", 0, ELEMENTS[array.dtype.name], array.shape, address)
         self.session.run_with_iobinding(binding)
 
 

@@ -14,8 +14,8 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from nsq_ref import Scheme
-from onnx_export.codec import quantize_model
 from onnx_export.custom_ops import register
+from onnx_export.operators import quantize_model
 
 
 def runs(name: str) -> bool:

@@ -18,7 +18,7 @@ from nsq_ref import Quantized, Scheme, dequantize, files, oracle, quantize, roun
 from nsq_ref.codec import Backend
 from nsq_ref.scheme import as_scheme
 from nsq_ref.strategies import AWKWARD
-from onnx_export.codec import dequantize_model, quantize_model
+from onnx_export.operators import dequantize_model, quantize_model
 from tests.nsq_ref.test_foreign_parts import native
 from tests.support.onnx_runners import RUNNERS
 from tests.support.rows import norm_ties

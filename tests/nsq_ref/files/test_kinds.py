@@ -12,7 +12,7 @@ import pytest
 
 from nsq_ref import KVCache, Scheme, cli, files, quantize
 from nsq_ref.files import kinds
-from onnx_export.codec import quantize_model, save_models
+from onnx_export.operators import quantize_model, save_models
 from onnx_export.testing import tiny_gguf
 
 KEYS = np.random.default_rng(0).standard_normal((2, 20, 8), dtype=np.float32)

@@ -14,9 +14,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from nsq_ref import Scheme
 from onnx_export.custom_ops import library_path, register
+from onnx_export.operators.schema import ELEMENTS
 from tests.support.onnx_attention import (
     CACHE,
-    ELEMENT,
     INPUTS,
     Array,
     Config,
@@ -102,7 +102,7 @@ class Call:
             for name, array in arrays.items():
                 assert array.flags.c_contiguous
                 address = (array if array.size else spare).ctypes.data
-                bind(name, "cpu", 0, ELEMENT[array.dtype.name], array.shape, address)
+                bind(name, "cpu", 0, ELEMENTS[array.dtype.name], array.shape, address)
         self.session.run_with_iobinding(binding)
         return self.results
 

@@ -29,8 +29,13 @@ from nsq_ref.conformance.family import scheme_named
 from nsq_ref.conformance.operations import DONE, REFUSED, Answer, Case, Operation
 from nsq_ref.conformance.worker import Model
 from onnx_export import custom_ops
-from onnx_export.codec import dequantize_model, quantize_model
-from onnx_export.functions import DOMAIN, VERSION, scheme_attributes
+from onnx_export.operators import (
+    DOMAIN,
+    VERSION,
+    dequantize_model,
+    quantize_model,
+    scheme_attributes,
+)
 from tests.support.processors import CPUS
 
 Array = npt.NDArray[Any]
@@ -198,7 +203,7 @@ def test_of_equal_errors_the_wider_range_is_kept(cpu: str, tmp_path: Path) -> No
 FLUSHING = """
 import numpy as np
 import nsq_ref as nsq
-from onnx_export.codec import quantize_model
+from onnx_export.operators import quantize_model
 from tests.onnx_export.custom_ops.test_codec import session_of, without_functions
 
 x = np.float32([[1e-40, 3e-40, -2e-41], [2e-42, 0, 1e-41]])

@@ -14,7 +14,7 @@ import nsq_ref as nsq
 from nsq_ref import Scheme
 from nsq_ref.scheme import SchemeName
 from onnx_export import custom_ops
-from onnx_export.codec import quantize_model
+from onnx_export.operators import quantize_model
 from tests.support.compilers import compile_program
 
 ROOT = Path(__file__).parents[3]

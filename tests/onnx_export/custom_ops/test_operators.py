@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from nsq_ref import Scheme
 from onnx_export import custom_ops
-from onnx_export.codec import quantize_model
+from onnx_export.operators import quantize_model
 from tests.support.onnx_runners import model_of
 
 X = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)

@@ -14,12 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nsq_ref import Scheme
-from onnx_export.attention import attention_node, cache_fields
 from onnx_export.custom_ops import register
-from onnx_export.functions import DOMAIN, VERSION, functions
 from onnx_export.models.built import cached_onnx
 from onnx_export.models.texts import read_address
 from onnx_export.models.tokenizer import Tokenizer
+from onnx_export.operators import DOMAIN, VERSION, attention_node, cache_fields, functions
 
 SCHEME = Scheme(symmetric=False, magnitude="lsq", block_size=32, sink_tokens=1)
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 9, 3, 64, 30

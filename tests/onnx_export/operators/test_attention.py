@@ -16,7 +16,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from nsq_ref import RangeError, Scheme, attention
 from nsq_ref.strategies import schemes
 from onnx_export.custom_ops import library_path
-from onnx_export.functions import functions
+from onnx_export.operators import functions
 from tests.support.onnx_attention import (
     Config,
     Expected,

@@ -1,212 +1,157 @@
-"""Models that quantize and dequantize: judged by the conformance kit, written by the command."""
+"""nsq.Quantize and nsq.Dequantize in standard operators: the reference's bytes, everywhere."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from hypothesis import assume, given, settings
+from onnx import TensorProto, helper
 
-from nsq_ref import SPEC_VERSION, Scheme
+import nsq_ref as nsq
+from nsq_ref import Scheme, strategies
 from nsq_ref.codec import PARTS
-from nsq_ref.conformance.check import run
-from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import DONE, Answer, Case
-from nsq_ref.conformance.report import as_text
-from onnx_export.codec import dequantize_model, quantize_model, save_models
-from tests.nsq_ref.cli.test_verbs import refused
-from tests.nsq_ref.cli.test_verbs import run as nsq
-from tests.support.onnx_runners import RUNNERS, Run
-
-# Every family of names, width, axis, factor and option once.
-FEW = (
-    "naive3", "pchan2", "nsep8", "nsep+out4", "nsep+pchan4", "streaming3", "streaming2",
-    "nsep+pchan4-gain", "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search",
-    "nsep+pchan4-blocks",
-)  # fmt: skip
-
-
-class Models:
-    """The models of a scheme as a port: one of each dtype, made when it is asked for."""
-
-    name = "models"
-
-    def __init__(self, scheme: Scheme, runner: Callable[[onnx.ModelProto], Run]) -> None:
-        self._scheme, self._runner = scheme, runner
-        self._runs: dict[tuple[str, str], Run] = {}
-
-    def ask(self, number: int, case: Case) -> Answer:
-        typed: npt.NDArray[Any] = np.zeros(0, np.float32)  # a decoder without sinks needs no dtype
-        dtype = case.inputs.get("x", case.inputs.get("sinks", typed)).dtype.name
-        kind = case.operation, dtype
-        if kind not in self._runs:
-            make = quantize_model if case.operation == "encode" else dequantize_model
-            self._runs[kind] = self._runner(make(self._scheme, dtype))
-        return Answer(DONE, self._runs[kind](case.inputs))
-
-    def close(self) -> None:
-        pass
-
-
-def assert_conforms(name: str, runner: str) -> None:
-    port = Models(FAMILY[name], RUNNERS[runner])
-    report = run(port, [(name, FAMILY[name])], ["encode", "decode"], refusals=False)
-    assert report.conforms, as_text(report, color=False)
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_models_conform(name: str) -> None:
-    """N1 N2 O1 S1 S2 S3 S4 Q1 Q2 P1 M1 M2 M3 D1 Z1 K1 B1 I1. Every case, without latitude."""
-    assert_conforms(name, "onnxruntime")
-
-
-@pytest.mark.parametrize("runner", [name for name in RUNNERS if name != "onnxruntime"])
-@pytest.mark.parametrize("name", FEW)
-def test_models_conform_on_other_runtimes(name: str, runner: str) -> None:
-    """N1 N2 O1 S1 S2 S3 S4 Q1 Q2 P1 M1 M2 M3 D1 Z1 K1 B1 I1. Every case, without latitude."""
-    assert_conforms(name, runner)
-
-
-# --- models -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [2, 3, 4])
-@pytest.mark.parametrize("name", FEW)
-def test_models_are_valid(name: str, rank: int) -> None:
-    """The checker of ONNX finds nothing, types and shapes inferred and all."""
-    scheme = FAMILY[name]
-    for dtype in ("float32", "bfloat16"):
-        for make in (quantize_model, dequantize_model):
-            onnx.checker.check_model(make(scheme, dtype, rank), full_check=True)
-
-
-def test_what_a_model_holds() -> None:
-    """P1. One node, the function it uses, and the names and dtypes of the stored parts."""
-    scheme = Scheme(symmetric=False, sink_tokens=1, outlier_channels=2, norm_dtype="bfloat16")
-    encode, decode = (make(scheme, "float16") for make in (quantize_model, dequantize_model))
-    for model, operator in ((encode, "Quantize"), (decode, "Dequantize")):
-        assert [one.op_type for one in model.graph.node if one.domain == "nsq"] == [operator]
-        assert [one.name for one in model.functions] == [operator]
-        held = {one.key: one.value for one in model.metadata_props}
-        assert held["nsq.spec"] == SPEC_VERSION
-        assert Scheme.from_dict(json.loads(held["nsq.scheme"])) == scheme
-    kinds = [one.type.tensor_type.elem_type for one in encode.graph.output]
-    assert [one.name for one in encode.graph.output] == list(PARTS)
-    assert kinds == [2, 10, 16, 10, 6, 10, 10]
-    assert [one.type.tensor_type.elem_type for one in decode.graph.input] == [*kinds, 6]
-    assert [one.name for one in decode.graph.input] == [*PARTS, "shape"]
-
-
-@pytest.mark.parametrize("make", [quantize_model, dequantize_model])
-def test_bad_arguments(make: Callable[..., onnx.ModelProto]) -> None:
-    """I1. What no array can have."""
-    with pytest.raises(ValueError, match="dtype='float64' is not one of float16, bfloat16"):
-        make(Scheme(), "float64")
-    with pytest.raises(ValueError, match="rank=1 is too small"):
-        make(Scheme(), rank=1)
-
-
-def test_models_are_written_together(tmp_path: Path) -> None:
-    """Where one cannot be written, none is, and nothing is left."""
-    models = {tmp_path / name: quantize_model(Scheme()) for name in ("one", "two")}
-    (tmp_path / "two").mkdir()
-    with pytest.raises(FileExistsError, match=r"exists and is not a regular file.*two"):
-        save_models(models)
-    assert [path.name for path in tmp_path.iterdir()] == ["two"]
-
-
-RACED = """
-import sys
-from pathlib import Path
-from nsq_ref import Scheme
-from onnx_export.codec import quantize_model, save_models
-
-one, two = Path(sys.argv[1], "one"), Path(sys.argv[1], "two")
-
-def put_a_folder_in_the_way(event, arguments):
-    if event == "os.rename" and str(arguments[1]) == str(two):
-        two.mkdir()
-
-sys.addaudithook(put_a_folder_in_the_way)
-try:
-    save_models({one: quantize_model(Scheme()), two: quantize_model(Scheme())})
-except OSError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_a_second_model_that_cannot_be_moved_undoes_the_first(
-    old: bytes | None, tmp_path: Path
-) -> None:
-    """The file system refuses when the first is in its place already."""
-    if old is not None:
-        (tmp_path / "one").write_bytes(old)
-    command = [sys.executable, "-c", RACED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (tmp_path / "two").rmdir()
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if old is None else [old])
-    assert done.stdout == f"[Errno 21] Is a directory: '{tmp_path / 'two'}'\n"
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-def test_written_models_conform(tmp_path: Path) -> None:
-    """I1 K1 P1. As users write and check them, with sinks of the dtype that was chosen."""
-    options = ("streaming3", "--set", "scale_dtype=bfloat16")
-    done = nsq("onnx", "codec", *options, "-o", "new/models", "--dtype", "bfloat16", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["new/models/encode.onnx", "new/models/decode.onnx"]
-    models = "new/models/encode.onnx", "--decode", "new/models/decode.onnx"
-    asked = "--scheme", *options, "--dtype", "bfloat16"
-    assert "CONFORMS to streaming3" in nsq("check", *models, *asked, cwd=tmp_path).stdout
-
-
-def test_models_are_only_replaced_by_force(tmp_path: Path) -> None:
-    """What is there stays, unless it is to go."""
-    written = json.loads(nsq("onnx", "codec", "-o", ".", "--json", cwd=tmp_path).stdout)
-    assert Scheme.from_dict(written["scheme"]) == Scheme()
-    assert {name: written[name] for name in ("dtype", "encode", "decode")} == {
-        "dtype": "float32", "encode": "encode.onnx", "decode": "decode.onnx",
-    }  # fmt: skip
-    command = "onnx", "codec", "naive4", "-o", "."
-    assert "encode.onnx exists; choose another folder" in refused(*command, cwd=tmp_path)
-    nsq(*command, "--force", "--rank", 3, cwd=tmp_path)
-    model = onnx.load(tmp_path / "encode.onnx")
-    assert len(model.graph.input[0].type.tensor_type.shape.dim) == 3
-    assert '"axis": "token"' in {one.key: one.value for one in model.metadata_props}["nsq.scheme"]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["nsep+KIVI"], "nsep+KIVI is a pair for keys and values; name one of its schemes"),
-        (["nsep5"], "unknown scheme name 'nsep5'"),
-        (["--set", "bits=5"], "bits=5 is not supported"),
-        (["--rank", "1"], "rank=1 is too small"),
-    ],
+from onnx_export.operators import (
+    DOMAIN,
+    dequantize_model,
+    functions,
+    quantize_model,
+    scheme_attributes,
 )
-def test_bad_use_of_the_command(tmp_path: Path, options: list[str], says: str) -> None:
-    """One line, and nothing is written."""
-    assert says in refused("onnx", "codec", *options, "-o", "models", cwd=tmp_path)
-    assert not (tmp_path / "models").exists()
+from tests.support.onnx_runners import RUNNERS, Run, model_of, without_optimization
+from tests.support.rows import norm_order, norm_ties
+
+Array = npt.NDArray[Any]
+FLOAT = TensorProto.FLOAT
 
 
-def test_the_command_without_onnx(tmp_path: Path) -> None:
-    """It says what to install."""
-    code = (
-        "import sys; sys.modules['onnx'] = None; sys.argv = ['nsq', 'onnx', 'codec', '-o', '.']; "
-        "from nsq_ref.cli import main; main()"
+@pytest.fixture(scope="module", params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Callable[[onnx.ModelProto], Run]:
+    return RUNNERS[request.param]
+
+
+def assert_same(got: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    assert got.keys() == expected.keys()
+    for name, part in expected.items():
+        assert (name, got[name].dtype, got[name].shape) == (name, part.dtype, part.shape)
+        assert (name, got[name].tobytes()) == (name, part.tobytes())
+
+
+def assert_agrees(runner: Callable[[onnx.ModelProto], Run], x: Array, scheme: Scheme) -> None:
+    """Both directions give the bytes of the reference."""
+    q = nsq.quantize(x, scheme)
+    assert_same(runner(quantize_model(scheme, x.dtype.name))({"x": x}), q.parts)
+    decode = runner(dequantize_model(scheme, x.dtype.name))
+    x_hat = decode({**q.parts, "shape": np.array(x.shape, np.int32)})
+    assert_same(x_hat, {"x_hat": nsq.dequantize(q)})
+
+
+# --- every scheme -------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    strategies.tensors(max_head_dim=70, dtypes=("float32", "float16", "bfloat16")),
+    strategies.schemes(),
+)
+def test_every_scheme(runner: Callable[[onnx.ModelProto], Run], x: Array, scheme: Scheme) -> None:
+    """N1 N2 S1 S2 S3 S4 O1 Q1 Q2 P1 M1 M2 M3 D1 Z1 I1 K1 B1. Whatever is not refused."""
+    try:
+        nsq.quantize(x, scheme)
+    except nsq.RangeError:
+        assume(False)
+    assert_agrees(runner, x, scheme)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 1, 2, 3, 5), (3, 130)])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(sink_tokens=3, bits=3, magnitude="lsq", scale_rule="search"),
+        Scheme(sink_tokens=1, axis="token", symmetric=False, magnitude="gain", outlier_channels=4),
+        Scheme(sink_tokens=3, separate_norm=False, outlier_channels=200, block_size=2),
+    ],
+    ids=["lsq", "token", "outliers"],
+)
+def test_ends_of_the_shapes(
+    runner: Callable[[onnx.ModelProto], Run], shape: tuple[int, ...], scheme: Scheme
+) -> None:
+    """K1 B1 P1 O1. No token after the sinks, one channel, and more outliers than channels."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    assert_agrees(runner, x, scheme)
+
+
+def test_equal_outlier_channels(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """O1. Of equals the lower index, and of a difference in the last bit the larger."""
+    x = np.zeros((1, 6, 9), np.float32)
+    x[0, :, 2:8] = 1
+    x[0, 1, 7] = x[0, 4, 5] = np.nextafter(np.float32(1), np.float32(2))
+    x[0, 3, :] = [2.0**-149, *[0.0] * 8]
+    for bits in (2, 3, 4, 8):
+        scheme = Scheme(bits=bits, separate_norm=False, outlier_channels=3, scale_dtype="float32")
+        q = nsq.quantize(x, scheme)
+        assert q.outlier_index is not None
+        assert q.outlier_index.ravel().tolist() == [2, 5, 7]
+        assert_agrees(runner, x, scheme)
+        assert_agrees(runner, x[:, 3:4], scheme)
+
+
+def test_search_sums_in_the_order_of_the_tokens(
+    runner: Callable[[onnx.ModelProto], Run],
+) -> None:
+    """S4. Where the errors of two ranges are nearly equal, the order of the sum decides."""
+    options = {"separate_norm": False, "scale_rule": "search", "scale_dtype": "float32"}
+    scheme = Scheme(bits=2, **options)
+    drawn = np.random.default_rng(0).integers(-9, 10, (24, 1 << 16)).astype(np.float32) / 3
+    turned = nsq.quantize(drawn, scheme).scale != nsq.quantize(drawn[::-1], scheme).scale
+    x = drawn[:, np.flatnonzero(turned)]
+    assert x.shape[1] > 4
+    for tokens in (x, x[::-1]):
+        assert_agrees(runner, tokens, scheme)
+        assert_agrees(runner, tokens.T, Scheme(bits=2, axis="token", **options))
+    longer = drawn[:, :64]  # its last block is short
+    assert_agrees(runner, longer, Scheme(scale_rule="search", block_size=16))
+
+
+def test_stored_norms_at_ties(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """N1. Of one token and of many, with the exact path taken by some of them."""
+    assert_agrees(runner, norm_ties()[2:3], Scheme(norm_dtype="float32"))
+    x = np.concatenate([norm_order()[:, :5], norm_ties()])
+    for magnitude in ("norm", "gain", "lsq"):
+        scheme = Scheme(norm_dtype="float32", scale_dtype="float32", magnitude=magnitude)
+        assert_agrees(runner, x, scheme)
+
+
+def test_attributes_default_to_the_default_scheme() -> None:
+    """The attributes are those of `Scheme()` where a node has none."""
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    outputs = [name if name in ("packed", "scale", "norm") else "" for name in PARTS]
+    node = helper.make_node("Quantize", ["x"], outputs, domain=DOMAIN)
+    kinds = {"packed": TensorProto.UINT8, "scale": FLOAT, "norm": FLOAT}
+    got = without_optimization(model_of([node], {"x": FLOAT}, kinds, functions()))({"x": x})
+    q = nsq.quantize(x)
+    assert q.norm is not None
+    assert got["packed"].tobytes() == q.packed.tobytes()
+    assert got["scale"].tobytes() == q.scale.astype(np.float32).tobytes()
+    assert got["norm"].tobytes() == q.norm.astype(np.float32).tobytes()
+
+
+def test_what_is_not_stored(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """All outputs can be connected: those that a scheme does not store say nothing."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
+    kinds = dict(zip(PARTS, (TensorProto.UINT8, FLOAT, FLOAT, FLOAT, 6, 10, FLOAT), strict=True))
+    scheme = Scheme(separate_norm=False)
+    node = helper.make_node(
+        "Quantize", ["x"], list(PARTS), domain=DOMAIN, **scheme_attributes(scheme)
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("nsq: nsq onnx needs onnx; pip install 'nsq-ref[onnx]'")
+    got = runner(model_of([node], {"x": FLOAT}, kinds, functions()))({"x": x})
+    assert got["packed"].tobytes() == nsq.quantize(x, scheme).packed.tobytes()
+    assert (got["norm"] == 1).all()
+    assert (got["zero"] == 0).all()
+    shapes = {name: got[name].shape for name in ("outlier_index", "outliers", "sinks")}
+    assert shapes == {"outlier_index": (2, 1, 0), "outliers": (2, 5, 0), "sinks": (2, 0, 6)}

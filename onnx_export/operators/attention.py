@@ -6,47 +6,22 @@ float32, whatever the model's dtype is; tensors of that dtype are widened, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nsq_ref.environment import extra
-from nsq_ref.scheme import Scheme
-from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
-from onnx_export.function_builder import Nodes, require_opset
+from onnx_export.operators.nodes import Nodes, Reference, make_function
+from onnx_export.operators.schema import ATTENTION, DEQUANTIZE, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper
 
 __all__ = ["attention"]
 
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 LARGEST_INDEX = np.iinfo(np.int64).max
 NOTHING = np.float32(-np.inf)  # the logarithm of a weight of 0
-
-PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
-INPUTS = (
-    "query", "key", "value", "past_lengths", "new_lengths", "cos", "sin", "position_ids",
-    "attention_bias", "head_sink",
-    *(f"past_{side}_{part}" for side in ("key", "value") for part in PARTS),
-)  # fmt: skip
-OUTPUTS = (
-    "output", "present_lengths",
-    *(f"present_{side}_{part}" for side in ("key", "value") for part in PARTS),
-)  # fmt: skip
-REQUIRED = ("heads", "kv_heads", "key_block_size", "value_block_size")
-DEFAULTS = {
-    "scale": 0.0,
-    "causal": 1,
-    "softcap": 0.0,
-    "sliding_window": 0,
-    "rotary_interleaved": 0,
-    "smooth_softmax": 0,
-}
-# What a block is coded with; its tokens are all of one block, without sinks.
-OF_A_BLOCK = {"block_size": 0, "sink_tokens": 0, "outlier_channels": 0}
 
 
 class Lengths(NamedTuple):
@@ -68,21 +43,12 @@ class Side(NamedTuple):
     first_tail: str  # where the tail begins
 
 
-def attention(opset: int = 21) -> onnx.FunctionProto:
-    """Return the body of nsq.Attention; its attributes and inputs decide what it does.
+def attention(opset: int = OPSET) -> onnx.FunctionProto:
+    """Return ``nsq.Attention``, in standard operators of an opset that is at least 21.
 
     It calls nsq.Quantize and nsq.Dequantize. An input that does not fit ends in an error of some
     operator, as does a length beyond the capacity; keys, values and blocks that rules I2, N1, M4,
     S5 and D3 refuse are not told.
-
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21, as in the model.
-
-    Returns
-    -------
-    onnx.FunctionProto
 
     Examples
     --------
@@ -90,7 +56,6 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     >>> body.name, body.input[:3], len(body.output)
     ('Attention', ['query', 'key', 'value'], 14)
     """
-    require_opset(opset)
     add = Nodes()
     heads, kv_heads = (
         add("Unsqueeze", add.attribute(name, "int"), [0]) for name in ("heads", "kv_heads")
@@ -112,17 +77,7 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
     weights = _weights(add, scores, seen, heads)
     _output(add, weights, values_by_position, kv_heads)
     add("Identity", lengths.present, name="present_lengths")
-    defaults = DEFAULTS | {
-        name: value
-        for side in ("key_", "value_")
-        for name, value in scheme_attributes(Scheme(), side).items()
-        if name not in REQUIRED and not name.endswith("outlier_channels")
-    }
-    return helper.make_function(
-        DOMAIN, "Attention", INPUTS, OUTPUTS, add.nodes,
-        [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)], REQUIRED,
-        [helper.make_attribute(name, value) for name, value in defaults.items()],
-    )  # fmt: skip
+    return make_function(ATTENTION, add, opset)
 
 
 # --- what may be absent --------------------------------------------------------------------------
@@ -131,20 +86,18 @@ def attention(opset: int = 21) -> onnx.FunctionProto:
 def _optional(
     add: Nodes,
     name: str,
-    dtype: int,
     then: Callable[[Nodes], str],
     otherwise: Callable[[Nodes], str],
-    present: str = "",
+    dtype: str = "float32",
 ) -> str:
-    """Choose by whether the function has an input, or by a condition that says the same.
+    """Choose by whether the function has an input.
 
     Where it has not, ``then`` is not computed, but must pass the checks of ONNX, which take the
     name of an absent tensor only as an input of an operator with any number of inputs, and not as
     the first: begin with `_joined` or `_widened`. Its other inputs must be no constants, or the
-    runtime computes it beforehand.
+    runtime computes it beforehand. The same holds where attributes say that there is an input.
     """
-    present = present or add("OptionalHasElement", name)
-    return add.choose(present, lambda add: [then(add)], lambda add: [otherwise(add)], [dtype])[0]
+    return add.choose(add("OptionalHasElement", name), then, otherwise, dtype)
 
 
 def _joined(add: Nodes, name: str, like: str, axis: int) -> str:
@@ -154,9 +107,9 @@ def _joined(add: Nodes, name: str, like: str, axis: int) -> str:
 
 def _widened(add: Nodes, name: str) -> str:
     """Return an input of the model's dtype as float32, for `_optional`."""
-    data = add("Cast", add("ReduceMax", "past_lengths", keepdims=0), to=FLOAT)
+    data = add.cast(add("ReduceMax", "past_lengths", keepdims=0), "float32")
     least = add("Sub", NOTHING, add("Mul", data, np.float32(0)))
-    return add("Cast", add("Max", add("CastLike", least, "query"), name), to=FLOAT)
+    return add.cast(add("Max", add("CastLike", least, "query"), name), "float32")
 
 
 # --- the new tokens ------------------------------------------------------------------------------
@@ -167,24 +120,23 @@ def _heads(add: Nodes, heads: str, kv_heads: str) -> list[str]:
     width = add("Shape", "query", start=2)
     pairs = add("Mul", kv_heads, 2)
     own = add("Div", add("Mul", width, heads), add("Add", heads, pairs))
-    end = _optional(add, "key", INT64, lambda _: width, lambda _: own)
+    end = _optional(add, "key", lambda _: width, lambda _: own, "int64")
     middle = add("Div", add("Add", end, width), 2)
     parts = [add("Slice", "query", [0], end, [2])]
     for name, start, stop in (("key", end, middle), ("value", middle, width)):
 
         def separate(add: Nodes, name: str = name) -> str:
-            return add("Cast", _joined(add, name, "query", 2), to=FLOAT)
+            return add.cast(_joined(add, name, "query", 2), "float32")
 
         def together(add: Nodes, start: str = start, stop: str = stop) -> str:
-            return add("Cast", add("Slice", "query", start, stop, [2]), to=FLOAT)
+            return add.cast(add("Slice", "query", start, stop, [2]), "float32")
 
-        parts.append(_optional(add, name, FLOAT, separate, together))
+        parts.append(_optional(add, name, separate, together))
     split = []
     for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True):
         shape = add("Concat", [0, 0], count, [-1], axis=0)
-        split.append(
-            add("Transpose", add("Reshape", add("Cast", part, to=FLOAT), shape), perm=[0, 2, 1, 3])
-        )
+        by_head = add("Reshape", add.cast(part, "float32"), shape)
+        split.append(add("Transpose", by_head, perm=[0, 2, 1, 3]))
     return split
 
 
@@ -193,9 +145,9 @@ def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
     new = _optional(
         add,
         "new_lengths",
-        INT64,
         lambda add: _joined(add, "new_lengths", "past_lengths", 0),
         lambda add: add("Expand", tokens, add("Shape", "past_lengths")),
+        "int64",
     )
     lengths = Lengths("past_lengths", new, add("Add", "past_lengths", new))
     index = _count(add, tokens)
@@ -208,12 +160,12 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
     ids = _optional(
         add,
         "position_ids",
-        INT64,
         lambda add: _joined(add, "position_ids", positions, 1),
         lambda _: positions,
+        "int64",
     )
     known = add("Where", real, ids, 0)
-    interleaved = add("Cast", add.attribute("rotary_interleaved", "int"), to=TensorProto.BOOL)
+    interleaved = add.cast(add.attribute("rotary_interleaved", "int"), "bool")
 
     def rotated(add: Nodes) -> list[str]:
         cos, sin = (
@@ -239,13 +191,13 @@ def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list
                 add("Add", add("Mul", b, cos), add("Mul", a, sin)),
                 axis=3,
             )
-            narrowed = add("Cast", add("CastLike", turned, "query"), to=FLOAT)
+            narrowed = add.cast(add("CastLike", turned, "query"), "float32")
             rest = add("Slice", x, add("Unsqueeze", count, [0]), [LARGEST_INDEX], [3])
             results.append(add("Concat", add("Gather", narrowed, found, axis=3), rest, axis=3))
         return results
 
     present = add("OptionalHasElement", "cos")
-    return add.choose(present, rotated, lambda _: [query, key], [FLOAT, FLOAT])
+    return add.choose_several(present, rotated, lambda _: [query, key], ["float32", "float32"])
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -270,15 +222,12 @@ def _append(add: Nodes, side: str, new: str, lengths: Lengths) -> Side:
     )
 
     # All tokens that are not sealed yet: the sinks, the tail, the new ones.
-    old_sinks = _optional(
-        add,
-        past_sinks,
-        FLOAT,
-        lambda add: add("Cast", _joined(add, past_sinks, past_tail, 2), to=FLOAT),
-        lambda add: add("Slice", new, [0], [0], [2]),
+    old_sinks = add.choose(
         add("Greater", add("Squeeze", sinks), 0),
+        lambda add: add.cast(_joined(add, past_sinks, past_tail, 2), "float32"),
+        lambda add: add("Slice", new, [0], [0], [2]),
     )
-    plain = add("Concat", old_sinks, add("Cast", past_tail, to=FLOAT), new, axis=2)
+    plain = add("Concat", old_sinks, add.cast(past_tail, "float32"), new, axis=2)
 
     def plain_tokens(position: str) -> str:
         """Take tokens by position[B, n]: [B, kv_heads, n, D]; 0 behind the last."""
@@ -318,7 +267,7 @@ def _seal(
     past = {part: f"past_{side}_{part}" for part in ("packed", "scale", "norm", "zero")}
     # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
     coded = {part: f"new_{side}_{part}" for part in past}
-    _call(add, "Quantize", side, [blocks], [*coded.values(), "", "", ""])
+    add.call(QUANTIZE, {"x": blocks}, coded, **_of_a_block(side))
 
     # Which blocks of each row are new, and where among the candidates they are: [B, capacity].
     index = _count(add, capacity)
@@ -326,6 +275,8 @@ def _seal(
     source = add("Where", is_new, add("Sub", index, sealed_before), 0)
     changed = add("Unsqueeze", is_new, [1, 3])
     kept = add("Unsqueeze", add("Less", index, sealed_before), [1, 3])
+
+    norm_dtype = Reference(f"{side}_norm_dtype", "int")
 
     def stored(add: Nodes, part: str, old: str, nothing: object) -> str:
         by_block = add("Concat", [0, 0], capacity, [-1], axis=0)
@@ -336,29 +287,25 @@ def _seal(
         return add("Where", changed, _take(add, fresh, source), cleared)
 
     def norms(add: Nodes) -> str:
-        typed = add("Cast", add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3]))
-        _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
-        old = add("Cast", _joined(add, past["norm"], typed, 2), to=FLOAT)
+        first = add("Squeeze", add("Slice", past["packed"], [0], [1], [3]), [3])
+        typed = add.cast(first, norm_dtype)
+        old = add.cast(_joined(add, past["norm"], typed, 2), "float32")
         return stored(add, "norm", old, np.float32(0))
 
     def zeros(add: Nodes) -> str:
-        old = add("Cast", _joined(add, past["zero"], past["scale"], 2), to=FLOAT)
+        old = add.cast(_joined(add, past["zero"], past["scale"], 2), "float32")
         return stored(add, "zero", old, np.float32(0))
 
     packed = stored(add, "packed", past["packed"], np.uint8(0))
-    scale = stored(add, "scale", add("Cast", past["scale"], to=FLOAT), np.float32(0))
+    scale = stored(add, "scale", add.cast(past["scale"], "float32"), np.float32(0))
     tokens = add(
         "Concat", add("Shape", packed, end=3), add("Shape", blocks, start=3, end=4), axis=0
     )
     # By attributes: OptionalHasElement does not take bfloat16.
     has_norm = add("Equal", add.attribute(f"{side}_separate_norm", "int"), 1)
     has_zero = add("Equal", add.attribute(f"{side}_symmetric", "int"), 0)
-    norm = _optional(
-        add, past["norm"], FLOAT, norms, lambda add: add("Expand", np.float32(0), tokens), has_norm
-    )
-    zero = _optional(
-        add, past["zero"], FLOAT, zeros, lambda add: add("Mul", scale, np.float32(0)), has_zero
-    )
+    norm = add.choose(has_norm, norms, lambda add: add("Expand", np.float32(0), tokens))
+    zero = add.choose(has_zero, zeros, lambda add: add("Mul", scale, np.float32(0)))
     for part, value, like in (
         ("packed", packed, "packed"),
         ("scale", scale, "scale"),
@@ -367,8 +314,7 @@ def _seal(
         flat = add("Reshape", value, add("Shape", past[like]))
         add("CastLike", flat, past[like], name=f"present_{side}_{part}")
     flat = add("Reshape", norm, add("Shape", past["packed"], end=3))
-    add("Cast", flat, name=f"present_{side}_norm")
-    _refer(add.nodes[-1], "to", f"{side}_norm_dtype", onnx.AttributeProto.INT)
+    add.cast(flat, norm_dtype, name=f"present_{side}_norm")
     return {"packed": packed, "scale": scale, "norm": norm, "zero": zero}
 
 
@@ -378,14 +324,15 @@ def _decode(add: Nodes, side: str, parts: dict[str, str], block: str, head_dim: 
     by_token = add.is_one_of(f"{side}_axis", ["token"])[0]
     # A scale has one row a block, or one number a token.
     scales = add("Where", by_token, rows, [0, 0, 0, 1, -1])
-    inputs = [
-        add("Reshape", parts["packed"], rows),
-        add("Reshape", parts["scale"], scales),
-        parts["norm"],
-        add("Reshape", parts["zero"], scales),
-    ]
+    inputs = {
+        "packed": add("Reshape", parts["packed"], rows),
+        "scale": add("Reshape", parts["scale"], scales),
+        "norm": parts["norm"],
+        "zero": add("Reshape", parts["zero"], scales),
+        "head_dim": head_dim,
+    }
     decoded = f"decoded_{side}"
-    _call(add, "Dequantize", side, [*inputs, "", "", "", head_dim], [decoded])
+    add.call(DEQUANTIZE, inputs, {"x_hat": decoded}, **_of_a_block(side))
     flat = add("Concat", [0, 0, -1], add("Unsqueeze", head_dim, [0]), axis=0)
     return add("Reshape", decoded, flat)
 
@@ -409,22 +356,13 @@ def _take(add: Nodes, x: str, index: str) -> str:
     return add("Transpose", taken, perm=[0, 2, 1, 3])
 
 
-def _call(
-    add: Nodes, operator: str, side: str, inputs: Sequence[str], outputs: Sequence[str]
-) -> None:
-    """Call Quantize or Dequantize on blocks, with the attributes of keys or values."""
-    add.several(operator, inputs, outputs, domain=DOMAIN, **OF_A_BLOCK)
-    kinds = {int: onnx.AttributeProto.INT, str: onnx.AttributeProto.STRING}
-    for name, value in scheme_attributes(Scheme()).items():
-        if name not in OF_A_BLOCK:
-            _refer(add.nodes[-1], name, f"{side}_{name}", kinds[type(value)])
-
-
-def _refer(
-    node: onnx.NodeProto, name: str, attribute: str, kind: onnx.AttributeProto.AttributeType
-) -> None:
-    """Let an attribute of a node be one of the function's."""
-    node.attribute.add(name=name, type=kind, ref_attr_name=attribute)
+def _of_a_block(side: str) -> dict[str, Any]:
+    """Return the scheme of keys or values: for the tokens of one block, without sinks."""
+    of_side = {
+        name: Reference(f"{side}_{name}", "string" if isinstance(default, str) else "int")
+        for name, default in QUANTIZE.attributes.items()
+    }
+    return of_side | {"block_size": 0, "sink_tokens": 0, "outlier_channels": 0}
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -454,7 +392,7 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
     """Return the scores before the mask, [B, heads, S, tokens] (A1)."""
     shape = add("Shape", query)
     given = add.attribute("scale", "float")
-    channels = add("Cast", add("Squeeze", add("Shape", query, start=3)), to=FLOAT)
+    channels = add.cast(add("Squeeze", add("Shape", query, start=3)), "float32")
     usual = add("Div", np.float32(1), add("Sqrt", channels))
     scale = add("Where", add("Equal", given, np.float32(0)), usual, given)
     # The query heads of one key/value head are as many more queries.
@@ -475,16 +413,14 @@ def _scores(add: Nodes, query: str, keys: str, kv_heads: str, longest: str) -> s
         own = add("Slice", bias, [0], add("Unsqueeze", longest, [0]), [3])
         return add("Add", scores, own)
 
-    return _optional(add, "attention_bias", FLOAT, biased, lambda _: scores)
+    return _optional(add, "attention_bias", biased, lambda _: scores)
 
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
-    smooth = add("Cast", add.attribute("smooth_softmax", "int"), to=TensorProto.BOOL)
+    smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
     usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
-    sink = _optional(
-        add, "head_sink", FLOAT, lambda add: _widened(add, "head_sink"), lambda _: usual
-    )
+    sink = _optional(add, "head_sink", lambda add: _widened(add, "head_sink"), lambda _: usual)
     sink = add("Unsqueeze", sink, [0, 2, 3])
     scores = add("Where", seen, scores, NOTHING)
     most = add("Max", add("ReduceMax", scores, [3]), sink)

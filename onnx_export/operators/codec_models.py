@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer
-from nsq_ref.codec import PARTS
 from nsq_ref.environment import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme, as_scheme
-from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
-from onnx_export.function_builder import Nodes
+from onnx_export.operators.codec import dequantize, quantize
+from onnx_export.operators.nodes import Nodes, make_model
+from onnx_export.operators.schema import DEQUANTIZE, QUANTIZE, scheme_attributes
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper
 
 __all__ = ["dequantize_model", "quantize_model", "save_models"]
 
-OPSET, IR_VERSION = 21, 10
-DTYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "uint8": TensorProto.UINT8,
-    "int32": TensorProto.INT32,
-}
 LEAST_AXES = 2
+# The operators have them as float32 that holds values of the stored dtypes.
+WIDENED = ("scale", "norm", "zero")
 
 
 def quantize_model(
@@ -71,15 +64,14 @@ def quantize_model(
     True
     """
     scheme, rank = as_scheme("scheme", scheme), _rank(rank)
-    kinds = _dtypes(scheme, dtype)
+    stored = _stored(scheme, dtype)
     add = Nodes()
-    made = {name: f"wide_{name}" if _is_widened(name) else name for name in kinds}
-    # Also those at the end that are left out, as the checker and onnx.reference count them.
-    outputs = [made.get(name, "") for name in PARTS]
-    add.several("Quantize", ["x"], outputs, domain=DOMAIN, **scheme_attributes(scheme))
-    for name in filter(_is_widened, kinds):
-        add("Cast", made[name], name=name, to=kinds[name])
-    return _model(quantize(OPSET), add, {"x": DTYPES[dtype]}, kinds, scheme, rank)
+    made = {name: f"wide_{name}" if name in WIDENED else name for name in stored}
+    add.call(QUANTIZE, {"x": "x"}, made, **scheme_attributes(scheme))
+    for name in stored:
+        if name in WIDENED:
+            add.cast(made[name], stored[name], name=name)
+    return _model(quantize(), add, {"x": dtype}, stored, scheme, rank)
 
 
 def dequantize_model(
@@ -120,20 +112,15 @@ def dequantize_model(
     True
     """
     scheme, rank = as_scheme("scheme", scheme), _rank(rank)
-    kinds = _dtypes(scheme, dtype)
+    stored = _stored(scheme, dtype)
     add = Nodes()
     given = {
-        name: add("Cast", name, to=TensorProto.FLOAT)
-        if _is_widened(name) or name == "sinks"
-        else name
-        for name in kinds
+        name: add.cast(name, "float32") if name in (*WIDENED, "sinks") else name for name in stored
     }
-    head_dim = add("Cast", add("Gather", "shape", -1), to=TensorProto.INT64)
-    inputs = [*(given.get(name, "") for name in PARTS), head_dim]
-    add.several("Dequantize", inputs, ["x_hat"], domain=DOMAIN, **scheme_attributes(scheme))
-    taken = {**kinds, "shape": TensorProto.INT32}
-    made = {"x_hat": TensorProto.FLOAT}
-    return _model(dequantize(OPSET), add, taken, made, scheme, rank)
+    given["head_dim"] = add.cast(add("Gather", "shape", -1), "int64")
+    add.call(DEQUANTIZE, given, {"x_hat": "x_hat"}, **scheme_attributes(scheme))
+    taken = {**stored, "shape": "int32"}
+    return _model(dequantize(), add, taken, {"x_hat": "float32"}, scheme, rank)
 
 
 def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
@@ -164,10 +151,6 @@ def save_models(models: Mapping[Path, onnx.ModelProto]) -> None:
     atomic.write(files, make_folders=True)
 
 
-def _is_widened(name: str) -> bool:
-    return name in ("scale", "norm", "zero")
-
-
 def _rank(rank: int | None) -> int | None:
     if rank is None:
         return None
@@ -177,40 +160,36 @@ def _rank(rank: int | None) -> int | None:
     return rank
 
 
-def _dtypes(scheme: Scheme, dtype: str) -> dict[str, int]:
+def _stored(scheme: Scheme, dtype: str) -> dict[str, str]:
     """Return the parts that are stored, in the order of the operators, with their dtypes."""
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+    QUANTIZE.require_dtype(dtype)
     layout = scheme.layout(1, 1, FLOAT_DTYPES[dtype])
-    return {name: DTYPES[layout[name].dtype.name] for name in PARTS if name in layout}
+    return {name: layout[name].dtype.name for name in QUANTIZE.outputs if name in layout}
 
 
 def _model(
     function: onnx.FunctionProto,
     add: Nodes,
-    inputs: Mapping[str, int],
-    outputs: Mapping[str, int],
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, str],
     scheme: Scheme,
     rank: int | None,
 ) -> onnx.ModelProto:
+    """Return a model of the nodes, with the dtypes of its inputs and outputs."""
     given, made = (
-        [helper.make_tensor_value_info(one, kind, _axes(one, scheme, rank)) for one, kind in end]
-        for end in (inputs.items(), outputs.items())
+        {name: (dtype, _axes(name, scheme, rank)) for name, dtype in ends.items()}
+        for ends in (inputs, outputs)
     )
-    model = helper.make_model(
-        helper.make_graph(add.nodes, function.name, given, made),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[function],
-        ir_version=IR_VERSION,
-        producer_name="nsq-ref",
-        producer_version=__version__,
+    metadata = {"nsq.spec": SPEC_VERSION, "nsq.scheme": json.dumps(scheme.to_dict())}
+    model = make_model(
+        function.name, add.nodes, given, made, functions=[function], metadata=metadata
     )
-    properties = {"nsq.spec": SPEC_VERSION, "nsq.scheme": json.dumps(scheme.to_dict())}
-    helper.set_model_props(model, properties)
+    # Written to files, so that they say which release made them.
+    model.producer_name, model.producer_version = "nsq-ref", __version__
     return model
 
 
-def _axes(name: str, scheme: Scheme, rank: int | None) -> Sequence[str | int] | None:
+def _axes(name: str, scheme: Scheme, rank: int | None) -> list[str | int] | None:
     """Return the names of the axes of an input or output."""
     if name == "shape":
         return ["rank" if rank is None else rank]

@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.environment import extra
-from onnx_export.function_builder import Nodes
+from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.schema import ELEMENTS
 
 with extra("onnx", __name__):
-    from onnx import TensorProto, numpy_helper
+    from onnx import numpy_helper
 
 __all__ = ["least_squares_gain", "narrow", "norm", "where_zero"]
-
-FLOAT, FLOAT16, BFLOAT16, DOUBLE, INT64 = (
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE,
-    TensorProto.INT64,
-)  # fmt: skip
 
 DIGIT_BITS = 32
 # Squares of float32 are below 2^256. Midpoints are multiples of 2^-150, and times the square of the
@@ -37,9 +33,9 @@ def narrow(add: Nodes, value: str, dtype: str) -> str:
     True
     """
     narrowed = value
-    for kind in (FLOAT16, BFLOAT16):
-        there_and_back = add("Cast", add("Cast", value, to=kind), to=FLOAT)
-        narrowed = add("Where", add("Equal", dtype, kind), there_and_back, narrowed)
+    for kind in ("float16", "bfloat16"):
+        there_and_back = add.cast(add.cast(value, kind), "float32")
+        narrowed = add("Where", add("Equal", dtype, ELEMENTS[kind]), there_and_back, narrowed)
     return where_zero(add, narrowed, np.float32(0))
 
 
@@ -65,7 +61,7 @@ def norm(add: Nodes, x: str) -> str:
     >>> norm(add, "x").startswith("chosen")
     True
     """
-    wide = add("Cast", x, to=DOUBLE)
+    wide = add.cast(x, "float64")
     squares = add("Mul", wide, wide)
     root = add("Sqrt", _sum(add, squares))
     slack = add("Mul", root, _relative_error(add, x))
@@ -87,8 +83,8 @@ def least_squares_gain(add: Nodes, x: str, y: str) -> str:
     >>> least_squares_gain(add, "x", "y").startswith("chosen")
     True
     """
-    wide = add("Cast", y, to=DOUBLE)
-    products = add("Mul", add("Cast", x, to=DOUBLE), wide)
+    wide = add.cast(y, "float64")
+    products = add("Mul", add.cast(x, "float64"), wide)
     squares = add("Mul", wide, wide)
     divisor = where_zero(add, _sum(add, squares), np.float64(np.inf))
     quotient = add("Div", _sum(add, products), divisor)
@@ -100,7 +96,7 @@ def least_squares_gain(add: Nodes, x: str, y: str) -> str:
         # Cancellation may leave a wide interval: a quotient of exact sums narrows it.
         quotient = add("Div", _exact_sum(add, [products]), _exact_sum(add, [squares]))
         ends = [
-            add("Cast", add("Mul", quotient, np.float64(1 + error)), to=FLOAT)
+            add.cast(add("Mul", quotient, np.float64(1 + error)), "float32")
             for error in (-(2.0**-40), 2.0**-40)
         ]
         lower, upper = add("Min", *ends), add("Max", *ends)
@@ -129,7 +125,7 @@ def _sum(add: Nodes, terms: str) -> str:
 def _relative_error(add: Nodes, x: str) -> str:
     """Return a bound of the relative error of a float64 sum over the last axis, and of its root."""
     terms = add("Squeeze", add("Shape", x, start=-1))
-    return add("Mul", add("Cast", add("Add", terms, 8), to=DOUBLE), np.float64(2.0**-53))
+    return add("Mul", add.cast(add("Add", terms, 8), "float64"), np.float64(2.0**-53))
 
 
 def _rounded(
@@ -143,12 +139,12 @@ def _rounded(
 
     ``exact`` is given both ends as [rows, 1] and the rows of the vectors that are not decided.
     """
-    lower = add("Cast", add("Sub", value, slack), to=FLOAT)
-    upper = add("Cast", add("Add", value, slack), to=FLOAT)
+    lower = add.cast(add("Sub", value, slack), "float32")
+    upper = add.cast(add("Add", value, slack), "float32")
     undecided = add("Less", lower, upper)
-    count = add("ReduceSum", add("Cast", undecided, to=INT64), keepdims=0)
+    count = add("ReduceSum", add.cast(undecided, "int64"), keepdims=0)
 
-    def decide(add: Nodes) -> list[str]:
+    def decide(add: Nodes) -> str:
         index = add("Squeeze", add("NonZero", add("Reshape", undecided, [-1])), [0])
         ends = [add("Gather", add("Reshape", end, [-1, 1]), index) for end in (lower, upper)]
         rows = []
@@ -157,15 +153,15 @@ def _rounded(
             rows.append(add("Gather", add("Reshape", vector, flat), index))
         decided = add("Squeeze", exact(add, ends[0], ends[1], rows), [1])
         flat = add("ScatterElements", add("Reshape", lower, [-1]), index, decided)
-        return [add("Reshape", flat, add("Shape", lower))]
+        return add("Reshape", flat, add("Shape", lower))
 
-    return add.choose(add("Greater", count, 0), decide, lambda _: [lower], [FLOAT])[0]
+    return add.choose(add("Greater", count, 0), decide, lambda _: lower)
 
 
 def _middle(add: Nodes, lower: str, upper: str) -> str:
     """Return the middle of two neighbours, whose 25 bits float64 holds."""
     ends = [
-        add("Clip", add("Cast", end, to=DOUBLE), -BEYOND_FLOAT32, BEYOND_FLOAT32)
+        add("Clip", add.cast(end, "float64"), -BEYOND_FLOAT32, BEYOND_FLOAT32)
         for end in (lower, upper)
     ]
     return add("Mul", add("Add", *ends), np.float64(0.5))
@@ -174,7 +170,7 @@ def _middle(add: Nodes, lower: str, upper: str) -> str:
 def _nearer(add: Nodes, lower: str, middle: str, upper: str, terms: Sequence[str]) -> str:
     """Choose, of two neighbours, by the sign of an exact sum: below, at or above the middle."""
     beyond = _exact_sum(add, terms)
-    half_even = add("Cast", middle, to=FLOAT)
+    half_even = add.cast(middle, "float32")
     not_below = add("Where", add("Greater", beyond, np.float64(0)), upper, half_even)
     return add("Where", add("Less", beyond, np.float64(0)), lower, not_below)
 
@@ -199,4 +195,4 @@ def _exact_sum(add: Nodes, terms: Sequence[str]) -> str:
     # A Loop and not a Scan, which wants to know the rank.
     rows = add("Concat", add("Shape", joined, end=-1), [1], axis=0)
     zero = add("ConstantOfShape", rows, value=numpy_helper.from_array(np.zeros(1)))
-    return add.repeat(len(UNITS), add_digit, [zero], [DOUBLE])[0]
+    return add.repeat(len(UNITS), add_digit, [zero], ["float64"])[0]

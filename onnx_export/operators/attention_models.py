@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,19 +11,17 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.attention import require_options
 from nsq_ref.environment import extra
 from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName, Scheme, as_scheme
-from onnx_export.attention_function import INPUTS, OUTPUTS, PARTS
-from onnx_export.codec import DTYPES, IR_VERSION, OPSET
-from onnx_export.codec_functions import DOMAIN, VERSION, scheme_attributes
-from onnx_export.functions import functions
+from onnx_export.operators.domain import functions
+from onnx_export.operators.nodes import Nodes, make_model
+from onnx_export.operators.schema import ATTENTION, CACHE_PARTS, OPSET, scheme_attributes
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper
 
 __all__ = ["attention_model", "attention_node", "cache_fields"]
 
-OPTIONAL = INPUTS[1:3] + INPUTS[4:10]  # between the query and the cache
-MODEL_DTYPES = ("float32", "float16")
+# Those of the cache follow from the schemes.
+OPTIONAL = [name for name in ATTENTION.inputs if name in ATTENTION.optional and name[:5] != "past_"]
 
 
 def cache_fields(
@@ -69,7 +67,7 @@ def cache_fields(
     >>> fields["key_packed"].shape, fields["value_tail"].shape
     ((8, 1024, 64), (8, 128, 128))
     """
-    _require_dtype(dtype)
+    ATTENTION.require_dtype(dtype)
     plain = FLOAT_DTYPES[dtype]
     kv_heads = as_integer("kv_heads", kv_heads, least=1)
     capacity = as_integer("capacity", capacity, least=0)
@@ -80,7 +78,7 @@ def cache_fields(
         sinks = scheme.sink_tokens
         stored = scheme.layout(sinks + -(-capacity // block) * block, channels, plain)
         stored["tail"] = Field((block, channels), plain)
-        for part in PARTS:
+        for part in CACHE_PARTS:
             if part in stored:
                 shape, kind = stored[part]
                 fields[f"{side}_{part}"] = Field((kv_heads, *shape), kind)
@@ -170,13 +168,9 @@ def attention_node(
         cache |= {f"{side}_{part}" for part in (*scheme.layout(0, 1), "tail")}
     given = {"query", "past_lengths", *inputs, *(f"past_{name}" for name in cache)}
     made = {"output", "present_lengths", *(f"present_{name}" for name in cache)}
-    return helper.make_node(
-        "Attention",
-        [name if name in given else "" for name in INPUTS],
-        [name if name in made else "" for name in OUTPUTS],
-        domain=DOMAIN,
-        **attributes,
-    )
+    add = Nodes()
+    add.call(ATTENTION, {name: name for name in given}, {name: name for name in made}, **attributes)
+    return add.nodes[0]
 
 
 def attention_model(
@@ -245,27 +239,26 @@ def attention_model(
     heads, kv_heads = as_integer("heads", heads, least=1), as_integer("kv_heads", kv_heads, least=1)
     node = attention_node(key, value, heads=heads, kv_heads=kv_heads, **options)
     head_dim, value_dim = _head_dims(head_dim, value_head_dim)
-    _require_dtype(dtype)
-    plain = DTYPES[dtype]
+    ATTENTION.require_dtype(dtype)
     packed = "key" not in node.input
     if packed and value_dim != head_dim:
         raise ValueError(
             f"value_head_dim={value_dim} is not head_dim={head_dim}, which all heads of a packed "
             "query have; give the inputs key and value"
         )
-    shapes: dict[str, tuple[int, Sequence[Any]]] = {
-        "query": (plain, ("B", "S", (heads + 2 * kv_heads * packed) * head_dim)),
-        "key": (plain, ("B", "S", kv_heads * head_dim)),
-        "value": (plain, ("B", "S", kv_heads * value_dim)),
-        "past_lengths": (TensorProto.INT64, ("B",)),
-        "new_lengths": (TensorProto.INT64, ("B",)),
-        "cos": (plain, ("rotary_positions", "rotary_half")),
-        "sin": (plain, ("rotary_positions", "rotary_half")),
-        "position_ids": (TensorProto.INT64, ("B", "S")),
-        "attention_bias": (plain, ("bias_batch", "bias_heads", "S", "bias_tokens")),
-        "head_sink": (plain, (heads,)),
-        "output": (plain, ("B", "S", heads * value_dim)),
-        "present_lengths": (TensorProto.INT64, ("B",)),
+    shapes: dict[str, tuple[str, Sequence[str | int]]] = {
+        "query": (dtype, ("B", "S", (heads + 2 * kv_heads * packed) * head_dim)),
+        "key": (dtype, ("B", "S", kv_heads * head_dim)),
+        "value": (dtype, ("B", "S", kv_heads * value_dim)),
+        "past_lengths": ("int64", ("B",)),
+        "new_lengths": ("int64", ("B",)),
+        "cos": (dtype, ("rotary_positions", "rotary_half")),
+        "sin": (dtype, ("rotary_positions", "rotary_half")),
+        "position_ids": ("int64", ("B", "S")),
+        "attention_bias": (dtype, ("bias_batch", "bias_heads", "S", "bias_tokens")),
+        "head_sink": (dtype, (heads,)),
+        "output": (dtype, ("B", "S", heads * value_dim)),
+        "present_lengths": ("int64", ("B",)),
     }
     fields = cache_fields(
         key, value, kv_heads=kv_heads, head_dim=head_dim, value_head_dim=value_dim, capacity=0,
@@ -275,23 +268,11 @@ def attention_model(
         # 0 stands where the capacity does.
         axes = ("B", *(size or f"{name}_capacity" for size in field.shape))
         for time in ("past", "present"):
-            shapes[f"{time}_{name}"] = DTYPES[field.dtype.name], axes
-    graph = helper.make_graph(
-        [node], "attention", _infos(node.input, shapes), _infos(node.output, shapes)
+            shapes[f"{time}_{name}"] = field.dtype.name, axes
+    given, made = (
+        {name: shapes[name] for name in names if name} for names in (node.input, node.output)
     )
-    return helper.make_model(
-        graph,
-        functions=functions(opset),
-        producer_name="onnx_export",
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=IR_VERSION,
-    )
-
-
-def _infos(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, Sequence[Any]]]
-) -> list[onnx.ValueInfoProto]:
-    return [helper.make_tensor_value_info(name, *shapes[name]) for name in names if name]
+    return make_model("attention", [node], given, made, functions=functions(opset), opset=opset)
 
 
 def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:
@@ -300,11 +281,6 @@ def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:
     if value_head_dim is None:
         return key_dim, key_dim
     return key_dim, as_integer("value_head_dim", value_head_dim, least=1)
-
-
-def _require_dtype(dtype: str) -> None:
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(MODEL_DTYPES)}")
 
 
 def _require_inputs(inputs: set[str], rotary_interleaved: bool, smooth_softmax: bool) -> None:

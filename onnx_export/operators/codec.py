@@ -12,74 +12,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsq_ref.environment import extra
-from nsq_ref.scheme import Scheme
 from nsq_ref.spec import SHRINK
-from onnx_export import rounding_nodes
-from onnx_export.function_builder import Nodes, require_opset
-from onnx_export.rounding_nodes import narrow, where_zero
+from onnx_export.operators import rounding
+from onnx_export.operators.nodes import Nodes, make_function
+from onnx_export.operators.rounding import narrow, where_zero
+from onnx_export.operators.schema import DEQUANTIZE, ELEMENTS, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper
 
-__all__ = ["DOMAIN", "VERSION", "dequantize", "quantize", "scheme_attributes"]
+__all__ = ["dequantize", "quantize"]
 
-DOMAIN = "nsq"
-VERSION = 1
-
-FLOAT, FLOAT16, UINT8, INT32, INT64, BOOL, DOUBLE = (
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT32,
-    TensorProto.INT64, TensorProto.BOOL, TensorProto.DOUBLE,
-)  # fmt: skip
-DTYPES = {"float32": FLOAT, "float16": FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 INFINITY = np.float32(np.inf)
 POWERS = 2.0 ** np.arange(8, dtype=np.float32)
 
 
-def scheme_attributes(scheme: Scheme, prefix: str = "") -> dict[str, Any]:
-    """Return a scheme as attributes of a node.
+def quantize(opset: int = OPSET) -> onnx.FunctionProto:
+    """Return ``nsq.Quantize``, in standard operators of an opset that is at least 21.
 
-    Parameters
-    ----------
-    scheme : Scheme
-    prefix : str
-        Of the names, as ``key_``.
-
-    Returns
-    -------
-    dict
-        0 is ``block_size=None``, and dtypes are those of `onnx.TensorProto`.
-
-    Examples
-    --------
-    >>> attributes = scheme_attributes(Scheme(bits=2), "key_")
-    >>> attributes["key_bits"], attributes["key_block_size"], attributes["key_scale_dtype"]
-    (2, 0, 10)
-    """
-    values = scheme.to_dict()
-    for name in ("separate_norm", "symmetric"):
-        values[name] = int(values[name])
-    for name in ("scale_dtype", "norm_dtype"):
-        values[name] = DTYPES[values[name]]
-    values["block_size"] = values["block_size"] or 0
-    return {prefix + name: value for name, value in values.items()}
-
-
-def quantize(opset: int = 21) -> onnx.FunctionProto:
-    """Return ``nsq.Quantize``.
-
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21.
-
-    Returns
-    -------
-    onnx.FunctionProto
-        Input ``x [..., T, D]``, float32, float16 or bfloat16. Outputs ``packed`` (uint8),
-        ``scale``, ``norm`` and ``zero`` (float32, which hold values of the stored dtypes),
-        ``outlier_index`` (int32), ``outliers`` (float16) and ``sinks`` (dtype of ``x``), of which
-        a scheme stores some.
+    Of the outputs, ``scale``, ``norm`` and ``zero`` are float32 that holds values of the stored
+    dtypes, and ``sinks`` has the dtype of ``x``. What a scheme does not store says nothing.
 
     Examples
     --------
@@ -88,7 +41,7 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     """
     add = Nodes()
     fields = _fields(add)
-    x = add("Cast", "x", to=FLOAT)  # I1
+    x = add.cast("x", "float32")  # I1
     lead = add("Shape", x, end=-2)
     channels = add("Shape", x, start=-1)
     all_tokens = add("Shape", x, start=-2, end=-1)
@@ -108,17 +61,16 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
 
     norm = add.choose(
         fields.separate_norm,
-        lambda add: [rounding_nodes.norm(add, x_blocks)],  # N1
-        lambda add: [add("Expand", np.float32(1), add("Shape", x_blocks, end=-1))],
-        [FLOAT],
-    )[0]
+        lambda add: rounding.norm(add, x_blocks),  # N1
+        lambda add: add("Expand", np.float32(1), add("Shape", x_blocks, end=-1)),
+    )
     direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
     index, outliers, coded = _outliers(add, direction, fields)  # O1
     present = add("Less", places, tokens)
     present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
     scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
     codes = _code(add, direction, scale, zero, fields)  # Q1 Q2
-    has_code = add("And", coded, _a_token(add, add("Cast", norm, to=BOOL)))
+    has_code = add("And", coded, _a_token(add, add.cast(norm, "bool")))
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
     factor = _factor(add, x_blocks, norm, (codes, scale, zero, index, outliers), fields)
 
@@ -133,27 +85,17 @@ def quantize(opset: int = 21) -> onnx.FunctionProto:
     joined(scale, scales, name="scale")
     add("Squeeze", joined(_a_token(add, factor), tokens), [-1], name="norm")
     joined(zero, scales, name="zero")
-    add("Cast", joined(index, stored_blocks), name="outlier_index", to=INT32)
-    add("Cast", joined(outliers, tokens), name="outliers", to=FLOAT16)
+    add.cast(joined(index, stored_blocks), "int32", name="outlier_index")
+    add.cast(joined(outliers, tokens), "float16", name="outliers")
     add("CastLike", add("Slice", x, [0], sinks, [-2]), "x", name="sinks")  # K1
-    outputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks"]
-    return _function("Quantize", ["x"], outputs, add, opset)
+    return make_function(QUANTIZE, add, opset)
 
 
-def dequantize(opset: int = 21) -> onnx.FunctionProto:
-    """Return ``nsq.Dequantize``.
+def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
+    """Return ``nsq.Dequantize``, in standard operators of an opset that is at least 21.
 
-    Parameters
-    ----------
-    opset : int
-        Of the standard operators, at least 21.
-
-    Returns
-    -------
-    onnx.FunctionProto
-        Inputs are the outputs of ``nsq.Quantize``, sinks as float32, and ``head_dim``, an int64
-        scalar that is only needed for axis token; what a scheme does not store is left out. Output
-        ``x_hat [..., T, D]``, float32.
+    Inputs are the outputs of ``nsq.Quantize``, sinks as float32, and ``head_dim``, an int64 scalar
+    that is only needed for axis token; what a scheme does not store is left out.
 
     Examples
     --------
@@ -169,10 +111,10 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
     # is refused, even where the branch is not taken.
     channels = add.choose(
         fields.channel,
-        lambda add: [add("Shape", "scale", start=-1)],
-        lambda add: [add("Max", [1], "head_dim")],
-        [INT64],
-    )[0]
+        lambda add: add("Shape", "scale", start=-1),
+        lambda add: add("Max", [1], "head_dim"),
+        "int64",
+    )
 
     def given(add: Nodes, name: str, kind: Any, *shape: Any) -> str:
         """Return an optional input of a dtype, whose axis of length 0 here may have any length."""
@@ -184,60 +126,44 @@ def dequantize(opset: int = 21) -> onnx.FunctionProto:
     block = add("Div", count, _tokens_per_block(add, tokens, fields))
     of_token = add("Where", fields.channel, block, count)
     scale = add("Gather", "scale", of_token, axis=-2)
-    zero = add.choose(
-        fields.symmetric,
-        lambda add: [add.constant(np.float32(-0.0))],  # which adds nothing to any product
-        lambda add: [
-            add("Gather", given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1)),
-                of_token, axis=-2)
-        ],
-        [FLOAT],
-    )[0]  # fmt: skip
+
+    def stored_zero(add: Nodes) -> str:
+        zero = given(add, "zero", np.float32, [0], add("Shape", "scale", start=-1))
+        return add("Gather", zero, of_token, axis=-2)
+
+    # -0 adds nothing to any product.
+    zero = add.choose(fields.symmetric, lambda add: add.constant(np.float32(-0.0)), stored_zero)
     y = _dequantized(add, _unpack(add, channels, fields), scale, zero)
 
-    def with_outliers(add: Nodes) -> list[str]:
+    def with_outliers(add: Nodes) -> str:
         kept = add("Min", fields.outlier_channels, channels)
         index = add("Gather", given(add, "outlier_index", np.int32, [0], kept), block, axis=-2)
-        outliers = add("Cast", given(add, "outliers", np.float16, [0], kept), to=FLOAT)
-        return [add("ScatterElements", y, add("Cast", index, to=INT64), outliers, axis=-1)]
+        outliers = add.cast(given(add, "outliers", np.float16, [0], kept), "float32")
+        return add("ScatterElements", y, add.cast(index, "int64"), outliers, axis=-1)
 
-    y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+    y = add.choose(fields.has_outliers, with_outliers, lambda _: y)
 
-    def with_norm(add: Nodes) -> list[str]:
+    def with_norm(add: Nodes) -> str:
         norm = _a_token(add, given(add, "norm", np.float32, [0]))
 
-        def renormalized(add: Nodes) -> list[str]:
-            length = where_zero(add, rounding_nodes.norm(add, y), INFINITY)
-            return [add("Div", y, _a_token(add, length))]
+        def renormalized(add: Nodes) -> str:
+            length = where_zero(add, rounding.norm(add, y), INFINITY)
+            return add("Div", y, _a_token(add, length))
 
         # Not without tokens, as runtimes differ in reducing nothing.
         some = add("And", fields.stores_norm, add("Squeeze", add("Greater", tokens, 0)))
-        unit = add.choose(some, renormalized, lambda _: [y], [FLOAT])[0]
-        return [add("Mul", norm, unit)]
+        unit = add.choose(some, renormalized, lambda _: y)
+        return add("Mul", norm, unit)
 
-    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: [y], [FLOAT])[0]  # D1
+    x_hat = add.choose(fields.separate_norm, with_norm, lambda _: y)  # D1
 
-    def with_sinks(add: Nodes) -> list[str]:
-        return [add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)]
+    def with_sinks(add: Nodes) -> str:
+        return add("Concat", given(add, "sinks", np.float32, [0], channels), x_hat, axis=-2)
 
     has_sinks = add("Greater", fields.sink_tokens, 0)
-    whole = add.choose(has_sinks, with_sinks, lambda _: [x_hat], [FLOAT])[0]
+    whole = add.choose(has_sinks, with_sinks, lambda _: x_hat)
     add("Identity", whole, name="x_hat")
-    inputs = ["packed", "scale", "norm", "zero", "outlier_index", "outliers", "sinks", "head_dim"]
-    return _function("Dequantize", inputs, ["x_hat"], add, opset)
-
-
-def _function(
-    name: str, inputs: Sequence[str], outputs: Sequence[str], add: Nodes, opset: int
-) -> onnx.FunctionProto:
-    require_opset(opset)
-    defaults = [
-        helper.make_attribute(field, value) for field, value in scheme_attributes(Scheme()).items()
-    ]
-    return helper.make_function(
-        DOMAIN, name, inputs, outputs, add.nodes, [helper.make_opsetid("", opset)],
-        attribute_protos=defaults,
-    )  # fmt: skip
+    return make_function(DEQUANTIZE, add, opset)
 
 
 class _Fields(NamedTuple):
@@ -269,7 +195,7 @@ def _fields(add: Nodes) -> _Fields:
         )
     }  # fmt: skip
     separate_norm, symmetric = (
-        add("Cast", add.attribute(name, "int"), to=BOOL) for name in ("separate_norm", "symmetric")
+        add.cast(add.attribute(name, "int"), "bool") for name in ("separate_norm", "symmetric")
     )
     channel, _ = add.is_one_of("axis", ["channel", "token"])
     _, search = add.is_one_of("scale_rule", ["range", "search"])
@@ -320,8 +246,8 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         # Of equals TopK takes the lower index.
         add.several("TopK", [peak, count], [f"{largest}_value", largest])
         add.several("TopK", [largest, count], [index, f"{index}_order"], largest=0)
-        every = add("Cast", add("Expand", np.float32(1), add("Shape", peak)), to=BOOL)
-        none = add("Cast", add("Expand", np.float32(0), add("Shape", index)), to=BOOL)
+        every = add.cast(add("Expand", np.float32(1), add("Shape", peak)), "bool")
+        none = add.cast(add("Expand", np.float32(0), add("Shape", index)), "bool")
         coded = add("ScatterElements", every, index, none, axis=-1)
         shape = add("Concat", add("Shape", direction, end=-1), count, axis=0)
         # Not GatherElements, which onnx.reference has only for up to 64 channels.
@@ -329,7 +255,7 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         places = add("Reshape", add("Expand", index, shape), flat)
         rows = add("Reshape", direction, add("Concat", [-1], channels, axis=0))
         values = _reshape(add, add("GatherND", rows, places, batch_dims=1), shape)
-        return [index, narrow(add, values, add.constant(FLOAT16)), coded]
+        return [index, narrow(add, values, add.constant(ELEMENTS["float16"])), coded]
 
     def none(add: Nodes) -> list[str]:
         rows = add("Shape", direction, end=-1)
@@ -338,7 +264,7 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         no_values = add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
         return [no_index, no_values, add.constant(np.ones((1, 1), bool))]
 
-    return add.choose(fields.has_outliers, kept, none, [INT64, FLOAT, BOOL])
+    return add.choose_several(fields.has_outliers, kept, none, ["int64", "float32", "bool"])
 
 
 def _scale_and_zero(
@@ -357,7 +283,7 @@ def _scale_and_zero(
         """Return the sum of squared errors, in the order of S4, or what is told if not finite."""
         y = _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
         off = add("Where", counted, add("Sub", direction, y), np.float32(0))
-        wide = add("Cast", off, to=DOUBLE)
+        wide = add.cast(off, "float64")
         sums = add("CumSum", add("Mul", wide, wide), axis)
         total = add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
         fits = [add("Less", add("Abs", one), INFINITY) for one in (scale, zero)]
@@ -383,9 +309,9 @@ def _scale_and_zero(
 
         # Nothing is less than -infinity: a full range that does not fit is kept.
         first = [*widest, error(add, widest[0], widest[1], np.float64(-np.inf))]
-        return add.repeat(len(SHRINK) - 1, shrink, first, [FLOAT, FLOAT, DOUBLE])[:2]
+        return add.repeat(len(SHRINK) - 1, shrink, first, ["float32", "float32", "float64"])[:2]
 
-    return add.choose(fields.search, search, lambda _: widest, [FLOAT, FLOAT])
+    return add.choose_several(fields.search, search, lambda _: widest, ["float32", "float32"])
 
 
 def _range_scale(add: Nodes, low: str, high: str, fields: _Fields) -> list[str]:
@@ -411,23 +337,22 @@ def _dequantized(add: Nodes, codes: str, scale: str, zero: str) -> str:
 def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields) -> str:
     """M1 M2 M3: the narrowed factor of each token."""
 
-    def gain(add: Nodes) -> list[str]:
+    def gain(add: Nodes) -> str:
         codes, scale, zero, index, outliers = coded
         y = _dequantized(add, codes, scale, zero)
 
-        def with_outliers(add: Nodes) -> list[str]:
+        def with_outliers(add: Nodes) -> str:
             of_token = add("Expand", index, add("Shape", outliers))
-            return [add("ScatterElements", y, of_token, outliers, axis=-1)]
+            return add("ScatterElements", y, of_token, outliers, axis=-1)
 
-        y = add.choose(fields.has_outliers, with_outliers, lambda _: [y], [FLOAT])[0]
+        y = add.choose(fields.has_outliers, with_outliers, lambda _: y)
         return add.choose(
             fields.least_squares,
-            lambda add: [rounding_nodes.least_squares_gain(add, x, y)],
-            lambda add: [add("Div", norm, where_zero(add, rounding_nodes.norm(add, y), INFINITY))],
-            [FLOAT],
+            lambda add: rounding.least_squares_gain(add, x, y),
+            lambda add: add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY)),
         )
 
-    factor = add.choose(fields.stores_norm, lambda _: [norm], gain, [FLOAT])[0]
+    factor = add.choose(fields.stores_norm, lambda _: norm, gain)
     return narrow(add, factor, fields.norm_dtype)  # M4
 
 
@@ -449,20 +374,16 @@ def _pack(add: Nodes, codes: str, fields: _Fields) -> str:
         lead = add("Shape", numbers, end=-1)
         shape = add("Concat", lead, filled, add("Shape", shifts), axis=0)
         groups = add("Mul", _reshape(add, numbers, shape), add("Gather", POWERS, shifts))
-        row_bytes = add("Cast", add("ReduceSum", groups, [-1], keepdims=0), to=UINT8)
+        row_bytes = add.cast(add("ReduceSum", groups, [-1], keepdims=0), "uint8")
         return add("Slice", row_bytes, [0], size, [-1])
 
-    def two_rows(add: Nodes) -> list[str]:
+    def two_rows(add: Nodes) -> str:
         high = add("Floor", add("Mul", padded, np.float32(0.25)))
         low = add("Sub", padded, add("Mul", high, np.float32(4)))
-        return [add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)]
+        return add("Concat", row(add, low, 2), row(add, high, 1), axis=-1)
 
-    return add.choose(
-        add("Equal", fields.bits, 3),
-        two_rows,
-        lambda add: [row(add, padded, fields.bits)],
-        [UINT8],
-    )[0]
+    three = add("Equal", fields.bits, 3)
+    return add.choose(three, two_rows, lambda add: row(add, padded, fields.bits), "uint8")
 
 
 def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
@@ -473,24 +394,20 @@ def _unpack(add: Nodes, channels: str, fields: _Fields) -> str:
         shifts = add("Range", 0, 8, bits)
         mask = add("Sub", add("Gather", [2, 4, 8, 16, 32, 64, 128, 256], add("Sub", bits, 1)), 1)
         groups = add(
-            "BitShift", _a_token(add, row_bytes), add("Cast", shifts, to=UINT8), direction="RIGHT"
+            "BitShift", _a_token(add, row_bytes), add.cast(shifts, "uint8"), direction="RIGHT"
         )
-        numbers = add("BitwiseAnd", groups, add("Cast", mask, to=UINT8))
+        numbers = add("BitwiseAnd", groups, add.cast(mask, "uint8"))
         size = add("Mul", add("Shape", row_bytes, start=-1), add("Shape", shifts))
         shape = add("Concat", add("Shape", row_bytes, end=-1), size, axis=0)
-        flat = add("Cast", _reshape(add, numbers, shape), to=FLOAT)
+        flat = add.cast(_reshape(add, numbers, shape), "float32")
         return add("Slice", flat, [0], channels, [-1])
 
-    def two_rows(add: Nodes) -> list[str]:
+    def two_rows(add: Nodes) -> str:
         split = add("Div", add("Add", channels, 3), 4)
         low = add("Slice", "packed", [0], split, [-1])
         high = add("Slice", "packed", split, [np.iinfo(np.int64).max], [-1])
-        return [add("Add", row(add, low, 2), add("Mul", row(add, high, 1), np.float32(4)))]
+        return add("Add", row(add, low, 2), add("Mul", row(add, high, 1), np.float32(4)))
 
-    numbers = add.choose(
-        add("Equal", fields.bits, 3),
-        two_rows,
-        lambda add: [row(add, "packed", fields.bits)],
-        [FLOAT],
-    )[0]
+    three = add("Equal", fields.bits, 3)
+    numbers = add.choose(three, two_rows, lambda add: row(add, "packed", fields.bits))
     return add("Sub", numbers, fields.offset)

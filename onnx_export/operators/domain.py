@@ -1,4 +1,4 @@
-"""The operators of the domain ``nsq`` as functions of standard ONNX operators."""
+"""The domain ``nsq`` as a whole: all its functions, and whether the nodes of a model keep to it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import difflib
 from collections.abc import Iterable, Iterator
 
 from nsq_ref.environment import extra
-from onnx_export.attention_function import attention
-from onnx_export.codec_functions import DOMAIN, VERSION, dequantize, quantize, scheme_attributes
+from onnx_export.operators.attention import attention
+from onnx_export.operators.codec import dequantize, quantize
+from onnx_export.operators.schema import DOMAIN, OPERATORS, OPSET
 
 with extra("onnx", __name__):
     import onnx
+    from onnx import helper
 
-__all__ = ["DOMAIN", "VERSION", "check_nodes", "functions", "scheme_attributes"]
+__all__ = ["check_nodes", "functions"]
 
 
-def functions(opset: int = 21) -> list[onnx.FunctionProto]:
+def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     """Return every function of the domain.
 
     A model that carries them runs wherever standard operators run; where a library has kernels of
@@ -63,7 +65,7 @@ def check_nodes(model: onnx.ModelProto) -> None:
     Examples
     --------
     >>> from nsq_ref import Scheme
-    >>> from onnx_export.codec import quantize_model
+    >>> from onnx_export.operators import quantize_model
     >>> model = quantize_model(Scheme())
     >>> check_nodes(model)
     >>> model.graph.node[0].attribute[0].name = "bitz"
@@ -72,10 +74,9 @@ def check_nodes(model: onnx.ModelProto) -> None:
       ...
     ValueError: Quantize that makes packed: attribute bitz is unknown; did you mean bits?
     """
-    known = {function.name: function for function in functions()}
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         for node in _all_nodes(nodes):
-            if node.domain == DOMAIN and (problem := _problem(node, known)):
+            if node.domain == DOMAIN and (problem := _problem(node)):
                 made = next(filter(None, node.output), "nothing")
                 raise ValueError(f"{node.op_type} that makes {made}: {problem}")
 
@@ -88,29 +89,29 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _all_nodes(graph.node)
 
 
-def _problem(node: onnx.NodeProto, known: dict[str, onnx.FunctionProto]) -> str | None:
+def _problem(node: onnx.NodeProto) -> str | None:
     """Return what is wrong with a node of the domain."""
-    function = known.get(node.op_type)
-    if function is None:
-        return f"there is no such operator in {DOMAIN}; choose one of {', '.join(known)}"
-    # Those without a default are integers.
-    kinds = dict.fromkeys(function.attribute, onnx.AttributeProto.INT)
-    kinds |= {default.name: default.type for default in function.attribute_proto}
+    operator = OPERATORS.get(node.op_type)
+    if operator is None:
+        return f"there is no such operator in {DOMAIN}; choose one of {', '.join(OPERATORS)}"
     for attribute in node.attribute:
         name = attribute.name
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(kinds)}"
+        if name not in operator.attributes:
+            close = difflib.get_close_matches(name, operator.attributes, n=1)
+            known = ", ".join(operator.attributes)
+            hint = f"did you mean {close[0]}?" if close else f"there are {known}"
             return f"attribute {name} is unknown; {hint}"
-        if attribute.type != kinds[name]:
-            kind = onnx.AttributeProto.AttributeType.Name(kinds[name])
-            return f"attribute {name} must be {kind}"
-    if missing := set(function.attribute) - {attribute.name for attribute in node.attribute}:
+        default = operator.attributes[name]
+        kind = helper.make_attribute(name, 0 if default is None else default).type
+        if attribute.type != kind:
+            return f"attribute {name} must be {onnx.AttributeProto.AttributeType.Name(kind)}"
+    required = {name for name, default in operator.attributes.items() if default is None}
+    if missing := required - {attribute.name for attribute in node.attribute}:
         return f"attribute {min(missing)} is missing"
-    for kind, given, all_of in (
-        ("inputs", node.input, function.input),
-        ("outputs", node.output, function.output),
+    for ends, given, all_of in (
+        ("inputs", node.input, operator.inputs),
+        ("outputs", node.output, operator.outputs),
     ):
         if len(given) > len(all_of):
-            return f"it has {len(given)} {kind}, of at most {len(all_of)}"
+            return f"it has {len(given)} {ends}, of at most {len(all_of)}"
     return None

@@ -1,8 +1,8 @@
 // New tokens, staged as float32: rotated, scaled, and looked at for what is not finite.
 #include <cmath>
-#include <cstring>
 
 #include "attention/work.h"
+#include "kernels/floats.h"
 
 namespace nsq {
 namespace {
@@ -14,19 +14,6 @@ struct Place {
   const char* name;  // null if all is finite
   int64_t row, token, head, channel;
 };
-
-int64_t first_not_finite(const float* values, int64_t count) {
-  uint32_t any = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    any |= static_cast<uint32_t>((bits & 0x7f800000u) == 0x7f800000u);
-  }
-  int64_t i = 0;
-  if (any == 0) return count;
-  while (std::isfinite(values[i])) ++i;
-  return i;
-}
 
 // Rotates x[head_dim] to out; what is behind the pairs is copied.
 void rotate(const float* x, const float* cos, const float* sin, int64_t half, bool interleaved,
@@ -70,7 +57,7 @@ bool stage_tokens(const Work& work, int64_t row, int64_t first, int64_t last, Pl
       float* out = out_of(head);
       for (int64_t j = 0; j < channels; ++j) out[j] = static_cast<float>(from[j] * factor);
       const int64_t channel = first_not_finite(out, channels);
-      if (channel == channels || refused->name != nullptr) continue;
+      if (channel < 0 || refused->name != nullptr) continue;
       *refused = {name, row, i, head, channel};
     }
   };

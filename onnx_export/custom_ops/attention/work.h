@@ -85,13 +85,11 @@ struct Work {
   }
 };
 
-// The steps, in this order. One that fails leaves the past as it was, in place too.
-Status read_lengths(Work& work);
+// Steps of a call. After one that fails the past is what it was, in place too.
 Status stage(Work& work);            // new tokens as float32
 Status copy_past(const Work& work);  // to the present, unless that is the same memory
 Status seal(const Work& work);       // full blocks, behind those of the past
 Status attend(const Work& work);
-Status check_bias(const Work& work);  // what `attend` has seen of it
 void write_tails(const Work& work);  // sinks and tail
 
 }  // namespace nsq

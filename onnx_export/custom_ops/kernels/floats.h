@@ -27,6 +27,16 @@ constexpr float kInfinity = __builtin_inff();
 
 static inline bool is_finite(float value) { return (bits_of(value) & 0x7f800000) != 0x7f800000; }
 
+// The first of values[count] that is not finite, or -1.
+static inline int64_t first_not_finite(const float* values, int64_t count) {
+  uint32_t any = 0;
+  for (int64_t i = 0; i < count; ++i) any |= uint32_t(!is_finite(values[i]));
+  if (any == 0) return -1;
+  int64_t first = 0;
+  while (is_finite(values[first])) ++first;
+  return first;
+}
+
 static inline float float_of_half(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
   // The bias of the exponent goes from 15 to 127, and that of infinity and NaN on to the end.

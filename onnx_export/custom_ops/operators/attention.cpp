@@ -82,13 +82,6 @@ Status expect_finite(const char* name, float value) {
   return Status::error("attribute %s is not finite; leave it out, or 0, for the default", name);
 }
 
-// The tensor must be there exactly if it is needed.
-Status expect_stored(const Tensor& tensor, bool stored) {
-  if (stored) return expect_present(tensor);
-  if (!tensor) return Status();
-  return Status::error("%s is given, but the scheme does not store it; leave it out", tensor.name);
-}
-
 struct AttentionKernel {
   static constexpr const char* name = "Attention";
   static constexpr TypeChoices types[] = {
@@ -121,9 +114,7 @@ Status AttentionKernel::create(const Attributes& attributes) {
   NSQ_TRY(attributes.get("kv_heads", &options_.kv_heads, 1));
   if (options_.heads > kMostHeads || options_.heads % options_.kv_heads != 0) {
     return Status::error("attribute heads=%lld is not a multiple of kv_heads=%lld up to %lld",
-                         shown(options_.heads),
-                         shown(options_.kv_heads),
-                         shown(kMostHeads));
+                         shown(options_.heads), shown(options_.kv_heads), shown(kMostHeads));
   }
   NSQ_TRY(attributes.get("scale", &options_.scale));
   NSQ_TRY(expect_finite("scale", options_.scale));
@@ -172,8 +163,7 @@ Status AttentionKernel::check_new_tokens(const Tensors& tensors, AttentionCall* 
   if (call->batch == 0 || call->tokens == 0 || query.dim(2) == 0 || query.dim(2) % parts != 0) {
     return Status::error(
         "query has shape [%lld, %lld, %lld]; expected [batch, tokens, %lld * head_dim]%s, none of "
-        "them 0", shown(call->batch), shown(call->tokens),
-        shown(query.dim(2)), shown(parts),
+        "them 0", shown(call->batch), shown(call->tokens), shown(query.dim(2)), shown(parts),
         together ? " as there is no key" : "");
   }
   const int64_t head_dim = query.dim(2) / parts;
@@ -208,7 +198,7 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
   const Tensor &past = tensors.inputs[kPastLengths], &added = tensors.inputs[kNewLengths];
   NSQ_TRY(expect_shape(past, {batch}));
   call->past_lengths = past.as<int64_t>();
-  if (added) NSQ_TRY(expect_shape(added, {batch}));
+  NSQ_TRY(expect_shape(added, {batch}));
   call->new_lengths = added.as<int64_t>();
 
   const Tensor &cos = tensors.inputs[kCos], &sin = tensors.inputs[kSin];
@@ -219,8 +209,7 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     NSQ_TRY(expect_rank(cos, 2));
     if (cos.dim(1) < 1 || cos.dim(1) > call->key.head_dim / 2) {
       return Status::error("cos has %lld columns; expected 1 to half of head_dim, %lld",
-                           shown(cos.dim(1)),
-                           shown(call->key.head_dim / 2));
+                           shown(cos.dim(1)), shown(call->key.head_dim / 2));
     }
     NSQ_TRY(expect_shape(sin, {cos.dim(0), cos.dim(1)}));
     call->cos = cos.data;
@@ -232,7 +221,7 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     return Status::error("%s has no effect without cos and sin; give both, or leave it out",
                          positions ? positions.name : "attribute rotary_interleaved=1");
   }
-  if (positions) NSQ_TRY(expect_shape(positions, {batch, tokens}));
+  NSQ_TRY(expect_shape(positions, {batch, tokens}));
   call->position_ids = positions.as<int64_t>();
 
   const Tensor &bias = tensors.inputs[kBias], &sink = tensors.inputs[kHeadSink];
@@ -241,8 +230,7 @@ Status AttentionKernel::check_options(const Tensors& tensors, AttentionCall* cal
     if ((bias.dim(0) != 1 && bias.dim(0) != batch) ||
         (bias.dim(1) != 1 && bias.dim(1) != options_.heads)) {
       return Status::error("attention_bias is for %lld rows and %lld heads; expected 1 or %lld, "
-                           "and 1 or %lld", shown(bias.dim(0)),
-                           shown(bias.dim(1)), shown(batch),
+                           "and 1 or %lld", shown(bias.dim(0)), shown(bias.dim(1)), shown(batch),
                            shown(options_.heads));
     }
     call->bias = bias.data;
@@ -279,25 +267,18 @@ Status AttentionKernel::check_side(const Tensors& tensors, int first_input,
   const int64_t capacity = side->capacity = past[kPacked].dim(2);
   if (capacity % scheme.block_size != 0) {
     return Status::error("%s has room for %lld tokens; expected a multiple of the block size, %lld",
-                         past[kPacked].name, shown(capacity),
-                         shown(scheme.block_size));
+                         past[kPacked].name, shown(capacity), shown(scheme.block_size));
   }
   NSQ_TRY(expect_element(past[kScale], element(scheme.scale_dtype)));
   for (int part : {kScale, kZero}) {
-    if (!past[part]) continue;
     NSQ_TRY(scheme.per_token
                 ? expect_shape(past[part], {batch, heads, capacity, 1})
                 : expect_shape(past[part], {batch, heads, capacity / scheme.block_size, head_dim}));
   }
-  if (past[kNorm]) {
-    NSQ_TRY(expect_element(past[kNorm], element(scheme.norm_dtype)));
-    NSQ_TRY(expect_shape(past[kNorm], {batch, heads, capacity}));
-  }
-  if (past[kSinks]) {
-    NSQ_TRY(expect_shape(past[kSinks], {batch, heads, scheme.sink_tokens, head_dim}));
-  }
-  NSQ_TRY(expect_shape(past[kTail], {batch, heads, scheme.block_size, head_dim}));
-  return Status();
+  if (past[kNorm]) NSQ_TRY(expect_element(past[kNorm], element(scheme.norm_dtype)));
+  NSQ_TRY(expect_shape(past[kNorm], {batch, heads, capacity}));
+  NSQ_TRY(expect_shape(past[kSinks], {batch, heads, scheme.sink_tokens, head_dim}));
+  return expect_shape(past[kTail], {batch, heads, scheme.block_size, head_dim});
 }
 
 Parts parts_of(const Tensor* tensors) {
@@ -308,9 +289,8 @@ Parts parts_of(const Tensor* tensors) {
 Status AttentionKernel::make_outputs(Context& context, const AttentionCall& call,
                                      Tensors* tensors) const {
   Tensor* outputs = tensors->outputs;
-  NSQ_TRY(context.output(kOutput,
-                         {call.batch, call.tokens, options_.heads * call.value.head_dim},
-                         &outputs[kOutput]));
+  const int64_t channels = options_.heads * call.value.head_dim;
+  NSQ_TRY(context.output(kOutput, {call.batch, call.tokens, channels}, &outputs[kOutput]));
   NSQ_TRY(context.output(kPresentLengths, {call.batch}, &outputs[kPresentLengths]));
   for (int i = 0; i < 2 * kParts; ++i) {
     const Tensor& past = tensors->inputs[kPastKey + i];

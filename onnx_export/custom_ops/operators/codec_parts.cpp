@@ -11,6 +11,8 @@ constexpr int64_t kMostTasks = 1024;
 
 int64_t divide_up(int64_t number, int64_t unit) { return number / unit + (number % unit != 0); }
 
+}  // namespace
+
 bool is_stored(const Scheme& scheme, int part) {
   switch (part) {
     case kNorm: return scheme.separate_norm;
@@ -21,8 +23,6 @@ bool is_stored(const Scheme& scheme, int part) {
   }
   return true;
 }
-
-}  // namespace
 
 Layout::Layout(const Scheme& scheme, int64_t sequences, int64_t tokens, int64_t head_dim)
     : sequences(sequences), tokens(tokens), head_dim(head_dim) {
@@ -56,14 +56,6 @@ Shape::Shape(const Tensor& leading, const Scheme& scheme, const Layout& layout, 
       dims[rank++] = layout.head_dim;
       break;
   }
-}
-
-Status expect_stored(const Tensor& tensor, const Scheme& scheme, int part) {
-  const bool stored = is_stored(scheme, part);
-  if (tensor.present == stored) return Status();
-  return Status::error(stored ? "%s is left out, but the scheme of the attributes stores it"
-                              : "%s is not stored by the scheme of the attributes; leave it out",
-                       tensor.name);
 }
 
 Status expect_axes(const Tensor& tensor, bool tokens_needed) {

@@ -22,6 +22,8 @@ constexpr Parameter kPartParameters[kParts] = {
     {"sinks", varying(0), kOptional},  // of x's type
 };
 
+bool is_stored(const Scheme& scheme, int part);
+
 // Sizes that follow from the scheme and from the shape of x[..., tokens, head_dim].
 struct Layout {
   int64_t sequences;
@@ -47,8 +49,6 @@ struct Shape {
   Shape(const Tensor& leading, const Scheme& scheme, const Layout& layout, int part);
 };
 
-// A part must be there exactly if the scheme stores it.
-Status expect_stored(const Tensor& tensor, const Scheme& scheme, int part);
 // [..., tokens, channels], neither of these empty but perhaps the tokens.
 Status expect_axes(const Tensor& tensor, bool tokens_needed);
 Status expect_channels(const char* name, int64_t channels);

@@ -70,7 +70,6 @@ Status Dequantize::find_tokens(const Tensor* parts, int64_t* tokens) const {
 
 Status Dequantize::check(const Tensor* parts, const Layout& layout) const {
   for (int part : {kPacked, kScale, kZero, kNorm, kSinks, kOutlierIndex, kOutliers}) {
-    if (!parts[part]) continue;
     const Shape shape(parts[kPacked], scheme_, layout, part);
     NSQ_TRY(expect_shape(parts[part], shape.dims, shape.rank));
   }
@@ -90,7 +89,9 @@ Status Dequantize::compute(Context& context) const {
   for (int i = 0; i < kInputs; ++i) NSQ_TRY(context.input(i, &parts[i]));
   NSQ_TRY(expect_present(parts[kPacked]));
   NSQ_TRY(expect_present(parts[kScale]));
-  for (int part = 0; part < kParts; ++part) NSQ_TRY(expect_stored(parts[part], scheme_, part));
+  for (int part = 0; part < kParts; ++part) {
+    NSQ_TRY(expect_stored(parts[part], is_stored(scheme_, part)));
+  }
   const Tensor& packed = parts[kPacked];
   NSQ_TRY(expect_axes(packed, false));
   int64_t head_dim = 0, tokens = 0;

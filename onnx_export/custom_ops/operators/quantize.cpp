@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels/choose.h"
+#include "kernels/floats.h"
 #include "operators/codec_parts.h"
 
 namespace nsq {
@@ -77,7 +78,7 @@ Status Quantize::compute(Context& context) const {
   for (int part = 0; part < kParts; ++part) {
     const Shape shape(x, scheme_, layout, part);
     NSQ_TRY(context.output(part, shape.dims, shape.rank, &parts[part]));
-    NSQ_TRY(expect_stored(parts[part], scheme_, part));
+    NSQ_TRY(expect_stored(parts[part], is_stored(scheme_, part)));
   }
   NSQ_TRY(expect_apart(parts, kParts, &x, 1));
   NSQ_TRY(keep_sinks(layout, x, parts[kSinks]));
@@ -95,12 +96,9 @@ Status Quantize::keep_sinks(const Layout& layout, const Tensor& x, const Tensor&
     for (int64_t t = 0; t < layout.sinks; ++t) {
       kernels_->widen(from + t * layout.head_dim * element, dtype(x.element), layout.head_dim,
                       row.data());
-      for (int64_t j = 0; j < layout.head_dim; ++j) {
-        if (row[j] - row[j] == 0) continue;  // NaN if row[j] is not finite
-        return Status::error("%s: a value of this sink token is not finite; mask padding and mend "
-                             "the values first (rule I2)",
-                             place_of(x, sequence, t).text);
-      }
+      if (first_not_finite(row.data(), layout.head_dim) < 0) continue;
+      return Status::error("%s: a value of this sink token is not finite; mask padding and mend "
+                           "the values first (rule I2)", place_of(x, sequence, t).text);
     }
     memcpy(sinks.as<uint8_t>() + sequence * count * element, from,
            static_cast<size_t>(count * element));

@@ -84,8 +84,8 @@ struct Variants {
 OrtCustomOp custom_op();
 
 template <typename Kernel>
-class Definition {
-  static constexpr size_t count_combinations() {
+struct Definition {
+  static constexpr size_t combinations() {
     size_t count = 1;
     for (const TypeChoices& choices : Kernel::types) count *= static_cast<size_t>(choices.count);
     return count;
@@ -98,7 +98,7 @@ class Definition {
   static Status compute(const void* kernel, Context& context) {
     return static_cast<const Kernel*>(kernel)->compute(context);
   }
-  static constexpr Operator definition = {
+  static constexpr Operator value = {
       Kernel::name,
       std::data(Kernel::types),
       static_cast<int>(std::size(Kernel::types)),
@@ -110,13 +110,6 @@ class Definition {
       create,
       compute,
   };
-
- public:
-  static Variants variants() {
-    static Variant list[count_combinations()];
-    for (size_t i = 0; i < count_combinations(); ++i) list[i] = {custom_op(), &definition, i};
-    return {list, count_combinations()};
-  }
 };
 
 // Makes an operator from a class, one object of which serves one node:
@@ -132,7 +125,10 @@ class Definition {
 //   const Variants quantize_operator = define_operator<Quantize>();
 template <typename Kernel>
 Variants define_operator() {
-  return Definition<Kernel>::variants();
+  static Variant list[Definition<Kernel>::combinations()];
+  size_t count = 0;
+  for (Variant& variant : list) variant = {custom_op(), &Definition<Kernel>::value, count++};
+  return {list, count};
 }
 
 }  // namespace nsq

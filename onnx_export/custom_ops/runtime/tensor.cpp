@@ -63,6 +63,13 @@ Status expect_present(const Tensor& tensor) {
   return Status::error("%s is needed, but the node has no such input", tensor.name);
 }
 
+Status expect_stored(const Tensor& tensor, bool stored) {
+  if (tensor.present == stored) return Status();
+  return Status::error(stored ? "%s is left out, but the scheme of the attributes stores it"
+                              : "%s is not stored by the scheme of the attributes; leave it out",
+                       tensor.name);
+}
+
 Status expect_element(const Tensor& tensor, Element element) {
   if (tensor.element == element) return Status();
   return Status::error("%s has elements of %s, expected %s", tensor.name, name_of(tensor.element),
@@ -76,6 +83,7 @@ Status expect_rank(const Tensor& tensor, int rank) {
 }
 
 Status expect_shape(const Tensor& tensor, const int64_t* dims, int rank) {
+  if (!tensor) return Status();
   bool same = tensor.rank == rank;
   for (int axis = 0; same && axis < rank; ++axis) {
     same = dims[axis] < 0 || tensor.dims[axis] == dims[axis];

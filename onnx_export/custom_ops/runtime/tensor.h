@@ -50,9 +50,11 @@ struct Tensor {
 
 // Errors that name the tensor.
 Status expect_present(const Tensor& tensor);
+// It must be there exactly if the scheme stores it.
+Status expect_stored(const Tensor& tensor, bool stored);
 Status expect_element(const Tensor& tensor, Element element);
 Status expect_rank(const Tensor& tensor, int rank);
-// Unless its shape is this one; -1 stands for any number.
+// Unless its shape is this one, or it is left out; -1 stands for any number.
 Status expect_shape(const Tensor& tensor, const int64_t* dims, int rank);
 inline Status expect_shape(const Tensor& tensor, std::initializer_list<int64_t> dims) {
   return expect_shape(tensor, dims.begin(), static_cast<int>(dims.size()));

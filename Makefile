@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
+NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*/*.cpp */*.h */*.inc CMakeLists.txt))
 NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec attention modes integer_attention) \
   operators/test_attention.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -118,12 +118,9 @@ def test_a_compiler_that_comes_later_is_found(machine: Machine) -> None:
 def test_an_error_in_the_sources_is_an_error(machine: Machine) -> None:
     machine.give_compiler()
     machine.sources = machine.folder / "sources"
-    machine.sources.mkdir()
-    for path in SOURCES.iterdir():
-        if path.suffix in {".cpp", ".h", ".inc", ".txt"}:
-            shutil.copy(path, machine.sources)
-    (machine.sources / "operators.cpp").write_text("this is no C++\n")
+    shutil.copytree(SOURCES, machine.sources)
+    (machine.sources / "runtime" / "library.cpp").write_text("this is no C++\n")
     assert machine.configure().returncode == 0
     done = machine.cmake("--build", "build")
     assert done.returncode != 0
-    assert "operators.cpp" in done.stderr
+    assert "library.cpp" in done.stderr

@@ -24,7 +24,7 @@ X = np.random.default_rng(7).standard_normal((33, 24)).astype(np.float32)
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ROOT / "docs" / "examples" / "onnx_host.c"
-    headers = ROOT / "onnx_export" / "custom_ops"
+    headers = ROOT / "onnx_export" / "custom_ops" / "runtime"
     output = tmp_path_factory.mktemp("host") / "onnx_host"
     strict = ("-std=c99", "-Wall", "-Wextra", "-Werror")
     return compile_program(source, output, *strict, f"-I{headers}", "-ldl")

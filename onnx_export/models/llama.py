@@ -64,10 +64,10 @@ class DecoderGraph(Graph):
 
     def _add_decoder(self) -> None:
         config = self._config
-        self.input("input_ids", "batch", "sequence", dtype=TensorProto.INT64)
+        self.input("input_ids", "batch", "sequence", dtype="int64")
         # An input with an initializer of the same name is optional; the initializer is its default.
         self.initializer("num_logits", np.array(np.iinfo(np.int64).max, np.int64))
-        self.input("num_logits", dtype=TensorProto.INT64)
+        self.input("num_logits", dtype="int64")
         self.output("logits", "batch", "scored", config.vocab_size)
 
         embedding = self._weight("token_embd.weight")

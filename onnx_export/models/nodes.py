@@ -10,28 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.environment import extra
+from onnx_export.operators.nodes import Nodes, make_model
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, numpy_helper
 
-_OPSET = 21
-# The first IR version that belongs to opset 21.
-_IR_VERSION = 10
 # External data must be aligned to pages to be mapped into memory.
 _ALIGNMENT = 4096
 
 
-class Graph:
-    """Collects nodes and initializers; large tensors go straight into a file of external data."""
+class Graph(Nodes):
+    """Named nodes and initializers; large tensors go straight into a file of external data."""
 
     def __init__(self, external: str) -> None:
+        super().__init__()
         self.stream: IO[bytes]  # of the external data, while weights are added
         self._external = external
         self._hash = hashlib.sha256()
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
-        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {}
+        self._outputs: dict[str, tuple[str, tuple[int | str, ...]]] = {}
         self._initializers: dict[str, TensorProto] = {}
 
     @property
@@ -39,19 +37,17 @@ class Graph:
         """SHA-256 of the external data."""
         return self._hash.hexdigest()
 
-    def input(self, name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> None:
+    def input(self, name: str, *shape: int | str, dtype: str = "float32") -> None:
         """Add an input of the graph; strings name the axes that may have any length."""
-        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        self._inputs[name] = dtype, shape
 
     def output(self, name: str, *shape: int | str) -> None:
         """Add a float32 output of the graph."""
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        self._outputs[name] = "float32", shape
 
     def add(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
         """Append a node with one output of the node's name, and return the name."""
-        self._nodes.append(
-            helper.make_node(operator, list(inputs), [name], name=name, **attributes)
-        )
+        self.several(operator, inputs, [name], name=name, **attributes)
         return name
 
     def initializer(self, name: str, values: NDArray[Any]) -> str:
@@ -86,14 +82,7 @@ class Graph:
 
     def model(self, name: str, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Return the finished model."""
-        graph = helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, list(self._initializers.values())
-        )
-        model = helper.make_model(
-            graph,
-            producer_name="onnx_export",
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            ir_version=_IR_VERSION,
-        )
-        helper.set_model_props(model, dict(metadata))
-        return model
+        return make_model(
+            name, self.nodes, self._inputs, self._outputs,
+            initializers=list(self._initializers.values()), metadata=metadata,
+        )  # fmt: skip

@@ -40,7 +40,15 @@ __all__ = [
     "scheme_names",
 ]
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "nsq_ref.conformance.diagnose": "nsq_ref.conformance.judge.diagnose",
+    "nsq_ref.conformance.exact": "nsq_ref.conformance.vectors.exact",
+    "nsq_ref.conformance.flags": "nsq_ref.conformance.cases.flags",
+    "nsq_ref.conformance.frames": "nsq_ref.conformance.ports.frames",
+    "nsq_ref.conformance.pools": "nsq_ref.conformance.cases.pools",
+    "nsq_ref.conformance.reference": "nsq_ref.conformance.mistakes.reference",
+    "nsq_ref.conformance.worker": "nsq_ref.conformance.ports.worker",
+}
 sys.meta_path.append(Renamed(RENAMED))
 
 

@@ -296,8 +296,8 @@ def _cases(run: Run) -> Iterator[tuple[str, Case]]:
 def _verdict(
     case: Case, answer: Answer, latitudes: Latitudes
 ) -> tuple[list[Diagnosis], list[Explained]]:
-    from nsq_ref.conformance.diagnose import Judged, diagnose
     from nsq_ref.conformance.judge import judge
+    from nsq_ref.conformance.judge.diagnose import Judged, diagnose
 
     verdict = judge(case, answer, latitudes)
     return diagnose([Judged(case, answer, verdict.findings)], latitudes), verdict.explained

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance.wrong_arithmetic import Encoder, in_order
+from nsq_ref.conformance.cases.encoders import Encoder
+from nsq_ref.conformance.mistakes.arithmetic import in_order
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
 Array = npt.NDArray[Any]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from nsq_ref.conformance.findings import Diagnosis, Finding
 from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
 from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
-from nsq_ref.conformance.reference import Mistake, Reference
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["Judged", "diagnose"]

@@ -35,7 +35,7 @@ class Mistake:
     rule : str
         The id of the rule that it breaks.
     says : str
-        What the report tells the implementer; ``{count}`` stands for "12 wrong codes" or the like.
+        What the report tells the implementer; behind "12 wrong codes in 3 cases: " or the like.
     operations : tuple of str
         Those in which it can show.
     changes : mapping of str to callable

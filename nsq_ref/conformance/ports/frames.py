@@ -10,11 +10,10 @@ import struct
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.scheme import Scheme
+from nsq_ref.conformance.operations import DTYPES, scheme_array, scheme_of
 
 __all__ = [
     "DTYPES",
@@ -35,30 +34,9 @@ MOST_ARRAYS = 64
 MOST_AXES = 4
 MOST_BYTES = 1 << 30  # of one frame: more is taken for garbage, not for a request of memory
 MOST_BETWEEN = 1 << 20  # bytes between two frames: who writes more writes no frames
-MOST_NUMBER = 2**31 - 1  # of a scheme
 CHUNK_BYTES = 1 << 20  # memory is asked for as data come, not as they are announced
 _COUNT = struct.Struct("<I")
 _HEADER = struct.Struct("<32sII4I")  # name, dtype, axes, shape; 56 bytes
-
-# The number of a dtype, in frames, in schemes and in nsq.h.
-DTYPES: tuple[np.dtype[Any], ...] = tuple(
-    np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8, np.int32)
-)
-
-# The order of a scheme's numbers, and of the words that some of them stand for.
-_WORDS: dict[str, tuple[Any, ...]] = {
-    "bits": (),
-    "separate_norm": (False, True),
-    "axis": ("channel", "token"),
-    "symmetric": (False, True),
-    "scale_rule": ("range", "search"),
-    "magnitude": ("norm", "gain", "lsq"),
-    "block_size": (),
-    "sink_tokens": (),
-    "outlier_channels": (),
-    "scale_dtype": ("float32", "float16", "bfloat16"),
-    "norm_dtype": ("float32", "float16", "bfloat16"),
-}
 
 
 class FrameError(ValueError):
@@ -199,7 +177,7 @@ class Frames:
     >>> frames = Frames(stream)
     >>> frames.read_frame()
     Traceback (most recent call last):
-    nsq_ref.conformance.frames.FrameError: ...
+    nsq_ref.conformance.ports.frames.FrameError: ...
     >>> frames.skip()
     True
     >>> frames.read_frame()
@@ -245,58 +223,6 @@ class Frames:
             data = _read1(self._stream, size)
         self._taken.append(data)
         return data
-
-
-def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
-    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry.
-
-    Raises
-    ------
-    ValueError
-        For a number beyond int32.
-
-    Examples
-    --------
-    >>> scheme_array(Scheme(bits=3, magnitude="lsq", block_size=128)).tolist()
-    [3, 1, 0, 1, 0, 2, 128, 0, 0, 1, 1]
-    """
-    numbers = []
-    for name, value in scheme.to_dict().items():
-        words = _WORDS[name]
-        number = words.index(value) if words else value or 0
-        if number > MOST_NUMBER:
-            raise ValueError(
-                f"{name}={number} does not fit the int32 in which frames and nsq.h hold it; give "
-                f"at most {MOST_NUMBER}"
-            )
-        numbers.append(number)
-    return np.array(numbers, np.int32)
-
-
-def scheme_of(numbers: Array) -> Scheme:
-    """Return the scheme of eleven numbers; the inverse of `scheme_array`.
-
-    Raises
-    ------
-    ValueError
-        For numbers that are no scheme.
-
-    Examples
-    --------
-    >>> scheme_of(scheme_array(Scheme(bits=3))) == Scheme(bits=3)
-    True
-    """
-    if numbers.shape != (len(_WORDS),) or numbers.dtype != np.int32:
-        raise ValueError(
-            f"a scheme is int32 [{len(_WORDS)}], got {numbers.dtype} {list(numbers.shape)}"
-        )
-    fields: dict[str, Any] = {}
-    for (name, words), number in zip(_WORDS.items(), numbers.tolist(), strict=True):
-        if words and not 0 <= number < len(words):
-            raise ValueError(f"{name} is {number} in the scheme; it is 0 to {len(words) - 1}")
-        fields[name] = words[number] if words else number
-    fields["block_size"] = fields["block_size"] or None
-    return Scheme(**fields)
 
 
 def _read1(stream: _Readable, size: int) -> bytes:

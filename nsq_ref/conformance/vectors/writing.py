@@ -1,56 +1,33 @@
-"""The vectors: what a port must answer, written by the oracle, for readers in any language.
-
-`docs/vectors.md` describes the files. ``python -m nsq_ref.conformance.vectors`` writes them anew.
-"""
+"""How the vectors are written anew: chosen cases, and the exact answers to them."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import sys
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from nsq_ref.conformance import cases, exact
+from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.conformance.vectors.exact import answer
+from nsq_ref.conformance.vectors.reading import FOLDER, FORMAT_VERSION
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 
-__all__ = ["FOLDER", "SCHEMES", "Vector", "content", "export", "load", "names", "write"]
-
 Array = npt.NDArray[Any]
 
-FORMAT_VERSION = 1
-FOLDER = Path(__file__).parent / "vectors" / f"v{FORMAT_VERSION}"
 MANIFEST = "manifest.json"
 STATIC = ("README.md", "schema.json")  # written by hand
-ARCHIVE_FOLDER = f"nsq-vectors-v{FORMAT_VERSION}"
 MOST_ELEMENTS = 2048  # of an input; larger ones would be most of the files
 MOST_ELEMENTS_ELSEWHERE = 128  # in schemes that are not in LARGE
-
-DTYPES = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int32": np.dtype(np.int32),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-}
 
 SCHEMES: dict[str, Scheme] = {
     name: FAMILY[name]
@@ -74,98 +51,6 @@ CHOSEN = {
 }
 LARGE = ("nsep+pchan4", "streaming4")
 LARGE_SHAPE = (2, 384, 64)
-
-
-@dataclass(frozen=True, eq=False)
-class Vector:
-    """A case and the exact answer to it.
-
-    Nothing changes one, so that threads may share it.
-
-    Parameters
-    ----------
-    case : Case
-    expected : mapping of str to array
-        What a port must return; empty where it must refuse.
-    intermediates : mapping of str to array
-        What leads there, stage by stage.
-    """
-
-    case: Case
-    expected: Mapping[str, Array]
-    intermediates: Mapping[str, Array]
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def names() -> list[str]:
-    """Return the names of the JSON files that are shipped, without their ending.
-
-    Examples
-    --------
-    >>> "encode-nsep+pchan4" in names()
-    True
-    """
-    return sorted(path.stem for path in FOLDER.glob("*-*.json"))
-
-
-def load(name: str) -> list[Vector]:
-    """Read the vectors of one scheme and operation.
-
-    Parameters
-    ----------
-    name : str
-        One of `names`.
-
-    Returns
-    -------
-    list of Vector
-
-    Raises
-    ------
-    ValueError
-        For another name.
-
-    Examples
-    --------
-    >>> vector = load("encode-nsep+pchan4")[0]
-    >>> vector.case.operation, vector.expected["packed"].dtype
-    ('encode', dtype('uint8'))
-    """
-    if name not in names():
-        raise ValueError(f"name={name!r} is not one of {', '.join(names())}")
-    file = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    scheme = Scheme.from_dict({k: v for k, v in file["scheme"].items() if k != "name"})
-    return [
-        Vector(
-            Case(
-                case["id"],
-                file["operation"],
-                scheme,
-                tuple(case["flags"]),
-                _arrays(case["inputs"]),
-                case["refusedBy"],
-            ),
-            _arrays(case["expected"]),
-            _arrays(case["intermediates"]),
-        )
-        for case in file["cases"]
-    ]
-
-
-def _arrays(objects: Mapping[str, Any]) -> dict[str, Array]:
-    return {name: _array(one) for name, one in objects.items()}
-
-
-def _array(one: Mapping[str, Any]) -> Array:
-    dtype = DTYPES[one["dtype"]]
-    bits = np.frombuffer(bytes.fromhex(one["data"]), f"<u{dtype.itemsize}")
-    array: Array = bits.astype(f"=u{dtype.itemsize}").view(dtype).reshape(one["shape"])
-    return array
-
-
-# --- writing ------------------------------------------------------------------------------------
 
 
 def content(file: str) -> bytes:
@@ -274,16 +159,16 @@ def _json(operation: Operation, name: str) -> bytes:
     flags: dict[str, None] = {}
     lines = []
     for case in _cases(operation, name):
-        answer = exact.answer(case)
+        exact = answer(case)
         flags.update(dict.fromkeys(case.flags))
         one = {
             "id": case.id,
             "flags": case.flags,
-            "result": "refused" if answer.refused_by else "done",
+            "result": "refused" if exact.refused_by else "done",
             "refusedBy": case.refused_by,
             "inputs": _objects(case.inputs),
-            "expected": _objects(answer.expected),
-            "intermediates": _objects(answer.intermediates),
+            "expected": _objects(exact.expected),
+            "intermediates": _objects(exact.intermediates),
         }
         lines.append(json.dumps(one, separators=(",", ":")))
     notes = {
@@ -325,7 +210,7 @@ def _object(array: Array) -> dict[str, Any]:
 
 @cache
 def _all_cases(name: str) -> list[Case]:
-    return cases.cases(SCHEMES[name])
+    return cases(SCHEMES[name])
 
 
 def _cases(operation: Operation, name: str) -> list[Case]:
@@ -345,8 +230,8 @@ def _large(name: str) -> bytes:
     x = rng.standard_normal(LARGE_SHAPE) * 10.0 ** rng.uniform(-2, 2, (*LARGE_SHAPE[:2], 1))
     x[..., 3] *= 30
     case = Case("large/0", "encode", SCHEMES[name], (), {"x": x.astype(np.float16)})
-    answer = exact.answer(case)
-    arrays = {**case.inputs, **answer.expected, "x_hat": answer.intermediates["x_hat"]}
+    exact = answer(case)
+    arrays = {**case.inputs, **exact.expected, "x_hat": exact.intermediates["x_hat"]}
     description = {
         "specVersion": SPEC_VERSION,
         "formatVersion": FORMAT_VERSION,
@@ -382,73 +267,3 @@ def _require_only_additions(target: Path, contents: Mapping[str, bytes]) -> None
             "ids are only ever added: give a changed case a new id, or empty the folder if its "
             "vectors were never released"
         )
-
-
-# --- exporting ----------------------------------------------------------------------------------
-
-
-def export(path: str | Path) -> None:
-    """Write the shipped vectors, their schema and ``nsq.h`` to where no Python is needed.
-
-    Parameters
-    ----------
-    path : str or path
-        A name that ends in ``.tar.gz`` or ``.zip`` is an archive, always of the same bytes; any
-        other is a directory.
-
-    Raises
-    ------
-    ValueError
-        For the ending of an archive of another kind.
-    OSError
-        Where it cannot be written; nothing is left then.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     export(Path(folder) / "vectors.zip")
-    ...     with zipfile.ZipFile(Path(folder) / "vectors.zip") as archive:
-    ...         print(archive.namelist()[0])
-    nsq-vectors-v1/README.md
-    """
-    target = Path(path)
-    shipped = [*FOLDER.iterdir(), Path(__file__).with_name("nsq.h")]
-    contents = {file.name: file.read_bytes() for file in sorted(shipped, key=lambda one: one.name)}
-    if target.name.endswith(".tar.gz"):
-        atomic.write([(target, _tar(contents))])
-    elif target.suffix == ".zip":
-        atomic.write([(target, _zip(contents))])
-    elif target.suffix in (".7z", ".bz2", ".gz", ".tar", ".tgz", ".xz", ".zst"):
-        raise ValueError(f"{path} is no name for a folder; archives end in .tar.gz or .zip")
-    else:
-        files = ((target / name, data) for name, data in contents.items())
-        atomic.write(files, make_folders=True)
-
-
-def _tar(contents: Mapping[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with (
-        gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w", format=tarfile.USTAR_FORMAT) as archive,
-    ):
-        for name, data in contents.items():
-            member = tarfile.TarInfo(f"{ARCHIVE_FOLDER}/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return packed.getvalue()
-
-
-def _zip(contents: Mapping[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in contents.items():
-            member = zipfile.ZipInfo(f"{ARCHIVE_FOLDER}/{name}")  # its date is that of 1980
-            member.create_system = 3
-            member.external_attr = 0o644 << 16
-            archive.writestr(member, data, zipfile.ZIP_DEFLATED)
-    return packed.getvalue()
-
-
-if __name__ == "__main__":
-    write(FOLDER, lambda file: print(file, file=sys.stderr))

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from nsq_ref import attention, oracle
 from nsq_ref.codec import Quantized
-from nsq_ref.conformance.frames import scheme_of
-from nsq_ref.conformance.operations import Case, attention_options
+from nsq_ref.conformance.operations import Case, attention_options, stored_side
 from nsq_ref.scheme import Scheme
 
 __all__ = ["Exact", "answer"]
@@ -184,33 +183,23 @@ def reconstructed(
 
 def attended(case: Case) -> Exact:
     """Return the output of attention and how far a port may be from it (rules A1, A2, A3)."""
-    schemes = {"keys": case.scheme, "values": scheme_of(case.inputs["value_scheme"])}
-    stored = {
-        side: {
-            name.removeprefix(f"{side}."): part
-            for name, part in case.inputs.items()
-            if name.startswith(f"{side}.")
-        }
-        for side in schemes
-    }
     x_hat, reach = {}, {}
-    for side, parts in stored.items():
-        shape = tuple(parts["shape"].tolist())
-        x_hat[side] = reconstructed(parts, shape, schemes[side])[0]
-        arrays: dict[str, Any] = {name: part for name, part in parts.items() if name != "shape"}
+    for side in ("keys", "values"):
+        parts, shape, scheme = stored_side(case, side)
+        x_hat[side] = reconstructed(parts, shape, scheme)[0]
         kind = parts["sinks"].dtype if "sinks" in parts else SINGLE
-        reach[side] = attention.reach(Quantized(schemes[side], shape, kind, **arrays))
+        reach[side] = attention.reach(Quantized(scheme, shape, kind, **parts))
     query = case.inputs["query"]
     options = attention_options(case.inputs)
     output, weights = exact_attention(query, x_hat["keys"], x_hat["values"], **options)
     bound = attention.tolerance(
         *(array[None] for array in (query, x_hat["keys"], x_hat["values"])),
-        *(reach[side][None] for side in schemes),
+        *(reach[side][None] for side in reach),
         **options,
     ).output[0]
     expected = {"output": output, "tolerance": rounded_up(bound)}
     return Exact(
-        (), expected, {f"{side}.x_hat": x_hat[side] for side in schemes} | {"weights": weights}
+        (), expected, {f"{side}.x_hat": x_hat[side] for side in x_hat} | {"weights": weights}
     )
 
 

@@ -1,51 +1,28 @@
-"""What the judge found, as text for people, JSON for programs and JUnit XML for CI.
-
-Ports write what they like into their messages. Nothing of it reaches a terminal or a parser
-unescaped: see `printable`.
-"""
+"""Reports for people."""
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.findings import Diagnosis, Explained, Finding, Report, SchemeReport
-from nsq_ref.conformance.flags import FLAGS
 from nsq_ref.conformance.operations import OPERATIONS, Case
+from nsq_ref.conformance.report.words import (
+    axes_of,
+    case_name,
+    checked,
+    command_for,
+    findings_of,
+    printable,
+)
 from nsq_ref.conformance.rules import RULES
 from nsq_ref.scheme import SPEC_VERSION
 
-__all__ = [
-    "as_json",
-    "as_junit",
-    "as_text",
-    "axes_of",
-    "case_name",
-    "command_for",
-    "exit_code",
-    "finding_text",
-    "printable",
-]
-
-# The last axes of the array of a stage; those before them are heads and batches.
-AXES: dict[str, tuple[str, ...]] = {
-    "norm": ("token",),
-    "gain": ("token",),
-    "packed": ("token", "byte"),
-    "scale": ("block", "channel"),
-    "zero": ("block", "channel"),
-    "outlier_index": ("block", "outlier"),
-    "outliers": ("token", "outlier"),
-    "output": ("query", "channel"),
-    "weights": ("query", "token"),
-}
-LEADING: tuple[tuple[str, ...], ...] = ((), ("head",), ("batch", "head"))
 STYLES = {"bad": "1;31", "good": "1;32", "head": "1"}  # numbers of ANSI escapes
 MOST_FAMILIES = 8  # of cases that one list names
 MOST_ELEMENTS = 256  # of an input that is shown
@@ -59,9 +36,6 @@ class Line(NamedTuple):
     indent: int = 0
     style: str = ""
     whole: bool = False
-
-
-# --- text ---------------------------------------------------------------------------------------
 
 
 def as_text(report: Report, width: int = 100, color: bool = False) -> str:
@@ -132,69 +106,6 @@ def finding_text(finding: Finding, command: str = "", width: int = 100) -> str:
     return _render(lines, width, color=False)
 
 
-def printable(text: str) -> str:
-    r"""Return text with all but printable characters and line ends escaped.
-
-    Examples
-    --------
-    >>> printable("\x1b[31mred\0 \udcff")
-    '\\x1b[31mred\\x00 \\udcff'
-    """
-    lines = text.replace("\r\n", "\n").expandtabs(4)
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
-        for c in lines
-    )
-
-
-def case_name(case: Case) -> str:
-    """Return operation and id, as ``--case`` takes them.
-
-    Examples
-    --------
-    >>> from nsq_ref import Scheme
-    >>> case_name(Case("ties/3", "encode", Scheme(), (), {}))
-    'encode/ties/3'
-    """
-    return f"{case.operation}/{case.id}"
-
-
-def command_for(report: Report, scheme: str, case: Case) -> str:
-    """Return the command that checks one case; empty if the report has no command.
-
-    Examples
-    --------
-    >>> from nsq_ref import Scheme
-    >>> report = Report("./mine", 0, (), [], command="nsq check ./mine")
-    >>> command_for(report, "nsep4", Case("ties/3", "encode", Scheme(), (), {}))
-    'nsq check ./mine --scheme nsep4 --case encode/ties/3'
-    """
-    if not report.command:
-        return ""
-    return f"{report.command} --scheme {shlex.quote(scheme)} --case {shlex.quote(case_name(case))}"
-
-
-def axes_of(finding: Finding) -> tuple[str, ...]:
-    """Return what the numbers of a finding's index count.
-
-    Examples
-    --------
-    >>> from nsq_ref import Scheme
-    >>> case = Case("ties/3", "encode", Scheme(axis="token"), (), {})
-    >>> axes_of(Finding(case, "codes", "Q1", "", (0, 2, 5)))
-    ('head', 'token', 'channel')
-    >>> axes_of(Finding(case, "scale", "S1", "", (2, 0)))
-    ('token', 'column')
-    """
-    last = AXES.get(finding.stage, ("token", "channel"))
-    if finding.stage in ("scale", "zero") and finding.case.scheme.axis == "token":
-        last = ("token", "column")
-    leading = len(finding.index) - len(last)
-    if not 0 <= leading < len(LEADING):
-        return tuple(f"axis {i}" for i in range(len(finding.index)))
-    return (*LEADING[leading], *last)
-
-
 def _render(lines: Iterable[Line], width: int, color: bool) -> str:
     rendered: list[str] = []
     for line in lines:
@@ -243,7 +154,7 @@ def _only_case(report: Report) -> Case | None:
 
 def _verdict_lines(report: Report) -> Iterator[Line]:
     names = " and ".join(one.title for one in report.schemes)
-    checked = {operation: _checked(report, operation) for operation in OPERATIONS}
+    checked = {operation: checked(report, operation) for operation in OPERATIONS}
     if not any(checked.values()):
         yield Line("NOTHING WAS CHECKED: no case was asked.", style="bad")
         return
@@ -264,7 +175,7 @@ def _verdict_lines(report: Report) -> Iterator[Line]:
         bad = [one for one in report.schemes if not report.conforms_to(one)]
         which = bad[0].title if len(bad) == 1 else f"{len(bad)} of {len(report.schemes)} schemes"
         yield Line(f"DOES NOT CONFORM to {which}", style="bad")
-        wrong = sum(len({case_name(f.case) for f in _findings(one)}) for one in bad)
+        wrong = sum(len({case_name(f.case) for f in findings_of(one)}) for one in bad)
         failed = sum(len(one.failures) for one in bad)
         counts = {"wrong": wrong, "without an answer": failed, "not implemented": missing}
         parts = [f"{count} {what}" for what, count in counts.items() if count]
@@ -275,16 +186,6 @@ def _verdict_lines(report: Report) -> Iterator[Line]:
     unchecked = [operation for operation, count in checked.items() if not count]
     if unchecked:
         yield Line(f"Not checked: {', '.join(unchecked)}.")
-
-
-def _checked(report: Report, operation: str) -> int:
-    """Cases of an operation that the verdict rests on; a port need not claim every operation."""
-    return sum(_checked_of(one, operation) for one in report.schemes)
-
-
-def _checked_of(one: SchemeReport, operation: str) -> int:
-    unanswered = [*(case for case, _ in one.failures), *one.not_implemented]
-    return one.judged.get(operation, 0) + sum(case.operation == operation for case in unanswered)
 
 
 def _counted(judged: Sequence[tuple[str, int]]) -> str:
@@ -530,236 +431,3 @@ def _rows(array: npt.NDArray[Any]) -> Iterator[str]:
         yield " ".join(shown) + (" ..." if len(row) > MOST_ELEMENTS else "")
     if len(rows) > most:
         yield f"... {len(rows) - most} rows left out ..."
-
-
-# --- for programs -------------------------------------------------------------------------------
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """Return a report as plain values for ``json.dumps``; keys are only ever added.
-
-    Parameters
-    ----------
-    report : Report
-
-    Returns
-    -------
-    dict
-        ``specVersion``, ``port``, ``command``, ``seed``, ``latitudes``, ``partial``, ``conforms``,
-        ``notes``, ``notChecked``, the operations of which no case was asked or implemented, and
-        ``schemes``, a list with, for each scheme:
-
-        ``name``, ``scheme``, ``conforms``
-            The scheme as `Scheme.to_dict` gives it.
-        ``cases``
-            Ids of all that were asked, each with its operation before it: ``encode/ties/3``.
-        ``judged``
-            Operation to the number of cases that were answered.
-        ``stages``
-            List of ``operation``, ``stage``, and in how many cases it was ``judged`` and ``wrong``.
-        ``diagnoses``
-            List of ``rule``, ``title``, ``mistake``, ``says``, ``stages``, ``alike`` and
-            ``findings``, each of which has ``case``, ``flags``, ``stage``, ``rule``, ``what``,
-            ``index``, ``axes`` (what the index counts), ``got``, ``expected``, ``shown`` (list of
-            ``name`` and ``value``), ``wrong``, ``of`` and ``command``.
-        ``explained``
-            List of ``case``, ``stage``, ``latitude``, ``index``, ``what`` and ``count``.
-        ``failures``
-            List of ``case``, ``kind`` and ``message``.
-        ``notImplemented``
-            Ids of cases.
-
-    Examples
-    --------
-    >>> from nsq_ref import Scheme
-    >>> one = SchemeReport("pchan4", Scheme.named("pchan4"), {"encode": 83}, {})
-    >>> found = as_json(Report("./libmine.so", 0, (), [one]))
-    >>> found["specVersion"], found["conforms"], found["schemes"][0]["judged"]
-    ('NSQ-1', True, {'encode': 83})
-    """
-    return {
-        "specVersion": SPEC_VERSION,
-        "port": printable(report.port),
-        "command": report.command,
-        "seed": report.seed,
-        "latitudes": list(report.latitudes),
-        "partial": report.partial,
-        "conforms": report.conforms,
-        "notes": [printable(note) for note in report.notes],
-        "notChecked": [name for name in OPERATIONS if not _checked(report, name)],
-        "schemes": [_scheme_json(report, one) for one in report.schemes],
-    }
-
-
-def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "scheme": one.scheme.to_dict(),
-        "conforms": report.conforms_to(one),
-        "cases": [case_name(case) for case in one.cases],
-        "judged": dict(one.judged),
-        "stages": [
-            {"operation": operation, "stage": stage, "judged": judged, "wrong": wrong}
-            for (operation, stage), (judged, wrong) in one.stages.items()
-        ],
-        "diagnoses": [
-            {
-                "rule": diagnosis.rule,
-                "title": RULES[diagnosis.rule].title if diagnosis.rule in RULES else "",
-                "mistake": diagnosis.mistake,
-                "says": printable(diagnosis.says),
-                "stages": list(diagnosis.stages),
-                "alike": list(diagnosis.alike),
-                "findings": [
-                    _finding_json(finding, command_for(report, one.name, finding.case))
-                    for finding in diagnosis.findings
-                ],
-            }
-            for diagnosis in one.diagnoses
-        ],
-        "explained": [
-            {
-                "case": case_name(explained.case),
-                "stage": explained.stage,
-                "latitude": explained.latitude,
-                "index": [int(i) for i in explained.index],
-                "what": printable(explained.what),
-                "count": int(explained.count),
-            }
-            for explained in one.explained
-        ],
-        "failures": [
-            {"case": case_name(case), "kind": failure.kind, "message": printable(failure.message)}
-            for case, failure in one.failures
-        ],
-        "notImplemented": [case_name(case) for case in one.not_implemented],
-        "reasons": list(one.reasons),
-    }
-
-
-def _finding_json(finding: Finding, command: str) -> dict[str, Any]:
-    return {
-        "case": case_name(finding.case),
-        "flags": list(finding.case.flags),
-        "stage": finding.stage,
-        "rule": finding.rule,
-        "what": printable(finding.what),
-        "index": [int(i) for i in finding.index],
-        "axes": list(axes_of(finding)),
-        "got": printable(finding.got),
-        "expected": printable(finding.expected),
-        "shown": [{"name": name, "value": printable(value)} for name, value in finding.shown],
-        "wrong": int(finding.wrong),
-        "of": int(finding.of),
-        "command": command,
-    }
-
-
-def as_junit(report: Report) -> str:
-    """Return a report as the JUnit XML that CI systems read.
-
-    A scheme is a test suite, a case a test case. Wrong ones fail, those without an answer are
-    errors, and those not implemented fail too, or are skipped in a partial check. Operations that a
-    port need not have and does not have are skipped.
-
-    Parameters
-    ----------
-    report : Report
-
-    Returns
-    -------
-    str
-
-    Examples
-    --------
-    >>> from nsq_ref import Scheme
-    >>> case = Case("ties/3", "encode", Scheme(), (), {})
-    >>> one = SchemeReport("nsep+pchan4", Scheme(), {"encode": 1}, {}, cases=[case])
-    >>> print(as_junit(Report("./libmine.so", 0, (), [one])))
-    <?xml version="1.0" encoding="utf-8"?>
-    <testsuites name="nsq check ./libmine.so" tests="1" failures="0" errors="0" skipped="0">
-      <testsuite name="nsep+pchan4" tests="1" failures="0" errors="0" skipped="0">
-        <testcase classname="nsq.nsep+pchan4.encode" name="ties/3" />
-      </testsuite>
-    </testsuites>
-    """
-    root = ElementTree.Element("testsuites", name=f"nsq check {printable(report.port)}")
-    for one in report.schemes:
-        suite = ElementTree.SubElement(root, "testsuite", name=printable(one.name))
-        wrong: dict[str, list[Finding]] = {}
-        for finding in _findings(one):
-            wrong.setdefault(case_name(finding.case), []).append(finding)
-        failures = {case_name(case): failure for case, failure in one.failures}
-        missing = {case_name(case) for case in one.not_implemented}
-        checked = {operation for operation in OPERATIONS if _checked_of(one, operation)}
-        allowed: dict[str, list[str]] = {}
-        for explained in one.explained:
-            text = f"allowed by {explained.latitude}: {explained.what}"
-            allowed.setdefault(case_name(explained.case), []).append(text)
-        for case in _all_cases(one):
-            name = case_name(case)
-            element = ElementTree.SubElement(
-                suite,
-                "testcase",
-                classname=f"nsq.{printable(one.name)}.{case.operation}",
-                name=case.id,
-            )
-            if name in wrong:
-                first = wrong[name][0]
-                message = f"{first.rule}, stage {first.stage}: {first.what}"
-                command = command_for(report, one.name, case)
-                texts = [finding_text(finding) for finding in wrong[name]] + [command] * bool(
-                    command
-                )
-                _outcome(element, "failure", first.rule, message, "\n\n".join(texts))
-            if name in failures:
-                failed = failures[name]
-                _outcome(element, "error", failed.kind, failed.kind, failed.message)
-            if name in missing or case.operation not in checked:
-                kind = "failure" if name in missing and not report.partial else "skipped"
-                _outcome(element, kind, "not implemented", "not implemented", "")
-            if name in allowed:
-                out = ElementTree.SubElement(element, "system-out")
-                out.text = printable("\n".join(allowed[name]))
-        if not report.conforms_to(one) and not (wrong or failures or missing):
-            element = ElementTree.SubElement(
-                suite, "testcase", classname=f"nsq.{printable(one.name)}", name="any case"
-            )
-            _outcome(element, "error", "nothing was checked", "no case was answered", "")
-    for element in [*root, root]:
-        counted = {"tests": "testcase", "failures": "failure", "errors": "error"}
-        for name, tag in {**counted, "skipped": "skipped"}.items():
-            element.set(name, str(len(element.findall(f".//{tag}"))))
-    ElementTree.indent(root)
-    text = ElementTree.tostring(root, encoding="unicode")
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}'
-
-
-def exit_code(report: Report) -> int:
-    """Return 0 if the port conforms, else 1.
-
-    Examples
-    --------
-    >>> exit_code(Report("./libmine.so", 0, (), []))
-    1
-    """
-    return 0 if report.conforms else 1
-
-
-def _outcome(element: ElementTree.Element, tag: str, kind: str, message: str, text: str) -> None:
-    outcome = ElementTree.SubElement(element, tag, message=printable(message))
-    if tag != "skipped":  # the schema gives it no type
-        outcome.set("type", printable(kind))
-    outcome.text = printable(text) or None
-
-
-def _findings(one: SchemeReport) -> list[Finding]:
-    return [finding for diagnosis in one.diagnoses for finding in diagnosis.findings]
-
-
-def _all_cases(one: SchemeReport) -> list[Case]:
-    """All that were asked, and all that anything was found about, so that nothing is lost."""
-    found = [finding.case for finding in _findings(one)]
-    failed = [case for case, _ in one.failures]
-    known = [*one.cases, *found, *failed, *one.not_implemented]
-    return list({case_name(case): case for case in known}.values())

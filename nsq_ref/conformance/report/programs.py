@@ -11,7 +11,7 @@ from nsq_ref.conformance.report.text import finding_text
 from nsq_ref.conformance.report.words import (
     axes_of,
     case_name,
-    checked,
+    checked_in,
     checked_of,
     command_for,
     findings_of,
@@ -72,7 +72,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "partial": report.partial,
         "conforms": report.conforms,
         "notes": [printable(note) for note in report.notes],
-        "notChecked": [name for name in OPERATIONS if not checked(report, name)],
+        "notChecked": [name for name in OPERATIONS if not checked_in(report, name)],
         "schemes": [_scheme_json(report, one) for one in report.schemes],
     }
 

@@ -15,7 +15,7 @@ from nsq_ref.conformance.operations import OPERATIONS, Case
 from nsq_ref.conformance.report.words import (
     axes_of,
     case_name,
-    checked,
+    checked_in,
     command_for,
     findings_of,
     printable,
@@ -154,7 +154,7 @@ def _only_case(report: Report) -> Case | None:
 
 def _verdict_lines(report: Report) -> Iterator[Line]:
     names = " and ".join(one.title for one in report.schemes)
-    checked = {operation: checked(report, operation) for operation in OPERATIONS}
+    checked = {operation: checked_in(report, operation) for operation in OPERATIONS}
     if not any(checked.values()):
         yield Line("NOTHING WAS CHECKED: no case was asked.", style="bad")
         return

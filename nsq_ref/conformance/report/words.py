@@ -96,7 +96,7 @@ def exit_code(report: Report) -> int:
     return 0 if report.conforms else 1
 
 
-def checked(report: Report, operation: str) -> int:
+def checked_in(report: Report, operation: str) -> int:
     """Return how many cases of an operation the verdict rests on, of those that a port claims."""
     return sum(checked_of(one, operation) for one in report.schemes)
 

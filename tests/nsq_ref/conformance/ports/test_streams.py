@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from nsq_ref import Scheme
 from nsq_ref.conformance import ports
-from nsq_ref.conformance.frames import (
+from nsq_ref.conformance.operations import DONE, Answer, Case, Failure
+from nsq_ref.conformance.ports.frames import (
     FrameError,
     Frames,
     StreamEndedError,
@@ -23,7 +24,6 @@ from nsq_ref.conformance.frames import (
     scheme_of,
     write_frame,
 )
-from nsq_ref.conformance.operations import DONE, Answer, Case, Failure
 
 CASE = Case("case/0", "encode", Scheme(), (), {"x": np.ones((1, 1), np.float32)})
 CASES = 5

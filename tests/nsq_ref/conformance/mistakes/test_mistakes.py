@@ -11,11 +11,10 @@ import pytest
 from nsq_ref import Scheme, rounding
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases import cases
-from nsq_ref.conformance.frames import scheme_of
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
-from nsq_ref.conformance.operations import DONE, Answer, Case, attention_options
-from nsq_ref.conformance.reference import Mistake, Reference
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
+from nsq_ref.conformance.operations import DONE, Answer, Case, attention_options, scheme_of
 from nsq_ref.conformance.rules import RULES
 
 PAPER = Scheme()

@@ -15,12 +15,11 @@ import pytest
 from nsq_ref import KVCache, Scheme, attention, codec, quantize, rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases import cases
-from nsq_ref.conformance.flags import FLAGS
-from nsq_ref.conformance.frames import scheme_of
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.cases.flags import FLAGS
+from nsq_ref.conformance.operations import Case, scheme_of
 from nsq_ref.scheme import FLOAT_DTYPES, scheme_names
 
-SPEC = (Path(__file__).parents[3] / "docs" / "spec.md").read_text(encoding="utf-8")
+SPEC = (Path(__file__).parents[4] / "docs" / "spec.md").read_text(encoding="utf-8")
 VARIANTS: dict[str, Scheme] = {
     "gain": Scheme(magnitude="gain"),
     "lsq": Scheme(magnitude="lsq", bits=3, norm_dtype="float32"),

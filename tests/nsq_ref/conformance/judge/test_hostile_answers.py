@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsq_ref.conformance.cases import cases
-from nsq_ref.conformance.diagnose import Judged, diagnose
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.judge import Latitudes, judge
+from nsq_ref.conformance.judge.diagnose import Judged, diagnose
 from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.mistakes.reference import Reference
 from nsq_ref.conformance.operations import DONE, Answer, Case
 from nsq_ref.conformance.ports import Callables
-from nsq_ref.conformance.reference import Reference
 from tests.ports import functions
 
 RIGHT = Callables("right", functions.encode, functions.decode, functions.attend, functions.stream)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.pools import Draw
-from nsq_ref.conformance.operations import Case, scheme_array
+from nsq_ref.conformance.operations import Array, Case, scheme_array
 from nsq_ref.scheme import Scheme
 
-Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 

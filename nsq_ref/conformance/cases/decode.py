@@ -6,19 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.pools import POOL, Draw, differences, stored_blocks
 from nsq_ref.conformance.mistakes import arithmetic as wrong
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import Array, Case
 from nsq_ref.scheme import Scheme
-
-Array = npt.NDArray[Any]
 
 # Families whose encoded cases are decoded, too.
 _DECODED = (

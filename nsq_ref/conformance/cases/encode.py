@@ -10,17 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
 from nsq_ref.conformance.cases.ties import exact_ties, factor_midpoints, norm_midpoints
 from nsq_ref.conformance.mistakes.arithmetic import FLOAT32_SUMS, in_order
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import Array, Case
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
-
-Array = npt.NDArray[Any]
 
 FLOAT16, BFLOAT16 = FLOAT_DTYPES["float16"], FLOAT_DTYPES["bfloat16"]
 MOST = FORMATS["float32"].end

@@ -31,9 +31,9 @@ from nsq_ref.conformance.mistakes.arithmetic import (
     quotient_by_reciprocal,
     wrapped,
 )
+from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
-Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import Encoder
 from nsq_ref.conformance.mistakes.arithmetic import in_order
+from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
-Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 

@@ -9,16 +9,13 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.encode import refusal
 from nsq_ref.conformance.cases.pools import Draw
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import Array, Case
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
-
-Array = npt.NDArray[Any]
 
 FLOAT16, BFLOAT16, FLOAT32 = (FLOAT_DTYPES[name] for name in ("float16", "bfloat16", "float32"))
 

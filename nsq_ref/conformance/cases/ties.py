@@ -16,9 +16,9 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, Draw, telling
 from nsq_ref.conformance.mistakes.arithmetic import in_order
+from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
-Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 # --- quotients ----------------------------------------------------------------------------------

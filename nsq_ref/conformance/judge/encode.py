@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.conformance.judge.arrays import (
     bits_of,
@@ -19,9 +17,8 @@ from nsq_ref.conformance.judge.arrays import (
     text_of,
 )
 from nsq_ref.conformance.judge.stages import Judging, MeaninglessError
+from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import FLOAT_DTYPES, Field
-
-Array = npt.NDArray[Any]
 
 
 class JudgingEncode(Judging):

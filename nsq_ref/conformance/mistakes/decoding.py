@@ -6,19 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.mistakes.arithmetic import (
-    Sum,
-    divisor,
-    flushed,
-    fused,
-    fused_dequantize,
-    in_float64,
-    in_lanes,
-    in_order,
-    length_in_float64,
-    neighbours_first,
-    pairwise,
-)
+from nsq_ref.conformance.mistakes import arithmetic as wrong
+from nsq_ref.conformance.mistakes.arithmetic import Sum, divisor
 from nsq_ref.conformance.mistakes.changes import (
     DECODE,
     F32,
@@ -83,7 +72,7 @@ DECODING = [
         _with(lambda ref, y, norm: (norm[..., None] * y) / _length(ref, y))),
     _decoded("decoded in double precision", "decoded values are rounded once, from float64",
         _with(lambda ref, y, norm: (
-            norm[..., None].astype(F64) * (y / divisor(length_in_float64(y))[..., None])))),
+            norm[..., None].astype(F64) * (y / divisor(wrong.length_in_float64(y))[..., None])))),
     _decoded("no renormalisation", "decoded values are norm * y without renormalisation",
         _with(lambda ref, y, norm: norm[..., None] * y)),
     _decoded("renormalised by the stored norm",
@@ -96,24 +85,25 @@ DECODING = [
     *(_decoded(f"length summed {how}", f"||y|| agrees with a float32 sum of squares, {how}",
           _summed(total))
       for how, total in (
-          ("one by one", in_order), ("fused", fused), ("by halves", pairwise),
-          ("by neighbours", neighbours_first), ("in 4 lanes", in_lanes(4)),
-          ("in 8 lanes", in_lanes(8)), ("in 16 lanes", in_lanes(16)))),
+          ("one by one", wrong.in_order), ("fused", wrong.fused), ("by halves", wrong.pairwise),
+          ("by neighbours", wrong.neighbours_first), ("in 4 lanes", wrong.in_lanes(4)),
+          ("in 8 lanes", wrong.in_lanes(8)), ("in 16 lanes", wrong.in_lanes(16)))),
     _decoded("length in float64 alone",
         "||y|| agrees with a float64 sum that is rounded without a look at the rare ties",
-        _summed(in_float64)),
+        _summed(wrong.in_float64)),
     *(_decoded(f"epsilon {epsilon:g} added to the length",
           f"directions are y / (||y|| + {epsilon:g}); there is no epsilon",
           _divided_by(lambda ref, y, norm, epsilon=epsilon: ref.rounding.norm(y) + F32(epsilon)))
       for epsilon in (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)),
     _dequantized("fused multiply-add", "code * scale + zero is fused; each operation rounds",
-        instead(fused_dequantize)),
+        instead(wrong.fused_dequantize)),
     _dequantized("zero left out", "y is code * scale without zero",
         instead(lambda codes, scale, zero: codes.astype(F32) * scale.astype(F32))),
     Mistake("subnormals flushed in decode", "D1", "subnormal products are flushed to 0",
-        DECODE, {"spec.dequantize": after(flushed), "spec.reconstruct": after(flushed)}),
+        DECODE, {"spec.dequantize": after(wrong.flushed),
+                 "spec.reconstruct": after(wrong.flushed)}),
     _decoded("decoded values flushed", "subnormal decoded values are flushed to 0",
-        after(flushed)),
+        after(wrong.flushed)),
     place("spec.dequantized_direction", "D1", DECODE)("outliers left out",
         "outlier channels decode from their codes, not as stored",
         instead(lambda codes, scale, zero, index, outliers: (

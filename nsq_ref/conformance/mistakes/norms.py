@@ -6,19 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.mistakes.arithmetic import (
-    Sum,
-    direction_by_reciprocal,
-    divisor,
-    fused,
-    in_float16,
-    in_float64,
-    in_lanes,
-    in_order,
-    length_in_float64,
-    neighbours_first,
-    pairwise,
-)
+from nsq_ref.conformance.mistakes import arithmetic as wrong
+from nsq_ref.conformance.mistakes.arithmetic import Sum, divisor
 from nsq_ref.conformance.mistakes.changes import (
     ENCODE,
     F32,
@@ -42,23 +31,23 @@ def _root_of(total: Sum) -> Change:
 
 NORMS = [
     _norm("norm summed in float32", "norms agree with a sequential float32 sum of squares",
-        _root_of(in_order)),
+        _root_of(wrong.in_order)),
     _norm("norm summed in float32, fused",
         "norms agree with a sequential float32 sum of squares by fused multiply-adds",
-        _root_of(fused)),
+        _root_of(wrong.fused)),
     _norm("norm summed pairwise in float32", "norms agree with a float32 tree of sums by halves",
-        _root_of(pairwise)),
+        _root_of(wrong.pairwise)),
     _norm("norm summed by neighbours in float32",
-        "norms agree with a float32 tree of sums by neighbours", _root_of(neighbours_first)),
+        "norms agree with a float32 tree of sums by neighbours", _root_of(wrong.neighbours_first)),
     *(_norm(f"norm summed in {lanes} float32 lanes",
           f"norms agree with float32 sums in {lanes} lanes, added as a tree",
-          _root_of(in_lanes(lanes)))
+          _root_of(wrong.in_lanes(lanes)))
       for lanes in (4, 8, 16, 32)),
     _norm("norm summed in float64 alone",
         "norms agree with a float64 sum that is rounded without a look at the rare ties",
-        _root_of(in_float64)),
+        _root_of(wrong.in_float64)),
     _norm("norm summed in float16", "norms agree with a float16 sum of squares",
-        _root_of(in_float16)),
+        _root_of(wrong.in_float16)),
     _norm("norm of order 1", "norms are sums of magnitudes (order 1), not Euclidean",
         instead(lambda x: np.sum(np.abs(x, dtype=F64), axis=-1).astype(F32))),
     _norm("norm of order -1",
@@ -67,16 +56,16 @@ NORMS = [
     _norm("norm of order infinity", "norms are the largest magnitude, not Euclidean",
         instead(lambda x: np.max(np.abs(x), axis=-1))),
     _norm("norm without its root", "norms are sums of squares without the root",
-        instead(lambda x: in_float64(x, x).astype(F32))),
+        instead(lambda x: wrong.in_float64(x, x).astype(F32))),
     _norm("root of the mean square", "norms are roots of the mean square, not of the sum",
-        instead(lambda x: np.sqrt(in_float64(x, x) / x.shape[-1]).astype(F32))),
+        instead(lambda x: np.sqrt(wrong.in_float64(x, x) / x.shape[-1]).astype(F32))),
 ]  # fmt: skip
 
 
 def _in_float64(x: Any, norm: Any) -> Any:
     if np.all(norm == 1):  # without norm separation
         return x
-    return (x / divisor(length_in_float64(x))[..., None]).astype(F32)
+    return (x / divisor(wrong.length_in_float64(x))[..., None]).astype(F32)
 
 
 def _norm_as_stored(dtype: str) -> Change:
@@ -105,7 +94,7 @@ def _without_zero_tokens(original: Function, direction: Any, coded: Any, scheme:
 
 DIRECTIONS = [
     _direction("reciprocal of the norm", "directions are x * (1 / norm), which rounds twice",
-        instead(direction_by_reciprocal)),
+        instead(wrong.direction_by_reciprocal)),
     _direction("direction from the float64 norm",
         "directions are x over a float64 norm; it is to be rounded to float32 first",
         instead(_in_float64)),
@@ -127,7 +116,7 @@ DIRECTIONS = [
     *(_direction(f"epsilon {epsilon:g} added to the sum of squares",
           f"directions are x / sqrt(sum of squares + {epsilon:g}); there is no epsilon",
           _divided_by(lambda x, norm, epsilon=epsilon: (
-              np.sqrt(in_float64(x, x) + epsilon).astype(F32))))
+              np.sqrt(wrong.in_float64(x, x) + epsilon).astype(F32))))
       for epsilon in (1e-12, 1e-10, 1e-8, 1e-6, 1e-5)),
     place("spec.without_codes", "N2", ENCODE)("codes of a zero token",
         "zero tokens are coded like others; all their codes are to be 0",

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from nsq_ref.conformance.operations import DTYPES, scheme_array, scheme_of
+from nsq_ref.conformance.operations import DTYPES, Array, scheme_array, scheme_of
 
 __all__ = [
     "DTYPES",
@@ -26,7 +25,6 @@ __all__ = [
     "write_frame",
 ]
 
-Array = npt.NDArray[Any]
 Frame = dict[str, Array]
 
 MAGIC = b"NSQ1"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_array
 from nsq_ref.codec import PARTS
@@ -23,6 +22,7 @@ from nsq_ref.conformance.operations import (
     NOT_IMPLEMENTED,
     REFUSED,
     Answer,
+    Array,
     Case,
     Failure,
     Port,
@@ -31,8 +31,6 @@ from nsq_ref.conformance.operations import (
     stored_side,
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES, MOST_BYTES
-
-Array = npt.NDArray[Any]
 
 _RESULTS = {"decode": "x_hat", "attend": "output"}  # operations that return one array
 
@@ -131,29 +129,24 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
 def _answer(result: Any, case: Case) -> Answer | Failure:
     """Turn what a function returned into an answer."""
     operation = case.operation
+    names: tuple[str, ...] = PARTS if operation == "encode" else (*PARTS, "tail")
     if operation in _RESULTS:
-        named: Mapping[Any, Any] = {_RESULTS[operation]: result}
-        names: tuple[str, ...] = (_RESULTS[operation],)
-    else:
-        names = PARTS if operation == "encode" else (*PARTS, "tail")
-        named = (
-            result
-            if isinstance(result, Mapping)
-            else {name: getattr(result, name) for name in names if hasattr(result, name)}
+        names = (_RESULTS[operation],)
+        result = {_RESULTS[operation]: result}
+    elif not isinstance(result, Mapping):
+        named = {name: getattr(result, name) for name in names if hasattr(result, name)}
+        result = named or result
+    said = f"{operation} returned"
+    if not isinstance(result, Mapping) or not result:
+        kind = type(result).__name__
+        return Failure(
+            "garbage", f"{said} {kind}; return a mapping of the names of parts to arrays"
         )
-        if not named:
-            return Failure(
-                "garbage",
-                f"{operation} returned {type(result).__name__}; return a mapping of the names of "
-                "parts to arrays",
-            )
     arrays = {}
-    for name, value in named.items():
+    for name, value in result.items():
         if name not in names:
-            return Failure(
-                "garbage",
-                f"{operation} returned a part {name!r:.40}; the parts are {', '.join(names)}",
-            )
+            parts = ", ".join(names)
+            return Failure("garbage", f"{said} a part {name!r:.40}; the parts are {parts}")
         if value is None and operation not in _RESULTS:
             continue
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.codec import PARTS
 from nsq_ref.conformance.operations import (
@@ -20,6 +19,7 @@ from nsq_ref.conformance.operations import (
     OPERATIONS,
     REFUSED,
     Answer,
+    Array,
     Case,
     Failure,
     Port,
@@ -29,8 +29,6 @@ from nsq_ref.conformance.operations import (
 )
 from nsq_ref.conformance.ports.frames import Frame
 from nsq_ref.scheme import Field, Scheme
-
-Array = npt.NDArray[Any]
 
 ALIGNMENT = 64
 GUARD_BYTES = 256  # on each side of a buffer

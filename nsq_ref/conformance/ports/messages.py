@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, BinaryIO, NamedTuple, get_args
+from typing import BinaryIO, NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.conformance.operations import (
     FAILED,
     OPERATIONS,
     Answer,
+    Array,
     Case,
     Failure,
     FailureKind,
@@ -22,8 +22,6 @@ from nsq_ref.conformance.operations import (
 )
 from nsq_ref.conformance.ports.frames import Frame, read_frame, write_frame
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
-
-Array = npt.NDArray[Any]
 
 PROTOCOL = 1
 MESSAGE_BYTES = 2000

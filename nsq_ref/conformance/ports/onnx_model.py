@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.codec import PARTS
 from nsq_ref.conformance.operations import (
@@ -19,6 +18,7 @@ from nsq_ref.conformance.operations import (
     NOT_IMPLEMENTED,
     REFUSED,
     Answer,
+    Array,
     Case,
     Failure,
     Operation,
@@ -26,8 +26,6 @@ from nsq_ref.conformance.operations import (
     TargetError,
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES
-
-Array = npt.NDArray[Any]
 
 _ONNX_DTYPES = {
     "tensor(float)": DTYPES[0],

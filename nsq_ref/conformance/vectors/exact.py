@@ -10,16 +10,14 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import attention, oracle
 from nsq_ref.codec import Quantized
-from nsq_ref.conformance.operations import Case, attention_options, stored_side
+from nsq_ref.conformance.operations import Array, Case, attention_options, stored_side
 from nsq_ref.scheme import Scheme
 
 __all__ = ["Exact", "answer"]
 
-Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 SINGLE = np.dtype(np.float32)

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nsq_ref.conformance.operations import DTYPES, Case
+from nsq_ref.conformance.operations import DTYPES, Array, Case
 from nsq_ref.scheme import Scheme
-
-Array = npt.NDArray[Any]
 
 FORMAT_VERSION = 1
 FOLDER = Path(__file__).parent / f"v{FORMAT_VERSION}"

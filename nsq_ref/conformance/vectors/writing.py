@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import save
 
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.conformance.operations import OPERATIONS, Array, Case, Operation
 from nsq_ref.conformance.vectors.exact import answer
 from nsq_ref.conformance.vectors.reading import FOLDER, FORMAT_VERSION
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
-
-Array = npt.NDArray[Any]
 
 MANIFEST = "manifest.json"
 STATIC = ("README.md", "schema.json")  # written by hand

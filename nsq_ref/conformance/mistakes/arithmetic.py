@@ -52,23 +52,6 @@ def half_up_in_float32(quotient: Array) -> Array:
     return np.asarray(np.floor(quotient + np.float32(0.5)))
 
 
-def half_down(value: Any) -> Any:
-    """Round ties down."""
-    return np.ceil(value.astype(np.float64) - 0.5)
-
-
-def half_odd(value: Any) -> Any:
-    """Round ties to odd."""
-    rounded = np.rint(value)
-    tie = np.abs(value - np.trunc(value)) == 0.5
-    return np.where(tie, 2 * value - rounded, rounded)
-
-
-def plus_half_in_float32(value: Any) -> Any:
-    """Add 1/2 to the magnitude by a sum that rounds itself, and cut off."""
-    return np.copysign(np.floor(np.abs(value) + np.float32(0.5)), value)
-
-
 def wrapped(quotient: Array, dtype: type[np.integer[Any]]) -> Array:
     """Cast to an integer before the clamp, as C does where it does not trap: the low bits.
 

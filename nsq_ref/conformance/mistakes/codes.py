@@ -31,6 +31,11 @@ def _rounding_with(rounded: Function) -> Change:
     return _dividing_with(wrong.quotient, rounded)
 
 
+def _half_odd(value: Any) -> Any:
+    tie = np.abs(value - np.trunc(value)) == 0.5
+    return np.where(tie, 2 * value - np.rint(value), np.rint(value))
+
+
 def _with_most_negative(direction: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
     codes = np.rint(wrong.quotient(direction, scale.astype(F32), zero.astype(F32)))
     low, high = scheme.code_range
@@ -43,11 +48,12 @@ CODES = [
     _code("half toward zero", "exact ties are rounded toward zero",
         _rounding_with(wrong.half_toward_zero)),
     _code("half up", "exact ties are rounded up", _rounding_with(wrong.half_up)),
-    _code("half down", "exact ties are rounded down", _rounding_with(wrong.half_down)),
-    _code("half to odd", "exact ties are rounded to odd", _rounding_with(wrong.half_odd)),
+    _code("half down", "exact ties are rounded down",
+        _rounding_with(lambda value: np.ceil(value.astype(F64) - 0.5))),
+    _code("half to odd", "exact ties are rounded to odd", _rounding_with(_half_odd)),
     _code("one half added in float32",
         "a half is added in float32 and the sum cut off, which also lifts what lies below the tie",
-        _rounding_with(wrong.plus_half_in_float32)),
+        _rounding_with(lambda value: np.copysign(np.floor(np.abs(value) + F32(0.5)), value))),
     _code("truncation", "quotients are cut off toward zero", _rounding_with(np.trunc)),
     _code("floor", "quotients are rounded down", _rounding_with(np.floor)),
     _code("reciprocal of the scale", "quotients are direction * (1 / scale), which rounds twice",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -82,7 +83,7 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
         "name": one.name,
         "scheme": one.scheme.to_dict(),
         "conforms": report.conforms_to(one),
-        "cases": [case_name(case) for case in one.cases],
+        "cases": _plain(one.cases),
         "judged": dict(one.judged),
         "stages": [
             {"operation": operation, "stage": stage, "judged": judged, "wrong": wrong}
@@ -92,10 +93,7 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
             {
                 "rule": diagnosis.rule,
                 "title": RULES[diagnosis.rule].title if diagnosis.rule in RULES else "",
-                "mistake": diagnosis.mistake,
-                "says": printable(diagnosis.says),
-                "stages": list(diagnosis.stages),
-                "alike": list(diagnosis.alike),
+                **_fields(diagnosis, "mistake", "says", "stages", "alike"),
                 "findings": [
                     _finding_json(finding, command_for(report, one.name, finding.case))
                     for finding in diagnosis.findings
@@ -104,21 +102,14 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
             for diagnosis in one.diagnoses
         ],
         "explained": [
-            {
-                "case": case_name(explained.case),
-                "stage": explained.stage,
-                "latitude": explained.latitude,
-                "index": [int(i) for i in explained.index],
-                "what": printable(explained.what),
-                "count": int(explained.count),
-            }
+            _fields(explained, "case", "stage", "latitude", "index", "what", "count")
             for explained in one.explained
         ],
         "failures": [
-            {"case": case_name(case), "kind": failure.kind, "message": printable(failure.message)}
+            {"case": case_name(case), **_fields(failure, "kind", "message")}
             for case, failure in one.failures
         ],
-        "notImplemented": [case_name(case) for case in one.not_implemented],
+        "notImplemented": _plain(one.not_implemented),
         "reasons": list(one.reasons),
     }
 
@@ -127,18 +118,26 @@ def _finding_json(finding: Finding, command: str) -> dict[str, Any]:
     return {
         "case": case_name(finding.case),
         "flags": list(finding.case.flags),
-        "stage": finding.stage,
-        "rule": finding.rule,
-        "what": printable(finding.what),
-        "index": [int(i) for i in finding.index],
+        **_fields(finding, "stage", "rule", "what", "index"),
         "axes": list(axes_of(finding)),
-        "got": printable(finding.got),
-        "expected": printable(finding.expected),
+        **_fields(finding, "got", "expected"),
         "shown": [{"name": name, "value": printable(value)} for name, value in finding.shown],
-        "wrong": int(finding.wrong),
-        "of": int(finding.of),
+        **_fields(finding, "wrong", "of"),
         "command": command,
     }
+
+
+def _fields(one: object, *names: str) -> dict[str, Any]:
+    """Return attributes as JSON can hold them."""
+    return {name: _plain(getattr(one, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Case):
+        return case_name(value)
+    return [_plain(one) for one in value] if isinstance(value, Sequence) else int(value)
 
 
 def as_junit(report: Report) -> str:

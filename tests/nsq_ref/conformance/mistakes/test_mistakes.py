@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nsq_ref import Scheme, rounding
-from nsq_ref.conformance import model
+from nsq_ref.conformance import mistakes, model
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
@@ -17,6 +19,7 @@ from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import DONE, Answer, Case, attention_options, scheme_of
 from nsq_ref.conformance.rules import RULES
 
+PREFIX = f"{mistakes.__name__}."
 PAPER = Scheme()
 PLAIN = Scheme(separate_norm=False)
 SCHEMES = [
@@ -91,6 +94,16 @@ def test_mistake_is_caught_and_explained(name: str) -> None:
     found = first_difference(mistake)
     assert found, f"no case of any scheme shows {name!r}"
     assert not judge(*found, Latitudes(), Reference([mistake])).findings
+
+
+def test_each_rule_module_is_taken_and_names_are_unique() -> None:
+    lists = [found for found in vars(mistakes).values() if isinstance(found, list)]
+    listed = [one.name for found in lists for one in found if isinstance(one, Mistake)]
+    assert sorted(listed) == sorted(MISTAKES)
+    modules = {path.stem for path in Path(mistakes.__file__).parent.glob("*.py")}
+    shared = {"__init__", "arithmetic", "changes", "reference"}
+    loaded = {name.rpartition(".")[2] for name in sys.modules if name.startswith(PREFIX)}
+    assert modules - shared == loaded - shared
 
 
 def test_rules_of_mistakes_exist() -> None:

@@ -57,7 +57,7 @@ def judge(
     --------
     >>> from nsq_ref.conformance import model
     >>> from nsq_ref.conformance.cases import cases
-    >>> case = cases(Scheme(), ["encode"])[0]
+    >>> case = cases("nsep+pchan4", ["encode"])[0]
     >>> answer = Answer(0, model.encode(case.inputs["x"], case.scheme))
     >>> judge(case, answer).findings
     []

@@ -180,6 +180,7 @@ def reply_of(number: int, result: Answer | Failure) -> Frame:
 
     Examples
     --------
+    >>> from nsq_ref.conformance.operations import REFUSED
     >>> list(reply_of(3, Answer(REFUSED, {}, "x[0, 1] is nan")))
     ['case', 'status', 'message']
     """

@@ -13,24 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance.mistakes.arithmetic import (
-    FLOAT32_SUMS,
-    Sum,
-    direction_by_reciprocal,
-    divided_apart,
-    divisor,
-    double_quotient,
-    fused_subtraction,
-    half_away,
-    half_toward_zero,
-    half_up,
-    half_up_in_float32,
-    in_order,
-    narrowed_at_once,
-    quotient,
-    quotient_by_reciprocal,
-    wrapped,
-)
+from nsq_ref.conformance.mistakes import arithmetic as wrong
+from nsq_ref.conformance.mistakes.arithmetic import Sum, divisor
 from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import FLOAT_DTYPES, Scheme
 
@@ -101,7 +85,7 @@ class Encoder(NamedTuple):
         y = spec.dequantized_direction(codes, scale, zero, index, outliers)
         factor = self.factor(x, y, norm, scheme)
         if factor.dtype == np.float64:
-            stored = narrowed_at_once(factor, scheme.norm_dtype)
+            stored = wrong.narrowed_at_once(factor, scheme.norm_dtype)
         else:
             stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
         return [codes, stored, scale, zero, outliers]
@@ -120,7 +104,7 @@ def _asymmetric(scheme: Scheme) -> bool:
 
 def _rounding(function: Callable[[Array], Array]) -> Encoder:
     """Q1 with another rounding of the quotient."""
-    return Encoder(code=lambda step: function(quotient(step.direction, step.scale, step.zero)))
+    return Encoder(code=lambda step: function((step.direction - step.zero) / divisor(step.scale)))
 
 
 def _dividing(function: Callable[[Array, Array, Array], Array], **concerns: Any) -> Encoder:
@@ -139,7 +123,7 @@ def _merged_division(step: Step) -> Array:
 def _merged_reciprocals(step: Step) -> Array:
     norm = divisor(step.norm[..., None])
     if not step.scheme.symmetric:
-        return np.rint(divided_apart(step.x / norm, step.scale, step.zero))
+        return np.rint(wrong.divided_apart(step.x / norm, step.scale, step.zero))
     return np.asarray(np.rint(step.x * (np.float32(1) / (norm * divisor(step.scale)))))
 
 
@@ -203,7 +187,7 @@ def _changing_scale(change: Callable[[Array], Array]) -> Encoder:
 def _direct_outliers(step: Step) -> Array:
     """Narrow the float64 direction at once."""
     direction = step.x / divisor(step.norm)[..., None].astype(np.float64)
-    return narrowed_at_once(np.take_along_axis(direction, step.outlier_index, -1), "float16")
+    return wrong.narrowed_at_once(np.take_along_axis(direction, step.outlier_index, -1), "float16")
 
 
 def _dividing_by_norm(direction: Callable[[Float32, Float32], Float32]) -> Encoder:
@@ -235,7 +219,7 @@ def _norm_moved(toward: float) -> Encoder:
 def _double_norm(x: Float32) -> Float32:
     """Sum the squares in float64, without a look at midpoints of float32."""
     wide = x.astype(np.float64)
-    return np.asarray(np.sqrt(in_order(wide, wide)).astype(np.float32))
+    return np.asarray(np.sqrt(wrong.in_order(wide, wide)).astype(np.float32))
 
 
 def _factor_summed(total: Sum, dtype: type[np.floating[Any]]) -> Encoder:
@@ -261,22 +245,30 @@ def _factor_of_directions(x: Float32, y: Float32, norm: Float32, scheme: Scheme)
     return np.asarray(norm * rounding.least_squares_gain(spec.direction_of(x, norm), y))
 
 
-_RECIPROCAL_OF_NORM = _dividing_by_norm(direction_by_reciprocal)
+_RECIPROCAL_OF_NORM = _dividing_by_norm(wrong.direction_by_reciprocal)
 _UNROUNDED_MINIMUM = _dividing_range(
     lambda step, span: (step.high - step.low) / _levels(step), concerns=_asymmetric
 )
 
 # What the cases of a flag tell from the specification.
 WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
-    "half-even": (*map(_rounding, (half_away, half_up, half_toward_zero, half_up_in_float32)),),
-    "reciprocal-of-scale": (_dividing(quotient_by_reciprocal),),
+    "half-even": (
+        _rounding(wrong.half_away),
+        _rounding(wrong.half_up),
+        _rounding(wrong.half_toward_zero),
+        _rounding(wrong.half_up_in_float32),
+    ),
+    "reciprocal-of-scale": (_dividing(wrong.quotient_by_reciprocal),),
     "merged-division": (
         Encoder(code=_merged_division, concerns=_normed),
         Encoder(code=_merged_reciprocals, concerns=_normed),
-        _dividing(divided_apart, concerns=_asymmetric),
-        _dividing(fused_subtraction, concerns=_asymmetric),
+        _dividing(wrong.divided_apart, concerns=_asymmetric),
+        _dividing(wrong.fused_subtraction, concerns=_asymmetric),
     ),
-    "double-precision-quotient": (_dividing(double_quotient), Encoder(code=_double_throughout)),
+    "double-precision-quotient": (
+        _dividing(wrong.double_quotient),
+        Encoder(code=_double_throughout),
+    ),
     "unnarrowed-scale": (Encoder(code=_unnarrowed_scale), Encoder(code=_unnarrowed_zero)),
     "scale-epsilon": (_dividing(_with_epsilon),),
     "scale-narrowing": (
@@ -289,14 +281,14 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
     "norm-epsilon": (_dividing_by_norm(lambda x, norm: x / (norm + np.float32(1e-12))[..., None]),),
     "norm-before-narrowing": (_narrowed_norm("bfloat16"), _narrowed_norm("float16")),
     "norm-accumulation": (
-        *map(_norm_summed, FLOAT32_SUMS),
+        *map(_norm_summed, wrong.FLOAT32_SUMS),
         _norm_moved(np.inf),
         _norm_moved(0),
     ),
     "norm-midpoint": (Encoder(norm=_double_norm),),
     "factor-narrowing": (
-        _factor_summed(in_order, np.float64),
-        *(_factor_summed(total, np.float32) for total in FLOAT32_SUMS),
+        _factor_summed(wrong.in_order, np.float64),
+        *(_factor_summed(total, np.float32) for total in wrong.FLOAT32_SUMS),
         Encoder(factor=_factor_by_reciprocal, concerns=lambda scheme: scheme.magnitude == "gain"),
         Encoder(factor=_factor_of_directions, concerns=lambda scheme: scheme.magnitude == "lsq"),
     ),
@@ -304,9 +296,9 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
         _changing_scale(lambda scale: np.maximum(scale, scale.dtype.type(0))),
         _changing_scale(np.abs),
         _UNROUNDED_MINIMUM,
-        _rounding(lambda quotient: wrapped(quotient, np.int8)),
-        _rounding(lambda quotient: wrapped(quotient, np.int16)),
-        _rounding(lambda quotient: wrapped(quotient, np.uint8)),  # clamps only above
+        _rounding(lambda quotient: wrong.wrapped(quotient, np.int8)),
+        _rounding(lambda quotient: wrong.wrapped(quotient, np.int16)),
+        _rounding(lambda quotient: wrong.wrapped(quotient, np.uint8)),  # clamps only above
     ),
 }
 

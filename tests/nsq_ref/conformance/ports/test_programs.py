@@ -31,7 +31,7 @@ ENDS_OF_STDERR = 5 * "line\n" + "...\n" + 4 * "line\n" + "out of memory"
 
 
 def program(what: str, timeout: float = 30.0) -> Process:
-    return Process(what, [sys.executable, PORTS, what], timeout)
+    return Process(what, [sys.executable, str(PORTS / "program.py"), what], timeout)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,13 @@ __all__ = [
 ]
 
 RENAMED = {
+    "nsq_ref.conformance.diagnose": "nsq_ref.conformance.judge.diagnose",
+    "nsq_ref.conformance.exact": "nsq_ref.conformance.vectors.exact",
+    "nsq_ref.conformance.flags": "nsq_ref.conformance.cases.flags",
+    "nsq_ref.conformance.frames": "nsq_ref.conformance.ports.frames",
+    "nsq_ref.conformance.pools": "nsq_ref.conformance.cases.pools",
+    "nsq_ref.conformance.reference": "nsq_ref.conformance.mistakes.reference",
+    "nsq_ref.conformance.worker": "nsq_ref.conformance.ports.worker",
     "nsq_ref.pages": "nsq_ref.cache.pages",
     "nsq_ref.sequence": "nsq_ref.cache.sequence",
     "nsq_ref.storage": "nsq_ref.files",

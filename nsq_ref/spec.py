@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.environment import in_default_environment
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+from nsq_ref.scheme import Scheme
 
 Float32 = npt.NDArray[np.float32]
 SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer, as_integers
-from nsq_ref.scheme import FLOAT_DTYPES, FloatName, Scheme
+from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.scheme import FloatName, Scheme
 
 try:
     import hypothesis.strategies as st

@@ -13,8 +13,9 @@ from nsq_ref import spec
 from nsq_ref.arrays import as_array, as_integer
 from nsq_ref.attention.options import finite, floats, group_of, require_options
 from nsq_ref.attention.reference import visible_tokens
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.environment import in_default_environment
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme, as_scheme
+from nsq_ref.scheme import Scheme, as_scheme
 
 __all__ = ["Piece", "PreparedPiece", "attend_quantized", "prepare"]
 

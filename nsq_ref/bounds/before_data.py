@@ -13,8 +13,9 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.bounds.direction import LEAST_SHRINK
 from nsq_ref.bounds.intervals import NORMAL_LENGTH, PRECISIONS, UNIT, Interval
 from nsq_ref.bounds.token import chord, relative_error
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.environment import in_default_environment
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme, as_scheme
+from nsq_ref.scheme import Scheme, as_scheme
 
 # Some sixty roundings of float32, by which the worst direction is moved outwards.
 SECOND_ORDER = 1 + 2.0**-18

@@ -8,11 +8,12 @@ from typing import Any
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.conformance.cases import cases
-from nsq_ref.conformance.diagnose import Judged, diagnose
 from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
 from nsq_ref.conformance.judge import Latitudes, judge
+from nsq_ref.conformance.judge.diagnose import Judged, diagnose
 from nsq_ref.conformance.operations import (
+    INPUT_DTYPES,
     NOT_IMPLEMENTED,
     OPERATIONS,
     Answer,
@@ -20,13 +21,14 @@ from nsq_ref.conformance.operations import (
     Failure,
     Operation,
     Port,
+    same_arrays,
 )
 from nsq_ref.conformance.ports import Callables, Folder, Stream
 from nsq_ref.scheme import Scheme
 
 __all__ = ["DTYPES", "check", "run"]
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = INPUT_DTYPES
 ASKED_AGAIN = 3  # cases of each operation
 Progress = Callable[[str, int, int], None]
 
@@ -258,17 +260,14 @@ def _asked_again(
         second = port.ask(number, case)
         if isinstance(second, Failure) and second.kind == "missing":
             continue  # a port that failed too often is not asked any more, which is told as that
-        if isinstance(second, Failure) or not _same(answer, second):
+        if (
+            isinstance(second, Failure)
+            or second.status != answer.status
+            or not same_arrays(answer.arrays, second.arrays)
+        ):
             what = "the same question got another answer later: something is kept between calls"
             findings.append(Finding(case, "again", "B2", what))
     return findings
-
-
-def _same(a: Answer, b: Answer) -> bool:
-    return (a.status, list(a.arrays)) == (b.status, list(b.arrays)) and all(
-        (one.dtype, one.shape, one.tobytes()) == (two.dtype, two.shape, two.tobytes())
-        for one, two in zip(a.arrays.values(), b.arrays.values(), strict=True)
-    )
 
 
 def _scheme_report(

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import attention, packing, rounding, spec
+from nsq_ref.conformance.operations import Array
 from nsq_ref.scheme import Scheme
 
-Array = npt.NDArray[Any]
 Parts = dict[str, Array]
 BLOCK_PARTS = ("norm", "scale", "zero", "outlier_index", "outliers")
 APPEND, CROP = range(2)  # kinds of steps

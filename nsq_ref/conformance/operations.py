@@ -9,14 +9,26 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.conformance.frames import Frame, scheme_array
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Scheme
 
-__all__ = ["OPERATIONS", "Answer", "Case", "Failure", "Port", "attention_options", "request_of"]
+__all__ = [
+    "OPERATIONS",
+    "Answer",
+    "Case",
+    "Failure",
+    "Port",
+    "attention_options",
+    "scheme_array",
+    "scheme_of",
+    "stored_side",
+]
 
 Array = npt.NDArray[Any]
 Operation = Literal["encode", "decode", "attend", "stream"]
+FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+INPUT_DTYPES = ("float32", "float16", "bfloat16")
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer
 
 
@@ -75,8 +87,12 @@ class Failure:
         What was seen, for the reader of the report.
     """
 
-    kind: Literal["hang", "crash", "garbage", "out of bounds", "missing"]
+    kind: FailureKind
     message: str
+
+
+class TargetError(ValueError):
+    """What is to be checked cannot be loaded."""
 
 
 class Port(Protocol):
@@ -89,26 +105,8 @@ class Port(Protocol):
         ...  # pragma: no cover
 
     def close(self) -> None:
-        """Let go of processes and files."""
-        ...  # pragma: no cover
-
-
-def request_of(number: int, case: Case) -> Frame:
-    """Return the frame that asks a case.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> case = Case("ones/0", "encode", Scheme(), ("ordinary",), {"x": np.ones((2, 3), np.float32)})
-    >>> list(request_of(0, case))
-    ['case', 'operation', 'scheme', 'x']
-    """
-    return {
-        "case": np.array([number], np.int32),
-        "operation": np.array([OPERATIONS.index(case.operation)], np.int32),
-        "scheme": scheme_array(case.scheme),
-        **case.inputs,
-    }
+        """Let go of processes and files; most ports hold none."""
+        return None
 
 
 def attention_options(inputs: Mapping[str, Array]) -> dict[str, Any]:
@@ -127,3 +125,115 @@ def attention_options(inputs: Mapping[str, Array]) -> dict[str, Any]:
         "softcap": float(inputs["softcap"].item()) or None,
         "sliding_window": int(inputs["sliding_window"].item()) or None,
     }
+
+
+def same_arrays(some: Mapping[str, Array], others: Mapping[str, Array]) -> bool:
+    """Return whether names, dtypes, shapes and bytes are the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> same_arrays({"x": np.float32([0.0])}, {"x": np.float32([-0.0])})
+    False
+    """
+    return list(some) == list(others) and all(
+        (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+        for a, b in zip(some.values(), others.values(), strict=True)
+    )
+
+
+def stored_side(case: Case, side: str) -> tuple[dict[str, Any], tuple[int, ...], Scheme]:
+    """Return the parts, the shape and the scheme of the ``keys`` or the ``values`` of a case.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> inputs = {"keys.packed": np.zeros((1, 2, 3), np.uint8), "keys.shape": np.int32([1, 2, 6])}
+    >>> parts, shape, scheme = stored_side(Case("", "attend", Scheme(), (), inputs), "keys")
+    >>> list(parts), shape, scheme == Scheme()
+    (['packed'], (1, 2, 6), True)
+    """
+    parts = {
+        name.removeprefix(f"{side}."): array
+        for name, array in case.inputs.items()
+        if name.startswith(f"{side}.")
+    }
+    shape = tuple(parts.pop("shape").tolist())
+    return parts, shape, case.scheme if side == "keys" else scheme_of(case.inputs["value_scheme"])
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+MOST_NUMBER = 2**31 - 1  # of a scheme
+
+# The number of a dtype, in frames, in schemes and in nsq.h.
+DTYPES: tuple[np.dtype[Any], ...] = (
+    *(FLOAT_DTYPES[name] for name in INPUT_DTYPES), np.dtype(np.uint8), np.dtype(np.int32),
+)  # fmt: skip
+
+# The order of a scheme's numbers, and of the words that some of them stand for.
+_WORDS: dict[str, tuple[Any, ...]] = {
+    "bits": (),
+    "separate_norm": (False, True),
+    "axis": ("channel", "token"),
+    "symmetric": (False, True),
+    "scale_rule": ("range", "search"),
+    "magnitude": ("norm", "gain", "lsq"),
+    "block_size": (),
+    "sink_tokens": (),
+    "outlier_channels": (),
+    "scale_dtype": INPUT_DTYPES,
+    "norm_dtype": INPUT_DTYPES,
+}
+
+
+def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
+    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry.
+
+    Raises
+    ------
+    ValueError
+        For a number beyond int32.
+
+    Examples
+    --------
+    >>> scheme_array(Scheme(bits=3, magnitude="lsq", block_size=128)).tolist()
+    [3, 1, 0, 1, 0, 2, 128, 0, 0, 1, 1]
+    """
+    numbers = []
+    for name, value in scheme.to_dict().items():
+        words = _WORDS[name]
+        number = words.index(value) if words else value or 0
+        if number > MOST_NUMBER:
+            raise ValueError(
+                f"{name}={number} does not fit the int32 in which frames and nsq.h hold it; give "
+                f"at most {MOST_NUMBER}"
+            )
+        numbers.append(number)
+    return np.array(numbers, np.int32)
+
+
+def scheme_of(numbers: Array) -> Scheme:
+    """Return the scheme of eleven numbers; the inverse of `scheme_array`.
+
+    Raises
+    ------
+    ValueError
+        For numbers that are no scheme.
+
+    Examples
+    --------
+    >>> scheme_of(scheme_array(Scheme(bits=3))) == Scheme(bits=3)
+    True
+    """
+    if numbers.shape != (len(_WORDS),) or numbers.dtype != np.int32:
+        raise ValueError(
+            f"a scheme is int32 [{len(_WORDS)}], got {numbers.dtype} {list(numbers.shape)}"
+        )
+    fields: dict[str, Any] = {}
+    for (name, words), number in zip(_WORDS.items(), numbers.tolist(), strict=True):
+        if words and not 0 <= number < len(words):
+            raise ValueError(f"{name} is {number} in the scheme; it is 0 to {len(words) - 1}")
+        fields[name] = words[number] if words else number
+    fields["block_size"] = fields["block_size"] or None
+    return Scheme(**fields)

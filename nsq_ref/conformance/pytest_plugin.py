@@ -57,39 +57,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options ``--nsq-*``."""
     group = parser.getgroup("nsq", "conformance of an implementation to NSQ-1")
     what = "package.module:function, file.py:function, a shared library or an ONNX model"
-    group.addoption(
-        "--nsq-encode",
-        metavar="TARGET",
-        help=f"what quantizes: {what}, or a program; libraries and programs do all operations",
-    )
+
+    def option(name: str, words: str, **kind: Any) -> None:
+        group.addoption(f"--nsq-{name}", help=words, **kind)
+
+    does_all = "or a program; libraries and programs do all operations"
+    option("encode", f"what quantizes: {what}, {does_all}", metavar="TARGET")
     for operation in TARGETS[1:]:
-        group.addoption(f"--nsq-{operation}", metavar="TARGET", help=what)
-    group.addoption(
-        "--nsq-scheme",
-        action="append",
-        metavar="NAME",
-        help="a scheme to check; may be repeated (default: nsep+pchan4)",
-    )
-    group.addoption("--nsq-all", action="store_true", help="check all named schemes")
-    group.addoption(
-        "--nsq-seed", type=int, metavar="N", help="seed of the drawn cases (default: 0)"
-    )
-    group.addoption(
-        "--nsq-allow",
-        action="append",
-        metavar="LATITUDE",
-        help="a difference to allow, such as norm-ulp=1; may be repeated",
-    )
-    group.addoption(
-        "--nsq-dtype",
-        action="append",
-        choices=DTYPES,
-        help="a dtype of the input; may be repeated (default: all)",
-    )
-    group.addoption("--nsq-custom-ops", metavar="FILE", help="operators that ONNX models need")
-    group.addoption(
-        "--nsq-timeout", type=float, metavar="S", help="seconds for one answer (default: 30)"
-    )
+        option(operation, what, metavar="TARGET")
+    many: dict[str, Any] = {"action": "append"}
+    one = "a scheme to check; may be repeated (default: nsep+pchan4)"
+    option("scheme", one, metavar="NAME", **many)
+    option("all", "check all named schemes", action="store_true")
+    option("seed", "seed of the drawn cases (default: 0)", type=int, metavar="N")
+    one = "a difference to allow, such as norm-ulp=1; may be repeated"
+    option("allow", one, metavar="LATITUDE", **many)
+    option("dtype", "a dtype of the input; may be repeated (default: all)", choices=DTYPES, **many)
+    option("custom-ops", "operators that ONNX models need", metavar="FILE")
+    option("timeout", "seconds for one answer (default: 30)", type=float, metavar="S")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -296,8 +281,8 @@ def _cases(run: Run) -> Iterator[tuple[str, Case]]:
 def _verdict(
     case: Case, answer: Answer, latitudes: Latitudes
 ) -> tuple[list[Diagnosis], list[Explained]]:
-    from nsq_ref.conformance.diagnose import Judged, diagnose
     from nsq_ref.conformance.judge import judge
+    from nsq_ref.conformance.judge.diagnose import Judged, diagnose
 
     verdict = judge(case, answer, latitudes)
     return diagnose([Judged(case, answer, verdict.findings)], latitudes), verdict.explained

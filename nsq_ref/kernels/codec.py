@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import packing, rounding, spec
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import (
     INFINITY_BITS,
@@ -35,7 +36,7 @@ from nsq_ref.kernels.rows import (
     unpack_row,
 )
 from nsq_ref.kernels.threads import in_shares
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+from nsq_ref.scheme import Scheme
 
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])

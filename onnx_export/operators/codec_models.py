@@ -8,9 +8,10 @@ from pathlib import Path
 
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.environment import extra
 from nsq_ref.files import atomic
-from nsq_ref.scheme import FLOAT_DTYPES, SPEC_VERSION, FloatName, Scheme, as_scheme
+from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme, as_scheme
 from onnx_export.operators.codec import dequantize, quantize
 from onnx_export.operators.nodes import Nodes, make_model
 from onnx_export.operators.schema import DEQUANTIZE, QUANTIZE, scheme_attributes

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.environment import extra
-from nsq_ref.scheme import FLOAT_DTYPES, Scheme
+from nsq_ref.scheme import Scheme
 
 with extra("onnx", __name__):
     from onnx import TensorProto

@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
-from nsq_ref.conformance.frames import read_frame, write_frame
 from nsq_ref.conformance.operations import Answer
 from nsq_ref.conformance.ports import reply_of
+from nsq_ref.conformance.ports.frames import read_frame, write_frame
 
 what = sys.argv[1]
 requests, answers = sys.stdin.buffer, sys.stdout.buffer

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from nsq_ref import Scheme, dequantize, quantize, rounding
 from nsq_ref.conformance.cases import cases as conformance_cases
-from nsq_ref.conformance.frames import DTYPES, scheme_array
+from nsq_ref.conformance.ports.frames import DTYPES, scheme_array
 from nsq_ref.strategies import inputs
 from tests.support import rows as hard_rows
 from tests.support.compilers import compile_library

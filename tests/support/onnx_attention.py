@@ -19,7 +19,8 @@ import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
 from nsq_ref import KVCache, Quantized, Scheme, attention
-from nsq_ref.scheme import FLOAT_DTYPES, Field, FloatName
+from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.scheme import Field, FloatName
 from onnx_export.operators import attention_model, cache_fields
 from onnx_export.operators.schema import ELEMENTS
 

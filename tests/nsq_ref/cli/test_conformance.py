@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nsq_ref.conformance.frames import Frame, read_frame, write_frame
+from nsq_ref.conformance.ports.frames import Frame, read_frame, write_frame
 from tests.support.compilers import compile_library
 
 NSQ = Path(sys.executable).with_name("nsq")
@@ -46,7 +46,7 @@ def half(x, scheme):
 PROGRAM = """#!{python}
 import sys
 import nsq_ref as nsq
-from nsq_ref.conformance.frames import read_frame, scheme_of, write_frame
+from nsq_ref.conformance.ports.frames import read_frame, scheme_of, write_frame
 import numpy as np
 requests, answers = sys.stdin.buffer, sys.stdout.buffer
 write_frame(answers, read_frame(requests))
@@ -232,7 +232,7 @@ def test_files(tmp_path) -> None:
 HALF = """#!{python}
 import sys
 import nsq_ref as nsq
-from nsq_ref.conformance.frames import read_frame, scheme_of, write_frame
+from nsq_ref.conformance.ports.frames import read_frame, scheme_of, write_frame
 import numpy as np
 requests, answers = sys.stdin.buffer, sys.stdout.buffer
 write_frame(answers, read_frame(requests))

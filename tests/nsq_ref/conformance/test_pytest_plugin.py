@@ -159,7 +159,7 @@ def test_a_program_need_not_do_everything(folder: Path) -> None:
     """Operations that a program does not know are skipped."""
     program = folder / "program"
     program.write_text(
-        f"#!{sys.executable}\nfrom nsq_ref.conformance import worker\n"
+        f"#!{sys.executable}\nfrom nsq_ref.conformance.ports import worker\n"
         """worker.main(['{"encode": "mine:encode"}'])\n""",
         encoding="utf-8",
     )

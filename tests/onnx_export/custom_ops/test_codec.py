@@ -27,7 +27,7 @@ from nsq_ref.codec import PARTS, Quantized
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.family import scheme_named
 from nsq_ref.conformance.operations import DONE, REFUSED, Answer, Case, Operation
-from nsq_ref.conformance.worker import Model
+from nsq_ref.conformance.ports.worker import Model
 from onnx_export import custom_ops
 from onnx_export.operators import (
     DOMAIN,

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from nsq_ref import Scheme, rounding
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.operations import Operation
-from nsq_ref.conformance.worker import Model, TargetError
+from nsq_ref.conformance.ports.worker import Model, TargetError
 from tests.nsq_ref.cli.test_conformance import run
 from tests.support.onnx_ports import Mistake, Nodes, norm_of, save, save_decode, save_encode
 

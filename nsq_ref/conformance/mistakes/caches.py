@@ -1,0 +1,165 @@
+"""Sinks and blocks mixed up, and what caches do wrong (rules K1, B1, B2, C1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nsq_ref.conformance.mistakes.arithmetic import toward_zero
+from nsq_ref.conformance.mistakes.changes import (
+    ENCODE,
+    F32,
+    STREAM,
+    Function,
+    after,
+    around,
+    instead,
+    knowing_both,
+    place,
+)
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
+from nsq_ref.scheme import Scheme
+
+
+def _remember_sinks(original: Function, reference: Reference, x: Any, scheme: Scheme) -> Any:
+    sinks, coded = original(x, scheme)
+    reference.sinks = sinks
+    return sinks, coded
+
+
+def _remember_sinks_of(original: Function, reference: Reference, sequence: Any) -> None:
+    reference.sinks = np.array(sequence.sinks).reshape(-1, sequence.head_dim)
+    original(sequence)
+
+
+def _range_with_sinks(
+    original: Function, reference: Reference, direction: Any, coded: Any, scheme: Scheme
+) -> Any:
+    if scheme.axis == "token" or not scheme.sink_tokens or not reference.sinks.size:
+        return original(direction, coded, scheme)
+    sinks = reference.sinks.astype(F32)
+    if scheme.separate_norm:
+        sinks = reference.spec.direction_of(sinks, reference.rounding.norm(sinks))
+    # Another mistake may have told the tokens apart; sinks are like any of them.
+    of_tokens = np.broadcast_to(coded, direction.shape)
+    of_sinks = np.broadcast_to(coded.any(axis=-2, keepdims=True), sinks.shape)
+    coded = np.concatenate([of_sinks, of_tokens], axis=-2)
+    return original(np.concatenate([sinks, direction], axis=-2), coded, scheme)
+
+
+def _shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) -> Any:
+    low, high = result
+    lead = tuple(range(direction.ndim - 2))
+    return (
+        np.broadcast_to(low.min(axis=lead, keepdims=True), low.shape),
+        np.broadcast_to(high.max(axis=lead, keepdims=True), high.shape),
+    )
+
+
+BLOCKS = [
+    Mistake("sinks in the range", "K1", "sinks enter the scales of the tokens behind them",
+        ENCODE, {"model.split_sinks": knowing_both(_remember_sinks),
+                 "model.seal": knowing_both(_remember_sinks_of),
+                 "spec.extent": knowing_both(_range_with_sinks)}),
+    place("spec.extent", "B2", ENCODE)("range shared by heads",
+        "scales are shared by sequences (heads, rows of a batch)", after(_shared_by_heads)),
+]  # fmt: skip
+
+# --- caches -------------------------------------------------------------------------------------
+
+
+def _with_coded_tail(original: Function, reference: Reference, sequence: Any) -> Any:
+    parts = original(sequence)
+    if not len(parts["tail"]):
+        return parts
+    spec, scheme = reference.spec, sequence.scheme
+    decoded = spec.decode(spec.encode(parts["tail"].astype(F32), scheme), scheme)
+    return {**parts, "tail": reference.rounding.saturate(decoded, sequence.dtype)}
+
+
+def _recoded(
+    reference: Reference, x: Any, scale: Any, zero: Any, block: Any, scheme: Scheme
+) -> Any:
+    """Return the block of ``x`` with other scales."""
+    spec = reference.spec
+    norm = reference.rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], F32)
+    codes = spec.code(spec.direction_of(x, norm), scale, zero, scheme)
+    codes = spec.without_codes(codes, ~spec.mark(block.outlier_index, x.shape[-1]), norm)
+    y = spec.dequantized_direction(codes, scale, zero, block.outlier_index, block.outliers)
+    factor = spec.stored_factor(x, y, norm, scheme)
+    return block._replace(codes=codes, scale=scale, zero=zero, norm=factor)
+
+
+def _seal_with_greatest_scale(original: Function, reference: Reference, sequence: Any) -> None:
+    x = np.stack(sequence.tail).astype(F32)
+    original(sequence)
+    scheme, blocks = sequence.scheme, sequence.blocks
+    if len(blocks) > 1 and scheme.axis == "channel" and scheme.symmetric:
+        greatest = np.maximum(blocks[-2].scale, blocks[-1].scale)
+        blocks[-1] = _recoded(reference, x, greatest, blocks[-1].zero, blocks[-1], scheme)
+
+
+def _remember_cropped(original: Function, sequence: Any, length: int) -> None:
+    """Keep the block that a crop cuts."""
+    whole, rest = divmod(max(length - len(sequence.sinks), 0), sequence.block_size)
+    if whole < len(sequence.blocks):
+        sequence.cropped = sequence.blocks[whole] if rest else None
+    original(sequence, length)
+
+
+def _seal_with_old_scales(original: Function, reference: Reference, sequence: Any) -> None:
+    x = np.stack(sequence.tail).astype(F32)
+    original(sequence)
+    old = vars(sequence).pop("cropped", None)
+    if old is not None and sequence.scheme.axis == "channel":
+        sequence.blocks[-1] = _recoded(
+            reference, x, old.scale, old.zero, sequence.blocks[-1], sequence.scheme
+        )
+
+
+def _append_and_keep(original: Function, sequence: Any, tokens: Any) -> None:
+    vars(sequence).setdefault("raw", []).extend(tokens)
+    original(sequence, tokens)
+
+
+def _crop_what_is_kept(original: Function, sequence: Any, length: int) -> None:
+    original(sequence, length)
+    del vars(sequence).setdefault("raw", [])[length:]
+
+
+def _kept_survivors(original: Function, sequence: Any, block: Any, count: int) -> Any:
+    at = next(i for i, one in enumerate(sequence.blocks) if one is block)
+    first = len(sequence.sinks) + at * sequence.block_size
+    return sequence.raw[first : first + count]
+
+
+def _truncated_survivors(
+    original: Function, reference: Reference, sequence: Any, block: Any, count: int
+) -> Any:
+    decoded = reference.spec.decode(block, sequence.scheme)[:count]
+    narrowed = reference.rounding.saturate(decoded, sequence.dtype)
+    return list(toward_zero(narrowed, decoded, sequence.dtype))
+
+
+CACHES = [
+    Mistake("tail quantized early", "B1",
+        "the tail went through the quantizer; it is kept as it came",
+        STREAM, {"model.stored": knowing_both(_with_coded_tail)}),
+    Mistake("scales that grow", "B1", "a block's scales are at least those of the block before",
+        STREAM, {"model.seal": knowing_both(_seal_with_greatest_scale)}),
+    Mistake("old scales after a crop", "C1",
+        "a block that was cropped is sealed again with its old scales",
+        STREAM, {"model.crop": around(_remember_cropped),
+                 "model.seal": knowing_both(_seal_with_old_scales)}),
+    Mistake("raw tokens after a crop", "C1",
+        "a crop restored the tokens as they came; what attention saw are the decoded ones",
+        STREAM, {"model.append": around(_append_and_keep),
+                 "model.crop": around(_crop_what_is_kept),
+                 "model.survivors": around(_kept_survivors)}),
+    Mistake("tokens of a crop cut off", "C1", "decoded tokens of a crop are narrowed by truncation",
+        STREAM, {"model.survivors": knowing_both(_truncated_survivors)}),
+    Mistake("tokens of a crop overflow", "C1",
+        "decoded tokens of a crop beyond the dtype are infinite; they become its largest value",
+        STREAM, {"rounding.saturate": instead(lambda value, dtype: value.astype(dtype))}),
+]  # fmt: skip

@@ -39,7 +39,7 @@ OTHERS: tuple[SchemeName, ...] = (
     "streaming2", "streaming3", "streaming8", "nsep+pchan2", "nsep4", "nsep+out4",
 )  # fmt: skip
 BLOCK_SIZE = 128
-TARGET = Target(3)
+TARGET = Target(1.5)
 CHECKED_TOKENS = 2048  # float64 takes long
 
 

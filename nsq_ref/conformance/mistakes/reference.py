@@ -17,7 +17,7 @@ MODULES = {
     "rounding": "nsq_ref.rounding",
     "packing": "nsq_ref.packing",
     "spec": "nsq_ref.spec",
-    "attention": "nsq_ref.attention",
+    "attention": "nsq_ref.attention.tolerance",  # attend, reach, tolerance
     "model": "nsq_ref.conformance.model",
 }
 

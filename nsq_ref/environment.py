@@ -18,9 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from nsq_ref.extras import extra
-
-__all__ = ["CompilationWarning", "extra", "in_default_environment", "is_default_environment"]
+__all__ = ["CompilationWarning", "in_default_environment", "is_default_environment"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from onnx_export.models.tokenizer import byte_symbols
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 
 with extra("plots", __name__):
     import matplotlib  # noqa: F401  all modules below need it

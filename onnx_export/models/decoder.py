@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_array, as_integer, as_integer_array
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.models.built import GRAPH_VERSION, DecoderConfig, Progress, cached_onnx
 from onnx_export.models.sources import default_cache_dir, file_sha256
 

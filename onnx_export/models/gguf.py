@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.files import kinds
 
 with extra("onnx", __name__):

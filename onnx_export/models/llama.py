@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.models.config import DecoderConfig
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.nodes import Graph

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 
 with extra("onnx", __name__):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.models.gguf import GGUFFile
 
 with extra("onnx", __name__):

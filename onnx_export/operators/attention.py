@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.operators.nodes import Nodes, Reference, make_function
 from onnx_export.operators.schema import ATTENTION, DEQUANTIZE, OPSET, QUANTIZE
 

@@ -10,7 +10,7 @@ import numpy as np
 from nsq_ref.arrays import as_integer
 from nsq_ref.attention import require_options
 from nsq_ref.dtypes import FLOAT_DTYPES
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.scheme import Field, FloatName, Scheme, as_scheme
 from onnx_export.operators.domain import functions
 from onnx_export.operators.nodes import Nodes, make_model

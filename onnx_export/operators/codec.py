@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.spec import SHRINK
 from onnx_export.operators import rounding
 from onnx_export.operators.nodes import Nodes, make_function

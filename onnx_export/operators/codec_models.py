@@ -9,7 +9,7 @@ from pathlib import Path
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import FLOAT_DTYPES
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme, as_scheme
 from onnx_export.operators.codec import dequantize, quantize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.operators.attention import attention
 from onnx_export.operators.codec import dequantize, quantize
 from onnx_export.operators.schema import DOMAIN, OPERATORS, OPSET

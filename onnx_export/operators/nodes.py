@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.operators.schema import DOMAIN, ELEMENTS, IR_VERSION, OPSET, VERSION, Operator
 
 with extra("onnx", __name__):

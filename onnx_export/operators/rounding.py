@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.schema import ELEMENTS
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nsq_ref.dtypes import FLOAT_DTYPES
-from nsq_ref.environment import extra
+from nsq_ref.extras import extra
 from nsq_ref.scheme import Scheme
 
 with extra("onnx", __name__):

@@ -22,12 +22,13 @@ from nsq_ref import (
     KVCache,
     Scheme,
     __version__,
-    cli,
+
     dequantize,
     quantize,
     storage,
 )
 from nsq_ref import scheme_names as names
+from nsq_ref.cli import options
 
 NSQ = Path(sys.executable).with_name("nsq")
 RNG = np.random.default_rng(0)
@@ -204,8 +205,8 @@ def test_names_tell_keys_from_values(name):
     )
     if name.startswith("past"):
         value_name = name.rpartition("key")[0] + "value"
-    assert cli._scheme_of(name, PAIR) == PAIR.key
-    assert cli._scheme_of(value_name, PAIR) == PAIR.value
+    assert options.scheme_of(name, PAIR) == PAIR.key
+    assert options.scheme_of(value_name, PAIR) == PAIR.value
 
 
 @pytest.mark.parametrize(
@@ -215,8 +216,8 @@ def test_names_that_do_not_tell_are_refused(name):
     with pytest.raises(
         ValueError, match=f"array '{name}' is not named as keys or values, .*rename"
     ):
-        cli._scheme_of(name, PAIR)
-    assert cli._scheme_of(name, KeyValueSchemes(PAIR.key, PAIR.key)) == PAIR.key
+        options.scheme_of(name, PAIR)
+    assert options.scheme_of(name, KeyValueSchemes(PAIR.key, PAIR.key)) == PAIR.key
 
 
 @given(
@@ -227,11 +228,11 @@ def test_names_that_do_not_tell_are_refused(name):
 )
 def test_a_label_names_the_scheme(name, bits, block_size, dtype):
     changes = [f"bits={bits}", f"block_size={block_size}", f"scale_dtype={dtype}"]
-    scheme = cli._schemes(name, None, changes).key
+    scheme = options.key_value_schemes(name, None, changes).key
     assert (scheme.bits, scheme.block_size, scheme.scale_dtype) == (bits, block_size, dtype)
-    nearest, *differences = cli._label(scheme).split()
-    assert cli._schemes(nearest, None, differences).key == scheme
-    assert cli._label(Scheme.named(name)) == name
+    nearest, *differences = options.label(scheme).split()
+    assert options.key_value_schemes(nearest, None, differences).key == scheme
+    assert options.label(Scheme.named(name)) == name
 
 
 @given(st.sampled_from(names()))
@@ -239,7 +240,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
     """S4: that streaming2 searches makes no other width of streaming one of its kind."""
     scheme = Scheme.named(name)
     other = "range" if scheme.scale_rule == "search" else "search"
-    assert cli._label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
+    assert options.label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
 
 
 # --- what is refused ----------------------------------------------------------------------------

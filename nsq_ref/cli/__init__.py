@@ -42,7 +42,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def version_option(
     version: Annotated[
         bool,
         typer.Option(

@@ -16,10 +16,9 @@ from xml.etree import ElementTree
 import pytest
 
 from nsq_ref.conformance.frames import Frame, read_frame, write_frame
+from tests.support.command import NSQ, ROOT, nsq, process
 from tests.support.compilers import compile_library
 
-NSQ = Path(sys.executable).with_name("nsq")
-ROOT = Path(__file__).parents[3]
 C_EXAMPLE = ROOT / "docs" / "examples" / "nsq_port.c"
 RIGHT = "tests/ports/functions.py"
 
@@ -64,13 +63,8 @@ while (request := read_frame(requests)) is not None:
 """
 
 
-def run(*arguments: object, code: int = 0, cwd: Path = ROOT, **more) -> str:
-    command = [str(NSQ), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **more
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+def run(*arguments: object, code: int = 0, cwd: Path = ROOT) -> str:
+    done = nsq(*arguments, code=code, cwd=cwd)
     return done.stderr if code == 2 else done.stdout
 
 
@@ -102,13 +96,13 @@ def program_at(path: Path, ends_at: int = -1) -> Path:
 
 def test_right_functions_conform() -> None:
     """All operations of a cache's scheme."""
-    text = run(
+    done = process(
         "check", f"{RIGHT}:encode", "--decode", f"{RIGHT}:decode", "--attend", f"{RIGHT}:attend",
         "--stream", f"{RIGHT}:stream", "--scheme", "streaming4",
     )  # fmt: skip
-    assert "CONFORMS to streaming4" in text
+    assert "CONFORMS to streaming4" in done.stdout
     for operation in ("encode", "decode", "attend", "stream"):
-        assert f"{operation} " in text
+        assert f"{operation} " in done.stdout
 
 
 def test_every_named_scheme_of_a_right_port_conforms() -> None:
@@ -276,12 +270,8 @@ def bytes_of(frames: list[Frame]) -> bytes:
 
 
 def verified(data: bytes, *options: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [str(NSQ), "verify", *options], input=data, capture_output=True, check=False
-    )
-    text = (done.stderr if code == 2 else done.stdout).decode()
-    assert done.returncode == code, text + done.stderr.decode()
-    return text
+    done = nsq("verify", *options, code=code, stdin=data)
+    return done.stderr if code == 2 else done.stdout
 
 
 def judged(how: str, folder: Path, frames: list[Frame], *options: str, code: int = 0) -> str:
@@ -508,7 +498,7 @@ def test_what_a_file_says_does_not_reach_the_terminal(tmp_path) -> None:
 
 
 def test_vectors_are_written(tmp_path) -> None:
-    run("vectors", "--output", tmp_path / "vectors.tar.gz")
+    process("vectors", "--output", tmp_path / "vectors.tar.gz")
     run("vectors", "--output", tmp_path / "vectors")
     shutil.unpack_archive(tmp_path / "vectors.tar.gz", tmp_path / "unpacked")
     (inner,) = (tmp_path / "unpacked").iterdir()

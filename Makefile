@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*.cpp *.h *.inc CMakeLists.txt))
 NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec attention modes integer_attention) \
   operators/test_attention.py
+# Neighbours in the order of tests share what is slow to make: each worker takes a stretch of it.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
 .PHONY: demo test test-torch test-oldest sanitize lint types docs extras places benchmark clean
 
@@ -13,7 +16,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
@@ -22,7 +25,7 @@ test-torch: $(VENV)/torch.done
 # The oldest onnxruntime that is supported, in front of the one in the environment.
 test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
-	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
+	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS) custom_ops/test_memory.py custom_ops/test_host.py \
 	    operators/test_codec.py operators/test_options.py)
 
@@ -35,7 +38,7 @@ sanitize: $(VENV)/test.done
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	NSQ_CUSTOM_OPS="$(CURDIR)/build/sanitize/libnsq_onnx.so" NSQ_TEST_PROFILE=few \
-	  $(BIN)/python -m pytest -n 2 -q \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS))
 
 lint: $(VENV)/dev.done

@@ -47,6 +47,12 @@ def process(*arguments: object, cwd: Path = ROOT, code: int = 0) -> Done:
     return _done(command, done.returncode, done.stdout, done.stderr, code)
 
 
+def said(*arguments: object, code: int = 0, cwd: Path = ROOT) -> str:
+    """Run the command in this process; return what it prints, on stderr where it is used badly."""
+    done = nsq(*arguments, code=code, cwd=cwd)
+    return done.stderr if code == 2 else done.stdout
+
+
 def refused(*arguments: object, cwd: Path) -> str:
     """Run what must fail, and leave nothing behind; return the one line on stderr."""
     before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}

@@ -21,14 +21,29 @@ from nsq_ref import attention_kernels, kernels
 ROOT = Path(nsq_ref.__file__).parent
 CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
 
-# Decoding, whose kernel is compiled soonest.
+# What is kept does not depend on the kernel, so that it is mostly one which is compiled at once.
+TINY = """
+from functools import partial
+from nsq_ref.compilation import compiled
+
+@partial(compiled, keep=True)
+def double(x):
+    return 2 * x
+"""
 USE = """
+from nsq_ref.tiny import double
+assert double(2) == 4
+"""
+SHOW_KEPT = """
+print(sum(double.stats.cache_hits.values()), double.stats.cache_path)
+"""
+DECODE = """
 import numpy as np, nsq_ref as nsq
 x = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
 q = nsq.quantize(x, backend="numpy")
 assert nsq.dequantize(q).tobytes() == nsq.dequantize(q, backend="numpy").tobytes()
 """
-SHOW_KEPT = """
+SHOW_KEPT_DECODING = """
 from nsq_ref.kernels import decode_rows
 print(sum(decode_rows.stats.cache_hits.values()), decode_rows.stats.cache_path)
 """
@@ -42,6 +57,7 @@ class Place:
         self.package = folder / "site" / "nsq_ref"
         self.home = folder / "home"
         shutil.copytree(ROOT, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        (self.package / "tiny.py").write_text(TINY)
         self.home.mkdir()
 
     def lock(self, folder: Path, locked: bool = True) -> None:
@@ -91,7 +107,7 @@ def notices(done: Any) -> list[str]:
 def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
     place: Place, home: str
 ) -> None:
-    done = place.run(USE, HOME=home if home == "~" else str(place.folder / home))
+    done = place.run(DECODE, HOME=home if home == "~" else str(place.folder / home))
     (notice,) = notices(done)
     assert "NUMBA_CACHE_DIR" in notice
     assert notice.startswith("<string>:5:")  # where the library was called
@@ -144,7 +160,7 @@ def test_a_folder_that_stops_being_writable(place: Place) -> None:
     """After the kernels were imported, before they are compiled; so does a full disk fail."""
     place.home.chmod(0o777)
     stop = """
-import os, nsq_ref.kernels
+import os, nsq_ref.tiny
 for folder, _, _ in os.walk(os.path.expanduser("~/.cache")):
     os.chmod(folder, 0o555)
 """
@@ -166,14 +182,6 @@ def test_a_full_disk(place: Place) -> None:
     assert not place.run(USE).stderr  # what was left behind is no hindrance
 
 
-KERNEL = """
-from functools import partial
-from nsq_ref.compilation import compiled
-
-@partial(compiled, keep=True, slow=False)
-def double(x):
-    return 2 * x
-"""
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "zeros": lambda content: bytes(len(content)),
@@ -183,46 +191,39 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_damaged_files_are_replaced(place: Place) -> None:
-    """Of a kernel that is compiled soon: what is kept does not depend on which it is."""
     place.home.chmod(0o777)
-    (place.package.parent / "slow.py").write_text(KERNEL)
-    use = """
-import slow
-assert slow.double(2) == 4
-print(sum(slow.double.stats.cache_hits.values()))
-"""
-    place.run(use)
+    place.run(USE)
     for suffix, damage in itertools.product((".nbi", ".nbc"), DAMAGES):
         for path in place.home.rglob(f"*{suffix}"):
             path.write_bytes(DAMAGES[damage](path.read_bytes()))
-        done = place.run(use)
-        assert (done.stdout, done.stderr) == ("0\n", ""), (suffix, damage)
-    assert place.run(use).stdout == "1\n"
+        done = place.run(USE + SHOW_KEPT)
+        assert (done.stdout[0], done.stderr) == ("0", ""), (suffix, damage)
+    assert place.run(USE + SHOW_KEPT).stdout.startswith("1 ")
 
 
 def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> None:
     """Two that start at once may both name their file 1, for arrays of different kinds."""
     place.home.chmod(0o777)
-    frozen = USE.replace("assert", "q.packed.flags.writeable = False\nassert")
+    frozen = DECODE.replace("assert", "q.packed.flags.writeable = False\nassert")
 
     def data_of(code: str) -> Path:
         place.run(code)
         (path,) = place.home.rglob("kernels.decode_rows*.nbc")
         return path
 
-    content = data_of(USE).read_bytes()
+    content = data_of(DECODE).read_bytes()
     for path in place.home.rglob("kernels.decode_rows*"):
         path.unlink()
     path = data_of(frozen)
     assert path.read_bytes() != content
     path.write_bytes(content)
-    assert place.run(frozen + SHOW_KEPT).stdout.startswith("0 ")
-    assert place.run(frozen + SHOW_KEPT).stdout.startswith("1 ")
+    assert place.run(frozen + SHOW_KEPT_DECODING).stdout.startswith("0 ")
+    assert place.run(frozen + SHOW_KEPT_DECODING).stdout.startswith("1 ")
 
 
 def test_what_takes_long_is_said_before_it_is_done_once(place: Place) -> None:
     place.home.chmod(0o777)
-    (place.package.parent / "slow.py").write_text(KERNEL.replace("slow=False", "slow=True"))
+    (place.package.parent / "slow.py").write_text(TINY.replace("keep=True", "keep=True, slow=True"))
     code = "import slow\nslow.double(1)\nslow.double(1.0)\n"
     (notice,) = notices(place.run(code))
     assert notice.startswith("<string>:2: ")

@@ -10,13 +10,23 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: demo test test-torch test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: demo test quick test-torch test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest $(WORKERS)
+
+# The inner loop: the core of each room, with few examples, without what tests/conftest.py calls
+# slow. Nothing is built or fetched. A minute is its limit.
+QUICK := $(patsubst %,nsq_ref/test_%.py,rounding scheme spec codec backends) \
+  $(patsubst %,nsq_ref/%.py,cache/test_cache cache/test_any_order attention/test_attention) \
+  $(patsubst %,nsq_ref/conformance/test_%.py,cases check judge) \
+  nsq_ref/cli/test_verbs.py onnx_export/operators/test_functions.py
+quick: $(VENV)/test.done
+	NSQ_TEST_PROFILE=few $(BIN)/python -m pytest $(WORKERS) -q -m "not slow" \
+	  --durations 9 --durations-min 1 $(addprefix tests/,$(QUICK)) nsq_ref/packing.py
 
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch

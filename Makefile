@@ -5,15 +5,28 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*/*.cpp */*.h */*.inc CMakeLists.txt))
 NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec attention modes integer_attention) \
   operators/test_attention.py
+# Neighbours in the order of tests share what is slow to make: each worker takes a stretch of it.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: demo test test-torch test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: demo test quick test-torch test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest $(WORKERS)
+
+# The inner loop: the core of each room, with few examples, without what tests/conftest.py calls
+# slow. Nothing is built or fetched. A minute is its limit.
+QUICK := $(patsubst %,nsq_ref/test_%.py,rounding scheme spec codec backends) \
+  $(patsubst %,nsq_ref/%.py,cache/test_cache cache/test_any_order attention/test_attention) \
+  $(patsubst %,nsq_ref/conformance/test_%.py,cases check judge) \
+  nsq_ref/cli/test_verbs.py onnx_export/operators/test_functions.py
+quick: $(VENV)/test.done
+	NSQ_TEST_PROFILE=few $(BIN)/python -m pytest $(WORKERS) -q -m "not slow" \
+	  --durations 9 --durations-min 1 $(addprefix tests/,$(QUICK)) nsq_ref/packing.py
 
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
@@ -22,7 +35,7 @@ test-torch: $(VENV)/torch.done
 # The oldest onnxruntime that is supported, in front of the one in the environment.
 test-oldest: $(VENV)/test.done
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target build/oldest onnxruntime==1.22.1
-	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 -q \
+	PYTHONPATH=build/oldest NSQ_TEST_PROFILE=few $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS) custom_ops/test_memory.py custom_ops/test_host.py \
 	    operators/test_codec_models.py operators/test_attention_options.py)
 
@@ -35,7 +48,7 @@ sanitize: $(VENV)/test.done
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	NSQ_CUSTOM_OPS="$(CURDIR)/build/sanitize/libnsq_onnx.so" NSQ_TEST_PROFILE=few \
-	  $(BIN)/python -m pytest -n 2 -q \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	  $(addprefix tests/onnx_export/,$(NATIVE_TESTS))
 
 lint: $(VENV)/dev.done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,12 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_decoder(smollm2: Path) -> Decoder:
-    """Decoder of SmolLM2-135M-Instruct."""
-    return Decoder.from_gguf(smollm2)
+    """Decoder of SmolLM2-135M-Instruct, with this worker's share of the cores.
+
+    Threads of onnxruntime spin while they wait, and take from the other workers what they need.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return Decoder.from_gguf(smollm2, threads=max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nsq_ref import Scheme
-from nsq_ref.cli import _show_demo
+from nsq_ref.cli import demo
 from nsq_ref.comparison import DEMO_SCHEMES
 from onnx_export.evaluation.fidelity import TransformFidelity, compare
 
@@ -37,7 +37,7 @@ def test_the_demo_was_run_with_the_schemes_of_today() -> None:
 def test_the_table_of_the_readme_is_what_the_demo_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _show_demo(DEMO)
+    demo.show(DEMO)
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     block = README.split("$ make demo\n")[1].split("```")[0]
     assert block.startswith(printed + "\n\n")

@@ -20,14 +20,29 @@ import nsq_ref
 ROOT = Path(nsq_ref.__file__).parent
 CAPABILITY_TO_WRITE_EVERYWHERE, DROP_CAPABILITY = 1, 24  # CAP_DAC_OVERRIDE, PR_CAPBSET_DROP
 
-# Decoding, whose kernel is compiled soonest.
+# What is kept does not depend on the kernel, so that it is mostly one which is compiled at once.
+TINY = """
+from functools import partial
+from nsq_ref.kernels.compilation import compiled
+
+@partial(compiled, keep=True)
+def double(x):
+    return 2 * x
+"""
 USE = """
+from nsq_ref.tiny import double
+assert double(2) == 4
+"""
+SHOW_KEPT = """
+print(sum(double.stats.cache_hits.values()), double.stats.cache_path)
+"""
+DECODE = """
 import numpy as np, nsq_ref as nsq
 x = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
 q = nsq.quantize(x, backend="numpy")
 assert nsq.dequantize(q).tobytes() == nsq.dequantize(q, backend="numpy").tobytes()
 """
-SHOW_KEPT = """
+SHOW_KEPT_DECODING = """
 from nsq_ref.kernels.codec import decode_rows
 print(sum(decode_rows.stats.cache_hits.values()), decode_rows.stats.cache_path)
 """
@@ -41,6 +56,7 @@ class Place:
         self.package = folder / "site" / "nsq_ref"
         self.home = folder / "home"
         shutil.copytree(ROOT, self.package, ignore=shutil.ignore_patterns("__pycache__"))
+        (self.package / "tiny.py").write_text(TINY)
         self.home.mkdir()
 
     def lock(self, folder: Path, locked: bool = True) -> None:
@@ -90,7 +106,7 @@ def notices(done: Any) -> list[str]:
 def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
     place: Place, home: str
 ) -> None:
-    done = place.run(USE, HOME=home if home == "~" else str(place.folder / home))
+    done = place.run(DECODE, HOME=home if home == "~" else str(place.folder / home))
     (notice,) = notices(done)
     assert "NUMBA_CACHE_DIR" in notice
     assert notice.startswith("<string>:5:")  # where the library was called
@@ -143,7 +159,7 @@ def test_a_folder_that_stops_being_writable(place: Place) -> None:
     """After the kernels were imported, before they are compiled; so does a full disk fail."""
     place.home.chmod(0o777)
     stop = """
-import os, nsq_ref.kernels
+import os, nsq_ref.tiny
 for folder, _, _ in os.walk(os.path.expanduser("~/.cache")):
     os.chmod(folder, 0o555)
 """
@@ -187,21 +203,21 @@ def test_damaged_files_are_replaced(place: Place) -> None:
 def test_a_file_that_another_process_overwrote_is_not_taken(place: Place) -> None:
     """Two that start at once may both name their file 1, for arrays of different kinds."""
     place.home.chmod(0o777)
-    frozen = USE.replace("assert", "q.packed.flags.writeable = False\nassert")
+    frozen = DECODE.replace("assert", "q.packed.flags.writeable = False\nassert")
 
     def data_of(code: str) -> Path:
         place.run(code)
         (path,) = place.home.rglob("codec.decode_rows*.nbc")
         return path
 
-    content = data_of(USE).read_bytes()
+    content = data_of(DECODE).read_bytes()
     for path in place.home.rglob("codec.decode_rows*"):
         path.unlink()
     path = data_of(frozen)
     assert path.read_bytes() != content
     path.write_bytes(content)
-    assert place.run(frozen + SHOW_KEPT).stdout.startswith("0 ")
-    assert place.run(frozen + SHOW_KEPT).stdout.startswith("1 ")
+    assert place.run(frozen + SHOW_KEPT_DECODING).stdout.startswith("0 ")
+    assert place.run(frozen + SHOW_KEPT_DECODING).stdout.startswith("1 ")
 
 
 MODULES = [

@@ -1,6 +1,7 @@
 """Run by test_written_files.py in processes of their own, whose umask and limits it changes.
 
 ``python writers.py TASK ARGUMENT...`` prints one line of JSON; standard output holds more before.
+``python writers.py each TASK WRITER...`` runs it for each writer in a folder and a fork of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import signal
 import stat
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,10 @@ def gguf(out: Path) -> None:
 
 def graph(out: Path) -> None:
     """Build a decoder in a cache folder, whose file is not counted as written."""
-    model = tiny_gguf(Path.cwd() / "models") if not MODEL.exists() else MODEL
-    cached_onnx(model, cache_dir=out)
+    cached_onnx(MODEL, cache_dir=out)
 
 
-MODEL = Path.cwd() / "models" / "tiny.gguf"
+MODEL = Path("models/tiny.gguf")
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "quantize": ("q.safetensors", nsq("quantize", "kv.npz", "-o", "OUT", "--backend", "numpy")),
     "dequantize": (
@@ -283,6 +284,29 @@ def refused(one: str) -> list[dict[str, Any]]:
         else:
             file.unlink()
     return outcomes
+
+
+def each(task: str, *names: str) -> dict[str, Any]:
+    """Start once, as what is imported takes longer than what is written."""
+    files = [path for path in Path().iterdir() if path.is_file()]
+    found = {}
+    for one in names:
+        folder = Path(one)
+        folder.mkdir()
+        for file in files:
+            shutil.copy(file, folder)
+        if not (child := os.fork()):
+            try:
+                os.chdir(folder)
+                Path("../result.json").write_text(json.dumps(globals()[task](one)))
+            except BaseException:  # noqa: BLE001 - the child ends here
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{task} {one} failed")
+        found[one] = json.loads(Path("result.json").read_text())
+    return found
 
 
 if __name__ == "__main__":

@@ -22,35 +22,17 @@ from nsq_ref import (
     KVCache,
     Scheme,
     __version__,
-    cli,
     dequantize,
     files,
     quantize,
 )
 from nsq_ref import scheme_names as names
+from nsq_ref.cli import options as read
+from tests.support.command import NSQ, nsq, process, refused
 
-NSQ = Path(sys.executable).with_name("nsq")
 RNG = np.random.default_rng(0)
 KEYS = RNG.standard_normal((2, 20, 8), dtype=np.float32)
 VALUES = RNG.standard_normal((2, 20, 8)).astype(np.float16)
-
-
-def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [str(NSQ), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def refused(*arguments: object, cwd: Path) -> str:
-    """Run what must fail, and leave nothing behind; return the one line on stderr."""
-    before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
-    done = run(*arguments, cwd=cwd, code=2)
-    assert {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()} == before
-    assert done.stdout == ""
-    assert done.stderr.startswith("nsq: ")
-    assert done.stderr.count("\n") == 1
-    return done.stderr
 
 
 @pytest.fixture
@@ -60,21 +42,21 @@ def folder(tmp_path) -> Path:
 
 
 def test_without_a_file_info_tells_versions_and_schemes(tmp_path):
-    text = run("info", cwd=tmp_path).stdout
+    text = nsq("info", cwd=tmp_path).stdout
     assert f"nsq {__version__}, specification NSQ-1" in text
-    result = json.loads(run("info", "--json", cwd=tmp_path).stdout)
+    result = json.loads(nsq("info", "--json", cwd=tmp_path).stdout)
     assert (result["version"], result["spec"]) == (__version__, "NSQ-1")
     assert [row["name"] for row in result["schemes"]] == names()
     for row in result["schemes"]:
         bits = Scheme.named(row["name"]).bits_per_element(4096, 128)
         assert row["bits_per_element"] == bits
         assert any(line.split() == [row["name"], f"{bits:.3f}"] for line in text.splitlines())
-    assert run("--version", cwd=tmp_path).stdout == f"nsq {__version__}\n"
+    assert nsq("--version", cwd=tmp_path).stdout == f"nsq {__version__}\n"
 
 
 def test_a_cache_goes_there_and_back(folder):
     options = ("--backend", "numpy", "--json")
-    done = run("quantize", "kv.npz", "--output", "q.safetensors", *options, cwd=folder)
+    done = process("quantize", "kv.npz", "--output", "q.safetensors", *options, cwd=folder)
     assert done.stderr == ""
     written = json.loads(done.stdout)
     loaded = files.load(folder / "q.safetensors")
@@ -92,9 +74,9 @@ def test_a_cache_goes_there_and_back(folder):
             "float16_bytes": 2 * 2 * 20 * 8,
             "collapsed_tokens": 0,
         }
-    told = json.loads(run("info", "q.safetensors", "--json", cwd=folder).stdout)
+    told = json.loads(process("info", "q.safetensors", "--json", cwd=folder).stdout)
     assert told["arrays"] == written["arrays"]
-    done = run("dequantize", "q.safetensors", "-o", "x.safetensors", *options, cwd=folder)
+    done = process("dequantize", "q.safetensors", "-o", "x.safetensors", *options, cwd=folder)
     assert json.loads(done.stdout)["arrays"][0] == {
         "name": "keys",
         "shape": [2, 20, 8],
@@ -110,36 +92,36 @@ def test_a_cache_goes_there_and_back(folder):
 def test_every_backend_writes_the_same_file(backend, folder):
     files.save(folder / "expected", {"keys": quantize(KEYS), "values": quantize(VALUES)})
     output = ("--output", "q.safetensors", "--backend", backend)
-    run("quantize", "kv.npz", *output, cwd=folder)
+    nsq("quantize", "kv.npz", *output, cwd=folder)
     assert (folder / "q.safetensors").read_bytes() == (folder / "expected").read_bytes()
-    run("dequantize", "q.safetensors", "-o", "x.safetensors", "--backend", backend, cwd=folder)
+    nsq("dequantize", "q.safetensors", "-o", "x.safetensors", "--backend", backend, cwd=folder)
     keys = files.read_arrays(folder / "x.safetensors")["keys"]
     np.testing.assert_array_equal(keys, dequantize(quantize(KEYS)))
 
 
 def test_tables_say_what_json_says(folder):
-    text = run("quantize", "kv.npz", "-o", "q.safetensors", "--backend", "numpy", cwd=folder).stdout
-    assert text == run("info", "q.safetensors", cwd=folder).stdout
+    text = nsq("quantize", "kv.npz", "-o", "q.safetensors", "--backend", "numpy", cwd=folder).stdout
+    assert text == nsq("info", "q.safetensors", cwd=folder).stdout
     keys = next(line.split() for line in text.splitlines() if line.startswith("keys"))
     assert keys[:6] == ["keys", "[2,", "20,", "8]", "float32", "nsep+pchan4"]
     assert keys[6:] == ["6.800", "272", "42.5%", "0"]
-    text = run("info", "kv.npz", cwd=folder).stdout
+    text = nsq("info", "kv.npz", cwd=folder).stdout
     assert "float32  -       32.000  1,280  200.0%" in text
     assert "float16  -       16.000  640    100.0%" in text
     assert "\x1b" not in text
-    text = run("dequantize", "q.safetensors", "-o", "x.safetensors", cwd=folder).stdout
+    text = nsq("dequantize", "q.safetensors", "-o", "x.safetensors", cwd=folder).stdout
     assert "keys    [2, 20, 8]  float32" in text
 
 
 def test_info_tells_of_plain_arrays_and_of_collapsed_tokens(tmp_path):
     files.write_arrays(tmp_path / "x.safetensors", {"[red]k": KEYS.astype(ml_dtypes.bfloat16)})
-    (row,) = json.loads(run("info", "x.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
+    (row,) = json.loads(nsq("info", "x.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
     assert (row["name"], row["dtype"], row["scheme"]) == ("[red]k", "bfloat16", None)
     assert (row["bits_per_element"], row["bytes"], row["collapsed_tokens"]) == (16, 640, None)
-    assert "[red]k" in run("info", "x.safetensors", cwd=tmp_path).stdout
+    assert "[red]k" in nsq("info", "x.safetensors", cwd=tmp_path).stdout
     np.save(tmp_path / "k.npy", np.float32([[1, 0], [1e-30, 0]]))
     options = ("--output", "q.safetensors", "--backend", "numpy", "--json")
-    (row,) = json.loads(run("quantize", "k.npy", *options, cwd=tmp_path).stdout)["arrays"]
+    (row,) = json.loads(nsq("quantize", "k.npy", *options, cwd=tmp_path).stdout)["arrays"]
     assert (row["name"], row["collapsed_tokens"]) == ("k", 1)
 
 
@@ -148,14 +130,14 @@ def test_info_tells_of_a_saved_cache(tmp_path):
     values = RNG.standard_normal((2, 1, 20, 6))
     cache.append(KEYS[:, None], values, lengths=[20, 7])
     cache.save(tmp_path / "cache.safetensors")
-    rows = json.loads(run("info", "cache.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
+    rows = json.loads(nsq("info", "cache.safetensors", "--json", cwd=tmp_path).stdout)["arrays"]
     assert [row["name"] for row in rows] == ["keys", "values"]
     assert [row["shape"] for row in rows] == [[2, 1, 20, 8], [2, 1, 20, 6]]
     assert sum(row["bytes"] for row in rows) == cache.nbytes
     assert rows[1]["bits_per_element"] == 32  # not one full block
     assert rows[1]["float16_bytes"] == 2 * 27 * 6
     assert rows[0]["lengths"] == [20, 7]
-    assert "streaming3" in run("info", "cache.safetensors", cwd=tmp_path).stdout
+    assert "streaming3" in nsq("info", "cache.safetensors", cwd=tmp_path).stdout
     message = refused("dequantize", "cache.safetensors", "--output", "x.safetensors", cwd=tmp_path)
     assert "nsq_ref.KVCache.load" in message
     (tmp_path / "cache.safetensors").write_bytes(b"no such thing")
@@ -187,7 +169,7 @@ def test_info_tells_of_a_saved_cache(tmp_path):
 )  # fmt: skip
 def test_options_choose_the_schemes(options, key, value, folder):
     output = ("--output", "q.safetensors", "--backend", "numpy")
-    run("quantize", "kv.npz", *output, *options, cwd=folder)
+    nsq("quantize", "kv.npz", *output, *options, cwd=folder)
     loaded = files.load(folder / "q.safetensors")
     assert (loaded["keys"].scheme, loaded["values"].scheme) == (key, value)
 
@@ -204,8 +186,8 @@ def test_names_tell_keys_from_values(name):
     )
     if name.startswith("past"):
         value_name = name.rpartition("key")[0] + "value"
-    assert cli._scheme_of(name, PAIR) == PAIR.key
-    assert cli._scheme_of(value_name, PAIR) == PAIR.value
+    assert read.scheme_of(name, PAIR) == PAIR.key
+    assert read.scheme_of(value_name, PAIR) == PAIR.value
 
 
 @pytest.mark.parametrize(
@@ -215,8 +197,8 @@ def test_names_that_do_not_tell_are_refused(name):
     with pytest.raises(
         ValueError, match=f"array '{name}' is not named as keys or values, .*rename"
     ):
-        cli._scheme_of(name, PAIR)
-    assert cli._scheme_of(name, KeyValueSchemes(PAIR.key, PAIR.key)) == PAIR.key
+        read.scheme_of(name, PAIR)
+    assert read.scheme_of(name, KeyValueSchemes(PAIR.key, PAIR.key)) == PAIR.key
 
 
 @given(
@@ -227,11 +209,11 @@ def test_names_that_do_not_tell_are_refused(name):
 )
 def test_a_label_names_the_scheme(name, bits, block_size, dtype):
     changes = [f"bits={bits}", f"block_size={block_size}", f"scale_dtype={dtype}"]
-    scheme = cli._schemes(name, None, changes).key
+    scheme = read.key_value_schemes(name, None, changes).key
     assert (scheme.bits, scheme.block_size, scheme.scale_dtype) == (bits, block_size, dtype)
-    nearest, *differences = cli._label(scheme).split()
-    assert cli._schemes(nearest, None, differences).key == scheme
-    assert cli._label(Scheme.named(name)) == name
+    nearest, *differences = read.label(scheme).split()
+    assert read.key_value_schemes(nearest, None, differences).key == scheme
+    assert read.label(Scheme.named(name)) == name
 
 
 @given(st.sampled_from(names()))
@@ -239,7 +221,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
     """S4: that streaming2 searches makes no other width of streaming one of its kind."""
     scheme = Scheme.named(name)
     other = "range" if scheme.scale_rule == "search" else "search"
-    assert cli._label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
+    assert read.label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -315,8 +297,8 @@ def test_the_input_is_never_the_output(verb, output, folder):
 
 def test_an_output_that_exists_is_replaced(folder):
     output = ("--output", "q.safetensors", "--backend", "numpy")
-    run("quantize", "kv.npz", *output, "--scheme", "naive2", cwd=folder)
-    run("quantize", "kv.npz", *output, "--scheme", "naive8", cwd=folder)
+    nsq("quantize", "kv.npz", *output, "--scheme", "naive2", cwd=folder)
+    nsq("quantize", "kv.npz", *output, "--scheme", "naive8", cwd=folder)
     assert files.load(folder / "q.safetensors")["keys"].scheme.bits == 8
     assert sorted(path.name for path in folder.iterdir()) == ["kv.npz", "q.safetensors"]
 
@@ -353,14 +335,14 @@ def test_a_write_that_fails_leaves_the_old_output(folder):
     ],
 )
 def test_bad_use_exits_2_and_says_why(arguments, message, folder):
-    done = run(*arguments, cwd=folder, code=2)
+    done = process(*arguments, cwd=folder, code=2)
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_help_names_every_verb_and_imports_no_kernels(tmp_path):
-    text = run("--help", cwd=tmp_path).stdout
+    text = process("--help", cwd=tmp_path).stdout
     for verb in ("info", "quantize", "dequantize"):
         assert verb in text
     code = "import sys; from nsq_ref import cli; print(*sorted(sys.modules))"

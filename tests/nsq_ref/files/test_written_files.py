@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ PORT = f"{HERE / 'ports' / 'functions.py'}:encode"
 OF_ONE_FILE = ["quantize", "dequantize", "cache", "check", "archive", "zip", "gguf"]
 OF_MANY = ["demo", "codec", "vectors", "questions", "graph"]
 WRITERS = OF_ONE_FILE + OF_MANY
+FULL = [one for one in WRITERS if one != "gguf"]
 
 
 def drive(folder: Path, task: str, *arguments: object) -> Any:
@@ -30,13 +33,28 @@ def drive(folder: Path, task: str, *arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def prepared(folder: Path) -> Path:
     random = np.random.default_rng(0)
     keys = random.standard_normal((2, 40, 8), dtype=np.float32)
-    np.savez(tmp_path / "kv.npz", keys=keys, values=keys[..., ::-1])
-    files.save(tmp_path / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
-    return tmp_path
+    np.savez(folder / "kv.npz", keys=keys, values=keys[..., ::-1])
+    files.save(folder / "codes.safetensors", {"keys": quantize(keys, backend="numpy")})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return prepared(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What came of a task, by writer."""
+
+    @cache
+    def of(task: str, *writers: str) -> Any:
+        return drive(prepared(tmp_path_factory.mktemp(task)), "each", task, *writers)
+
+    return of
 
 
 def test_new_files_have_the_mode_of_the_umask(folder: Path) -> None:
@@ -60,13 +78,15 @@ def test_files_that_are_replaced_keep_their_mode(folder: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("writer", [one for one in WRITERS if one != "gguf"])
-def test_a_full_disk_leaves_what_was_there_and_names_the_file(writer: str, folder: Path) -> None:
+@pytest.mark.parametrize("writer", FULL)
+def test_a_full_disk_leaves_what_was_there_and_names_the_file(
+    writer: str, outcomes: Callable[..., Any]
+) -> None:
     """No room for a byte, and for all but one byte; with and without files to replace.
 
     The writer of GGUF files does not say that a disk is full: only tests and examples use it.
     """
-    for outcome in drive(folder, "full", writer):
+    for outcome in outcomes("full", *FULL)[writer]:
         assert outcome["changed"] == [], outcome
         assert outcome["errno"] == "EFBIG", outcome
         assert ".tmp" not in outcome["message"], outcome
@@ -74,15 +94,17 @@ def test_a_full_disk_leaves_what_was_there_and_names_the_file(writer: str, folde
 
 
 @pytest.mark.parametrize("writer", OF_ONE_FILE)
-def test_links_keep_pointing_where_they_did(writer: str, folder: Path) -> None:
-    (outcome,) = drive(folder, "linked", writer)
+def test_links_keep_pointing_where_they_did(writer: str, outcomes: Callable[..., Any]) -> None:
+    (outcome,) = outcomes("linked", *OF_ONE_FILE)[writer]
     assert outcome == {"link": True, "changed": True, "mode": 0o640}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_cannot_be_replaced_is_refused_before_the_work(writer: str, folder: Path) -> None:
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    writer: str, outcomes: Callable[..., Any]
+) -> None:
     """A folder, a pipe or a device where the file shall be; a folder that cannot be written to."""
-    for outcome in drive(folder, "refused", writer):
+    for outcome in outcomes("refused", *WRITERS)[writer]:
         assert outcome["changed"] == [], outcome
         assert outcome["says"] in outcome["message"], outcome
         assert ".tmp" not in outcome["message"], outcome

@@ -18,6 +18,7 @@ from onnx_export.models.decoder import Decoder
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.testing import tiny_gguf
+from tests.support.command import refused
 from tests.support.llama_oracle import TinyModel, write_gguf
 
 NSQ = Path(sys.executable).with_name("nsq")
@@ -205,14 +206,10 @@ def test_a_demo_that_is_refused_leaves_no_folder(
     np.savez(tmp_path / "kv.npz", keys=keys)
     tiny_gguf(tmp_path).rename(tmp_path / "model.gguf")
     before = sorted(tmp_path.rglob("*"))
-    command = [NSQ, "demo", *map(str, options), "-o", "out/of/demo"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("nsq: ")
-    assert done.stderr.count("\n") == 1
+    line = refused("demo", *options, "-o", "out/of/demo", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     if options[0] == "--keys" and len(options) > 2:
-        assert f"leave {options[2]} out" in done.stderr
+        assert f"leave {options[2]} out" in line
 
 
 def test_what_was_measured_is_shown_even_if_it_cannot_be_written(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,11 @@ from onnx_export.models.decoder import Decoder
 from onnx_export.models.texts import passages
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.testing import tiny_gguf
+from tests.support.command import Done, nsq, process
 
-NSQ = Path(sys.executable).with_name("nsq")
 
-
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [str(NSQ), "demo", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return done
+def run(*arguments: object, code: int = 0) -> Done:
+    return nsq("demo", *arguments, code=code)
 
 
 def test_the_paper_s_order_holds_on_a_real_model(
@@ -45,7 +39,7 @@ def test_the_paper_s_order_holds_on_a_real_model(
 def test_command_on_the_real_model(smollm2: Path, tmp_path: Path) -> None:
     """The table, the JSON and the figure tell the same, and count every stored byte."""
     arguments = ("--output", tmp_path, "--passages", 2, "--prefill", 48, "--continuation", 8)
-    printed = json.loads(run(*arguments, "--json", "--gguf", smollm2).stdout)
+    printed = json.loads(process("demo", *arguments, "--json", "--gguf", smollm2).stdout)
     assert json.loads((tmp_path / "demo.json").read_text(encoding="utf-8")) == printed
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "demo.svg").read_text(encoding="utf-8")

@@ -21,8 +21,7 @@ from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.operations import DONE, Answer, Case
 from nsq_ref.conformance.report import as_text
 from onnx_export.operators import dequantize_model, quantize_model, save_models
-from tests.nsq_ref.cli.test_verbs import refused
-from tests.nsq_ref.cli.test_verbs import run as nsq
+from tests.support.command import nsq, refused
 from tests.support.onnx_runners import RUNNERS, Run
 
 # Every family of names, width, axis, factor and option once.

@@ -16,7 +16,7 @@ from nsq_ref import Scheme, rounding
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.operations import Operation
 from nsq_ref.conformance.ports.worker import Model, TargetError
-from tests.nsq_ref.cli.test_conformance import run
+from tests.support.command import said as run
 from tests.support.onnx_ports import Mistake, Nodes, norm_of, save, save_decode, save_encode
 
 NOT_ASKED = "Note: not asked: input that must be refused, as a graph cannot refuse"

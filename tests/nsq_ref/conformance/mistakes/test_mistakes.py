@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
-from nsq_ref.conformance.operations import DONE, Answer, Case, attention_options, scheme_of
+from nsq_ref.conformance.operations import (
+    DONE,
+    Answer,
+    Case,
+    Operation,
+    attention_options,
+    scheme_of,
+)
 from nsq_ref.conformance.rules import RULES
 
 PREFIX = f"{mistakes.__name__}."
@@ -71,18 +79,27 @@ def answer(reference: Reference, case: Case) -> Answer:
     return Answer(DONE, result)
 
 
+@cache
+def asked(scheme: Scheme, operation: Operation) -> list[tuple[Case, Answer]]:
+    """What every mistake is asked, with the right answers."""
+    asked = [case for case in cases(scheme, [operation]) if case.refused_by is None]
+    return [(case, answer(Reference(), case)) for case in asked]
+
+
+def bytes_of(one: Answer) -> dict[str, bytes]:
+    return {name: np.asarray(array).tobytes() for name, array in one.arrays.items()}
+
+
 def first_difference(mistake: Mistake) -> tuple[Case, Answer] | None:
     """A case in which a port with the mistake is found wrong."""
     reference = Reference([mistake])
     for scheme in SCHEMES:
-        for case in cases(scheme, mistake.operations[:1]):
-            if case.refused_by is not None:
-                continue
+        for case, right in asked(scheme, mistake.operations[0]):
             try:
                 given = answer(reference, case)
             except ValueError:  # a code beyond the range, which packing refuses
                 continue
-            if judge(case, given).findings:
+            if bytes_of(given) != bytes_of(right) and judge(case, given).findings:
                 return case, given
     return None
 

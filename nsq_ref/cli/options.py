@@ -1,0 +1,116 @@
+"""Options that several verbs have, and what `--scheme` and `--set` mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from nsq_ref import KeyValueSchemes, Scheme
+    from nsq_ref.scheme import SchemeName
+
+InputDtype = Literal["float32", "float16", "bfloat16"]
+SIDES = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
+
+
+def file_name(path: Path | None) -> Path | None:
+    """Refuse the sign for a pipe, of which a file of that name would be made."""
+    if path == Path("-"):
+        raise ValueError("- is no file name; what is written whole or not at all goes to no pipe")
+    return path
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the scheme."),
+]
+
+
+def given(context: typer.Context) -> dict[str, str]:
+    """Return the options that were given, and not left out: what users call them, by name."""
+    return {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    }
+
+
+def key_value_schemes(name: str, value_name: str | None, changes: list[str]) -> KeyValueSchemes:
+    """Return the schemes of keys and values that the options mean."""
+    from dataclasses import replace
+
+    from nsq_ref import KeyValueSchemes, Scheme
+
+    named = Scheme.named(name)
+    key, value = (named, named) if isinstance(named, Scheme) else named
+    if value_name is not None:
+        only = Scheme.named(value_name)
+        if not isinstance(only, Scheme):
+            raise ValueError(f"--value-scheme {value_name} is a pair; give it to --scheme")
+        value = only
+    fields = changed_fields(changes)
+    return KeyValueSchemes(replace(key, **fields), replace(value, **fields))
+
+
+def changed_fields(changes: list[str] | None) -> dict[str, Any]:
+    """Read ``field=value``s; a value is what JSON or Python calls it, else a string."""
+    from nsq_ref import Scheme
+
+    known = list(Scheme().to_dict())
+    words = {"none": None, "null": None, "true": True, "false": False}
+    fields: dict[str, Any] = {}
+    for text in changes or ():
+        field, equals, value = text.partition("=")
+        if not equals or field not in known:
+            raise ValueError(
+                f"--set {text!r} is not FIELD=VALUE with a field of {', '.join(known)}"
+            )
+        if field in fields:
+            raise ValueError(f"--set {field} is given twice; give it once")
+        if value.lower() in words:
+            fields[field] = words[value.lower()]
+        else:
+            fields[field] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
+    return fields
+
+
+def scheme_of(name: str, schemes: KeyValueSchemes) -> Scheme:
+    """Return the scheme of an array, by its name where keys and values differ."""
+    if schemes.key == schemes.value:
+        return schemes.key
+    return schemes.key if side_of(name) == "key" else schemes.value
+
+
+def side_of(name: str) -> str:
+    """Tell whether an array is named as keys or as values."""
+    # The last component that says anything decides: past_key_values.0.key is a key.
+    for component in reversed(re.split("[./]", name.lower())):
+        sides = {SIDES[word] for word in re.findall("[a-z]+", component) if word in SIDES}
+        if len(sides) == 1:
+            return sides.pop()
+        if sides:
+            break
+    raise ValueError(
+        f"array {name!r} is not named as keys or values, which are treated differently; "
+        "rename it to k, key or keys, or v, value or values, or choose one scheme for both"
+    )
+
+
+def label(scheme: Scheme) -> str:
+    """Return the nearest name, and the fields in which the scheme differs from it."""
+    from nsq_ref import Scheme, scheme_names
+
+    def changes(name: SchemeName) -> dict[str, Any]:
+        values = Scheme.named(name).to_dict()
+        return {field: value for field, value in fields.items() if value != values[field]}
+
+    fields = scheme.to_dict()
+    # Of names as near as each other, one of the same width.
+    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
+    return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])

@@ -54,6 +54,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.package = folder / "site" / "nsq_ref"
+        self.kernels = self.package / "kernels"  # beside which Numba keeps what it compiled
         self.home = folder / "home"
         shutil.copytree(ROOT, self.package, ignore=shutil.ignore_patterns("__pycache__"))
         (self.package / "tiny.py").write_text(TINY)
@@ -129,7 +130,7 @@ def test_the_notice_can_be_turned_off(place: Place) -> None:
 @pytest.mark.parametrize("folder", ["NUMBA_CACHE_DIR", "home", "package"])
 def test_what_can_be_written_is_used_in_silence(place: Place, folder: str) -> None:
     variables: dict[str, str | None] = {}
-    used = {"home": place.home, "package": place.package}.get(folder, place.folder / "cache")
+    used = {"home": place.home, "package": place.kernels}.get(folder, place.folder / "cache")
     if folder == "NUMBA_CACHE_DIR":
         place.folder.chmod(0o777)
         variables[folder] = str(used)
@@ -142,11 +143,11 @@ def test_what_can_be_written_is_used_in_silence(place: Place, folder: str) -> No
 
 def test_a_folder_that_cannot_be_written_is_read_nonetheless(place: Place) -> None:
     """An image is filled once, and then is read-only."""
-    place.package.chmod(0o777)
+    place.kernels.chmod(0o777)
     place.run(USE)
     place.lock(place.package)
     done = place.run(USE + SHOW_KEPT)
-    assert done.stdout.split() == ["1", str(place.package / "__pycache__")]
+    assert done.stdout.split() == ["1", str(place.kernels / "__pycache__")]
     assert not done.stderr
 
 

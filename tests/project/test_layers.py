@@ -92,4 +92,4 @@ def test_no_file_is_too_long_to_read() -> None:
         for path in (ROOT / package).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".inc"):
                 lines = len(path.read_text(encoding="utf-8").splitlines())
-                assert lines <= 520, f"{path} has {lines} lines"
+                assert lines <= 580, f"{path} has {lines} lines"

@@ -21,9 +21,9 @@ test: $(VENV)/test.done
 # The inner loop: the core of each room, with few examples, without what tests/conftest.py calls
 # slow. Nothing is built or fetched. A minute is its limit.
 QUICK := $(patsubst %,nsq_ref/test_%.py,rounding scheme spec codec backends) \
-  $(patsubst %,nsq_ref/%.py,cache/test_cache cache/test_any_order attention/test_attention) \
-  $(patsubst %,nsq_ref/conformance/test_%.py,cases check judge) \
-  nsq_ref/cli/test_verbs.py onnx_export/operators/test_functions.py
+  $(patsubst %,nsq_ref/%.py,cache/test_cache cache/test_any_order attention/test_reference) \
+  $(patsubst %,nsq_ref/conformance/%.py,cases/test_cases test_check judge/test_judge) \
+  nsq_ref/cli/test_verbs.py onnx_export/operators/test_codec.py
 quick: $(VENV)/test.done
 	NSQ_TEST_PROFILE=few $(BIN)/python -m pytest $(WORKERS) -q -m "not slow" \
 	  --durations 9 --durations-min 1 $(addprefix tests/,$(QUICK)) nsq_ref/packing.py

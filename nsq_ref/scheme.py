@@ -326,12 +326,10 @@ class Scheme:
         scales, norms = FLOAT_DTYPES[self.scale_dtype], FLOAT_DTYPES[self.norm_dtype]
         by_channel = self.axis == "channel"
         scale = Part("blocks", (head_dim,), scales) if by_channel else Part("tokens", (1,), scales)
-        parts = {
-            "packed": Part("tokens", (row_bytes(head_dim, self.bits),), DTYPES["uint8"]),
-            "scale": scale,
-        }
+        parts = {"packed": Part("tokens", (row_bytes(head_dim, self.bits),), DTYPES["uint8"])}
         if self.separate_norm:
             parts["norm"] = Part("tokens", (), norms)
+        parts["scale"] = scale
         if not self.symmetric:
             parts["zero"] = scale
         if self.outlier_channels:

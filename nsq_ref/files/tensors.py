@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from nsq_ref.files import atomic, kinds
 from nsq_ref.files.errors import DAMAGED, StorageError
@@ -44,6 +42,8 @@ def write(
     ['one.safetensors']
     >>> folder.cleanup()
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     def content(temporary: Path) -> None:
         try:
@@ -62,6 +62,8 @@ def write(
 @contextlib.contextmanager
 def opened(path: PathLike) -> Iterator[Any]:
     """Open a file whose header holds, turning the library's errors into ours."""
+    from safetensors import SafetensorError, safe_open
+
     with open(path, "rb") as file:  # for its OSError: the library has few of its own
         try:
             with safe_open(path, framework="np") as handle:

@@ -109,7 +109,7 @@ def test_threads_and_slabs_do_not_matter(
     scheme = Scheme.named(name)
     assert isinstance(scheme, Scheme)
     x = normals(*shape)
-    monkeypatch.setattr(kernels, "SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr(kernels.codec, "SERIAL_ELEMENTS", 0)
     expected, decoded = None, None
     for threads, slab in ((1, 1 << 25), (2, 1 << 25), (5, 1 << 14), (3, 1)):
         monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", threads)

@@ -321,7 +321,7 @@ TAKE_NONE = {
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
     "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
-    "scheme.Part", "codec.block_of",
+    "scheme.Part", "cli.main", "codec.block_of",
     "files.StorageError", "files.holds_cache",
     "files.is_quantized", "files.load", "files.read_arrays", "files.save",
 }  # fmt: skip

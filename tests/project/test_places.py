@@ -30,7 +30,7 @@ def double(x):
     return 2 * x
 """
 USE = """
-from nsq_ref.tiny import double
+from nsq_ref.kernels.tiny import double
 assert double(2) == 4
 """
 SHOW_KEPT = """
@@ -57,7 +57,7 @@ class Place:
         self.kernels = self.package / "kernels"  # beside which Numba keeps what it compiled
         self.home = folder / "home"
         shutil.copytree(ROOT, self.package, ignore=shutil.ignore_patterns("__pycache__"))
-        (self.package / "tiny.py").write_text(TINY)
+        (self.kernels / "tiny.py").write_text(TINY)
         self.home.mkdir()
 
     def lock(self, folder: Path, locked: bool = True) -> None:
@@ -160,7 +160,7 @@ def test_a_folder_that_stops_being_writable(place: Place) -> None:
     """After the kernels were imported, before they are compiled; so does a full disk fail."""
     place.home.chmod(0o777)
     stop = """
-import os, nsq_ref.tiny
+import os, nsq_ref.kernels.tiny
 for folder, _, _ in os.walk(os.path.expanduser("~/.cache")):
     os.chmod(folder, 0o555)
 """

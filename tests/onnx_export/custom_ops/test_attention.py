@@ -239,9 +239,9 @@ def test_refuses_a_window_that_is_not_causal() -> None:
     [
         ("key_scale_dtype", 1, "past_key_scale has elements of float16, expected float32"),
         ("value_norm_dtype", 16, "past_value_norm has elements of float32, expected bfloat16"),
-        ("key_separate_norm", 0, "past_key_norm is given"),
-        ("value_symmetric", 1, "past_value_zero is given"),
-        ("key_sink_tokens", 0, "past_key_sinks is given"),
+        ("key_separate_norm", 0, "past_key_norm is not stored by the scheme"),
+        ("value_symmetric", 1, "past_value_zero is not stored by the scheme"),
+        ("key_sink_tokens", 0, "past_key_sinks is not stored by the scheme"),
         ("value_sink_tokens", 2**62, "past_value_sinks has shape"),
         ("key_block_size", 2**62, "past_key_"),
         ("key_block_size", 5, "past_key_packed has room for 32 tokens"),
@@ -306,9 +306,9 @@ def test_refuses_lengths_without_positions_or_bias() -> None:
         ("value", "value is needed"),
         ("cos", "cos is needed"),
         ("sin", "sin is needed"),
-        ("past_key_norm", "past_key_norm is needed"),
-        ("past_value_zero", "past_value_zero is needed"),
-        ("past_key_sinks", "past_key_sinks is needed"),
+        ("past_key_norm", "past_key_norm is left out, but the scheme"),
+        ("past_value_zero", "past_value_zero is left out, but the scheme"),
+        ("past_key_sinks", "past_key_sinks is left out, but the scheme"),
         ("present_key_zero", "present_key_zero is not connected"),
         ("present_value_sinks", "present_value_sinks is not connected"),
     ],
@@ -504,4 +504,4 @@ def test_codes_and_floats_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NSQ_EXACT", exact)
         found.append(steps(BIG, in_place=True, threads=1, sizes=sizes)[0])
     for codes, floats in zip(*found, strict=True):
-        assert np.abs(codes - floats).max() <= 0.01 * np.abs(floats).max()
+        assert np.abs(codes - floats).max() <= 0.02 * np.abs(floats).max()

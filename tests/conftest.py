@@ -18,15 +18,19 @@ settings.load_profile(os.environ.get("NSQ_TEST_PROFILE", "nsq"))
 # all instances of one together. It lists those that do, and they belong here.
 SLOW = {
     "test_a_port_from_the_text_alone_conforms",
+    "test_a_searched_scale_is_not_just_anything",
     "test_a_cache_from_the_text_alone_conforms",
     "test_cases_are_as_declared",
     "test_deterministic",
     "test_engineered_cases",
+    "test_every_scheme",
+    "test_flags_cite_rules",
     "test_layout_of_memory_does_not_matter",
     "test_least_squares_gain_is_correctly_rounded",
     "test_rank_one_form",
     "test_the_rule_that_a_port_breaks_is_named_first",
     "test_threads_and_slabs_do_not_matter",
+    "test_what_is_not_known_is_not_taken_for_something_known",
 }
 
 

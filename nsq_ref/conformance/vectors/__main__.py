@@ -4,4 +4,5 @@ import sys
 
 from nsq_ref.conformance.vectors import FOLDER, write
 
-write(FOLDER, lambda file: print(file, file=sys.stderr))
+if __name__ == "__main__":
+    write(FOLDER, lambda file: print(file, file=sys.stderr))

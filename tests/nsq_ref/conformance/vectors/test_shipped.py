@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 from collections.abc import Callable
 from typing import Any
 
@@ -140,3 +141,9 @@ def test_schema_rejects(mutation: Mutation) -> None:
     assert file["cases"][0]["result"] == "done"
     mutation(file)
     assert not validator().is_valid(file)
+
+
+def test_only_the_command_writes_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools import all modules of a package."""
+    monkeypatch.setattr(vectors, "write", lambda *_: pytest.fail("it writes"))
+    runpy.run_module("nsq_ref.conformance.vectors.__main__", run_name="imported")

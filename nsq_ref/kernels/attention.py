@@ -136,6 +136,30 @@ def squared_length(panel: Array, k: int, slope: Array, level: Array) -> np.float
     return total
 
 
+@jit_exact
+def read_run(
+    t: int, first: int, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
+    outliers: Array, block_size: int, bits: int, offset: np.float32, per_channel: bool,
+    renormalize: bool, row: Array, flat: Array, slope: Array, level: Array, gains: Array,
+) -> tuple[int, bool]:  # fmt: skip
+    """Read a run of one head, from token ``t`` on, into ``flat`` and ``gains``.
+
+    Returns how many tokens it has, and whether slopes and levels are new: it is the first, or the
+    first of its block.
+    """
+    block = t // block_size
+    count = min(RUN, (block + 1) * block_size - t, packed.shape[0] - t)
+    panel = flat.reshape(RUN, slope.shape[0])[:count]
+    set_panel(
+        t, packed, scale, zero, index[block], outliers, bits, offset, per_channel, row, flat, panel
+    )
+    begins = t == first or t % block_size == 0
+    if begins:
+        set_channels(block, scale, zero, index[block], per_channel, slope, level)
+    set_gains(t, factor, renormalize, panel, slope, level, gains[:count])
+    return count, begins
+
+
 # --- sums over channels, and over tokens ---------------------------------------------------------
 
 
@@ -248,17 +272,13 @@ def score(
     for h in range(packed.shape[0]):
         t = first
         while t < packed.shape[1]:
-            block = t // block_size
-            count = min(RUN, (block + 1) * block_size - t, packed.shape[1] - t)
-            panel, gain = panels[:count], gains[:count]
-            set_panel(
-                t, packed[h], scale[h], zero[h], index[h, block], outliers[h], bits, offset,
-                per_channel, row, flat, panel,
+            count, begins = read_run(
+                t, first, packed[h], factor[h], scale[h], zero[h], index[h], outliers[h],
+                block_size, bits, offset, per_channel, renormalize, row, flat, slope, level, gains,
             )  # fmt: skip
-            if t == first or t % block_size == 0:
-                set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
+            panel, gain = panels[:count], gains[:count]
+            if begins:
                 fold(query[h], slope, level, folded, constant)
-            set_gains(t, factor[h], renormalize, panel, slope, level, gain)
             multiply(folded, panels, count, dot)
             at = column + t - first
             for r in range(rows):
@@ -287,16 +307,11 @@ def add(
     for h in range(packed.shape[0]):
         t = first
         while t < packed.shape[1]:
-            block = t // block_size
-            count = min(RUN, (block + 1) * block_size - t, packed.shape[1] - t)
-            panel, gain = panels[:count], gains[:count]
-            set_panel(
-                t, packed[h], scale[h], zero[h], index[h, block], outliers[h], bits, offset,
-                per_channel, row, flat, panel,
+            count, _ = read_run(
+                t, first, packed[h], factor[h], scale[h], zero[h], index[h], outliers[h],
+                block_size, bits, offset, per_channel, renormalize, row, flat, slope, level, gains,
             )  # fmt: skip
-            if t == first or t % block_size == 0:
-                set_channels(block, scale[h], zero[h], index[h, block], per_channel, slope, level)
-            set_gains(t, factor[h], renormalize, panel, slope, level, gain)
+            panel, gain = panels[:count], gains[:count]
             for r in range(rows):
                 given = weights[h, r, column + t - first : column + t - first + count]
                 for k in range(count):

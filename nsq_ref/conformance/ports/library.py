@@ -263,10 +263,8 @@ def stream_layout(
     length = 0
     for kind, *numbers in steps.tolist():
         length = min(length, numbers[row]) if kind else length + numbers[row]
-    sinks = min(length, scheme.sink_tokens)
-    size = scheme.block_size or 1
-    sealed = (length - sinks) // size * size
+    sinks, sealed, tail = scheme.cut(length)
     layout = replace(scheme, sink_tokens=0).layout(sealed, head_dim)
     if scheme.sink_tokens:
         layout["sinks"] = Field((sinks, head_dim), dtype)
-    return {**layout, "tail": Field((length - sinks - sealed, head_dim), dtype)}
+    return {**layout, "tail": Field((tail, head_dim), dtype)}

@@ -1,0 +1,297 @@
+"""What a decode loop must know of a model with a cache, as the model itself states it.
+
+The metadata `KEY` of a model holds JSON, so that a loop in any language can read it: which inputs
+and outputs have which role, and of every tensor of the cache its names, dtype and shape. All
+tensors begin as zeros. An axis of a shape is a number, or
+
+``"batch"``
+    the rows of the batch,
+``"capacity"``, ``"capacity/32"``
+    the tokens that there is room for, rounded up to a multiple of ``capacity_multiple``, and a
+    32nd of it,
+``"past"``
+    the tokens so far: 0 at first, and the present tensor is longer than the past by the new ones.
+
+Past and present of a tensor without ``"past"`` have one shape: bind them to the same memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nsq_ref.arrays import as_integer
+from nsq_ref.dtypes import DTYPES, FloatName
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
+from onnx_export.operators.attention_models import cache_fields
+
+__all__ = ["KEY", "ROLES", "CacheLayout", "CacheTensor", "quantized_tensors"]
+
+KEY = "nsq.cache"
+VERSION = 1
+
+ROLES = (
+    "input_ids", "attention_mask", "position_ids", "past_lengths", "num_logits",
+    "logits", "present_lengths",
+)  # fmt: skip
+"""What inputs and outputs are for: int64 ``[batch, sequence]``, ``[batch, past + sequence]``,
+``[batch, sequence]``, ``[batch]``, a scalar; float ``[batch, scored, vocab_size]``, int64
+``[batch]``. A model need not have all."""
+
+
+class CacheTensor(NamedTuple):
+    """A tensor of a cache: an input, an output, and what both are.
+
+    Attributes
+    ----------
+    past, present : str
+        Names of the input and of the output.
+    dtype : str
+    shape : tuple of int or str
+        As the module says.
+
+    Examples
+    --------
+    >>> shape = ("batch", 8, "capacity/128", 64)
+    >>> tensor = CacheTensor("past_scale", "present_scale", "float16", shape)
+    >>> tensor.sizes(batch=2, capacity=1024)
+    (2, 8, 8, 64)
+    """
+
+    past: str
+    present: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def grows(self) -> bool:
+        """Whether the present tensor is longer than the past."""
+        return "past" in self.shape
+
+    def sizes(self, batch: int, capacity: int) -> tuple[int, ...]:
+        """Return the shape at the start, for a capacity that has been rounded up."""
+        known = {"batch": batch, "past": 0, "capacity": capacity}
+        return tuple(
+            size
+            if isinstance(size, int)
+            else known[size]
+            if size in known
+            else capacity // int(size.removeprefix("capacity/"))
+            for size in self.shape
+        )
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The inputs, outputs and cache of a decoder.
+
+    Attributes
+    ----------
+    roles : mapping of str to str
+        From roles of `ROLES` to names of the model's inputs and outputs.
+    tensors : tuple of CacheTensor
+    schemes : tuple of KeyValueSchemes or None
+        Of every layer; None where its cache is not quantized.
+    capacity_multiple : int
+        What a capacity is rounded up to.
+    context_length : int, optional
+        Tokens that the model was made for, where it says so.
+
+    Raises
+    ------
+    ValueError
+        For an unknown role, a name that is used twice, and shapes and dtypes that the module does
+        not name.
+
+    Examples
+    --------
+    >>> scheme = Scheme.named("streaming4")
+    >>> tensors = quantized_tensors(0, scheme, scheme, kv_heads=2, head_dim=16)
+    >>> roles = {"input_ids": "input_ids", "logits": "logits"}
+    >>> layout = CacheLayout(roles, tensors, (KeyValueSchemes(scheme, scheme),), 128)
+    >>> CacheLayout.from_metadata(layout.to_metadata()) == layout
+    True
+    >>> layout.rounded(1000), tensors[0].past, tensors[0].shape
+    (1024, 'past_key_values.0.key.packed', ('batch', 2, 'capacity', 8))
+    """
+
+    roles: Mapping[str, str]
+    tensors: tuple[CacheTensor, ...]
+    schemes: tuple[KeyValueSchemes | None, ...]
+    capacity_multiple: int = 1
+    context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.roles) - set(ROLES):
+            raise ValueError(f"roles has {sorted(unknown)}; there are {', '.join(ROLES)}")
+        names = [*self.roles.values(), *(name for tensor in self.tensors for name in tensor[:2])]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} is named twice; each input and output has one role")
+        for tensor in self.tensors:
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"{tensor.past}: dtype {tensor.dtype!r} is not one of a cache")
+            for size in tensor.shape:
+                _require_size(tensor.past, size, self.capacity_multiple)
+
+    def rounded(self, capacity: int) -> int:
+        """Return the least capacity of whole blocks that has room for so many tokens."""
+        return -(-capacity // self.capacity_multiple) * self.capacity_multiple
+
+    def nbytes(self, batch: int, capacity: int) -> int:
+        """Return the bytes of all tensors of fixed size."""
+        capacity = self.rounded(capacity)
+        return sum(
+            math.prod(tensor.sizes(batch, capacity)) * DTYPES[tensor.dtype].itemsize
+            for tensor in self.tensors
+        )
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the metadata of a model that says all this."""
+        value = {
+            "version": VERSION,
+            "roles": dict(self.roles),
+            "capacity_multiple": self.capacity_multiple,
+            "context_length": self.context_length,
+            "tensors": [tensor._asdict() for tensor in self.tensors],
+            "schemes": [
+                pair and {side: scheme.to_dict() for side, scheme in pair._asdict().items()}
+                for pair in self.schemes
+            ],
+        }
+        return {KEY: json.dumps(value)}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> CacheLayout:
+        """Read the metadata of a model.
+
+        Parameters
+        ----------
+        metadata : mapping of str to str
+            As `onnxruntime.InferenceSession.get_modelmeta` has it in ``custom_metadata_map``.
+
+        Returns
+        -------
+        CacheLayout
+
+        Raises
+        ------
+        ValueError
+            If there is none, it is of a later version, or it is malformed.
+
+        Examples
+        --------
+        >>> CacheLayout.from_metadata({})
+        Traceback (most recent call last):
+        ValueError: the model has no metadata 'nsq.cache'; rewrite it with `nsq onnx rewrite`
+        """
+        if KEY not in metadata:
+            raise ValueError(
+                f"the model has no metadata {KEY!r}; rewrite it with `nsq onnx rewrite`"
+            )
+        try:
+            value = json.loads(metadata[KEY])
+            if (version := value["version"]) != VERSION:
+                raise ValueError(f"version {version} is not {VERSION}; update nsq")
+            return cls(
+                roles={str(role): str(name) for role, name in value["roles"].items()},
+                tensors=tuple(_tensor(**tensor) for tensor in value["tensors"]),
+                schemes=tuple(_pair(pair) for pair in value["schemes"]),
+                capacity_multiple=as_integer(
+                    "capacity_multiple", value["capacity_multiple"], least=1
+                ),
+                context_length=value["context_length"]
+                and as_integer("context_length", value["context_length"], least=1),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fault = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"the model's metadata {KEY!r}: {fault}") from error
+
+
+def quantized_tensors(
+    layer: int,
+    key: Scheme | str,
+    value: Scheme | str,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    dtype: FloatName = "float32",
+) -> tuple[CacheTensor, ...]:
+    """Return the tensors of one layer's quantized cache, in the order of nsq.Attention's inputs.
+
+    Parameters
+    ----------
+    layer : int
+        In the names, ``past_key_values.{layer}.key.packed`` and ``present.{layer}.key.packed``.
+    key, value, kv_heads, head_dim, value_head_dim, dtype
+        As `cache_fields` takes them.
+
+    Returns
+    -------
+    tuple of CacheTensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cache_fields`.
+
+    Examples
+    --------
+    >>> scheme = Scheme.named("streaming4")
+    >>> for tensor in quantized_tensors(0, scheme, scheme, kv_heads=2, head_dim=16)[:3]:
+    ...     print(tensor.present, *tensor.shape)
+    present.0.key.packed batch 2 capacity 8
+    present.0.key.scale batch 2 capacity/128 16
+    present.0.key.norm batch 2 capacity
+    """
+    schemes = as_scheme("key", key), as_scheme("value", value)
+    block = math.lcm(*(scheme.block_size or 0 for scheme in schemes))
+    empty, full = (
+        cache_fields(
+            key, value, kv_heads=kv_heads, head_dim=head_dim, value_head_dim=value_head_dim,
+            capacity=capacity, dtype=dtype,
+        )
+        for capacity in (0, block)
+    )  # fmt: skip
+    tensors = []
+    for name, field in full.items():
+        shape: list[int | str] = ["batch"]
+        for size, least in zip(field.shape, empty[name].shape, strict=True):
+            rows = block // size if size != least else 0
+            shape.append(size if not rows else "capacity" if rows == 1 else f"capacity/{rows}")
+        part = ".".join(name.split("_", 1))
+        tensors.append(
+            CacheTensor(
+                f"past_key_values.{layer}.{part}", f"present.{layer}.{part}",
+                field.dtype.name, tuple(shape),
+            )
+        )  # fmt: skip
+    return tuple(tensors)
+
+
+def _require_size(name: str, size: Any, multiple: int) -> None:
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return
+    if isinstance(size, str):
+        divisor = size.removeprefix("capacity/")
+        if size in ("batch", "past", "capacity"):
+            return
+        if divisor != size and divisor.isdecimal() and int(divisor) and not multiple % int(divisor):
+            return
+    raise ValueError(
+        f"{name}: {size!r} is no axis; there are numbers, 'batch', 'past', 'capacity' and "
+        f"'capacity/n' with n a divisor of {multiple}"
+    )
+
+
+def _tensor(past: str, present: str, dtype: str, shape: Iterable[int | str]) -> CacheTensor:
+    return CacheTensor(str(past), str(present), str(dtype), tuple(shape))
+
+
+def _pair(value: Mapping[str, dict[str, Any]] | None) -> KeyValueSchemes | None:
+    if value is None:
+        return None
+    return KeyValueSchemes(**{side: Scheme.from_dict(one) for side, one in value.items()})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
+from onnx_export.models.attention_forms import AttentionForm
+from onnx_export.models.built import build_onnx
+from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.llama import PLAIN
 from onnx_export.models.tokenizer import byte_symbols
 
 with extra("onnx", __name__):
@@ -40,6 +45,29 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory) / "tiny.gguf"
     atomic.write([(path, _write_tiny)])
     return path
+
+
+def tiny_onnx(attention: AttentionForm = PLAIN) -> Path:
+    """Write the ONNX decoder of `tiny_gguf` into a new temporary folder.
+
+    Parameters
+    ----------
+    attention : AttentionForm
+        How attention is written down; plain float32 by default.
+
+    Returns
+    -------
+    pathlib.Path
+        ``model.onnx`` in that folder.
+
+    Examples
+    --------
+    >>> tiny_onnx().name
+    'model.onnx'
+    """
+    folder = Path(tempfile.mkdtemp())
+    build_onnx(GGUFFile(tiny_gguf(folder)), folder, attention=attention)
+    return folder / "model.onnx"
 
 
 def _write_tiny(path: Path) -> None:

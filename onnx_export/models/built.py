@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nsq_ref.files import atomic
+from onnx_export.models.attention_forms import AttentionForm
 from onnx_export.models.config import DecoderConfig, read_config
 from onnx_export.models.gguf import GGUFFile
-from onnx_export.models.llama import GRAPH_VERSION, WEIGHTS, DecoderGraph, Progress
+from onnx_export.models.llama import GRAPH_VERSION, PLAIN, WEIGHTS, DecoderGraph, Progress
 from onnx_export.models.sources import default_cache_dir, file_sha256
 
 __all__ = [
@@ -28,7 +29,12 @@ _SUMS = "SHA256SUMS"
 
 
 def build_onnx(
-    file: GGUFFile, directory: str | os.PathLike[str], progress: Progress | None = None
+    file: GGUFFile,
+    directory: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    attention: AttentionForm = PLAIN,
+    beside: Mapping[str, bytes] | None = None,
 ) -> DecoderConfig:
     """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS``: all or none.
 
@@ -40,6 +46,10 @@ def build_onnx(
         Created where it does not exist; existing files are replaced.
     progress : callable, optional
         Called as ``progress(what, done, total)`` after every tensor.
+    attention : AttentionForm
+        How attention is written down, and so what the cache is; plain float32 by default.
+    beside : mapping of str to bytes, optional
+        Other files of the folder, such as the tokenizer's.
 
     Returns
     -------
@@ -68,13 +78,16 @@ def build_onnx(
     ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
     """
     config = read_config(file)
+    attention.layout(config)  # which may refuse the model
     directory = Path(directory)
 
     def files() -> Iterator[tuple[Path, atomic.Content]]:
-        graph = DecoderGraph(file, config, progress)
+        graph = DecoderGraph(file, config, progress, attention)
         yield directory / WEIGHTS, graph.fill
         model = graph.decoder_model().SerializeToString()
         yield directory / _MODEL, model
+        for name, content in (beside or {}).items():
+            yield directory / name, content
         yield directory / _SUMS, _sums(hashlib.sha256(model).hexdigest(), graph.digest)
 
     atomic.write(files(), make_folders=True)
@@ -86,12 +99,13 @@ def cached_onnx(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    attention: AttentionForm = PLAIN,
 ) -> Path:
     """Return the ONNX decoder of a GGUF file, building it unless an intact one is in the cache.
 
-    The folder's name holds the SHA-256 of the GGUF file and the version of the graph, so another
-    model or a newer graph is never confused with it. It appears under that name only when complete,
-    and its checksums are verified at every call.
+    The folder's name holds the SHA-256 of the GGUF file, the version of the graph and the form of
+    its attention, so another model or a newer graph is never confused with it. It appears under
+    that name only when complete, and its checksums are verified at every call.
 
     Parameters
     ----------
@@ -101,6 +115,8 @@ def cached_onnx(
         Where to keep it; `default_cache_dir` when not given.
     progress : callable, optional
         Called as ``progress(what, done, total)`` while building.
+    attention : AttentionForm
+        As `build_onnx` takes it.
 
     Returns
     -------
@@ -123,9 +139,10 @@ def cached_onnx(
     file = GGUFFile(gguf_path)
     read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
     root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
-    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
+    form = "" if attention == PLAIN else f"-{attention.label()}"
+    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}{form}"
     if not _is_intact(folder):
-        build_onnx(file, folder, progress)
+        build_onnx(file, folder, progress, attention=attention)
     return folder / _MODEL
 
 

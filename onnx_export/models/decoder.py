@@ -1,22 +1,21 @@
-"""Run a decoder of a GGUF file with ONNX Runtime, its key-value cache in NumPy arrays."""
+"""Run a decoder of a GGUF file with ONNX Runtime, its key-value cache in NumPy arrays.
+
+The float case of `onnx_export.running`, whose sessions run every other kind of cache.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_array, as_integer, as_integer_array
-from nsq_ref.extras import extra
 from onnx_export.models.built import GRAPH_VERSION, DecoderConfig, Progress, cached_onnx
 from onnx_export.models.sources import default_cache_dir, file_sha256
-
-with extra("onnx", __name__):
-    import onnxruntime
+from onnx_export.running import Generated, Model, Session
 
 __all__ = [
     "Decoder",
@@ -29,18 +28,6 @@ __all__ = [
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""
-
-
-class Generated(NamedTuple):
-    """What `Decoder.generate` returns, for any thread.
-
-    ``tokens`` are the new ones only, int64 ``[new_tokens]``, at least one, a stop token included.
-    ``ended_by`` says why there are no more: the ``stop_token`` was generated, there are
-    ``max_new_tokens``, or the model's context is full (``context_length``).
-    """
-
-    tokens: NDArray[np.int64]
-    ended_by: Literal["stop_token", "max_new_tokens", "context_length"]
 
 
 class Decoder:
@@ -59,6 +46,8 @@ class Decoder:
     ----------
     config : DecoderConfig
         Number of layers, heads and so on.
+    model : Model
+        What sessions of `onnx_export.running` run, with state and every other option.
 
     Raises
     ------
@@ -81,16 +70,8 @@ class Decoder:
             raise FileNotFoundError(
                 f"there is no ONNX model {str(path)!r}; build it with cached_onnx"
             )
-        options = onnxruntime.SessionOptions()
-        # Zero lets the runtime use every core.
-        options.intra_op_num_threads = threads or 0
-        # Errors only: the runtime warns of every optional input, and `num_logits` is one.
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        self.config = _config(path, self._session.get_modelmeta().custom_metadata_map)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.model = Model(path, threads=threads)
+        self.config = _config(self.model)
 
     @classmethod
     def from_gguf(
@@ -212,18 +193,23 @@ class Decoder:
         if past is None:
             past = self.empty_cache(batch)
         past = self._checked_past(past, batch, sequence)
-        feeds: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {"input_ids": tokens}
         if num_logits is not None:
-            feeds["num_logits"] = np.array(as_integer("num_logits", num_logits, least=0), np.int64)
-        for kind, cache in zip(("key", "value"), past, strict=True):
-            for layer, layer_cache in enumerate(cache):
-                feeds[f"past_key_values.{layer}.{kind}"] = np.ascontiguousarray(layer_cache)
-        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+            num_logits = as_integer("num_logits", num_logits, least=0)
+        session = Session(self.model, batch=batch)
+        session.resume(
+            {
+                f"past_key_values.{layer}.{kind}": layer_cache
+                for kind, cache in zip(("key", "value"), past, strict=True)
+                for layer, layer_cache in enumerate(cache)
+            }
+        )
+        logits = session.forward(tokens, num_logits=num_logits)
+        cached = session.tensors()
         keys, values = (
-            np.stack([results[f"present.{layer}.{kind}"] for layer in range(self.config.layers)])
+            np.stack([cached[f"past_key_values.{i}.{kind}"] for i in range(self.config.layers)])
             for kind in ("key", "value")
         )
-        return results["logits"], keys, values
+        return logits, keys, values
 
     def generate(
         self, input_ids: ArrayLike, max_new_tokens: int, *, stop_token: int | None = None
@@ -266,15 +252,10 @@ class Decoder:
         >>> tokens.shape, ended_by
         ((2,), 'context_length')
         """
-        max_new_tokens, stop_token = _limits(max_new_tokens, stop_token)
-        tokens = np.fromiter(
-            self.stream(input_ids, max_new_tokens, stop_token=stop_token), np.int64
-        )
-        if stop_token is not None and tokens[-1] == stop_token:
-            return Generated(tokens, "stop_token")
-        return Generated(
-            tokens, "max_new_tokens" if len(tokens) == max_new_tokens else "context_length"
-        )
+        prompt = self._checked_prompt(input_ids)
+        most = as_integer("max_new_tokens", max_new_tokens, least=1)
+        stop = None if stop_token is None else as_integer("stop_token", stop_token)
+        return Session(self.model).generate(prompt, most, stop_tokens=stop)[0]
 
     def stream(
         self, input_ids: ArrayLike, max_new_tokens: int, *, stop_token: int | None = None
@@ -310,28 +291,18 @@ class Decoder:
         >>> len(list(decoder.stream([3] * 500, 100)))
         13
         """
+        prompt = self._checked_prompt(input_ids)
+        most = as_integer("max_new_tokens", max_new_tokens, least=1)
+        stop = None if stop_token is None else as_integer("stop_token", stop_token)
+        return Session(self.model).stream(prompt, most, stop_tokens=stop)
+
+    def _checked_prompt(self, input_ids: ArrayLike) -> NDArray[np.int64]:
         prompt = as_integer_array("input_ids", input_ids)
         if prompt.ndim != 1:
             raise ValueError(f"input_ids must have shape [sequence], got {prompt.shape}")
-        max_new_tokens, stop_token = _limits(max_new_tokens, stop_token)
         tokens = self._checked_tokens(prompt[None])
         self.config.require_context(tokens.shape[1], "past and input_ids")
-        # The last token of all is not read, so that it needs no place in the context.
-        room = self.config.context_length - len(prompt) + 1
-        return self._generated(tokens, min(max_new_tokens, room), stop_token)
-
-    def _generated(
-        self, tokens: NDArray[np.int64], count: int, stop_token: int | None
-    ) -> Generator[int, None, None]:
-        past = self.empty_cache()
-        for _ in range(count):
-            logits, keys, values = self.forward(tokens, past, num_logits=1)
-            past = keys, values
-            token = int(logits[0, -1].argmax())
-            yield token
-            if token == stop_token:
-                break
-            tokens = np.array([[token]])
+        return tokens
 
     def _checked_tokens(self, input_ids: ArrayLike) -> NDArray[np.int64]:
         tokens = as_integer_array("input_ids", input_ids)
@@ -365,17 +336,17 @@ def _threads(threads: int | None) -> int | None:
     return None if threads is None else as_integer("threads", threads, least=1)
 
 
-def _limits(max_new_tokens: int, stop_token: int | None) -> tuple[int, int | None]:
-    """Return where `Decoder.generate` and `Decoder.stream` end, as Python integers."""
-    if stop_token is not None:
-        stop_token = as_integer("stop_token", stop_token)
-    return as_integer("max_new_tokens", max_new_tokens, least=1), stop_token
-
-
-def _config(path: Path, metadata: Mapping[str, str]) -> DecoderConfig:
+def _config(model: Model) -> DecoderConfig:
     """Return the configuration that `build_onnx` stored."""
+    metadata = model.session.get_modelmeta().custom_metadata_map
     if metadata.get("graph_version") != str(GRAPH_VERSION):
         raise ValueError(
-            f"{path}: not a decoder of graph version {GRAPH_VERSION}; build it with cached_onnx"
+            f"{model.path}: not a decoder of graph version {GRAPH_VERSION}; build it with "
+            "cached_onnx"
+        )
+    if not all(tensor.grows for tensor in model.layout.tensors):
+        raise ValueError(
+            f"{model.path}: its cache is not plain float32 arrays; onnx_export.running.Session "
+            "runs it"
         )
     return DecoderConfig.from_metadata(metadata)

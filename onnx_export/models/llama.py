@@ -1,6 +1,7 @@
 """The ONNX graph of a Llama-family decoder, built from a GGUF file.
 
-The graph uses standard operators of opset 21 only, so every ONNX runtime executes it, and keeps the
+How attention is written down, and so what the cache is, `attention_forms` decides. The plain form
+uses standard operators of opset 21 only, so that every ONNX runtime executes it, and keeps the
 key-value cache outside as plain float32 tensors:
 
 =============================  ========================================================
@@ -17,7 +18,6 @@ cached after the rotary embedding, with their channels in the order of the Huggi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,15 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
+from onnx_export.models.attention_forms import AttentionForm, PlainAttention, add_inputs
 from onnx_export.models.config import DecoderConfig
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.nodes import Graph
 
 with extra("onnx", __name__):
     import onnx
-    from onnx import TensorProto
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raised whenever the graph changes, so that models built before are not used any more."""
 
 WEIGHTS = "weights.bin"
@@ -42,11 +42,21 @@ Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
 
 
+PLAIN = PlainAttention()
+
+
 class DecoderGraph(Graph):
     """The graph of a decoder; a node whose name is that of a tensor applies this tensor."""
 
-    def __init__(self, file: GGUFFile, config: DecoderConfig, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: DecoderConfig,
+        progress: Progress | None,
+        form: AttentionForm = PLAIN,
+    ) -> None:
         super().__init__(WEIGHTS)
+        self._form = form
         self._file = file
         self._config = config
         self._progress = progress
@@ -58,9 +68,10 @@ class DecoderGraph(Graph):
             self._add_decoder()
 
     def decoder_model(self) -> onnx.ModelProto:
-        """Return the finished model, with its configuration as metadata."""
-        version = {"graph_version": str(GRAPH_VERSION)}
-        return self.model("decoder", self._config.to_metadata() | version)
+        """Return the finished model, with its configuration and its cache as metadata."""
+        metadata = self._config.to_metadata() | {"graph_version": str(GRAPH_VERSION)}
+        metadata |= self._form.layout(self._config).to_metadata()
+        return self.model("decoder", metadata, self._form.functions())
 
     def _add_decoder(self) -> None:
         config = self._config
@@ -101,98 +112,28 @@ class DecoderGraph(Graph):
         self.add("Reshape", flat, shape, allowzero=1, name="logits")
 
     def _add_positions(self) -> None:
-        """Add what depends on the positions of the new tokens, the same for all layers.
-
-        That is ``cosine`` and ``sine`` of the rotary angles, ``[sequence, head_dim]``, and the
-        causal ``mask``. Angles are computed in float64: in float32 the angle of a late position has
-        lost digits.
-        """
+        """Add the number of new tokens, the cache, and what attention needs of positions."""
         half = self._config.head_dim // 2
         frequencies = self._config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in self._file.tensors:
             frequencies = frequencies / self._read("rope_freqs.weight")
-        zero = self.initializer("zero", np.array(0, np.int64))
-        one = self.initializer("one", np.array(1, np.int64))
+        self.initializer("zero", np.array(0, np.int64))
         sequence = self.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")
-        sequence = self.add("Squeeze", sequence, name="sequence")
-        past = self.add("Shape", "past_key_values.0.key", start=2, end=3, name="past.shape")
-        past = self.add("Squeeze", past, name="past")
-        total = self.add("Add", past, sequence, name="total")
-        queries = self.add("Range", past, total, one, name="queries")
-        queries = self.add("Unsqueeze", queries, self.ints(1), name="query_positions")
-        keys = self.add("Range", zero, total, one, name="key_positions")
-
-        future = self.add("Greater", keys, queries, name="future")
-        masked = self.initializer("masked", np.array(-np.inf, np.float32))
-        visible = self.initializer("visible", np.array(0, np.float32))
-        self.add("Where", future, masked, visible, name="mask")
-
-        positions = self.add("Cast", queries, to=TensorProto.DOUBLE, name="positions")
-        both_halves = self.initializer("rotary_frequencies", np.tile(frequencies, 2))
-        angles = self.add("Mul", positions, both_halves, name="angles")
-
-        def add_sine(name: str, angle: str) -> None:
-            exact = self.add("Sin", angle, name=f"{name}.float64")
-            self.add("Cast", exact, to=TensorProto.FLOAT, name=name)
-
-        # Sine only: older runtimes have no cosine in float64.
-        quarter_turn = self.initializer("quarter_turn", np.array(math.pi / 2))
-        shifted = self.add("Add", angles, quarter_turn, name="angles.shifted")
-        add_sine("cosine", shifted)
-        add_sine("sine", angles)
+        self.add("Squeeze", sequence, name="sequence")
+        add_inputs(self, self._form.tensors(self._config))
+        self._form.prepare(self, self._config, frequencies)
 
     def _attention(self, layer: int, x: str) -> str:
-        """Grouped-query attention of one layer, with its past and present cache."""
+        """Attention of one layer, from its input to its output projection."""
         block, config = f"blk.{layer}.", self._config
-        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
-
-        def split_heads(name: str, count: int, *, rotary: bool) -> str:
-            interleaved = rotary and config.architecture == "llama"
-            flat = self._linear(x, block + name, count if interleaved else None)
-            split = self.add(
-                "Reshape", flat, self.ints(0, 0, count, head_dim), name=f"{flat}.split"
-            )
-            split = self.add("Transpose", split, perm=[0, 2, 1, 3], name=f"{flat}.heads")
-            return self._rotary(split) if rotary else split
-
-        def cache(kind: str, new: str) -> str:
-            past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
-            self.input(past, "batch", kv_heads, "past", head_dim)
-            self.output(present, "batch", kv_heads, "past + sequence", head_dim)
-            self.add("Concat", past, new, axis=2, name=present)
-            # [batch, kv_heads, 1, tokens, head_dim]: one cache row serves its group of query heads.
-            return self.add("Unsqueeze", present, self.ints(2), name=f"{block}{kind}")
-
-        query = split_heads("attn_q", heads, rotary=True)
-        key = cache("key", split_heads("attn_k", kv_heads, rotary=True))
-        value = cache("value", split_heads("attn_v", kv_heads, rotary=False))
-
-        scale = self.initializer("attention_scale", np.array(head_dim**-0.5, np.float32))
-        query = self.add("Mul", query, scale, name=f"{block}query.scaled")
-        groups = self.ints(0, kv_heads, heads // kv_heads, -1, head_dim)
-        query = self.add("Reshape", query, groups, name=f"{block}query")
-        key = self.add("Transpose", key, perm=[0, 1, 2, 4, 3], name=f"{block}key.transposed")
-        scores = self.add("MatMul", query, key, name=f"{block}scores")
-        scores = self.add("Add", scores, "mask", name=f"{block}scores.masked")
-        weights = self.add("Softmax", scores, axis=-1, name=f"{block}attention_weights")
-        mixed = self.add("MatMul", weights, value, name=f"{block}attention")
-        by_head = self.ints(0, heads, -1, head_dim)
-        mixed = self.add("Reshape", mixed, by_head, name=f"{block}attention.heads")
-        mixed = self.add("Transpose", mixed, perm=[0, 2, 1, 3], name=f"{block}attention.tokens")
-        merged = self.ints(0, 0, heads * head_dim)
-        mixed = self.add("Reshape", mixed, merged, name=f"{block}attention.merged")
-        return self._linear(mixed, f"{block}attn_output")
-
-    def _rotary(self, x: str) -> str:
-        """Rotate ``x`` of shape ``[batch, heads, sequence, head_dim]``."""
-        middle, end = self.ints(self._config.head_dim // 2), self.ints(self._config.head_dim)
-        first = self.add("Slice", x, self.ints(0), middle, self.ints(3), name=f"{x}.first")
-        second = self.add("Slice", x, middle, end, self.ints(3), name=f"{x}.second")
-        negative = self.add("Neg", second, name=f"{x}.negative")
-        turned = self.add("Concat", negative, first, axis=3, name=f"{x}.turned")
-        straight = self.add("Mul", x, "cosine", name=f"{x}.cosine")
-        across = self.add("Mul", turned, "sine", name=f"{x}.sine")
-        return self.add("Add", straight, across, name=f"{x}.rotary")
+        # Of queries and keys GGUF files of Llama have the channels in another order.
+        interleaved = config.architecture == "llama"
+        new = (
+            self._linear(x, f"{block}attn_q", config.heads if interleaved else None),
+            self._linear(x, f"{block}attn_k", config.kv_heads if interleaved else None),
+            self._linear(x, f"{block}attn_v"),
+        )
+        return self._linear(self._form.attend(self, config, layer, new), f"{block}attn_output")
 
     def _feed_forward(self, layer: int, x: str) -> str:
         """SwiGLU layer: ``down(silu(gate(x)) * up(x))``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -41,9 +41,9 @@ class Graph(Nodes):
         """Add an input of the graph; strings name the axes that may have any length."""
         self._inputs[name] = dtype, shape
 
-    def output(self, name: str, *shape: int | str) -> None:
-        """Add a float32 output of the graph."""
-        self._outputs[name] = "float32", shape
+    def output(self, name: str, *shape: int | str, dtype: str = "float32") -> None:
+        """Add an output of the graph."""
+        self._outputs[name] = dtype, shape
 
     def add(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
         """Append a node with one output of the node's name, and return the name."""
@@ -80,9 +80,15 @@ class Graph(Nodes):
         self._initializers[name] = tensor
         return name
 
-    def model(self, name: str, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    def model(
+        self,
+        name: str,
+        metadata: Mapping[str, str],
+        functions: Sequence[onnx.FunctionProto] = (),
+    ) -> onnx.ModelProto:
         """Return the finished model."""
         return make_model(
             name, self.nodes, self._inputs, self._outputs,
             initializers=list(self._initializers.values()), metadata=metadata,
+            functions=functions,
         )  # fmt: skip

@@ -191,6 +191,18 @@ class Tokenizer:
                 )
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        """Return the tokenizer as the ``tokenizer.json`` that other libraries read.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.testing import tiny_gguf
+        >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).to_json()[:1]
+        '{'
+        """
+        return self._tokenizer.to_str()
+
 
 def _metadata(file: GGUFFile, key: str, kind: type) -> Any:
     full_key = f"tokenizer.ggml.{key}"

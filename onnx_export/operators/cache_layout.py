@@ -45,7 +45,7 @@ ROLES = (
 int64 ``[batch]``. A model need not have all.
 
 ``new_lengths`` says how many of the sequence each row has, from 0 on; the rest is padding on the
-right, of which the cache keeps nothing. Without it, and without ``past_lengths``, a row is padded on
+right, of which the cache keeps nothing. With neither it nor ``past_lengths``, a row is padded on
 the left, where ``attention_mask`` is 0."""
 
 
@@ -199,11 +199,12 @@ class CacheLayout:
         --------
         >>> CacheLayout.from_metadata({})
         Traceback (most recent call last):
-        ValueError: the model has no metadata 'nsq.cache'; rewrite it with `nsq onnx rewrite`
+        ValueError: the model has no metadata 'nsq.cache'; rewrite it with `nsq onnx rewrite`...
         """
         if KEY not in metadata:
             raise ValueError(
-                f"the model has no metadata {KEY!r}; rewrite it with `nsq onnx rewrite`"
+                f"the model has no metadata {KEY!r}; rewrite it with `nsq onnx rewrite`, or build "
+                "it anew"
             )
         try:
             value = json.loads(metadata[KEY])

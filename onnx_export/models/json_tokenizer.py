@@ -1,0 +1,151 @@
+"""Tokenizers in the files of Hugging Face: ``tokenizer.json``, with the stop tokens beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsq_ref.extras import extra
+from onnx_export.models.tokenizer import Tokenizer
+
+with extra("onnx", __name__):
+    import tokenizers
+
+__all__ = ["TOKENIZER", "JsonTokenizer", "read_tokenizer", "tokenizer_files"]
+
+TOKENIZER = "tokenizer.json"
+GENERATION = "generation_config.json"
+# Where exporters say which tokens end a text; the first that does is believed.
+CONFIGS = (GENERATION, "config.json", "genai_config.json")
+
+
+class JsonTokenizer:
+    """The tokenizer of a ``tokenizer.json``; it keeps nothing of a call.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+
+    Attributes
+    ----------
+    stop_tokens : tuple of int
+        What ends a text, as the ``generation_config.json``, ``config.json`` or
+        ``genai_config.json`` beside it says; empty where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is no such file.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> JsonTokenizer("missing.json")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory: 'missing.json'
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        data = Path(path).read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except ValueError as error:
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+        self.stop_tokens = _stop_tokens(Path(path).parent)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the token ids of a text, with those that the tokenizer puts around it.
+
+        Examples
+        --------
+        See `read_tokenizer`.
+        """
+        return np.array(self._tokenizer.encode(text).ids, np.int64)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of token ids, without those that only control.
+
+        Examples
+        --------
+        See `read_tokenizer`.
+        """
+        return self._tokenizer.decode([int(token) for token in token_ids])
+
+
+class _OfGGUF:
+    """The tokenizer of a GGUF file, in the same words."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = Tokenizer(path)
+        self._end = self._tokenizer.eos_token_id
+        self.stop_tokens = () if self._end is None else (self._end,)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(token for token in token_ids if token != self._end)
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer | _OfGGUF:
+    """Return the tokenizer of a file: a GGUF file or a ``tokenizer.json``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx_export.testing import tiny_gguf
+    >>> tokenizer = read_tokenizer(tiny_gguf(tempfile.mkdtemp()))
+    >>> tokenizer.decode(tokenizer.encode("the end")), tokenizer.stop_tokens
+    ('the end', (0,))
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    return _OfGGUF(path) if start == b"GGUF" else JsonTokenizer(path)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files by which `JsonTokenizer` is what a tokenizer of a GGUF file is.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx_export.testing import tiny_gguf
+    >>> list(tokenizer_files(Tokenizer(tiny_gguf(tempfile.mkdtemp()))))
+    ['tokenizer.json', 'generation_config.json']
+    """
+    files = {TOKENIZER: tokenizer.to_json().encode()}
+    if tokenizer.eos_token_id is not None:
+        files[GENERATION] = json.dumps({"eos_token_id": tokenizer.eos_token_id}).encode()
+    return files
+
+
+def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    for name in CONFIGS:
+        try:
+            values: Any = json.loads((folder / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is no JSON: {error}") from error
+        if isinstance(values, dict):
+            values = values.get("model", values) if name.startswith("genai") else values
+            found = values.get("eos_token_id") if isinstance(values, dict) else None
+            found = found if isinstance(found, list) else [found]
+            if all(type(token) is int for token in found):
+                return tuple(found)
+    return ()

@@ -81,6 +81,8 @@ def read(path: PathLike, model: Model, batch: int, limit: int) -> Saved:
             raise _OtherModelError
         if set(content) != {"model", "lengths", "slots"}:
             raise ValueError(f"its metadata has {sorted(content)}")
+        slots = as_integer("slots", content["slots"], least=0)
+        as_integers("lengths", content["lengths"], least=0, most=slots)
         return {tensor.past for tensor in layout.tensors} | ({MASK} if masked else set())
 
     try:
@@ -90,8 +92,7 @@ def read(path: PathLike, model: Model, batch: int, limit: int) -> Saved:
             f"{path} is a state of another model than {model.path}; take the model that it was "
             "saved with, or read the text again"
         ) from None
-    slots = as_integer("slots", content["slots"], least=0)
-    lengths = as_integers("lengths", content["lengths"], least=0, most=slots)
+    slots, lengths = content["slots"], content["lengths"]
     if len(lengths) != batch:
         raise StorageError(
             f"{path} has {len(lengths)} rows, and the session {batch}; make one with "

@@ -53,19 +53,26 @@ class Tables:
         )
 
 
-def quantized(folder: Path, seed: int = 0, context_length: int | None = None) -> Path:
+def quantized(
+    folder: Path,
+    seed: int = 0,
+    context_length: int | None = None,
+    *,
+    new_lengths: bool = True,
+) -> Path:
     """Write the model with a quantized cache."""
+    optional = {"new_lengths": "new"} if new_lengths else {}
     tables, add = Tables(seed), Nodes()
     inputs: dict[str, Any] = {
         "ids": ("int64", ("batch", "sequence")),
         "past": ("int64", ("batch",)),
-        "new": ("int64", ("batch",)),
+        **dict.fromkeys(optional.values(), ("int64", ("batch",))),
     }
     outputs: dict[str, Any] = {"scores": ("float32", ("batch", "sequence", VOCAB))}
     tensors: tuple[CacheTensor, ...] = ()
     parts = []
     for layer in range(LAYERS):
-        names = {"past_lengths": "past", "new_lengths": "new", "output": f"output.{layer}"}
+        names = {"past_lengths": "past", "output": f"output.{layer}", **optional}
         for name in ("query", "key", "value"):
             table = getattr(tables, name)[layer]
             names[name] = add("Gather", table, "ids", name=f"{name}.{layer}")
@@ -81,7 +88,7 @@ def quantized(folder: Path, seed: int = 0, context_length: int | None = None) ->
             inputs[tensor.past] = outputs[tensor.present] = (tensor.dtype, axes)
         tensors += own
         node = attention_node(
-            KEY, VALUE, heads=HEADS, kv_heads=KV_HEADS, inputs=("key", "value", "new_lengths")
+            KEY, VALUE, heads=HEADS, kv_heads=KV_HEADS, inputs=("key", "value", *optional)
         )
         for sides in (node.input, node.output):
             for index, name in enumerate(sides):
@@ -89,7 +96,7 @@ def quantized(folder: Path, seed: int = 0, context_length: int | None = None) ->
         add.nodes.append(node)
         parts.append(f"output.{layer}")
     add("MatMul", add("Concat", *parts, axis=2), tables.head, name="scores")
-    roles = {"input_ids": "ids", "past_lengths": "past", "new_lengths": "new", "logits": "scores"}
+    roles = {"input_ids": "ids", "past_lengths": "past", **optional, "logits": "scores"}
     layout = CacheLayout(roles, tensors, (KeyValueSchemes(KEY, VALUE),) * LAYERS, 8, context_length)
     return _write(folder / "quantized.onnx", add, inputs, outputs, layout, functions())
 

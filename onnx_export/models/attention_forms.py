@@ -10,6 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,21 +160,33 @@ class PlainAttention(AttentionForm):
         return graph.add("Reshape", mixed, merged, name=f"{block}attention.merged")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupedAttention(AttentionForm):
-    """ONNX Runtime's ``com.microsoft.GroupQueryAttention`` over a float32 cache of fixed size.
+    """ONNX Runtime's ``com.microsoft.GroupQueryAttention`` over a cache of fixed size.
+
+    Parameters
+    ----------
+    scales : numpy.ndarray, optional
+        Static scales of its packed int4 cache, float32 ``[layers, 2, kv_heads, head_dim]``, of keys
+        and of values, for ONNX Runtime 1.27; without them the cache is float32.
 
     Examples
     --------
     >>> GroupedAttention()
-    GroupedAttention()
+    GroupedAttention(scales=None)
     """
+
+    scales: NDArray[np.float32] | None = None
+
+    def label(self) -> str:
+        """Return what tells a file of this form from one of another, beside the same model."""
+        own = b"" if self.scales is None else self.scales.tobytes()
+        return hashlib.sha256(b"GroupedAttention" + own).hexdigest()[:16]
 
     def tensors(self, config: DecoderConfig) -> tuple[CacheTensor, ...]:
         """Return keys and values of every layer."""
-        shape = ("batch", config.kv_heads, "capacity", config.head_dim)
         return tuple(
-            CacheTensor(f"past_key_values.{i}.{kind}", f"present.{i}.{kind}", "float32", shape)
+            CacheTensor(f"past_key_values.{i}.{kind}", f"present.{i}.{kind}", *self._stored(config))
             for i in range(config.layers)
             for kind in ("key", "value")
         )
@@ -185,10 +198,19 @@ class GroupedAttention(AttentionForm):
                 f"head_dim={config.head_dim} is not a multiple of 16, which GroupQueryAttention "
                 "wants to rotate; choose another form of attention"
             )
+        wanted = (config.layers, 2, config.kv_heads, config.head_dim)
+        if self.scales is not None and self.scales.shape != wanted:
+            raise ValueError(f"scales has shape {list(self.scales.shape)}; give {list(wanted)}")
         return CacheLayout(
             DECODER_ROLES | LENGTHS, self.tensors(config), (None,) * config.layers,
             context_length=config.context_length,
         )  # fmt: skip
+
+    def _stored(self, config: DecoderConfig) -> tuple[str, tuple[int | str, ...]]:
+        leading = ("batch", config.kv_heads, "capacity")
+        if self.scales is None:
+            return "float32", (*leading, config.head_dim)
+        return "uint8", (*leading, config.head_dim // 2)
 
     def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
         """Add the tables of the rotation, and lengths as the operator counts them."""
@@ -207,16 +229,23 @@ class GroupedAttention(AttentionForm):
     def attend(self, graph: Graph, config: DecoderConfig, layer: int, new: tuple[str, ...]) -> str:
         """Add the operator."""
         cache = [f"{layer}.key", f"{layer}.value"]
+        dtype, shape = self._stored(config)
         for name in cache:
-            graph.output(f"present.{name}", "batch", config.kv_heads, "capacity", config.head_dim)
+            graph.output(f"present.{name}", *shape, dtype=dtype)
         output = f"blk.{layer}.attention"
+        inputs = [*new, *(f"past_key_values.{name}" for name in cache)]
+        inputs += ["last_positions", "total", "cosine_table", "sine_table"]
+        packed: dict[str, Any] = {}
+        if self.scales is not None:
+            kinds = zip(cache, self.scales[layer], strict=True)
+            steps = [graph.initializer(f"{name}.scale", one[:, None]) for name, one in kinds]
+            inputs += ["", "", "", *steps]
+            packed = {f"{side}_quant_type": "PER_CHANNEL" for side in "kv"}
+            packed["kv_cache_bit_width"] = 4
         graph.several(
-            "GroupQueryAttention",
-            [*new, *(f"past_key_values.{name}" for name in cache),
-             "last_positions", "total", "cosine_table", "sine_table"],
-            [output, *(f"present.{name}" for name in cache)],
+            "GroupQueryAttention", inputs, [output, *(f"present.{name}" for name in cache)],
             name=output, domain="com.microsoft", num_heads=config.heads,
-            kv_num_heads=config.kv_heads, do_rotary=1,
+            kv_num_heads=config.kv_heads, do_rotary=1, **packed,
         )  # fmt: skip
         return output
 

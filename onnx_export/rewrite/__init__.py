@@ -1,0 +1,1 @@
+"""Put nsq.Attention into a decoder that somebody else exported."""

@@ -55,7 +55,8 @@ class Lengths(NamedTuple):
 
     With neither, the past tensor's own extent is the length of every row, and all new tokens are
     appended to it: what Concat does. With ``total`` alone, ``min(sequence, total)`` of the new
-    tokens are real, as for GroupQueryAttention. With ``past`` alone all are.
+    tokens are real, as for GroupQueryAttention. With ``past`` alone all are. Two of the three are
+    enough.
 
     Attributes
     ----------
@@ -65,11 +66,14 @@ class Lengths(NamedTuple):
         With the new ones, such as ``nonpad_kv_seqlen``.
     total_offset : int
         Added to ``total``: 1 for ``seqlens_k``.
+    new : onnx_ir.Value, optional
+        New tokens of each row that are no padding, such as ``query_seqlens``.
     """
 
     past: ir.Value | None = None
     total: ir.Value | None = None
     total_offset: int = 0
+    new: ir.Value | None = None
 
     @property
     def of_extent(self) -> bool:
@@ -182,10 +186,13 @@ class Refused(NamedTuple):
     node : onnx_ir.Node
     reason : str
         What is in the way, and the remedy if there is one: "k_quant_type is PER_TENSOR; ...".
+    caches : tuple of Cache
+        That stay with it, as far as they are known: the metadata of the model names them.
     """
 
     node: ir.Node
     reason: str
+    caches: tuple[Cache, ...] = ()
 
 
 class Pattern(Protocol):

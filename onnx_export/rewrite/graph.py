@@ -21,9 +21,9 @@ Array = npt.NDArray[Any]
 PASSING = frozenset({"Identity"})
 SAME_WIDTH = frozenset(
     {
-        "Add", "Cast", "Identity", "LayerNormalization", "Mul", "RMSNormalization", "RotaryEmbedding",
-        "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
-        "Sub",
+        "Add", "Cast", "Identity", "LayerNormalization", "Mul", "RMSNormalization",
+        "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization", "Sub",
     }
 )  # fmt: skip
 LARGEST_CONSTANT = 1 << 22  # bytes that are looked at: weights are not
@@ -135,7 +135,7 @@ class Graph:
             if (node := value.producer()) is None:
                 return None
             if node.op_type in ("MatMul", "Gemm"):
-                transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+                transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
                 return self.size(node.inputs[1], 0 if transposed else -1)
             if node.op_type in ("MatMulNBits", "MatMulBnb4", "QMoE"):
                 return node.attributes.get_int("N", 0) or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ __all__ = ["Graph"]
 
 Array = npt.NDArray[Any]
 
+MODEL_DTYPES: dict[str, Literal["float32", "float16"]] = {
+    "float32": "float32",
+    "float16": "float16",
+}
 PASSING = frozenset({"Identity"})
 SAME_WIDTH = frozenset(
     {
@@ -176,3 +180,7 @@ class Graph:
         if value is None or value.dtype is None:
             return None
         return str(np.dtype(value.dtype.numpy()))
+
+    def model_dtype(self, value: ir.Value | None) -> Literal["float32", "float16"] | None:
+        """Return the dtype of a value if nsq.Attention can have it."""
+        return MODEL_DTYPES.get(self.dtype(value) or "")

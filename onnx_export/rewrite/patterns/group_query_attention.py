@@ -42,18 +42,19 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     given = dict(zip(INPUTS, node.inputs, strict=False))
     if given.get("past_key") is None and given.get("past_value") is None:
         return None
-    outputs = [*node.outputs, None, None, None][:4]
+    outputs = [one if one.name else None for one in node.outputs]
+    outputs += [None] * (3 - len(outputs))
     caches = [
         Cache(past, present)
         for past, present in zip(
-            (given["past_key"], given["past_value"]), outputs[1:3], strict=True
+            (given.get("past_key"), given.get("past_value")), outputs[1:3], strict=True
         )
         if past is not None and present is not None
     ]
     if reason := _reason(node, given):
         return Refused(node, reason, tuple(caches))
     query, key, value = given["query"], given["key"], given["value"]
-    if len(caches) != 2 or query is None or outputs[0] is None or given["seqlens_k"] is None:
+    if len(caches) != 2 or query is None or outputs[0] is None or given.get("seqlens_k") is None:
         return Refused(node, "it lacks a past, a present, the query or seqlens_k", tuple(caches))
 
     attributes = node.attributes
@@ -73,11 +74,10 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
             "the size of its heads is stated nowhere; give past_key a shape with a number last",
             tuple(caches),
         )
-    dtype = graph.dtype(caches[0].past)
-    if dtype not in ("float32", "float16"):
-        return Refused(
-            node, f"its cache is {dtype}; nsq.Attention takes float32 and float16", tuple(caches)
-        )
+    dtype = graph.model_dtype(caches[0].past)
+    if dtype is None:
+        reason = f"its cache is {graph.dtype(caches[0].past)}; nsq.Attention has float32, float16"
+        return Refused(node, reason, tuple(caches))
 
     rotary = None
     if attributes.get_int("do_rotary", 0):
@@ -86,7 +86,7 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
             return Refused(node, "do_rotary=1 without cos_cache and sin_cache", tuple(caches))
         position_ids = given.get("position_ids")
         interleaved = attributes.get_int("rotary_interleaved", 0) == 1
-        first = given["total_sequence_length"] if position_ids is not None else None
+        first = given.get("total_sequence_length") if position_ids is not None else None
         rotary = Rotary(cos, sin, interleaved, position_ids, first)
     window = attributes.get_int("local_window_size", -1)
     sink = given.get("head_sink")

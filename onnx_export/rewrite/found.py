@@ -43,11 +43,14 @@ class Cache(NamedTuple):
         core refuses. Before `repeat_kv`: with ``kv_heads`` heads.
     layout : {"BSH", "BSND", "BNSD", "BNDS"}
         S is the length of the past tensor, or its capacity.
+    capacity : int, optional
+        S, where it is one number for good: of a window of tokens that evicts the oldest.
     """
 
     past: ir.Value
     present: ir.Value
     layout: Layout = "BNSD"
+    capacity: int | None = None
 
 
 class Lengths(NamedTuple):

@@ -19,7 +19,16 @@ from onnx_export.rewrite.patterns import PATTERNS
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["Plan", "caches_of", "inputs_of", "layer_numbers", "name_of", "plan", "survey"]
+__all__ = [
+    "Plan",
+    "axes_read",
+    "caches_of",
+    "inputs_of",
+    "layer_numbers",
+    "name_of",
+    "plan",
+    "survey",
+]
 
 
 @dataclass(eq=False)
@@ -63,13 +72,9 @@ def layer_numbers(found: Iterable[Found]) -> dict[Found, int]:
     given = list(found)
     named = {}
     for one in given:
-        numbers = {
-            re.findall("[0-9]+", cache.past.name or "")[-1:] != []
-            and int(re.findall("[0-9]+", cache.past.name or "")[-1])
-            for cache in caches_of(one)
-        }
-        if len(numbers) == 1 and (number := numbers.pop()) is not False:
-            named[one] = int(number)
+        numbers = {_number(cache.past.name or "") for cache in caches_of(one)}
+        if len(numbers) == 1 and (number := numbers.pop()) is not None:
+            named[one] = number
     if len(set(named.values())) == len(given):
         return named
     return {one: number for number, one in enumerate(given)}
@@ -116,6 +121,12 @@ def name_of(node: ir.Node) -> str:
     return node.name or f"the {node.op_type} that makes {node.outputs[0].name}"
 
 
+def axes_read(shape: ir.Node, cache: Cache) -> str:
+    """Return the axes of a cache that a node of Shape gives, by their letters."""
+    start, end = (shape.attributes.get_int(name, None) for name in ("start", "end"))
+    return str(cache.layout[start:end])
+
+
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """Return what a node reads, what its subgraphs read of the graph around it included."""
     yield from (one for one in node.inputs if one is not None)
@@ -123,6 +134,12 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
         for inner in graph:
             yield from reads(inner)
         yield from graph.outputs
+
+
+def _number(name: str) -> int | None:
+    """Return the last number in a name, if it can be one of a layer."""
+    numbers = re.findall("[0-9]+", name)
+    return int(numbers[-1]) if numbers and len(numbers[-1]) < 5 else None
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -181,7 +198,7 @@ def _misplaced(graph: Graph, found: Found) -> str | None:
             return f"its past {past.name} is not an input of the model"
         times = sum(one is present for one in main.outputs)
         if times != 1:
-            return f"its present {present.name} is {times} outputs of the model, not one"
+            return f"its present {present.name} is {times} of the model's outputs, not one"
         if any(one is past for one in main.outputs):
             return f"its past {past.name} is an output of the model too"
     return None
@@ -240,7 +257,11 @@ class _Walk:
 
     def _read_by(self, node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
         if node.op_type == "Shape" and not node.domain and node.inputs[0] in self._caches:
-            self.shapes[node] = self._caches[node.inputs[0]]
+            one, cache = self.shapes[node] = self._caches[node.inputs[0]]
+            fixed = one.lengths.past is not None or cache.capacity is not None
+            if "S" in axes_read(node, cache) and fixed:
+                reason = f"{name_of(node)} reads the capacity of its cache {node.inputs[0].name}"
+                self.faults.setdefault(one, reason)
             return
         for value in reads(node):
             yield value, f"{node.op_type} {name_of(node)}"

@@ -44,8 +44,10 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
         return None
     outputs = [one if one.name else None for one in node.outputs]
     outputs += [None] * (3 - len(outputs))
+    window = node.attributes.get_int("local_window_size", -1)
+    evicts = node.attributes.get_int("sliding_window_cache", 0) == 1
     caches = [
-        Cache(past, present)
+        Cache(past, present, capacity=window if evicts else None)
         for past, present in zip(
             (given.get("past_key"), given.get("past_value")), outputs[1:3], strict=True
         )
@@ -88,7 +90,6 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
         interleaved = attributes.get_int("rotary_interleaved", 0) == 1
         first = given.get("total_sequence_length") if position_ids is not None else None
         rotary = Rotary(cos, sin, interleaved, position_ids, first)
-    window = attributes.get_int("local_window_size", -1)
     sink = given.get("head_sink")
     return Found(
         pattern=NAME,

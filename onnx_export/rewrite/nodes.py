@@ -80,7 +80,7 @@ class Attentions:
         for tensor in tensors:
             given[f"past_{tensor.part}"] = tensor.past
         made = {f"present_{tensor.part}": tensor.present for tensor in tensors}
-        made["present_lengths"] = ""
+        made["present_lengths"] = f"{self._prefix}{layer}_present_lengths"
         direct = found.output.layout == "BSH"
         made["output"] = self._name(found) if direct else f"{self._prefix}{layer}_output"
         node.input[:] = [given[name] if name else "" for name in node.input]

@@ -27,7 +27,7 @@ from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import raise_opset, require_raisable
 from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.report import Attention, Change, Report
-from onnx_export.rewrite.sizes import PAST_LENGTHS, Sizes, input_roles
+from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
 from onnx_export.rewrite.survey import axes_read, caches_of, layer_numbers, name_of, plan, survey
 
 with extra("rewrite", __name__):
@@ -47,6 +47,7 @@ def rewrite(
     key: Scheme | str = "streaming4",
     value: Scheme | str | None = None,
     policy: Mapping[str, Any] | None = None,
+    row_lengths: bool = False,
     library: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -69,6 +70,10 @@ def rewrite(
     policy : mapping, optional
         Layer by layer: ``{"default": ..., "layers": {"0": None, "7": {"key": "streaming4",
         "value": "streaming3"}}}``. None leaves a layer as it is.
+    row_lengths : bool
+        Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
+        take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
+        mask cannot tell of a row with a past how many of several new tokens are real.
     library : bool
         Copy the native library beside the new file.
     dry_run : bool
@@ -98,7 +103,7 @@ def rewrite(
     if not dry_run:
         atomic.require_writable(target, make_folders=True)
 
-    edit = _Edit(proto, source, key, value, policy)
+    edit = _Edit(proto, source, key, value, policy, row_lengths)
     if not edit.plan.found:
         return edit.report()
     require_raisable(proto)
@@ -118,10 +123,12 @@ class _Edit:
         key: Scheme | str,
         value: Scheme | str | None,
         policy: Mapping[str, Any] | None,
+        row_lengths: bool,
     ) -> None:
         if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
             raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
         self.proto = proto
+        self.row_lengths = row_lengths
         self.graph = Graph(files.as_ir(proto, source.parent))
         results = survey(self.graph)
         if not results:
@@ -163,7 +170,7 @@ class _Edit:
         graph = self.proto.graph
         prefix = self._prefix()
         sizes = Sizes(self.graph, f"{prefix}sizes_")
-        make = Attentions(self.graph, sizes, prefix)
+        make = Attentions(self.graph, sizes, prefix, row_lengths=self.row_lengths)
         at = dict(zip(self.graph.model.graph, graph.node, strict=True))
         anchors = {one.node: one for one in self.plan.found}
         nodes: list[onnx.NodeProto] = []
@@ -186,8 +193,9 @@ class _Edit:
         _remove(graph.value_info, lambda one: one.name in names)
         _remove(graph.quantization_annotation, lambda one: one.tensor_name in names | unused)
         self._replace_caches()
-        if sizes.needs_past_lengths:
-            self._add_past_lengths()
+        for name in (PAST_LENGTHS, NEW_LENGTHS):
+            if name in sizes.needed:
+                self._add_lengths(name)
         self._finish()
 
     def _prefix(self) -> str:
@@ -248,14 +256,13 @@ class _Edit:
                 )
             _replace(infos, kept)
 
-    def _add_past_lengths(self) -> None:
+    def _add_lengths(self, name: str) -> None:
         graph = self.proto.graph
-        taken = {one.name for one in graph.input} | {n for node in graph.node for n in node.output}
-        if PAST_LENGTHS in taken | {one.name for one in graph.initializer}:
-            raise ValueError(f"the model has a tensor {PAST_LENGTHS!r} already; rename it")
-        info = helper.make_tensor_value_info(PAST_LENGTHS, ELEMENTS["int64"], ["batch_size"])
-        graph.input.append(info)
-        self.new_inputs.append(PAST_LENGTHS)
+        taken = {one.name for one in (*graph.input, *graph.initializer)}
+        if name in taken | {output for node in graph.node for output in node.output}:
+            raise ValueError(f"the model has a tensor {name!r} already; rename it")
+        graph.input.append(helper.make_tensor_value_info(name, ELEMENTS["int64"], ["batch_size"]))
+        self.new_inputs.append(name)
 
     def _finish(self) -> None:
         opset = raise_opset(self.proto)
@@ -283,13 +290,18 @@ class _Edit:
             by_layer[self.layers[found]] = pair = self.schemes[found]
             blocks += [scheme.block_size or 1 for scheme in pair or ()]
         roles = {name: name for name in input_roles(self.graph)}
-        if self.new_inputs:
-            roles[PAST_LENGTHS] = PAST_LENGTHS
+        roles |= {name: name for name in self.new_inputs}
         outputs = [one.name for one in self.proto.graph.output]
         if "logits" in outputs:
             roles["logits"] = "logits"
+        counts = any(found.lengths.total is not None for found in self.layers)
         return CacheLayout(
-            roles, tuple(tensors), tuple(by_layer), math.lcm(*blocks), self._context_length()
+            roles,
+            tuple(tensors),
+            tuple(by_layer),
+            math.lcm(*blocks),
+            self._context_length(),
+            right_padding=counts and not self.new_inputs,
         )
 
     def _float(self, found: Found, cache: Cache, side: str) -> CacheTensor:

@@ -13,7 +13,7 @@ from onnx_export.operators.cache_layout import CacheTensor
 from onnx_export.operators.nodes import Nodes
 from onnx_export.rewrite.found import Found, Tokens
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.sizes import Sizes
+from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes
 
 with extra("rewrite", __name__):
     import onnx
@@ -35,12 +35,15 @@ class Attentions:
     sizes : Sizes
     prefix : str
         With which no name of the model begins.
+    row_lengths : bool
+        Take lengths that the model counts as inputs instead.
     """
 
-    def __init__(self, graph: Graph, sizes: Sizes, prefix: str) -> None:
+    def __init__(self, graph: Graph, sizes: Sizes, prefix: str, *, row_lengths: bool) -> None:
         self._graph = graph
         self._sizes = sizes
         self._prefix = prefix
+        self._row_lengths = row_lengths
         self._made: dict[tuple[object, ...], Any] = {}
 
     def __call__(
@@ -131,6 +134,9 @@ class Attentions:
         lengths = found.lengths
         if lengths.of_extent:
             return self._sizes.past_lengths(), None
+        if self._row_lengths and lengths.past is None:
+            self._sizes.needed |= {PAST_LENGTHS, NEW_LENGTHS}
+            return PAST_LENGTHS, NEW_LENGTHS
         past, new = (
             None if one is None else self._counts(add, one) for one in (lengths.past, lengths.new)
         )

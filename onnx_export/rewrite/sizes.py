@@ -12,9 +12,10 @@ from onnx_export.rewrite.graph import Graph
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["PAST_LENGTHS", "Sizes", "input_roles"]
+__all__ = ["NEW_LENGTHS", "PAST_LENGTHS", "Sizes", "input_roles"]
 
 PAST_LENGTHS = "past_lengths"
+NEW_LENGTHS = "new_lengths"
 INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 EMBEDDINGS = "inputs_embeds"
 COUNTED = ("total", "past", "+")  # in what exporters call the axis of a mask of all tokens
@@ -40,7 +41,7 @@ class Sizes:
 
     def __init__(self, graph: Graph, prefix: str) -> None:
         self.add = Nodes(prefix)
-        self.needs_past_lengths = False
+        self.needed: set[str] = set()  # inputs that the model must get
         self._graph = graph
         self._made: dict[str, str] = {}
         roles = input_roles(graph)
@@ -64,7 +65,7 @@ class Sizes:
     def batch(self) -> str:
         """Return the rows, ``[1]``."""
         if self._tokens is None:
-            self.needs_past_lengths = True
+            self.needed.add(PAST_LENGTHS)
             return self._once("batch", "Shape", PAST_LENGTHS)
         return self._once("batch", "Shape", self._tokens.name, start=0, end=1)
 
@@ -89,7 +90,7 @@ class Sizes:
     def past(self) -> str:
         """Return the tokens of the longest row before this call, ``[1]``."""
         if self._mask is None:
-            self.needs_past_lengths = True
+            self.needed.add(PAST_LENGTHS)
             return self._once("past", "ReduceMax", PAST_LENGTHS, keepdims=1)
         total = self._once("total", "Shape", self._mask.name, start=1, end=2)
         return self._once("past", "Sub", total, self._new_tokens())
@@ -97,7 +98,7 @@ class Sizes:
     def past_lengths(self) -> str:
         """Return the tokens of each row before this call, ``[batch]``."""
         if self._mask is None:
-            self.needs_past_lengths = True
+            self.needed.add(PAST_LENGTHS)
             return PAST_LENGTHS
         return self._once("past_lengths", "Expand", self.past(), self.batch())
 

@@ -134,7 +134,9 @@ def gqa_model(config: Decoder, change: Callable[[Graph], None] | None = None) ->
     x = node("Gather", [graph.weight("embedding", VOCABULARY, hidden, scale=4), ids], "embedded")
     for layer in range(config.layers):
         attended = _gqa_layer(graph, config, layer, x)
-        projected = node("MatMul", [attended, graph.weight(f"o.{layer}", hidden, hidden)], f"p.{layer}")
+        projected = node(
+            "MatMul", [attended, graph.weight(f"o.{layer}", hidden, hidden)], f"p.{layer}"
+        )
         added = node("Add", [x, projected], f"residual.{layer}")
         gains = graph.array(f"norm.{layer}", np.ones(hidden, graph.dtype))
         x = node(

@@ -222,10 +222,11 @@ def session(path: Path, *, native: bool = False) -> onnxruntime.InferenceSession
 class Original:
     """A decoder with a cache of floats, which grows."""
 
-    def __init__(self, path: Path, batch: int = 1) -> None:
+    def __init__(self, path: Path, batch: int = 1, *, head_dim: int = 16, past: int = 0) -> None:
         self.session = session(path)
+        sizes = {"batch_size": batch, "past_sequence_length": past, "head_size": head_dim}
         self.cache = {
-            one.name: np.zeros(_sizes(one.shape, batch), _dtype(one.type))
+            one.name: np.zeros([sizes.get(size, size) for size in one.shape], _dtype(one.type))
             for one in self.session.get_inputs()
             if one.name.startswith("past")
         }
@@ -265,10 +266,6 @@ class Rewritten:
         self.cache = {past: made[present] for past, present in outputs.items()}
         self.lengths = self.lengths + feeds["input_ids"].shape[1]
         return made["logits"]
-
-
-def _sizes(shape: list[Any], batch: int) -> list[int]:
-    return [one if isinstance(one, int) else 0 if "past" in one else batch for one in shape]
 
 
 def _dtype(kind: str) -> np.dtype[Any]:

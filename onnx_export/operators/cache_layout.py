@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,19 +27,26 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import DTYPES, FloatName
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 from onnx_export.operators.attention_models import cache_fields
+from onnx_export.operators.schema import CACHE_PARTS
 
 __all__ = ["KEY", "ROLES", "CacheLayout", "CacheTensor", "quantized_tensors"]
 
 KEY = "nsq.cache"
 VERSION = 1
 
+PARTS = tuple(f"{side}_{part}" for side in ("key", "value") for part in CACHE_PARTS)
+
 ROLES = (
-    "input_ids", "attention_mask", "position_ids", "past_lengths", "num_logits",
+    "input_ids", "attention_mask", "position_ids", "past_lengths", "new_lengths", "num_logits",
     "logits", "present_lengths",
 )  # fmt: skip
 """What inputs and outputs are for: int64 ``[batch, sequence]``, ``[batch, past + sequence]``,
-``[batch, sequence]``, ``[batch]``, a scalar; float ``[batch, scored, vocab_size]``, int64
-``[batch]``. A model need not have all."""
+``[batch, sequence]``, ``[batch]``, ``[batch]``, a scalar; float ``[batch, scored, vocab_size]``,
+int64 ``[batch]``. A model need not have all.
+
+``new_lengths`` says how many of the sequence each row has, from 0 on; the rest is padding on the
+right, of which the cache keeps nothing. Without it, and without ``past_lengths``, a row is padded
+on the left, where ``attention_mask`` is 0, or on the right if the layout says so."""
 
 
 class CacheTensor(NamedTuple):
@@ -52,6 +59,10 @@ class CacheTensor(NamedTuple):
     dtype : str
     shape : tuple of int or str
         As the module says.
+    layer : int, optional
+        Whose cache it is of, counted as `CacheLayout.schemes` are; only of a quantized one.
+    part : str, optional
+        What of it, as nsq.Attention calls it: ``key_packed`` and so on.
 
     Examples
     --------
@@ -65,6 +76,8 @@ class CacheTensor(NamedTuple):
     present: str
     dtype: str
     shape: tuple[int | str, ...]
+    layer: int | None = None
+    part: str | None = None
 
     @property
     def grows(self) -> bool:
@@ -99,12 +112,15 @@ class CacheLayout:
         What a capacity is rounded up to.
     context_length : int, optional
         Tokens that the model was made for, where it says so.
+    right_padding : bool
+        The model counts the ones of ``attention_mask``: a row has as many tokens with the new ones,
+        of which the first ``min(sequence, ones)`` are new, the rest being padding.
 
     Raises
     ------
     ValueError
-        For an unknown role, a name that is used twice, and shapes and dtypes that the module does
-        not name.
+        For an unknown role, a name that is used twice, shapes and dtypes that the module does not
+        name, and parts of a cache that is not quantized.
 
     Examples
     --------
@@ -123,6 +139,7 @@ class CacheLayout:
     schemes: tuple[KeyValueSchemes | None, ...]
     capacity_multiple: int = 1
     context_length: int | None = None
+    right_padding: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.roles) - set(ROLES):
@@ -135,6 +152,7 @@ class CacheLayout:
                 raise ValueError(f"{tensor.past}: dtype {tensor.dtype!r} is not one of a cache")
             for size in tensor.shape:
                 _require_size(tensor.past, size, self.capacity_multiple)
+            _require_part(tensor, self.schemes)
 
     def rounded(self, capacity: int) -> int:
         """Return the least capacity of whole blocks that has room for so many tokens."""
@@ -155,6 +173,7 @@ class CacheLayout:
             "roles": dict(self.roles),
             "capacity_multiple": self.capacity_multiple,
             "context_length": self.context_length,
+            "right_padding": self.right_padding,
             "tensors": [tensor._asdict() for tensor in self.tensors],
             "schemes": [
                 pair and {side: scheme.to_dict() for side, scheme in pair._asdict().items()}
@@ -204,6 +223,7 @@ class CacheLayout:
                 ),
                 context_length=value["context_length"]
                 and as_integer("context_length", value["context_length"], least=1),
+                right_padding=value.get("right_padding", False) is True,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             fault = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -266,7 +286,7 @@ def quantized_tensors(
         tensors.append(
             CacheTensor(
                 f"past_key_values.{layer}.{part}", f"present.{layer}.{part}",
-                field.dtype.name, tuple(shape),
+                field.dtype.name, tuple(shape), layer, name,
             )
         )  # fmt: skip
     return tuple(tensors)
@@ -287,8 +307,27 @@ def _require_size(name: str, size: Any, multiple: int) -> None:
     )
 
 
-def _tensor(past: str, present: str, dtype: str, shape: Iterable[int | str]) -> CacheTensor:
-    return CacheTensor(str(past), str(present), str(dtype), tuple(shape))
+def _require_part(tensor: CacheTensor, schemes: Sequence[KeyValueSchemes | None]) -> None:
+    """Refuse a part of a quantized cache that is none, or whose layer has no schemes."""
+    layer, part = tensor.layer, tensor.part
+    if layer is None and part is None:
+        return
+    if part not in PARTS:
+        raise ValueError(f"{tensor.past}: part {part!r} is not one of a cache: {', '.join(PARTS)}")
+    layer = as_integer(f"{tensor.past}: layer", layer, least=0, most=len(schemes) - 1)
+    if schemes[layer] is None:
+        raise ValueError(f"{tensor.past}: layer {layer} has no schemes, so that it has no parts")
+
+
+def _tensor(
+    past: str,
+    present: str,
+    dtype: str,
+    shape: Iterable[int | str],
+    layer: int | None = None,
+    part: str | None = None,
+) -> CacheTensor:
+    return CacheTensor(str(past), str(present), str(dtype), tuple(shape), layer, part)
 
 
 def _pair(value: Mapping[str, dict[str, Any]] | None) -> KeyValueSchemes | None:

@@ -82,6 +82,10 @@ LAYOUT = layout_of(
         ('"context_length": 4096', '"context_length": "long"', "context_length"),
         ('"bits": 4', '"bits": 99', "bits"),
         ('"tensors": [', '"tensors": [3, ', "mapping"),
+        ('"layer": 0', '"layer": 1', "layer 1 has no schemes"),
+        ('"layer": 0', '"layer": 2', "layer=2"),
+        ('"layer": 0', '"layer": null', "layer=None"),
+        ('"part": "key_packed"', '"part": "key"', "part 'key' is not one of a cache: key_packed"),
         ("{", "[", "Expecting"),
     ],
 )
@@ -99,4 +103,6 @@ def test_any_language_reads_it() -> None:
         "present": "present.0.key.packed",
         "dtype": "uint8",
         "shape": ["batch", 2, "capacity", 8],
+        "layer": 0,
+        "part": "key_packed",
     }

@@ -69,8 +69,11 @@ def as_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
     """
     try:
         graph = ir.from_proto(model)
-    except (KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"the graph cannot be read: {error}") from error
+    except (ir.serde.SerdeError, NotImplementedError) as error:
+        fault: BaseException = error
+        while fault.__cause__ is not None:
+            fault = fault.__cause__
+        raise ValueError(f"the graph cannot be read: {fault}") from error
     ir.external_data.set_base_dir(graph.graph, folder)
     return graph
 

@@ -165,10 +165,10 @@ def test_a_window_that_evicts_becomes_one_that_hides(tmp_path: Path) -> None:
     compare(Original(path, past=6), rewritten, config, np.array([9]))
 
 
-def test_a_batch_of_one_prompt_that_is_full_says_so(tmp_path: Path) -> None:
+def test_metadata_says_where_rows_are_padded(tmp_path: Path) -> None:
     path = save(gqa_model(Decoder()), tmp_path / "model.onnx")
     rewrite(path, tmp_path / "out.onnx")
-    layout = Rewritten(tmp_path / "out.onnx").layout
+    layout = Rewritten(tmp_path / "out.onnx", native=True).layout
     assert layout.right_padding
     assert layout.context_length == Decoder().positions
     assert set(layout.roles) == {"input_ids", "attention_mask", "logits"}

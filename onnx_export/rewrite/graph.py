@@ -50,6 +50,7 @@ class Graph:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.opset = model.opset_imports.get("", 1)
+        self.probes: Any = None  # of `onnx_export.rewrite.probe`
 
     def constant(self, value: ir.Value | None) -> Array | None:
         """Return what is known to be in a value before the model runs: initializers, Constants.
@@ -109,7 +110,10 @@ class Graph:
 
     def rank(self, value: ir.Value) -> int | None:
         """Return the number of axes, where it is known."""
-        return None if value.shape is None else value.shape.rank()
+        if value.shape is not None:
+            return value.shape.rank()
+        seen = self.probes[0].value(value) if self.probes else None
+        return None if seen is None else len(seen.shape)
 
     def size(self, value: ir.Value | None, axis: int) -> int | None:
         """Return the size of an axis, where the model states a number."""

@@ -1,8 +1,8 @@
 """One module a pattern, as `onnx_export.rewrite.found.Pattern` says."""
 
 from onnx_export.rewrite.found import Pattern
-from onnx_export.rewrite.patterns import group_query_attention
+from onnx_export.rewrite.patterns import group_query_attention, multi_head_attention
 
 __all__ = ["PATTERNS"]
 
-PATTERNS: tuple[Pattern, ...] = (group_query_attention,)
+PATTERNS: tuple[Pattern, ...] = (group_query_attention, multi_head_attention)

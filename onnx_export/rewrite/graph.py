@@ -14,7 +14,7 @@ from nsq_ref.extras import extra
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["Graph"]
+__all__ = ["MODEL_DTYPES", "Graph"]
 
 Array = npt.NDArray[Any]
 
@@ -22,6 +22,8 @@ MODEL_DTYPES: dict[str, Literal["float32", "float16"]] = {
     "float32": "float32",
     "float16": "float16",
 }
+"""What nsq.Attention can have, by the names in NumPy."""
+
 PASSING = frozenset({"Identity"})
 SAME_WIDTH = frozenset(
     {

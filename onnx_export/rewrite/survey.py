@@ -60,7 +60,7 @@ def survey(graph: Graph) -> list[Found | Refused]:
         for pattern in PATTERNS:
             if (node.domain, node.op_type) in pattern.ANCHORS:
                 result = pattern.match(node, graph)
-                if isinstance(result, Found) and place:
+                if result is not None and place:
                     result = Refused(node, f"it is in {place}; inline that first")
                 if result is not None:
                     results.append(result)
@@ -131,9 +131,10 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
     """Return what a node reads, what its subgraphs read of the graph around it included."""
     yield from (one for one in node.inputs if one is not None)
     for graph in _subgraphs(node):
+        own = {value for inner in graph for value in inner.outputs} | set(graph.inputs)
         for inner in graph:
-            yield from reads(inner)
-        yield from graph.outputs
+            yield from (value for value in reads(inner) if value not in own)
+        yield from (value for value in graph.outputs if value not in own)
 
 
 def _number(name: str) -> int | None:
@@ -169,18 +170,14 @@ def _unshared(results: list[Found | Refused]) -> list[Found | Refused]:
     owners: dict[ir.Value, list[Found]] = {}
     for one in results:
         if isinstance(one, Found):
-            for value in {value for cache in caches_of(one) for value in cache[:2]}:
-                owners.setdefault(value, []).append(one)
-    shared = {}
+            for cache in caches_of(one):
+                owners.setdefault(cache.past, []).append(one)
+    shared: dict[Found, str] = {}
     for value, several in owners.items():
         for one in several if len(several) > 1 else ():
-            other = next(two for two in several if two is not one)
-            shared[one] = f"{value.name} is the cache of {name_of(other.node)} too"
-    for one in results:
-        if isinstance(one, Found) and one not in shared:
-            values = [value for cache in caches_of(one) for value in cache[:2]]
-            if len(set(values)) < len(values):
-                shared[one] = "its keys and its values are one cache"
+            others = [name_of(two.node) for two in several if two is not one]
+            reason = f"{value.name} is the cache of {others[0]} too" if others else None
+            shared.setdefault(one, reason or "its keys and its values are one cache")
     return [
         Refused(one.node, shared[one], caches_of(one))
         if isinstance(one, Found) and one in shared

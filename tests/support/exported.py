@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_export import custom_ops
 from onnx_export.operators.cache_layout import CacheLayout
 
-__all__ = ["Decoder", "Graph", "Original", "Rewritten", "gqa_model", "save", "session"]
+__all__ = ["Decoder", "Graph", "Original", "Rewritten", "gqa_model", "mha_model", "save", "session"]
 
 Array = npt.NDArray[Any]
 VOCABULARY = 17
@@ -30,6 +30,7 @@ class Graph:
         self.weights: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.functions: list[onnx.FunctionProto] = []
         self.dtype = np.dtype(dtype)
         self.kind = helper.np_dtype_to_tensor_dtype(self.dtype)
         self._rng = np.random.default_rng(seed)
@@ -59,11 +60,13 @@ class Graph:
     def model(self, opset: int, ir_version: int = 10) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, self.weights)
         domains = {"": opset, "com.microsoft": 1}
+        domains |= {one.domain: 1 for one in self.functions}
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(*one) for one in domains.items()],
             ir_version=ir_version,
             producer_name="an exporter",
+            functions=self.functions,
         )
         helper.set_model_props(model, {"made by": "a test"})
         return model
@@ -97,6 +100,19 @@ class Decoder:
 
 def gqa_model(config: Decoder, change: Callable[[Graph], None] | None = None) -> onnx.ModelProto:
     """Return a decoder as onnxruntime-genai's builder writes it: GroupQueryAttention."""
+    return _model(config, _gqa_layer, change)
+
+
+def mha_model(config: Decoder, change: Callable[[Graph], None] | None = None) -> onnx.ModelProto:
+    """Return a decoder as the optimizer of onnxruntime fuses it: MultiHeadAttention."""
+    return _model(config, _mha_layer, change)
+
+
+def _model(
+    config: Decoder,
+    make_layer: Callable[[Graph, Decoder, int, str], str],
+    change: Callable[[Graph], None] | None,
+) -> onnx.ModelProto:
     graph = Graph(config.dtype)
     node, hidden = graph.node, config.hidden
     ids = graph.input("input_ids", TensorProto.INT64, "batch_size", "sequence_length")
@@ -133,7 +149,7 @@ def gqa_model(config: Decoder, change: Callable[[Graph], None] | None = None) ->
 
     x = node("Gather", [graph.weight("embedding", VOCABULARY, hidden, scale=4), ids], "embedded")
     for layer in range(config.layers):
-        attended = _gqa_layer(graph, config, layer, x)
+        attended = make_layer(graph, config, layer, x)
         projected = node(
             "MatMul", [attended, graph.weight(f"o.{layer}", hidden, hidden)], f"p.{layer}"
         )
@@ -180,6 +196,31 @@ def _gqa_layer(graph: Graph, config: Decoder, layer: int, x: str) -> str:
             kv_num_heads=config.kv_heads,
             do_rotary=int(config.rotary > 0),
             rotary_interleaved=int(config.interleaved),
+            **dict(config.attributes),
+        )
+    )
+    return f"attended.{layer}"
+
+
+def _mha_layer(graph: Graph, config: Decoder, layer: int, x: str) -> str:
+    given = [
+        graph.node(
+            "MatMul",
+            [x, graph.weight(f"{name}.{layer}", config.hidden, config.hidden, scale=1.5)],
+            f"{name}_out.{layer}",
+        )
+        for name in "qkv"
+    ]
+    given += ["", "", "bias" if config.bias else ""]
+    given += [f"past_key_values.{layer}.{side}" for side in ("key", "value")]
+    graph.nodes.append(
+        helper.make_node(
+            "MultiHeadAttention",
+            given,
+            [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"],
+            name=f"/model/layers.{layer}/attn/MultiHeadAttention",
+            domain="com.microsoft",
+            num_heads=config.heads,
             **dict(config.attributes),
         )
     )

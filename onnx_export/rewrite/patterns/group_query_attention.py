@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from onnx_export.rewrite.found import Cache, Found, Lengths, Refused, Rotary, Tokens
+from onnx_export.rewrite.graph import MODEL_DTYPES, Graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from onnx_export.rewrite.graph import Graph
 
 __all__ = ["ANCHORS", "match"]
 
@@ -76,9 +75,10 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
             "the size of its heads is stated nowhere; give past_key a shape with a number last",
             tuple(caches),
         )
-    dtype = graph.model_dtype(caches[0].past)
+    stated = next(filter(None, map(graph.dtype, caches[0][:2])), "of a dtype that nobody states")
+    dtype = MODEL_DTYPES.get(stated)
     if dtype is None:
-        reason = f"its cache is {graph.dtype(caches[0].past)}; nsq.Attention has float32, float16"
+        reason = f"its cache is {stated}; nsq.Attention has float32 and float16"
         return Refused(node, reason, tuple(caches))
 
     rotary = None

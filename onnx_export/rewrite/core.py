@@ -26,6 +26,7 @@ from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import raise_opset, require_raisable
 from onnx_export.rewrite.policy import schemes_by_layer
+from onnx_export.rewrite.probe import axes_of
 from onnx_export.rewrite.report import Attention, Change, Report
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
 from onnx_export.rewrite.survey import axes_read, caches_of, layer_numbers, name_of, plan, survey
@@ -215,9 +216,13 @@ class _Edit:
         """Return nodes that make what Shape of a cache made."""
         found, cache = self.plan.shapes[node]
         add = Nodes(prefix)
-        axes = axes_read(node, cache)
         value = node.inputs[0] or cache.past
-        parts = sizes.shape_of(found, cache, value, axes, add)
+        if value in cache[:2]:
+            parts = sizes.shape_of(found, cache, value, axes_read(node, cache), add)
+        else:
+            start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
+            axes = axes_of(self.graph, value) or []
+            parts = sizes.shape_of_moved(found, cache, axes[start:end], add)
         add.several("Concat", parts, list(message.output), axis=0, name=message.name)
         return add.nodes
 
@@ -291,6 +296,9 @@ class _Edit:
             blocks += [scheme.block_size or 1 for scheme in pair or ()]
         roles = {name: name for name in input_roles(self.graph)}
         roles |= {name: name for name in self.new_inputs}
+        for found in self.plan.found:
+            if (past := found.lengths.past) is not None and past.is_graph_input():
+                roles.setdefault("past_lengths", past.name or "")
         outputs = [one.name for one in self.proto.graph.output]
         if "logits" in outputs:
             roles["logits"] = "logits"

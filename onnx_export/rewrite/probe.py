@@ -7,6 +7,7 @@ of it. Whatever depends on weights has a shape and no content.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,11 +21,17 @@ from onnx_export.rewrite.sizes import input_roles
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["Probe", "Seen", "probes"]
+__all__ = ["MOVING", "Probe", "Seen", "apply", "axes_of", "probes"]
 
 Array = npt.NDArray[Any]
 LARGEST = 1 << 20  # elements that are computed; more have a shape only
 SIZES = ((2, 3, 5), (1, 7, 1), (3, 0, 4))  # batch, past, new: of a step, a chunk, a prompt
+
+
+MOVING = frozenset(
+    {"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
+"""Operators that move elements, by shapes alone."""
 
 
 class Seen(NamedTuple):
@@ -100,9 +107,7 @@ class Probe:
         role = self._roles.get(value)
         if role in ("input_ids", "position_ids", "attention_mask"):
             width = self.total if role == "attention_mask" else self.new
-            fill = 1 if role == "attention_mask" else 0
-            array = np.full((self.batch, width), fill, np.dtype(_kind(value)))
-            return Seen(array, known=role == "attention_mask")
+            return Seen(_opaque((self.batch, width), np.dtype(_kind(value))), known=False)
         return self._stated(value)
 
     def _stated(self, value: ir.Value) -> Seen | None:
@@ -144,6 +149,31 @@ def probes(graph: Graph) -> tuple[Probe, ...]:
     return found
 
 
+def axes_of(graph: Graph, value: ir.Value | None) -> list[str | int] | None:
+    """Return what the sizes of a value are: numbers, "batch", "past", "new" or "total"."""
+    shapes = []
+    for probe in probes(graph):
+        seen = probe.value(value)
+        if seen is None:
+            return None
+        shapes.append(seen.shape)
+    if len({len(shape) for shape in shapes}) != 1:
+        return None
+    known = {
+        tuple(getattr(probe, name) for probe in probes(graph)): name
+        for name in ("batch", "past", "new", "total")
+    }
+    axes: list[str | int] = []
+    for sizes in zip(*shapes, strict=True):
+        if sizes in known:
+            axes.append(known[sizes])
+        elif len(set(sizes)) == 1:
+            axes.append(sizes[0])
+        else:
+            return None
+    return axes
+
+
 def apply(node: ir.Node, inputs: list[Seen | None]) -> Seen | None:
     """Return the first output of a node, None where its operator is not known here."""
     if node.domain and node.domain != "com.microsoft":
@@ -152,6 +182,9 @@ def apply(node: ir.Node, inputs: list[Seen | None]) -> Seen | None:
     given = [None if one is None else one.array for one in inputs]
     known = all(one is None or one.known for one in inputs)
     attributes = node.attributes
+    shaping = inputs[SHAPED.get(node.op_type, len(inputs)) :]
+    if any(one is not None and not one.known for one in shaping):
+        return None  # even the shape depends on content
     try:
         if node.op_type == "Shape" and given[0] is not None:
             start, end = attributes.get_int("start", 0), attributes.get_int("end", None)
@@ -220,6 +253,11 @@ def _reshape(given: list[Any], attributes: Any) -> Array:
     if not attributes.get_int("allowzero", 0):
         sizes = [x.shape[i] if one == 0 else one for i, one in enumerate(sizes)]
     return np.reshape(x, sizes)
+
+
+def _flatten(given: list[Any], attributes: Any) -> Array:
+    x, axis = given[0], attributes.get_int("axis", 1)
+    return np.reshape(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
 
 
 def _slice(given: list[Any], attributes: Any) -> Array:
@@ -305,6 +343,12 @@ def _cum_sum(given: list[Any], attributes: Any) -> Array:
     return np.cumsum(x, axis=int(axis.reshape(-1)[0]), dtype=x.dtype)
 
 
+SHAPED = {
+    "ConstantOfShape": 0, "CumSum": 1, "Expand": 1, "Range": 0, "ReduceMax": 1, "ReduceMean": 1,
+    "ReduceSum": 1, "Reshape": 1, "Slice": 1, "Squeeze": 1, "Tile": 1, "Trilu": 1, "Unsqueeze": 1,
+}  # fmt: skip
+"""From which input on content decides the shape of the result."""
+
 SAME_SHAPE = frozenset(
     {
         "Softmax", "RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization",
@@ -325,6 +369,7 @@ OPERATORS: Mapping[str, Callable[[list[Any], Any], Any]] = {
     "Div": _divide,
     "Equal": _by_element(np.equal),
     "Expand": _expand,
+    "Flatten": _flatten,
     "Gather": lambda given, at: np.take(given[0], given[1], axis=at.get_int("axis", 0)),
     "GatherND": _gather_nd,
     "Greater": _by_element(np.greater),

@@ -121,3 +121,21 @@ class Sizes:
                 new = (found.key if is_key else found.value) or found.query
                 sizes.append(add("Add", self.past(), self.tokens(new.value, new.layout, add)))
         return sizes
+
+    def shape_of_moved(
+        self, found: Found, cache: Cache, axes: list[str | int], add: Nodes
+    ) -> list[str]:
+        """Return sizes that `onnx_export.rewrite.probe.axes_of` names, each ``[1]``."""
+        tokens = (found.key if cache is found.key_cache else found.value) or found.query
+        sizes = []
+        for axis in axes:
+            if isinstance(axis, int):
+                sizes.append(add.constant([axis]))
+            elif axis == "batch":
+                sizes.append(self.batch())
+            elif axis == "past":
+                sizes.append(self.past())
+            else:
+                new = self.tokens(tokens.value, tokens.layout, add)
+                sizes.append(new if axis == "new" else add("Add", self.past(), new))
+        return sizes

@@ -15,6 +15,7 @@ from nsq_ref.extras import extra
 from onnx_export.rewrite.found import Cache, Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
+from onnx_export.rewrite.probe import MOVING, axes_of
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
@@ -42,7 +43,8 @@ class Plan:
     refused : list of Refused
         Why others that were to be replaced are not.
     shapes : dict of onnx_ir.Node to (Found, Cache)
-        Nodes that read the shape of a cache that is replaced.
+        Nodes that read the shape of a cache that is replaced, or of what is moved out of it: the
+        keys once more for each head of the queries, say.
     removed : set of onnx_ir.Node
         Replaced, or read by nobody any longer.
     """
@@ -253,6 +255,12 @@ class _Walk:
         return live
 
     def _read_by(self, node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
+        if node.op_type == "Shape" and not node.domain and (axes := self._moved(node)) is not None:
+            one, _ = self.shapes[node]
+            if {"past", "total"} & set(axes) and one.lengths.past is not None:
+                reason = f"{name_of(node)} reads the capacity of its cache"
+                self.faults.setdefault(one, reason)
+            return
         if node.op_type == "Shape" and not node.domain and node.inputs[0] in self._caches:
             one, cache = self.shapes[node] = self._caches[node.inputs[0]]
             fixed = one.lengths.past is not None or cache.capacity is not None
@@ -262,3 +270,18 @@ class _Walk:
             return
         for value in reads(node):
             yield value, f"{node.op_type} {name_of(node)}"
+
+    def _moved(self, node: ir.Node) -> list[str | int] | None:
+        """Return the axes of what is moved out of a cache, if this is Shape of such a value."""
+        value = node.inputs[0]
+        for _ in range(16):
+            before = None if value is None else value.producer()
+            if value in self._caches or before is None or before.op_type not in MOVING:
+                break
+            value = before.inputs[0]
+        if value is node.inputs[0] or value not in self._caches:
+            return None
+        axes = axes_of(self.graph, node.inputs[0])
+        if axes is not None:
+            self.shapes[node] = self._caches[value]
+        return axes

@@ -1,4 +1,4 @@
-"""Attention of ONNX itself, opset 23 and 24: its past as inputs, concatenated, or scattered into."""
+"""Attention of ONNX itself, opset 23 and 24: its past an input, concatenated, or scattered into."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns.traced import (
     Behind,
     Cached,
-    NotUnderstood,
+    NotUnderstoodError,
     by_tokens,
     cached,
     mask_shape,
     query_shape,
+    require_dtypes,
     trace,
 )
 from onnx_export.rewrite.probe import probes
@@ -45,7 +46,7 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     """
     try:
         return _match(node, graph)
-    except NotUnderstood as error:
+    except NotUnderstoodError as error:
         return Refused(node, str(error))
 
 
@@ -61,7 +62,7 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     _require_known(node)
     rank = graph.rank(query) or _seen_rank(graph, query)
     if rank not in (3, 4):
-        raise NotUnderstood(f"the rank of its queries {query.name} is not known")
+        raise NotUnderstoodError(f"the rank of its queries {query.name} is not known")
     heads, head_dim = _query(graph, node, query, rank)
     causal = node.attributes.get_int("is_causal", 0) == 1
     lengths = Lengths()
@@ -71,34 +72,34 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     else:
         key_behind, value_behind = behind or (None, None)
         if key_behind is None or value_behind is None:
-            raise NotUnderstood("one of its keys and values is in no cache")
-        keys, values = (
-            _outside(graph, node, one, rank) for one in (key_behind, value_behind)
-        )
+            raise NotUnderstoodError("one of its keys and values is in no cache")
+        keys, values = (_outside(graph, node, one, rank) for one in (key_behind, value_behind))
         nodes = (key_behind.node, value_behind.node, node)
         static = [one.node.op_type == "TensorScatter" for one in (key_behind, value_behind)]
         if any(static):
             lengths = _static(given, key_behind, value_behind)
         elif causal:
-            raise NotUnderstood(
+            raise NotUnderstoodError(
                 "is_causal=1 without past_key: queries are counted from the first key on, which "
                 "with a past is wrong; use an explicit mask"
             )
     for side, one in (("keys", keys), ("values", values)):
         if one.heads != keys.heads or heads % (one.heads * one.repeats) or heads % one.heads:
-            raise NotUnderstood(f"{heads} heads of queries meet {one.heads} of {side}")
+            raise NotUnderstoodError(f"{heads} heads of queries meet {one.heads} of {side}")
     if keys.channels != head_dim:
-        raise NotUnderstood(f"queries have {head_dim} channels, keys {keys.channels}")
+        raise NotUnderstoodError(f"queries have {head_dim} channels, keys {keys.channels}")
     if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
-        raise NotUnderstood(f"its values are scaled by {values.factor}")
+        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
     dtype = graph.model_dtype(keys.cache.past)
     if dtype is None:
-        raise NotUnderstood(
+        raise NotUnderstoodError(
             f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32, float16"
         )
-    bias, mask = _mask(graph, given.get("attn_mask"), heads, dtype, static=lengths.past is not None)
+    bias, mask = _mask(graph, given.get("attn_mask"), heads, static=lengths.past is not None)
+    require_dtypes(
+        graph, dtype, queries=query, keys=keys.new.value, values=values.new.value, mask=bias
+    )
     scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(head_dim)
-    layout = "BSH" if rank == 3 else "BNSD"
     return Found(
         pattern=NAME,
         node=node,
@@ -106,7 +107,7 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         query=Tokens(query, "BSH") if rank == 3 else by_tokens(graph, query, "BNSD"),
         key=keys.new,
         value=values.new,
-        output=Tokens(node.outputs[0], "BSH" if layout == "BSH" else "BNSD"),
+        output=Tokens(node.outputs[0], "BSH" if rank == 3 else "BNSD"),
         key_cache=keys.cache,
         value_cache=values.cache,
         heads=heads,
@@ -125,11 +126,11 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
 
 def _require_known(node: ir.Node) -> None:
     if unknown := sorted(set(node.attributes) - ATTRIBUTES):
-        raise NotUnderstood(f"attribute {unknown[0]} is unknown")
+        raise NotUnderstoodError(f"attribute {unknown[0]} is unknown")
     if any(node.inputs[len(INPUTS) :]):
-        raise NotUnderstood(f"it has {len(node.inputs)} inputs; {len(INPUTS)} are known")
+        raise NotUnderstoodError(f"it has {len(node.inputs)} inputs; {len(INPUTS)} are known")
     if len(node.outputs) > 3 and node.outputs[3].name:
-        raise NotUnderstood("it gives out its scores, which nsq.Attention does not")
+        raise NotUnderstoodError("it gives out its scores, which nsq.Attention does not")
 
 
 def _seen_rank(graph: Graph, value: ir.Value) -> int | None:
@@ -144,7 +145,7 @@ def _query(graph: Graph, node: ir.Node, query: ir.Value, rank: int) -> tuple[int
     seen = probes(graph)[0].value(query)
     width = graph.width(query) or (0 if seen is None else seen.shape[-1])
     if heads < 1 or not width or width % heads:
-        raise NotUnderstood(f"the size of its heads is stated nowhere ({query.name})")
+        raise NotUnderstoodError(f"the size of its heads is stated nowhere ({query.name})")
     return heads, width // heads
 
 
@@ -153,7 +154,7 @@ def _inside(
 ) -> tuple[Cached, Cached]:
     """Read a past that the node itself appends to."""
     if given.get("nonpad_kv_seqlen") is not None:
-        raise NotUnderstood("it has a past and nonpad_kv_seqlen")
+        raise NotUnderstoodError("it has a past and nonpad_kv_seqlen")
     outputs = [one if one.name else None for one in node.outputs]
     outputs += [None] * (3 - len(outputs))
     found = []
@@ -162,13 +163,15 @@ def _inside(
         strict=True,
     ):  # fmt: skip
         if new is None or past is None or present is None:
-            raise NotUnderstood("it lacks a past or a present")
+            raise NotUnderstoodError("it lacks a past or a present")
         heads = _stated(graph, past, present, 1) or node.attributes.get_int("kv_num_heads", 0)
         channels = _stated(graph, past, present, 3)
         if not channels and rank == 3 and heads and (width := graph.width(new)):
             channels = width // heads
         if not heads or not channels:
-            raise NotUnderstood(f"heads and channels of its cache {past.name} are stated nowhere")
+            raise NotUnderstoodError(
+                f"heads and channels of its cache {past.name} are stated nowhere"
+            )
         tokens = Tokens(new, "BSH") if rank == 3 else by_tokens(graph, new, "BNSD")
         found.append(Cached(Cache(past, present), tokens, heads, channels, 1, 1.0))
     return found[0], found[1]
@@ -190,30 +193,27 @@ def _static(given: dict[str, ir.Value | None], key: Behind, value: Behind) -> Le
     places = []
     for one in (key, value):
         if one.node.op_type != "TensorScatter":
-            raise NotUnderstood("one of its caches grows, the other does not")
+            raise NotUnderstoodError("one of its caches grows, the other does not")
         mode = one.node.attributes.get_string("mode", "linear")
         if mode != "linear":
-            raise NotUnderstood(f"TensorScatter {one.node.name} has mode {mode}")
+            raise NotUnderstoodError(f"TensorScatter {one.node.name} has mode {mode}")
         places.append(one.node.inputs[2] if len(one.node.inputs) > 2 else None)
     if total is None or places[0] is None or places[0] is not places[1]:
-        raise NotUnderstood(
+        raise NotUnderstoodError(
             "a cache of fixed size needs nonpad_kv_seqlen and one write_indices for keys and values"
         )
     return Lengths(past=places[0], total=total)
 
 
 def _mask(
-    graph: Graph, value: ir.Value | None, heads: int, dtype: str, *, static: bool
+    graph: Graph, value: ir.Value | None, heads: int, *, static: bool
 ) -> tuple[ir.Value | None, ir.Value | None]:
     """Return what is added to the scores, or says what is seen."""
     if value is None:
         return None, None
     if static:
-        raise NotUnderstood("it has a mask over a cache of fixed size; use is_causal=1 without")
+        raise NotUnderstoodError(
+            "it has a mask over a cache of fixed size; use is_causal=1 without"
+        )
     mask_shape(graph, value, heads)
-    kind = graph.dtype(value)
-    if kind == "bool":
-        return None, value
-    if kind != dtype:
-        raise NotUnderstood(f"its mask is {kind}, its cache {dtype}")
-    return value, None
+    return (None, value) if graph.dtype(value) == "bool" else (value, None)

@@ -6,16 +6,16 @@ import math
 from typing import NamedTuple
 
 from nsq_ref.extras import extra
-from onnx_export.rewrite.found import Found, Refused
-from onnx_export.rewrite.found import Tokens
+from onnx_export.rewrite.found import Found, Refused, Tokens
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns.traced import (
-    NotUnderstood,
+    NotUnderstoodError,
     by_tokens,
     cached,
     constant_factor,
     mask_shape,
     query_shape,
+    require_dtypes,
     same_number,
     scaled,
     trace,
@@ -47,7 +47,7 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     """Read the nodes around a Softmax."""
     try:
         return _match(node, graph)
-    except NotUnderstood as error:
+    except NotUnderstoodError as error:
         return Refused(node, str(error))
 
 
@@ -59,17 +59,17 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     if behind_keys is None or behind_keys.node.op_type != "Concat":
         return None
     if graph.opset < OLDEST:
-        raise NotUnderstood(f"Softmax of opset {graph.opset}; convert the model to {OLDEST}")
+        raise NotUnderstoodError(f"Softmax of opset {graph.opset}; convert the model to {OLDEST}")
     if node.attributes.get_int("axis", -1) not in (-1, 3):
-        raise NotUnderstood("its Softmax is not along the last axis")
+        raise NotUnderstoodError("its Softmax is not along the last axis")
     scores = _scores(graph, given)
     last = _values_product(graph, node)
     behind_values = trace(graph, last.inputs[1])
     if behind_values is None:
-        raise NotUnderstood("its values are in no cache")
+        raise NotUnderstoodError("its values are in no cache")
     queries = scores.product.inputs[0]
     if queries is None:
-        raise NotUnderstood("it has no queries")
+        raise NotUnderstoodError("it has no queries")
     query, query_factor = scaled(graph, queries)
     heads, head_dim = query_shape(graph, queries)
     if query_shape(graph, query) != (heads, head_dim):
@@ -78,37 +78,33 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     values = cached(graph, behind_values, "BNSD")
     kv_heads = keys.heads
     if keys.channels != head_dim:
-        raise NotUnderstood(f"queries have {head_dim} channels, keys {keys.channels}")
-    for side, one in (("keys", keys), ("values", values)):
-        # One head that is not repeated serves all queries.
-        if one.heads != kv_heads or one.heads * one.repeats != heads not in (0,) and (
-            one.heads != 1 or one.repeats != 1
-        ):
-            raise NotUnderstood(
-                f"{heads} heads of queries meet {one.heads * one.repeats} of {side}, from "
-                f"{one.heads} in their cache"
+        raise NotUnderstoodError(f"queries have {head_dim} channels, keys {keys.channels}")
+    for side, given_by in (("keys", keys), ("values", values)):
+        made = given_by.heads * given_by.repeats
+        if given_by.heads != kv_heads or made not in (heads, 1):  # one serves all queries
+            raise NotUnderstoodError(
+                f"{heads} heads of queries meet {made} of {side}, from {given_by.heads} in their "
+                "cache"
             )
     if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
-        raise NotUnderstood(f"its values are scaled by {values.factor}")
+        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
     dtype = graph.model_dtype(behind_keys.past)
     if dtype is None:
-        raise NotUnderstood(
+        raise NotUnderstoodError(
             f"its cache is {graph.dtype(behind_keys.past)}; nsq.Attention has float32, float16"
         )
     for one in (scores.bias, scores.mask):
         if one is not None:
             mask_shape(graph, one, heads)
-    if scores.bias is not None and graph.dtype(scores.bias) not in (dtype, None):
-        raise NotUnderstood(f"its mask is {graph.dtype(scores.bias)}, its cache {dtype}")
     output = Tokens(last.outputs[0], "BNSD")
+    require_dtypes(
+        graph, dtype, queries=query, keys=keys.new.value, values=values.new.value,
+        mask=scores.bias, output=output.value,
+    )  # fmt: skip
     nodes = [behind_keys.node, behind_values.node, last]
-    users = list(graph.users(output.value))
-    if len(users) == 1 and not output.value.is_graph_output():
-        after = users[0][0]
-        if after.op_type == "Transpose" and not after.domain:
-            if after.attributes.get_ints("perm", None) == (0, 2, 1, 3):
-                output = Tokens(after.outputs[0], "BSND")
-                nodes.append(after)
+    if (after := _by_token(graph, output.value)) is not None:
+        output = Tokens(after.outputs[0], "BSND")
+        nodes.append(after)
     return Found(
         pattern=NAME,
         node=nodes[-1],
@@ -130,6 +126,15 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         bias=scores.bias,
         mask=scores.mask,
     )
+
+
+def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
+    """Return the Transpose that brings heads behind tokens, if nothing else reads the value."""
+    users = [user for user, _ in graph.users(value)]
+    if len(users) != 1 or value.is_graph_output() or users[0].op_type != "Transpose":
+        return None
+    perm = users[0].attributes.get_ints("perm", None)
+    return users[0] if not users[0].domain and perm == (0, 2, 1, 3) else None
 
 
 def _product(graph: Graph, value: ir.Value, depth: int = 12) -> ir.Node | None:
@@ -162,7 +167,7 @@ def _scores(graph: Graph, value: ir.Value) -> Scores:
     while True:
         node = value.producer()
         if node is None:
-            raise NotUnderstood("its scores come from nowhere")
+            raise NotUnderstoodError("its scores come from nowhere")
         if node.op_type == "MatMul":
             return Scores(node, factor, softcap, bias, mask)
         if node.op_type in PLAIN:
@@ -171,24 +176,30 @@ def _scores(graph: Graph, value: ir.Value) -> Scores:
         touched = softcap is not None or factor != 1.0
         if node.op_type in ("Add", "Where"):
             if touched:
-                raise NotUnderstood(f"{node.op_type} {node.name} masks scores before they are scaled")
+                raise NotUnderstoodError(
+                    f"{node.op_type} {node.name} masks scores before they are scaled"
+                )
             value, hidden, added = _masked(graph, node)
-            if (hidden is not None and mask is not None) or (added is not None and bias is not None):
-                raise NotUnderstood(f"{node.op_type} {node.name} is a second mask")
+            if (hidden is not None and mask is not None) or (
+                added is not None and bias is not None
+            ):
+                raise NotUnderstoodError(f"{node.op_type} {node.name} is a second mask")
             mask, bias = hidden or mask, added or bias
             continue
         number, index = constant_factor(graph, node)
         if number is None or node.inputs[index] is None:
-            raise NotUnderstood(f"{node.op_type} {node.name} in its scores is not understood")
+            raise NotUnderstoodError(f"{node.op_type} {node.name} in its scores is not understood")
         source = graph.source(node.inputs[index], through=PLAIN)
         if source is not None and source.op_type == "Tanh" and not source.domain:
             if touched:
-                raise NotUnderstood(f"{node.op_type} {node.name} scales scores after their softcap")
+                raise NotUnderstoodError(
+                    f"{node.op_type} {node.name} scales scores after their softcap"
+                )
             inner = source.inputs[0]
             before = None if inner is None else graph.source(inner, through=PLAIN)
             small, at = (None, 0) if before is None else constant_factor(graph, before)
             if before is None or small is None or not math.isclose(small * number, 1, rel_tol=1e-5):
-                raise NotUnderstood(f"Tanh {source.name} in its scores is no softcap")
+                raise NotUnderstoodError(f"Tanh {source.name} in its scores is no softcap")
             softcap, value = number, before.inputs[at]  # type: ignore[assignment]
             continue
         factor *= number
@@ -198,7 +209,7 @@ def _scores(graph: Graph, value: ir.Value) -> Scores:
 def _first(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     if value is None:
-        raise NotUnderstood(f"{node.op_type} {node.name} has no input")
+        raise NotUnderstoodError(f"{node.op_type} {node.name} has no input")
     return value
 
 
@@ -209,12 +220,12 @@ def _masked(graph: Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.
         scores = [one for one in inputs if _product(graph, one) is not None]
         others = [one for one in inputs if one not in scores]
         if len(scores) != 1 or len(others) != 1:
-            raise NotUnderstood(f"Add {node.name} adds up scores")
+            raise NotUnderstoodError(f"Add {node.name} adds up scores")
         return scores[0], None, others[0]
     condition, seen, hidden = inputs
     number = same_number(graph, hidden)
     if _product(graph, seen) is None or number is None or number > HIDDEN:
-        raise NotUnderstood(f"Where {node.name} in its scores is not understood")
+        raise NotUnderstoodError(f"Where {node.name} in its scores is not understood")
     return seen, condition, None
 
 
@@ -232,7 +243,7 @@ def _values_product(graph: Graph, node: ir.Node) -> ir.Node:
         if len(following) != 1:
             break
         value = following[0].outputs[0]
-    raise NotUnderstood("its weights are multiplied with no values")
+    raise NotUnderstoodError("its weights are multiplied with no values")
 
 
 def _guards(graph: Graph, node: ir.Node, value: ir.Value) -> bool:

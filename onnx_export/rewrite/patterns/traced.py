@@ -14,29 +14,27 @@ import numpy.typing as npt
 from nsq_ref.extras import extra
 from onnx_export.rewrite.found import Cache, Layout, Tokens
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.probe import Probe, Seen, apply, probes
+from onnx_export.rewrite.probe import MOVING, Probe, Seen, apply, probes
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstood", "by_tokens", "cached", "mask_shape", "query_shape", "scaled",
+    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape", "require_dtypes",
+    "scaled",
     "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Order = Literal["BNDS", "BNSD", "BSH"]
 
-MOVING = frozenset(
-    {"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
-)
 LAYOUTS: dict[tuple[int, int], Layout] = {
     (4, 2): "BNSD", (4, 1): "BSND", (4, 3): "BNDS", (3, 1): "BSH",
 }  # fmt: skip
 CLOSE = 1e-5  # of factors: a float32 constant once squared
 
 
-class NotUnderstood(ValueError):
+class NotUnderstoodError(ValueError):
     """Why an attention is refused."""
 
 
@@ -91,7 +89,7 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
 
     Raises
     ------
-    NotUnderstood
+    NotUnderstoodError
         For one that comes from a cache in another way.
     """
     steps: list[tuple[ir.Node, int]] = []
@@ -112,7 +110,7 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
         value = node.inputs[index]
     if operand is not None and value is not None and (name := _reaches_cache(graph, value)):
         last = value.producer()
-        raise NotUnderstood(
+        raise NotUnderstoodError(
             f"between its cache {name} and its scores is "
             f"{last.op_type if last else 'nothing'} {(last.name if last else '') or ''}".rstrip()
             + ", which is not understood"
@@ -134,7 +132,7 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
 
     Raises
     ------
-    NotUnderstood
+    NotUnderstoodError
         Where it is made in another way.
     """
     present = behind.present
@@ -142,19 +140,19 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
     rank = len(shape)
     axis = behind.node.attributes.get_int("axis", -2)
     if behind.node.op_type == "Concat" and "axis" not in behind.node.attributes:
-        raise NotUnderstood(f"Concat {behind.node.name} has no axis")
+        raise NotUnderstoodError(f"Concat {behind.node.name} has no axis")
     layout = LAYOUTS.get((rank, axis % rank))
     if layout is None:
-        raise NotUnderstood(f"its cache {behind.past.name} grows along axis {axis} of {rank}")
+        raise NotUnderstoodError(f"its cache {behind.past.name} grows along axis {axis} of {rank}")
     if layout == "BSH":
         width = shape[2]
         if order != "BSH" or heads is None or width % heads:
-            raise NotUnderstood(f"the heads of its cache {behind.past.name} are not stated")
+            raise NotUnderstoodError(f"the heads of its cache {behind.past.name} are not stated")
         count, channels = heads, width // heads
     else:
         count, channels = shape[layout.index("N")], shape[layout.index("D")]
     if order == "BSH" and heads is None:
-        raise NotUnderstood("the number of its heads is not stated")
+        raise NotUnderstoodError("the number of its heads is not stated")
     repeats, factor = 0, 0.0
     for probe in probes(graph):
         seed = _seed(probe, layout, count, channels)
@@ -168,12 +166,12 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
             "BSH": lambda x: x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1),
         }[order](want)
         if made.shape != want.shape:
-            raise NotUnderstood(_unlike(behind, f"of shape {made.shape}, not {want.shape}"))
+            raise NotUnderstoodError(_unlike(behind, f"of shape {made.shape}, not {want.shape}"))
         ratio = float(made.reshape(-1)[0] / want.reshape(-1)[0])
         if not np.allclose(made, want * ratio, rtol=CLOSE, atol=0):
-            raise NotUnderstood(_unlike(behind, "other elements, or others in another place"))
+            raise NotUnderstoodError(_unlike(behind, "other elements, or others in another place"))
         if repeats and (several != repeats or not np.isclose(ratio, factor, rtol=CLOSE)):
-            raise NotUnderstood(_unlike(behind, "scaled by what is no constant"))
+            raise NotUnderstoodError(_unlike(behind, "scaled by what is no constant"))
         repeats, factor = several, ratio
     return Cached(
         Cache(behind.past, present, layout),
@@ -193,7 +191,7 @@ def by_tokens(graph: Graph, value: ir.Value, layout: Layout) -> Tokens:
 
 
 def scaled(graph: Graph, value: ir.Value) -> tuple[ir.Value, float]:
-    """Return what a value is without the constants that it is multiplied with, and their product."""
+    """Return what a value is without the constant factors that it has, and their product."""
     factor = 1.0
     while (node := value.producer()) is not None and not node.domain:
         number, index = constant_factor(graph, node)
@@ -221,7 +219,7 @@ def same_number(graph: Graph, value: ir.Value | None) -> float | None:
     constant = graph.number(value)
     if constant is not None:
         return float(constant)
-    if value is None or (shape := value.shape) is not None and shape.rank() > 1:
+    if value is None or ((shape := value.shape) is not None and shape.rank() > 1):
         return None
     numbers = [probe.number(value) for probe in probes(graph)]
     if any(one is None or one != numbers[0] for one in numbers):
@@ -235,16 +233,26 @@ def query_shape(graph: Graph, value: ir.Value) -> tuple[int, int]:
     for probe in probes(graph):
         seen = probe.value(value)
         if seen is None:
-            raise NotUnderstood(f"the shape of its queries {value.name} cannot be told")
+            raise NotUnderstoodError(f"the shape of its queries {value.name} cannot be told")
         if len(seen.shape) != 4 or seen.shape[::2] != (probe.batch, probe.new):
-            raise NotUnderstood(
+            raise NotUnderstoodError(
                 f"its queries {value.name} have shape {seen.shape} where the batch is "
                 f"{probe.batch} and the new tokens are {probe.new}"
             )
         found.add((seen.shape[1], seen.shape[3]))
     if len(found) != 1:
-        raise NotUnderstood(f"heads and channels of its queries {value.name} are not constant")
+        raise NotUnderstoodError(f"heads and channels of its queries {value.name} are not constant")
     return found.pop()
+
+
+def require_dtypes(graph: Graph, dtype: str, **values: ir.Value | None) -> None:
+    """Refuse tensors of another dtype than the cache's; what they are is named by the keyword."""
+    for name, value in values.items():
+        found = graph.dtype(value)
+        if found is None and value is not None and (seen := probes(graph)[0].value(value)):
+            found = str(seen.array.dtype)
+        if value is not None and found != dtype:
+            raise NotUnderstoodError(f"its {name} {value.name} is {found}, its cache {dtype}")
 
 
 def mask_shape(graph: Graph, value: ir.Value, heads: int) -> None:
@@ -252,11 +260,11 @@ def mask_shape(graph: Graph, value: ir.Value, heads: int) -> None:
     for probe in probes(graph):
         seen = probe.value(value)
         if seen is None:
-            raise NotUnderstood(f"the shape of its mask {value.name} cannot be told")
+            raise NotUnderstoodError(f"the shape of its mask {value.name} cannot be told")
         sizes = (1,) * (4 - len(seen.shape)) + seen.shape
         fits = ({1, probe.batch}, {1, heads}, {1, probe.new}, {probe.total})
         if len(sizes) != 4 or any(size not in fit for size, fit in zip(sizes, fits, strict=True)):
-            raise NotUnderstood(
+            raise NotUnderstoodError(
                 f"its mask {value.name} has shape {seen.shape} for {probe.batch} rows, "
                 f"{probe.new} new tokens and {probe.total} in all"
             )
@@ -281,7 +289,7 @@ def _moved_input(graph: Graph, node: ir.Node) -> int | None:
 
 def _reaches_cache(graph: Graph, value: ir.Value, most: int = 40) -> str | None:
     """Return the name of a cache that is near behind a value."""
-    waiting, seen = [value], set()
+    waiting, seen = [value], set[ir.Value]()
     while waiting and len(seen) < most:
         one = waiting.pop(0)
         if one in seen:
@@ -309,7 +317,7 @@ def _shape(graph: Graph, behind: Behind) -> tuple[int, ...]:
                 return tuple(sizes)
     seen = probe.value(behind.new)
     if seen is None:
-        raise NotUnderstood(
+        raise NotUnderstoodError(
             f"heads and channels of its cache {behind.past.name} are stated nowhere; give it a "
             "shape of numbers"
         )
@@ -319,21 +327,21 @@ def _shape(graph: Graph, behind: Behind) -> tuple[int, ...]:
 def _seed(probe: Probe, layout: Layout, heads: int, channels: int) -> Array:
     sizes = {"B": probe.batch, "S": probe.total, "N": heads, "D": channels, "H": heads * channels}
     if min(heads, channels) < 1:
-        raise NotUnderstood("heads and channels of its cache are stated nowhere")
+        raise NotUnderstoodError("heads and channels of its cache are stated nowhere")
     shape = tuple(sizes[axis] for axis in layout)
     return np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
 
 
 def _by_head(seed: Array, layout: Layout, heads: int) -> Array:
     if layout == "BSH":
-        return seed.reshape(*seed.shape[:2], heads, -1).swapaxes(1, 2)
-    return seed.transpose([layout.index(axis) for axis in "BNSD"])
+        seed, layout = seed.reshape(*seed.shape[:2], heads, -1), "BSND"
+    return np.transpose(seed, [layout.index(axis) for axis in "BNSD"])
 
 
 def _repeats(made: Array, order: Order, count: int, heads: int | None) -> int:
     total = (heads or 0) if order == "BSH" else made.shape[1] if made.ndim == 4 else 0
     if total < count or total % count:
-        raise NotUnderstood(f"of {count} heads of its cache {total} are made")
+        raise NotUnderstoodError(f"of {count} heads of its cache {total} are made")
     return total // count
 
 
@@ -344,18 +352,18 @@ def _moved(probe: Probe, behind: Behind, seed: Array) -> Array:
         if node.op_type == "Cast":
             if ir.DataType(node.attributes.get_int("to", 1)).is_floating_point():
                 continue
-            raise NotUnderstood(f"its cache is cast to integers by {node.name}")
+            raise NotUnderstoodError(f"its cache is cast to integers by {node.name}")
         inputs: list[Seen | None] = []
         for at, given in enumerate(node.inputs):
             seen = Seen(array) if at == index else probe.value(given)
             if given is not None and (seen is None or not seen.known):
-                raise NotUnderstood(
+                raise NotUnderstoodError(
                     f"what {node.op_type} {node.name} does with its cache cannot be told"
                 )
             inputs.append(seen)
         made = apply(node, inputs)
         if made is None or not made.known:
-            raise NotUnderstood(f"{node.op_type} {node.name} cannot be followed")
+            raise NotUnderstoodError(f"{node.op_type} {node.name} cannot be followed")
         array = made.array
     return array
 

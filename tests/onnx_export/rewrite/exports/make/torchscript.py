@@ -12,7 +12,7 @@ from pathlib import Path
 from one_file import keep
 from optimum.exporters.onnx import main_export
 
-MADE = [("llama", 18), ("qwen2", 18), ("qwen3", 18), ("gemma2", 18), ("phi", 17)]
+MADE = [("llama", 18), ("qwen3", 18), ("gemma2", 18), ("phi", 17)]
 
 
 def main(families: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from nsq_ref.cli import rewriting
 from nsq_ref.cli.errors import extra
 from nsq_ref.cli.options import (
     InputDtype,
@@ -197,3 +198,6 @@ def run(
     if len(moments) > 2:
         said += f", {(len(moments) - 2) / rest:.1f} tokens a second"
     typer.echo(f"{said}; cache {session.memory()}", err=True)
+
+
+app.command()(rewriting.rewrite)

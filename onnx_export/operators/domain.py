@@ -14,7 +14,7 @@ with extra("onnx", __name__):
     import onnx
     from onnx import helper
 
-__all__ = ["check_nodes", "functions"]
+__all__ = ["all_nodes", "check_nodes", "functions"]
 
 
 def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
@@ -75,18 +75,25 @@ def check_nodes(model: onnx.ModelProto) -> None:
     ValueError: Quantize that makes packed: attribute bitz is unknown; did you mean bits?
     """
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for node in _all_nodes(nodes):
+        for node in all_nodes(nodes):
             if node.domain == DOMAIN and (problem := _problem(node)):
                 made = next(filter(None, node.output), "nothing")
                 raise ValueError(f"{node.op_type} that makes {made}: {problem}")
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Return nodes and those of their subgraphs.
+
+    Examples
+    --------
+    >>> [node.op_type for node in all_nodes([onnx.helper.make_node("Neg", ["x"], ["y"])])]
+    ['Neg']
+    """
     for node in nodes:
         yield node
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(graph.node)
+                yield from all_nodes(graph.node)
 
 
 def _problem(node: onnx.NodeProto) -> str | None:

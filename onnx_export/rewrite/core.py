@@ -1,0 +1,401 @@
+"""Rewriting a model: find the attentions, decide, replace, write.
+
+Values are followed with onnx_ir; changed is the message itself, so that what is not touched is the
+same in every byte.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nsq_ref.extras import extra
+from nsq_ref.files import atomic
+from nsq_ref.scheme import KeyValueSchemes, Scheme
+from onnx_export.custom_ops import library_path
+from onnx_export.operators.cache_layout import CacheLayout, CacheTensor, quantized_tensors
+from onnx_export.operators.domain import all_nodes, check_nodes, functions
+from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.schema import DOMAIN, ELEMENTS, VERSION
+from onnx_export.rewrite import files
+from onnx_export.rewrite.found import Cache, Found, Refused
+from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.nodes import Attentions
+from onnx_export.rewrite.opset import raise_opset, require_raisable
+from onnx_export.rewrite.policy import schemes_by_layer
+from onnx_export.rewrite.probe import axes_of
+from onnx_export.rewrite.report import Attention, Change, Report
+from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
+from onnx_export.rewrite.survey import axes_read, caches_of, layer_numbers, name_of, plan, survey
+
+with extra("rewrite", __name__):
+    import onnx
+    import onnx_ir as ir
+    from onnx import helper
+
+__all__ = ["rewrite"]
+
+PathLike = str | os.PathLike[str]
+
+
+def rewrite(
+    model: PathLike,
+    out: PathLike,
+    *,
+    key: Scheme | str = "streaming4",
+    value: Scheme | str | None = None,
+    policy: Mapping[str, Any] | None = None,
+    row_lengths: bool = False,
+    library: bool = False,
+    dry_run: bool = False,
+) -> Report:
+    """Write a decoder anew with quantized caches.
+
+    Every attention with a cache that is understood becomes a node ``nsq.Attention``, and every
+    tensor of its cache several. All else stays as it is; weights are neither read nor copied. What
+    a decode loop must know of the caches is in the metadata of the new model, as
+    `onnx_export.operators.cache_layout` says.
+
+    Parameters
+    ----------
+    model : str or path
+        A file of ONNX, its external data beside it.
+    out : str or path
+        The new file. In another folder than the model's, external data gets hard links there.
+    key, value : Scheme or str
+        Of the caches, with a block size and without outlier channels; ``value`` is ``key`` by
+        default.
+    policy : mapping, optional
+        Layer by layer: ``{"default": ..., "layers": {"0": None, "7": {"key": "streaming4",
+        "value": "streaming3"}}}``. None leaves a layer as it is.
+    row_lengths : bool
+        Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
+        take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
+        mask cannot tell of a row with a past how many of several new tokens are real.
+    library : bool
+        Copy the native library beside the new file.
+    dry_run : bool
+        Only tell.
+
+    Returns
+    -------
+    Report
+        It names what was refused. Where all was, nothing is written.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no model, has no attention with a cache, schemes that a cache cannot have, and a
+        policy that does not fit the model.
+    OSError
+        Where a file is missing or cannot be written. Nothing is half-written.
+    """
+    source, target = Path(model), Path(out)
+    proto = files.read(source)
+    if target.exists() and os.path.samefile(source, target):
+        raise ValueError(f"{target} is the model itself; choose another name for what is written")
+    data = {os.path.realpath(source.parent / name) for name in files.external_files(proto)}
+    if os.path.realpath(target) in data:
+        raise ValueError(f"{target} holds weights of the model; choose another name")
+    native = library_path() if library else None
+    if not dry_run:
+        atomic.require_writable(target, make_folders=True)
+
+    edit = _Edit(proto, source, key, value, policy, row_lengths)
+    if not edit.plan.found:
+        return edit.report()
+    require_raisable(proto)
+    edit.apply()
+    if dry_run:
+        return edit.report()
+    return edit.report(tuple(files.write(proto, source, target, native)))
+
+
+class _Edit:
+    """One model on its way."""
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        source: Path,
+        key: Scheme | str,
+        value: Scheme | str | None,
+        policy: Mapping[str, Any] | None,
+        row_lengths: bool,
+    ) -> None:
+        if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
+            raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
+        self.proto = proto
+        self.row_lengths = row_lengths
+        self.graph = Graph(files.as_ir(proto, source.parent))
+        results = survey(self.graph)
+        if not results:
+            raise ValueError(
+                f"{source} has no attention with a cache that is known; export it with past keys "
+                "and values as inputs"
+            )
+        self.results = results
+        found = [one for one in results if isinstance(one, Found)]
+        self.layers = layer_numbers(found)
+        by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
+        self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
+        self.tensors = {one: self._quantized(one) for one in found if self.schemes[one]}
+        self.plan = plan(self.graph, self.tensors)
+        self.opset = (self.graph.opset, self.graph.opset)
+        self.new_inputs: list[str] = []
+
+    def _quantized(self, found: Found) -> tuple[CacheTensor, ...]:
+        schemes = self.schemes[found]
+        layer = self.layers[found]
+        if schemes is None:
+            return ()
+        try:
+            return quantized_tensors(
+                layer,
+                *schemes,
+                kv_heads=found.kv_heads,
+                head_dim=found.head_dim,
+                value_head_dim=found.value_head_dim,
+                dtype=found.dtype,
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from error
+
+    # --- the message -----------------------------------------------------------------------------
+
+    def apply(self) -> None:
+        """Change the message."""
+        graph = self.proto.graph
+        prefix = self._prefix()
+        sizes = Sizes(self.graph, f"{prefix}sizes_")
+        make = Attentions(self.graph, sizes, prefix, row_lengths=self.row_lengths)
+        at = dict(zip(self.graph.model.graph, graph.node, strict=True))
+        anchors = {one.node: one for one in self.plan.found}
+        nodes: list[onnx.NodeProto] = []
+        for node, message in at.items():
+            if node in anchors:
+                found = anchors[node]
+                schemes = self.schemes[found]
+                if schemes is not None:
+                    nodes += make(found, self.layers[found], schemes, self.tensors[found])
+            elif node in self.plan.shapes and node not in self.plan.removed:
+                nodes += self._shape(node, message, sizes, f"{prefix}shape_{len(nodes)}_")
+            elif node not in self.plan.removed:
+                nodes.append(message)
+        kept = [*sizes.add.nodes, *nodes]
+        names = {name for node in self.plan.removed for name in _names(node.outputs)}
+        names -= {one.output.value.name or "" for one in self.plan.found}
+        unused = self._unused(kept)
+        _replace(graph.node, kept)
+        _remove(graph.initializer, lambda one: one.name in unused)
+        _remove(graph.value_info, lambda one: one.name in names)
+        _remove(graph.quantization_annotation, lambda one: one.tensor_name in names | unused)
+        self._replace_caches()
+        for name in (PAST_LENGTHS, NEW_LENGTHS):
+            if name in sizes.needed:
+                self._add_lengths(name)
+        self._finish()
+
+    def _prefix(self) -> str:
+        """Return what no name in the model begins with."""
+        graph = self.proto.graph
+        names = [one.name for one in (*graph.input, *graph.initializer)]
+        for node in all_nodes(graph.node):
+            names += [node.name, *node.output]
+        prefix = "nsq_"
+        while any(name.startswith(prefix) for name in names):
+            prefix += "_"
+        return prefix
+
+    def _shape(
+        self, node: ir.Node, message: onnx.NodeProto, sizes: Sizes, prefix: str
+    ) -> list[onnx.NodeProto]:
+        """Return nodes that make what Shape of a cache made."""
+        found, cache = self.plan.shapes[node]
+        add = Nodes(prefix)
+        value = node.inputs[0] or cache.past
+        if value in cache[:2]:
+            parts = sizes.shape_of(found, cache, value, axes_read(node, cache), add)
+        else:
+            start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
+            axes = axes_of(self.graph, value) or []
+            parts = sizes.shape_of_moved(found, cache, axes[start:end], add)
+        add.several("Concat", parts, list(message.output), axis=0, name=message.name)
+        return add.nodes
+
+    def _unused(self, kept: list[onnx.NodeProto]) -> set[str]:
+        """Return the initializers that only what was removed has read."""
+        read = {name for node in kept for name in node.input}
+        unused = set()
+        for name, value in self.graph.model.graph.initializers.items():
+            users = {use.node for use in value.uses()}
+            if users and users <= self.plan.removed and name not in read:
+                unused.add(name)
+        return unused - {one.name or "" for one in self.graph.model.graph.outputs}
+
+    def _replace_caches(self) -> None:
+        """Put the new tensors where the old ones were among inputs and outputs."""
+        new: dict[str, list[CacheTensor]] = {}
+        for found in self.plan.found:
+            for side, cache in zip(("key", "value"), caches_of(found), strict=True):
+                tensors = [one for one in self.tensors[found] if (one.part or "").startswith(side)]
+                for one in cache[:2]:
+                    new[one.name or ""] = tensors
+        for infos, which in (
+            (self.proto.graph.input, "past"),
+            (self.proto.graph.output, "present"),
+        ):
+            kept = []
+            for info in infos:
+                if info.name in new:
+                    kept += [_info(getattr(one, which), one) for one in new[info.name]]
+                else:
+                    kept.append(info)
+            names = [one.name for one in kept]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(
+                    f"the model has an input or output {twice[0]!r} already; rename it"
+                )
+            _replace(infos, kept)
+
+    def _add_lengths(self, name: str) -> None:
+        graph = self.proto.graph
+        taken = {one.name for one in (*graph.input, *graph.initializer)}
+        if name in taken | {output for node in graph.node for output in node.output}:
+            raise ValueError(f"the model has a tensor {name!r} already; rename it")
+        graph.input.append(helper.make_tensor_value_info(name, ELEMENTS["int64"], ["batch_size"]))
+        self.new_inputs.append(name)
+
+    def _finish(self) -> None:
+        opset = raise_opset(self.proto)
+        self.opset = self.opset[0], opset
+        self.proto.functions.extend(functions(opset))
+        self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+        if (layout := self._layout()) is not None:
+            for name, text in layout.to_metadata().items():
+                self.proto.metadata_props.add(key=name, value=text)
+        check_nodes(self.proto)
+        _require_sound(self.proto)
+
+    def _layout(self) -> CacheLayout | None:
+        """Return what a loop must know; None where caches are not understood that stay."""
+        tensors = [one for found in self.plan.found for one in self.tensors[found]]
+        for found in self.layers:
+            if found not in self.plan.found:
+                for side, cache in zip(("key", "value"), caches_of(found), strict=True):
+                    tensors.append(self._float(found, cache, side))
+        if any(isinstance(one, Refused) for one in self.results):
+            return None
+        by_layer: list[KeyValueSchemes | None] = [None] * (max(self.layers.values()) + 1)
+        blocks = [1]
+        for found in self.plan.found:
+            by_layer[self.layers[found]] = pair = self.schemes[found]
+            blocks += [scheme.block_size or 1 for scheme in pair or ()]
+        roles = {name: name for name in input_roles(self.graph)}
+        roles |= {name: name for name in self.new_inputs}
+        for found in self.plan.found:
+            if (past := found.lengths.past) is not None and past.is_graph_input():
+                roles.setdefault("past_lengths", past.name or "")
+        outputs = [one.name for one in self.proto.graph.output]
+        if "logits" in outputs:
+            roles["logits"] = "logits"
+        counts = any(found.lengths.total is not None for found in self.layers)
+        return CacheLayout(
+            roles,
+            tuple(tensors),
+            tuple(by_layer),
+            math.lcm(*blocks),
+            self._context_length(),
+            right_padding=counts and not self.new_inputs,
+        )
+
+    def _float(self, found: Found, cache: Cache, side: str) -> CacheTensor:
+        channels = found.head_dim if side == "key" else found.value_head_dim
+        length = "past" if found.lengths.past is None else "capacity"
+        sizes: dict[str, int | str] = {
+            "B": "batch", "N": found.kv_heads, "S": length, "D": channels,
+            "H": found.kv_heads * channels,
+        }  # fmt: skip
+        shape = tuple(sizes[axis] for axis in cache.layout)
+        return CacheTensor(cache.past.name or "", cache.present.name or "", found.dtype, shape)
+
+    def _context_length(self) -> int | None:
+        """Return the positions that there are rotations for."""
+        known = [
+            self.graph.size(found.rotary.cos, 0)
+            for found in self.plan.found
+            if found.rotary is not None
+        ]
+        return min((one for one in known if one), default=None)
+
+    # --- the report ------------------------------------------------------------------------------
+
+    def report(self, written: tuple[Path, ...] = ()) -> Report:
+        """Return what was done, or would be."""
+        reasons = {one.node: one.reason for one in self.plan.refused}
+        attentions = []
+        for one in self.results:
+            name = name_of(one.node)
+            if isinstance(one, Refused):
+                attentions.append(Attention(None, name, one.node.op_type, None, one.reason))
+            else:
+                reason = reasons.get(one.node)
+                schemes = None if reason else self.schemes[one]
+                attentions.append(Attention(self.layers[one], name, one.pattern, schemes, reason))
+        changes = [
+            Change(
+                name_of(node), f"{node.inputs[0].name} no longer tells it" if node.inputs[0] else ""
+            )
+            for node in self.plan.shapes
+        ]
+        core = {node for one in self.plan.found for node in one.nodes}
+        removed = [
+            name_of(one) for one in self.graph.model.graph if one in self.plan.removed - core
+        ]
+        return Report(
+            tuple(attentions), tuple(changes), tuple(removed), tuple(self.new_inputs), self.opset,
+            written,
+        )  # fmt: skip
+
+
+def _names(values: Any) -> list[str]:
+    return [one.name or "" for one in values]
+
+
+def _remove(field: Any, which: Callable[[Any], bool]) -> None:
+    """Remove messages from a repeated field; the others are not copied."""
+    for index in reversed([index for index, one in enumerate(field) if which(one)]):
+        del field[index]
+
+
+def _replace(field: Any, content: list[Any]) -> None:
+    """Set a repeated field to some of its own messages and others."""
+    copies = list(content)
+    del field[:]
+    field.extend(copies)
+
+
+def _info(name: str, tensor: CacheTensor) -> onnx.ValueInfoProto:
+    """Return an input or output; past and present have one capacity, each tensor its own name."""
+    axes: list[int | str] = []
+    for size in tensor.shape:
+        own = isinstance(size, str) and size.startswith("capacity")
+        axes.append(f"{tensor.past}.{size}" if own else "batch_size" if size == "batch" else size)
+    return helper.make_tensor_value_info(name, ELEMENTS[tensor.dtype], axes)
+
+
+def _require_sound(model: onnx.ModelProto) -> None:
+    """Raise if a node reads what nobody made before it: a fault of the rewriter, not of a model."""
+    graph = model.graph
+    made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
+    for node in graph.node:
+        if missing := [name for name in node.input if name not in made]:
+            raise RuntimeError(f"{node.op_type} {node.name} reads {missing[0]}, which nothing made")
+        if twice := [name for name in node.output if name and name in made]:
+            raise RuntimeError(f"{node.op_type} {node.name} makes {twice[0]} a second time")
+        made.update(node.output)
+    if missing := [one.name for one in graph.output if one.name not in made]:
+        raise RuntimeError(f"nothing makes the output {missing[0]}")

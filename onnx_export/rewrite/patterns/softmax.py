@@ -1,0 +1,259 @@
+"""Attention written as MatMul, Softmax, MatMul over a past that new tokens are concatenated to."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from nsq_ref.extras import extra
+from onnx_export.rewrite.found import Found, Refused, Tokens
+from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.patterns.traced import (
+    NotUnderstoodError,
+    by_tokens,
+    cached,
+    constant_factor,
+    mask_shape,
+    query_shape,
+    require_dtypes,
+    same_number,
+    scaled,
+    trace,
+)
+
+with extra("rewrite", __name__):
+    import onnx_ir as ir
+
+__all__ = ["ANCHORS", "match"]
+
+NAME = "MatMul-Softmax-MatMul"
+ANCHORS = frozenset({("", "Softmax")})
+OLDEST = 13  # opset: Softmax along one axis
+PLAIN = frozenset({"Cast", "Identity"})
+HIDDEN = -1e4  # scores that are set to less have no weight
+
+
+class Scores(NamedTuple):
+    """What stands between the product of queries and keys and the softmax."""
+
+    product: ir.Node
+    factor: float = 1.0
+    softcap: float | None = None
+    bias: ir.Value | None = None
+    mask: ir.Value | None = None
+
+
+def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
+    """Read the nodes around a Softmax."""
+    try:
+        return _match(node, graph)
+    except NotUnderstoodError as error:
+        return Refused(node, str(error))
+
+
+def _match(node: ir.Node, graph: Graph) -> Found | None:
+    given = node.inputs[0]
+    if given is None or (product := _product(graph, given)) is None:
+        return None
+    behind_keys = trace(graph, product.inputs[1])
+    if behind_keys is None or behind_keys.node.op_type != "Concat":
+        return None
+    if graph.opset < OLDEST:
+        raise NotUnderstoodError(f"Softmax of opset {graph.opset}; convert the model to {OLDEST}")
+    if node.attributes.get_int("axis", -1) not in (-1, 3):
+        raise NotUnderstoodError("its Softmax is not along the last axis")
+    scores = _scores(graph, given)
+    last = _values_product(graph, node)
+    behind_values = trace(graph, last.inputs[1])
+    if behind_values is None:
+        raise NotUnderstoodError("its values are in no cache")
+    queries = scores.product.inputs[0]
+    if queries is None:
+        raise NotUnderstoodError("it has no queries")
+    query, query_factor = scaled(graph, queries)
+    heads, head_dim = query_shape(graph, queries)
+    if query_shape(graph, query) != (heads, head_dim):
+        query, query_factor = queries, 1.0
+    keys = cached(graph, behind_keys, "BNDS")
+    values = cached(graph, behind_values, "BNSD")
+    kv_heads = keys.heads
+    if keys.channels != head_dim:
+        raise NotUnderstoodError(f"queries have {head_dim} channels, keys {keys.channels}")
+    for side, given_by in (("keys", keys), ("values", values)):
+        made = given_by.heads * given_by.repeats
+        if given_by.heads != kv_heads or made not in (heads, 1):  # one serves all queries
+            raise NotUnderstoodError(
+                f"{heads} heads of queries meet {made} of {side}, from {given_by.heads} in their "
+                "cache"
+            )
+    if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
+        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
+    dtype = graph.model_dtype(behind_keys.past)
+    if dtype is None:
+        raise NotUnderstoodError(
+            f"its cache is {graph.dtype(behind_keys.past)}; nsq.Attention has float32, float16"
+        )
+    for one in (scores.bias, scores.mask):
+        if one is not None:
+            mask_shape(graph, one, heads)
+    output = Tokens(last.outputs[0], "BNSD")
+    require_dtypes(
+        graph, dtype, queries=query, keys=keys.new.value, values=values.new.value,
+        mask=scores.bias, output=output.value,
+    )  # fmt: skip
+    nodes = [behind_keys.node, behind_values.node, last]
+    if (after := _by_token(graph, output.value)) is not None:
+        output = Tokens(after.outputs[0], "BSND")
+        nodes.append(after)
+    return Found(
+        pattern=NAME,
+        node=nodes[-1],
+        nodes=tuple(nodes),
+        query=by_tokens(graph, query, "BNSD"),
+        key=keys.new,
+        value=values.new,
+        output=output,
+        key_cache=keys.cache,
+        value_cache=values.cache,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_head_dim=values.channels,
+        dtype=dtype,
+        scale=scores.factor * query_factor * keys.factor,
+        causal=False,  # the mask says what is seen, or nothing does
+        softcap=scores.softcap,
+        bias=scores.bias,
+        mask=scores.mask,
+    )
+
+
+def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
+    """Return the Transpose that brings heads behind tokens, if nothing else reads the value."""
+    users = [user for user, _ in graph.users(value)]
+    if len(users) != 1 or value.is_graph_output() or users[0].op_type != "Transpose":
+        return None
+    perm = users[0].attributes.get_ints("perm", None)
+    return users[0] if not users[0].domain and perm == (0, 2, 1, 3) else None
+
+
+def _product(graph: Graph, value: ir.Value, depth: int = 12) -> ir.Node | None:
+    """Return the MatMul that scores come from, whatever is done to them."""
+    for _ in range(depth):
+        node = value.producer()
+        if node is None or node.domain:
+            return None
+        if node.op_type == "MatMul":
+            weights = any(graph.constant(one) is not None or _is_weight(one) for one in node.inputs)
+            return None if weights else node
+        if node.op_type in PLAIN | {"Tanh", "Mul", "Div", "Add", "Where"}:
+            first = 1 if node.op_type == "Where" else 0
+            for one in node.inputs[first:]:
+                if one is not None and (found := _product(graph, one, depth - 1)) is not None:
+                    return found
+        return None
+    return None
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is None or value.is_initializer()
+
+
+def _scores(graph: Graph, value: ir.Value) -> Scores:
+    """Read from the softmax back to the product of queries and keys."""
+    factor, softcap = 1.0, None
+    bias: ir.Value | None = None
+    mask: ir.Value | None = None
+    while True:
+        node = value.producer()
+        if node is None:
+            raise NotUnderstoodError("its scores come from nowhere")
+        if node.op_type == "MatMul":
+            return Scores(node, factor, softcap, bias, mask)
+        if node.op_type in PLAIN:
+            value = _first(node)
+            continue
+        touched = softcap is not None or factor != 1.0
+        if node.op_type in ("Add", "Where"):
+            if touched:
+                raise NotUnderstoodError(
+                    f"{node.op_type} {node.name} masks scores before they are scaled"
+                )
+            value, hidden, added = _masked(graph, node)
+            if (hidden is not None and mask is not None) or (
+                added is not None and bias is not None
+            ):
+                raise NotUnderstoodError(f"{node.op_type} {node.name} is a second mask")
+            mask, bias = hidden or mask, added or bias
+            continue
+        number, index = constant_factor(graph, node)
+        if number is None or node.inputs[index] is None:
+            raise NotUnderstoodError(f"{node.op_type} {node.name} in its scores is not understood")
+        source = graph.source(node.inputs[index], through=PLAIN)
+        if source is not None and source.op_type == "Tanh" and not source.domain:
+            if touched:
+                raise NotUnderstoodError(
+                    f"{node.op_type} {node.name} scales scores after their softcap"
+                )
+            inner = source.inputs[0]
+            before = None if inner is None else graph.source(inner, through=PLAIN)
+            small, at = (None, 0) if before is None else constant_factor(graph, before)
+            if before is None or small is None or not math.isclose(small * number, 1, rel_tol=1e-5):
+                raise NotUnderstoodError(f"Tanh {source.name} in its scores is no softcap")
+            softcap, value = number, before.inputs[at]  # type: ignore[assignment]
+            continue
+        factor *= number
+        value = node.inputs[index]  # type: ignore[assignment]
+
+
+def _first(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    if value is None:
+        raise NotUnderstoodError(f"{node.op_type} {node.name} has no input")
+    return value
+
+
+def _masked(graph: Graph, node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """Return the scores, the mask of what is seen, and what is added to them."""
+    inputs = [one for one in node.inputs if one is not None]
+    if node.op_type == "Add":
+        scores = [one for one in inputs if _product(graph, one) is not None]
+        others = [one for one in inputs if one not in scores]
+        if len(scores) != 1 or len(others) != 1:
+            raise NotUnderstoodError(f"Add {node.name} adds up scores")
+        return scores[0], None, others[0]
+    condition, seen, hidden = inputs
+    number = same_number(graph, hidden)
+    if _product(graph, seen) is None or number is None or number > HIDDEN:
+        raise NotUnderstoodError(f"Where {node.name} in its scores is not understood")
+    return seen, condition, None
+
+
+def _values_product(graph: Graph, node: ir.Node) -> ir.Node:
+    """Return the MatMul of weights and values, behind Casts and Where(IsNaN)."""
+    value = node.outputs[0]
+    for _ in range(8):
+        users = [user for user, _ in graph.users(value)]
+        for user, index in graph.users(value):
+            if user.op_type == "MatMul" and index == 0 and not user.domain:
+                return user
+        guards = [one for one in users if one.op_type == "Where" and _guards(graph, one, value)]
+        plain = [one for one in users if one.op_type in PLAIN and not one.domain]
+        following = guards or plain
+        if len(following) != 1:
+            break
+        value = following[0].outputs[0]
+    raise NotUnderstoodError("its weights are multiplied with no values")
+
+
+def _guards(graph: Graph, node: ir.Node, value: ir.Value) -> bool:
+    """Whether Where puts 0 for NaN of a value."""
+    condition, zero, same = node.inputs
+    test = graph.source(condition)
+    return (
+        same is value
+        and test is not None
+        and test.op_type == "IsNaN"
+        and test.inputs[0] is value
+        and same_number(graph, zero) == 0
+    )

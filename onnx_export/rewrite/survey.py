@@ -1,0 +1,287 @@
+"""Which attentions a model has, and which of them can be replaced without breaking the rest.
+
+What a replaced attention made besides its output and its presents is gone, and its caches are other
+tensors. So of all nodes that the rewritten model still needs, none may read these, but for the
+shape of a cache, which other inputs tell as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from nsq_ref.extras import extra
+from onnx_export.rewrite.found import Cache, Found, Refused
+from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.patterns import PATTERNS
+from onnx_export.rewrite.probe import MOVING, axes_of
+
+with extra("rewrite", __name__):
+    import onnx_ir as ir
+
+__all__ = [
+    "Plan",
+    "axes_read",
+    "caches_of",
+    "inputs_of",
+    "layer_numbers",
+    "name_of",
+    "plan",
+    "survey",
+]
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is replaced, and what that means for other nodes.
+
+    Attributes
+    ----------
+    found : list of Found
+        That are replaced, in the order of the graph.
+    refused : list of Refused
+        Why others that were to be replaced are not.
+    shapes : dict of onnx_ir.Node to (Found, Cache)
+        Nodes that read the shape of a cache that is replaced, or of what is moved out of it: the
+        keys once more for each head of the queries, say.
+    removed : set of onnx_ir.Node
+        Replaced, or read by nobody any longer.
+    """
+
+    found: list[Found]
+    refused: list[Refused]
+    shapes: dict[ir.Node, tuple[Found, Cache]] = field(default_factory=dict)
+    removed: set[ir.Node] = field(default_factory=set)
+
+
+def survey(graph: Graph) -> list[Found | Refused]:
+    """Return every attention with a cache, in the order of the graph."""
+    results: list[Found | Refused] = []
+    for node, place in _all(graph.model):
+        for pattern in PATTERNS:
+            if (node.domain, node.op_type) in pattern.ANCHORS:
+                result = pattern.match(node, graph)
+                if result is not None and place:
+                    result = Refused(node, f"it is in {place}; inline that first")
+                if result is not None:
+                    results.append(result)
+    return _unshared(results)
+
+
+def layer_numbers(found: Iterable[Found]) -> dict[Found, int]:
+    """Number the layers: as the names of their caches do, or else in their order."""
+    given = list(found)
+    named = {}
+    for one in given:
+        numbers = {_number(cache.past.name or "") for cache in caches_of(one)}
+        if len(numbers) == 1 and (number := numbers.pop()) is not None:
+            named[one] = number
+    if len(set(named.values())) == len(given):
+        return named
+    return {one: number for number, one in enumerate(given)}
+
+
+def caches_of(found: Found) -> tuple[Cache, Cache]:
+    """Return the caches of keys and of values."""
+    return found.key_cache, found.value_cache
+
+
+def inputs_of(found: Found) -> list[ir.Value]:
+    """Return what the new node is computed from, the cache left out."""
+    given: list[ir.Value | None] = [found.query.value, found.bias, found.mask, found.head_sink]
+    given += [one.value for one in (found.key, found.value) if one is not None]
+    given += [found.lengths.past, found.lengths.total, found.lengths.new]
+    if found.rotary is not None:
+        rotary = found.rotary
+        given += [rotary.cos, rotary.sin, rotary.position_ids, rotary.first_prompt]
+    return [one for one in given if one is not None]
+
+
+def plan(graph: Graph, wanted: Iterable[Found]) -> Plan:
+    """Find what can be replaced of what is wanted, and what follows from it."""
+    result = Plan(list(wanted), [])
+    for one in list(result.found):
+        if reason := _misplaced(graph, one):
+            result.found.remove(one)
+            result.refused.append(Refused(one.node, reason, caches_of(one)))
+    # Whatever is refused is read by more nodes again.
+    while True:
+        walk = _Walk(graph, result.found)
+        if not walk.faults:
+            break
+        for one, reason in walk.faults.items():
+            result.found.remove(one)
+            result.refused.append(Refused(one.node, reason, caches_of(one)))
+    result.shapes = walk.shapes
+    result.removed = walk.removed()
+    return result
+
+
+def name_of(node: ir.Node) -> str:
+    """Return what a user finds a node by."""
+    return node.name or f"the {node.op_type} that makes {node.outputs[0].name}"
+
+
+def axes_read(shape: ir.Node, cache: Cache) -> str:
+    """Return the axes of a cache that a node of Shape gives, by their letters."""
+    start, end = (shape.attributes.get_int(name, None) for name in ("start", "end"))
+    return str(cache.layout[start:end])
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """Return what a node reads, what its subgraphs read of the graph around it included."""
+    yield from (one for one in node.inputs if one is not None)
+    for graph in _subgraphs(node):
+        own = {value for inner in graph for value in inner.outputs} | set(graph.inputs)
+        for inner in graph:
+            yield from (value for value in reads(inner) if value not in own)
+        yield from (value for value in graph.outputs if value not in own)
+
+
+def _number(name: str) -> int | None:
+    """Return the last number in a name, if it can be one of a layer."""
+    numbers = re.findall("[0-9]+", name)
+    return int(numbers[-1]) if numbers and len(numbers[-1]) < 5 else None
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _all(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """Return all nodes, and what they are in if that is not the main graph."""
+    yield from _with_inner(model.graph, "")
+    for function in model.functions.values():
+        yield from _with_inner(function, f"the function {function.domain}::{function.name}")
+
+
+def _with_inner(nodes: Iterable[ir.Node], place: str) -> Iterator[tuple[ir.Node, str]]:
+    for node in nodes:
+        yield node, place
+        for graph in _subgraphs(node):
+            yield from _with_inner(graph, place or f"a branch of {node.op_type} {name_of(node)}")
+
+
+def _unshared(results: list[Found | Refused]) -> list[Found | Refused]:
+    """Refuse attentions that share a cache."""
+    owners: dict[ir.Value, list[Found]] = {}
+    for one in results:
+        if isinstance(one, Found):
+            for cache in caches_of(one):
+                owners.setdefault(cache.past, []).append(one)
+    shared: dict[Found, str] = {}
+    for value, several in owners.items():
+        for one in several if len(several) > 1 else ():
+            others = [name_of(two.node) for two in several if two is not one]
+            reason = f"{value.name} is the cache of {others[0]} too" if others else None
+            shared.setdefault(one, reason or "its keys and its values are one cache")
+    return [
+        Refused(one.node, shared[one], caches_of(one))
+        if isinstance(one, Found) and one in shared
+        else one
+        for one in results
+    ]
+
+
+def _misplaced(graph: Graph, found: Found) -> str | None:
+    """Return why the caches are none of the model's own."""
+    main = graph.model.graph
+    for cache in caches_of(found):
+        past, present = cache.past, cache.present
+        if not past.is_graph_input() or past.graph is not main or past.is_initializer():
+            return f"its past {past.name} is not an input of the model"
+        times = sum(one is present for one in main.outputs)
+        if times != 1:
+            return f"its present {present.name} is {times} of the model's outputs, not one"
+        if any(one is past for one in main.outputs):
+            return f"its past {past.name} is an output of the model too"
+    return None
+
+
+class _Walk:
+    """The nodes that a model needs once some attentions are replaced, from its outputs back."""
+
+    def __init__(self, graph: Graph, found: Iterable[Found]) -> None:
+        self.graph = graph
+        self.found = list(found)
+        self.faults: dict[Found, str] = {}
+        self.shapes: dict[ir.Node, tuple[Found, Cache]] = {}
+        self._replaced = {node: one for one in self.found for node in one.nodes}
+        self._caches = {
+            value: (one, cache)
+            for one in self.found
+            for cache in caches_of(one)
+            for value in cache[:2]
+        }
+        self.live = self._live()
+
+    def removed(self) -> set[ir.Node]:
+        """Return the nodes that are replaced, not needed any longer, or without what they read."""
+        before = _Walk(self.graph, ()).live if self.found else self.live
+        removed = {node for node in before if node not in self.live} | set(self._replaced)
+        gone = {value for value, (_, cache) in self._caches.items() if value is cache.past}
+        made = {one.output.value for one in self.found}
+        for node in self.graph.model.graph:
+            if node not in self.live and any(one in gone for one in reads(node)):
+                removed.add(node)
+            if node in removed:
+                gone.update(one for one in node.outputs if one not in made)
+        return removed
+
+    def _live(self) -> set[ir.Node]:
+        presents = {cache.present for _, cache in self._caches.values()}
+        outputs = [one for one in self.graph.model.graph.outputs if one not in presents]
+        waiting = [(one, "the model's outputs") for one in outputs]
+        for one in self.found:
+            waiting += [(value, f"what replaces {name_of(one.node)}") for value in inputs_of(one)]
+        live: set[ir.Node] = set()
+        while waiting:
+            value, reader = waiting.pop()
+            node = value.producer()
+            owner = self._replaced.get(node) if node is not None else None
+            if value in self._caches:
+                cached, _ = self._caches[value]
+                self.faults.setdefault(cached, f"{value.name} of its cache is read by {reader} too")
+            elif owner is not None and value is not owner.output.value:
+                self.faults.setdefault(owner, f"{value.name} within it is read by {reader} too")
+            elif node is not None and owner is None and node not in live:
+                live.add(node)
+                waiting += self._read_by(node)
+        return live
+
+    def _read_by(self, node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
+        if node.op_type == "Shape" and not node.domain and (axes := self._moved(node)) is not None:
+            one, _ = self.shapes[node]
+            if {"past", "total"} & set(axes) and one.lengths.past is not None:
+                reason = f"{name_of(node)} reads the capacity of its cache"
+                self.faults.setdefault(one, reason)
+            return
+        if node.op_type == "Shape" and not node.domain and node.inputs[0] in self._caches:
+            one, cache = self.shapes[node] = self._caches[node.inputs[0]]
+            fixed = one.lengths.past is not None or cache.capacity is not None
+            if "S" in axes_read(node, cache) and fixed:
+                reason = f"{name_of(node)} reads the capacity of its cache {node.inputs[0].name}"
+                self.faults.setdefault(one, reason)
+            return
+        for value in reads(node):
+            yield value, f"{node.op_type} {name_of(node)}"
+
+    def _moved(self, node: ir.Node) -> list[str | int] | None:
+        """Return the axes of what is moved out of a cache, if this is Shape of such a value."""
+        value = node.inputs[0]
+        for _ in range(16):
+            before = None if value is None else value.producer()
+            if value in self._caches or before is None or before.op_type not in MOVING:
+                break
+            value = before.inputs[0]
+        if value is node.inputs[0] or value not in self._caches:
+            return None
+        axes = axes_of(self.graph, node.inputs[0])
+        if axes is not None:
+            self.shapes[node] = self._caches[value]
+        return axes

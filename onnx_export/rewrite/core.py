@@ -375,11 +375,15 @@ class _Edit:
                 reason = reasons.get(one.node)
                 schemes = None if reason else self.schemes[one]
                 attentions.append(Attention(self.layers[one], name, one.pattern, schemes, reason))
+        attentions += [
+            Attention(None, name, "", None, "no attention that is known reads this cache")
+            for name in unclaimed(self.graph, self.results)
+        ]
+        telling = PAST_LENGTHS if PAST_LENGTHS in self.new_inputs else "inputs of the model"
         changes = [
-            Change(
-                name_of(node), f"{node.inputs[0].name} no longer tells it" if node.inputs[0] else ""
-            )
+            Change(name_of(node), f"took sizes from {node.inputs[0].name}, now from {telling}")
             for node in self.plan.shapes
+            if node.inputs[0] is not None
         ]
         core = {node for one in self.plan.found for node in one.nodes}
         removed = [

@@ -99,6 +99,30 @@ def rewrite(
         policy that does not fit the model.
     OSError
         Where a file is missing or cannot be written. Nothing is half-written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx.parser import parse_model
+    >>> model = parse_model('''
+    ...     <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+    ...     decoder (float[b, s, 64] qkv, int32[b] seqlens_k, int32 total,
+    ...              float[b, 1, past, 16] past_0_key, float[b, 1, past, 16] past_0_value)
+    ...         => (float[b, s, 32] output,
+    ...             float[b, 1, all, 16] present_0_key, float[b, 1, all, 16] present_0_value) {
+    ...         output, present_0_key, present_0_value = com.microsoft.GroupQueryAttention
+    ...             <num_heads = 2, kv_num_heads = 1>
+    ...             (qkv, , , past_0_key, past_0_value, seqlens_k, total)
+    ...     }''')
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> source, target = Path(folder.name, "decoder.onnx"), Path(folder.name, "quantized.onnx")
+    >>> onnx.save(model, source)
+    >>> report = rewrite(source, target, key="streaming4", value="streaming3")
+    >>> report.rewritten, report.complete
+    (1, True)
+    >>> [one.name for one in onnx.load(target).graph.input][2:5]
+    ['total', 'past_key_values.0.key.packed', 'past_key_values.0.key.scale']
+    >>> folder.cleanup()
     """
     source, target = Path(model), Path(out)
     proto = files.read(source)

@@ -69,6 +69,23 @@ def survey(graph: Graph) -> list[Found | Refused]:
     return _unshared(results)
 
 
+def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
+    """Return inputs that look like caches and belong to no attention that was found."""
+    claimed = {
+        cache.past
+        for one in results
+        for cache in (caches_of(one) if isinstance(one, Found) else one.caches)
+    }
+    return [
+        one.name or ""
+        for one in graph.model.graph.inputs
+        if one not in claimed
+        and re.search("past|cache", one.name or "")
+        and (graph.rank(one) or 0) >= 3
+        and graph.dtype(one) in ("float32", "float16", "bfloat16")
+    ]
+
+
 def layer_numbers(found: Iterable[Found]) -> dict[Found, int]:
     """Number the layers: as the names of their caches do, or else in their order."""
     given = list(found)

@@ -133,6 +133,16 @@ def test_what_is_refused_stays_right(tmp_path: Path) -> None:
     same_logits(path, out)
 
 
+def test_a_layer_beside_two_that_share_a_cache(tmp_path: Path) -> None:
+    path = save(gqa_model(Decoder(layers=3), used_twice), tmp_path / "model.onnx")
+    report = rewrite(path, tmp_path / "out.onnx")
+    reasons = [one.reason for one in report.attentions]
+    assert [bool(reason) for reason in reasons] == [True, True, False, True, True]
+    assert [one.node for one in report.attentions[3:]] == [
+        f"past_key_values.1.{side}" for side in ("key", "value")
+    ]
+
+
 ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"k_quant_type": "PER_TENSOR"}, "k_quant_type is PER_TENSOR; export the model with a cache"),
     ({"v_quant_type": "PER_CHANNEL"}, "v_quant_type is PER_CHANNEL; export"),

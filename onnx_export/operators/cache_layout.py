@@ -45,8 +45,8 @@ ROLES = (
 int64 ``[batch]``. A model need not have all.
 
 ``new_lengths`` says how many of the sequence each row has, from 0 on; the rest is padding on the
-right, of which the cache keeps nothing. With neither it nor ``past_lengths``, a row is padded on
-the left, where ``attention_mask`` is 0."""
+right, of which the cache keeps nothing. Without it, and without ``past_lengths``, a row is padded
+on the left, where ``attention_mask`` is 0, or on the right if the layout says so."""
 
 
 class CacheTensor(NamedTuple):
@@ -112,6 +112,9 @@ class CacheLayout:
         What a capacity is rounded up to.
     context_length : int, optional
         Tokens that the model was made for, where it says so.
+    right_padding : bool
+        The model counts the ones of ``attention_mask``: a row has as many tokens with the new ones,
+        of which the first ``min(sequence, ones)`` are new, the rest being padding.
 
     Raises
     ------
@@ -136,6 +139,7 @@ class CacheLayout:
     schemes: tuple[KeyValueSchemes | None, ...]
     capacity_multiple: int = 1
     context_length: int | None = None
+    right_padding: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.roles) - set(ROLES):
@@ -169,6 +173,7 @@ class CacheLayout:
             "roles": dict(self.roles),
             "capacity_multiple": self.capacity_multiple,
             "context_length": self.context_length,
+            "right_padding": self.right_padding,
             "tensors": [tensor._asdict() for tensor in self.tensors],
             "schemes": [
                 pair and {side: scheme.to_dict() for side, scheme in pair._asdict().items()}
@@ -219,6 +224,7 @@ class CacheLayout:
                 ),
                 context_length=value["context_length"]
                 and as_integer("context_length", value["context_length"], least=1),
+                right_padding=value.get("right_padding", False) is True,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             fault = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -148,7 +148,7 @@ def static_scales(session: Session, ids: Ids) -> npt.NDArray[np.float32]:
         for layer in range(layers)
     ]
     session.crop(0)
-    return np.maximum(np.array(largest), 1e-6).astype(np.float32) / np.float32(7)
+    return (np.maximum(np.array(largest), 1e-6) / 7).astype(np.float32)
 
 
 def at(sessions: dict[str, Session], tokens: int, ids: Ids, rounds: int) -> list[Row]:

@@ -108,6 +108,13 @@ class Cache:
                 "it has no new_lengths and no mask of padding"
             )
         width = max(counts)
+        counted = self.model.padding == "right" and not self.model.skips_rows
+        for row, (stored, count) in enumerate(zip(self._state.stored, counts, strict=True)):
+            if counted and stored and count < width:
+                raise ValueError(
+                    f"row {row} has {stored} tokens and reads {count}, others {width}; this model "
+                    "counts a mask, by which only rows without tokens may read fewer"
+                )
         for row, (stored, count) in enumerate(zip(self._state.stored, counts, strict=True)):
             total = stored + (count if self.model.padding == "right" else width)
             if total > self.limit:

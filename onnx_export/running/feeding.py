@@ -1,9 +1,9 @@
 """What a step feeds to a model, and what rows have afterwards: by the roles of its inputs alone.
 
-Rows that differ in length are padded on the right where the model takes ``new_lengths``: each row
-has its own places in the cache, without gaps. Where a mask is all that it takes, they are padded on
-the left, and all rows have as many places; the mask hides those without a token. Of other models
-all rows are equally long.
+Rows that differ in length are padded on the right where the model takes ``new_lengths``, or counts
+the ones of a mask: each row has its own places in the cache, without gaps. Where a mask is all that
+it takes otherwise, they are padded on the left, and all rows have as many places; the mask hides
+those without a token. Of other models all rows are equally long.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def cropped(
                 "cannot hide, as it counts positions itself; crop all rows by as many tokens"
             )
         return mask, slots
-    apart = "past_lengths" in layout.roles and not any(tensor.grows for tensor in layout.tensors)
+    grows = any(tensor.grows for tensor in layout.tensors)
+    apart = ("past_lengths" in layout.roles or layout.right_padding) and not grows
     if not apart and len(set(kept)) > 1:
         raise ValueError(
             f"length={list(kept)}; rows of this model are equally long, give one length"

@@ -66,6 +66,8 @@ def steps(
         for row in active:
             last[row] = tokens[row] = sampling.choose(logits[row, -1], generators[row])
         active = [row for row in active if last[row] not in stop_tokens and has_room(row)]
+        if not skips_rows and not all(map(has_room, range(len(prompts)))):
+            active = []  # as those that have ended read on with the others
         yield tokens
         if not active or count == max_new_tokens:
             return

@@ -113,7 +113,8 @@ class Model:
     def padding(self) -> Literal["left", "right"] | None:
         """Where rows that are shorter than others have padding; None if they cannot be shorter."""
         roles = self.layout.roles
-        if "new_lengths" in roles and not any(tensor.grows for tensor in self.layout.tensors):
+        grows = any(tensor.grows for tensor in self.layout.tensors)
+        if ("new_lengths" in roles or self.layout.right_padding) and not grows:
             return "right"
         if "attention_mask" in roles and "past_lengths" not in roles:
             return "left"
@@ -122,9 +123,8 @@ class Model:
     @property
     def skips_rows(self) -> bool:
         """Whether a row may take part in a step without a token of its own."""
-        return self.padding == "right" or (
-            self.padding == "left" and "position_ids" in self.layout.roles
-        )
+        needed = {"right": "new_lengths", "left": "position_ids", None: None}[self.padding]
+        return needed in self.layout.roles
 
     @cached_property
     def vocab_size(self) -> int | None:

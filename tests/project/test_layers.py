@@ -45,6 +45,7 @@ FORBIDDEN = {  # a room to what it must never import
     "onnx_export/rewrite": ["onnx_export.models", "onnx_export.evaluation"],
     "onnx_export/custom_ops": ["nsq_ref", "onnx_export.models", "onnx_export.evaluation"],
     "onnx_export/models": ["onnx_export.evaluation"],
+    "onnx_export/running": ["onnx_export.models", "onnx_export.evaluation"],
 }
 
 

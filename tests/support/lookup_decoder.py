@@ -1,8 +1,8 @@
 """Decoders that look keys and values up: what they cache is exact, whatever the order of reading.
 
 `quantized` has two layers of nsq.Attention, one beside the other, whose queries, keys and values
-are rows of tables, so that `KVCache` can say every byte. A token `POISON` has a key that no block
-can hold, in the second layer only. `masked` has a float32 cache that grows, and a mask of padding.
+are rows of tables, so that `KVCache` can say every byte. Each of `POISONS` has a key that no block
+can hold, in a layer of its own. `masked` has a float32 cache that grows, and a mask of padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnx_export.operators.nodes import Nodes, make_model
 
 Float32 = npt.NDArray[np.float32]
 
-VOCAB, POISON = 24, 23
+VOCAB, POISONS = 24, (22, 23)
 HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 4, 2, 8, 6
 KEY = Scheme(block_size=4, sink_tokens=1, magnitude="gain", bits=4)
 VALUE = Scheme(block_size=8, bits=3, symmetric=False, magnitude="lsq")
@@ -42,7 +42,8 @@ class Tables:
         self.key = [table(VOCAB, KV_HEADS * HEAD_DIM) for _ in range(LAYERS)]
         self.value = [table(VOCAB, KV_HEADS * VALUE_DIM) for _ in range(LAYERS)]
         self.head = table(LAYERS * HEADS * VALUE_DIM, VOCAB)
-        self.key[-1][POISON] = 1e6
+        for layer, token in enumerate(POISONS):
+            self.key[layer][token] = 1e6
 
     def cached(self, layer: int, tokens: npt.ArrayLike) -> tuple[Float32, Float32]:
         """Keys and values of tokens, ``[kv_heads, tokens, D]``."""
@@ -59,15 +60,20 @@ def quantized(
     context_length: int | None = None,
     *,
     new_lengths: bool = True,
+    counted: bool = False,
 ) -> Path:
-    """Write the model with a quantized cache."""
+    """Write the model with a quantized cache, whose lengths are inputs or counted in a mask."""
     optional = {"new_lengths": "new"} if new_lengths else {}
     tables, add = Tables(seed), Nodes()
     inputs: dict[str, Any] = {
         "ids": ("int64", ("batch", "sequence")),
-        "past": ("int64", ("batch",)),
-        **dict.fromkeys(optional.values(), ("int64", ("batch",))),
+        **dict.fromkeys(["past", *optional.values()], ("int64", ("batch",))),
     }
+    if counted:
+        inputs = {"ids": inputs["ids"], "seen": ("int64", ("batch", "total"))}
+        ones = add("ReduceSum", "seen", [1], keepdims=0)
+        add("Min", ones, add("Squeeze", add("Shape", "ids", start=1, end=2)), name="new")
+        add("Sub", ones, "new", name="past")
     outputs: dict[str, Any] = {"scores": ("float32", ("batch", "sequence", VOCAB))}
     tensors: tuple[CacheTensor, ...] = ()
     parts = []
@@ -96,8 +102,15 @@ def quantized(
         add.nodes.append(node)
         parts.append(f"output.{layer}")
     add("MatMul", add("Concat", *parts, axis=2), tables.head, name="scores")
-    roles = {"input_ids": "ids", "past_lengths": "past", **optional, "logits": "scores"}
-    layout = CacheLayout(roles, tensors, (KeyValueSchemes(KEY, VALUE),) * LAYERS, 8, context_length)
+    lengths = {"attention_mask": "seen"} if counted else {"past_lengths": "past", **optional}
+    layout = CacheLayout(
+        {"input_ids": "ids", **lengths, "logits": "scores"},
+        tensors,
+        (KeyValueSchemes(KEY, VALUE),) * LAYERS,
+        8,
+        context_length,
+        right_padding=counted,
+    )
     return _write(folder / "quantized.onnx", add, inputs, outputs, layout, functions())
 
 

@@ -96,3 +96,32 @@ def test_rows_that_are_equally_long_need_no_new_lengths(tmp_path: Path) -> None:
         assert abs(found[row] - Session(path).forward(prompt)[0]).max() < 1e-4
     with pytest.raises(ValueError, match=r"rows of \[2, 1\] tokens"):
         session.forward([[1, 2], [3]])
+
+
+def test_a_model_that_counts_a_mask_is_padded_on_the_right(tmp_path: Path) -> None:
+    """As rewritten GroupQueryAttention does: only rows without a past read fewer tokens."""
+    path = lookup_decoder.quantized(tmp_path, context_length=20, counted=True)
+    session = Session(path, batch=2)
+    assert (session.model.padding, session.model.skips_rows) == ("right", False)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [4]]
+    (tmp_path / "lengths").mkdir()
+    lengths = lookup_decoder.quantized(tmp_path / "lengths", context_length=20)
+    twin = Session(lengths, batch=2)
+    found, expected = session.generate(prompts, 12), twin.generate(prompts, 12)
+    assert [text.tokens.tolist() for text in found] == [text.tokens.tolist() for text in expected]
+    for one in (session, twin):
+        one.crop([5, 1])
+    rows = [[6], [7]]
+    assert abs(session.forward(rows) - twin.forward(rows)).max() < 1e-4
+    for name, array in session.tensors().items():
+        if name.endswith("tail"):
+            assert array[0, :, :1].tobytes() == twin.tensors()[name][0, :, :1].tobytes()
+    with pytest.raises(ValueError, match="row 1 has 2 tokens and reads 1, others 2"):
+        session.forward([[1, 2], [3]])
+    assert session.lengths == (6, 2)
+    # Rows that have ended read on, so that all end where one of them has no room.
+    session.crop(0)
+    first, second = session.generate(prompts, 100)
+    assert (len(first.tokens), first.ended_by) == (12, "context_length")
+    assert (len(second.tokens), second.ended_by) == (12, "context_length")
+    assert session.lengths == (20, 12)

@@ -20,9 +20,8 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape", "require_dtypes",
-    "scaled",
-    "trace",
+    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape",
+    "require_dtypes", "scaled", "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]

@@ -177,6 +177,8 @@ class _Edit:
         by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
         self.tensors = {one: self._quantized(one) for one in found if self.schemes[one]}
+        if found and not self.tensors:
+            raise ValueError("the policy leaves every layer as it is; name a scheme for one")
         self.plan = plan(self.graph, self.tensors)
         self.opset = (self.graph.opset, self.graph.opset)
         self.new_inputs: list[str] = []

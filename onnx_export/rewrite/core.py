@@ -16,12 +16,12 @@ from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 from onnx_export.custom_ops import library_path
-from onnx_export.operators.cache_layout import CacheLayout, CacheTensor, quantized_tensors
+from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
 from onnx_export.operators.domain import all_nodes, check_nodes, functions
 from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.schema import DOMAIN, ELEMENTS, VERSION
 from onnx_export.rewrite import files
-from onnx_export.rewrite.found import Cache, Found, Refused
+from onnx_export.rewrite.found import Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import raise_opset, require_raisable
@@ -29,7 +29,15 @@ from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
 from onnx_export.rewrite.report import Attention, Change, Report
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
-from onnx_export.rewrite.survey import axes_read, caches_of, layer_numbers, name_of, plan, survey
+from onnx_export.rewrite.survey import (
+    axes_read,
+    caches_of,
+    layer_numbers,
+    name_of,
+    plan,
+    survey,
+    unclaimed,
+)
 
 with extra("rewrite", __name__):
     import onnx
@@ -92,6 +100,30 @@ def rewrite(
         policy that does not fit the model.
     OSError
         Where a file is missing or cannot be written. Nothing is half-written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from onnx.parser import parse_model
+    >>> model = parse_model('''
+    ...     <ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+    ...     decoder (float[b, s, 64] qkv, int32[b] seqlens_k, int32 total,
+    ...              float[b, 1, past, 16] past_0_key, float[b, 1, past, 16] past_0_value)
+    ...         => (float[b, s, 32] output,
+    ...             float[b, 1, all, 16] present_0_key, float[b, 1, all, 16] present_0_value) {
+    ...         output, present_0_key, present_0_value = com.microsoft.GroupQueryAttention
+    ...             <num_heads = 2, kv_num_heads = 1>
+    ...             (qkv, , , past_0_key, past_0_value, seqlens_k, total)
+    ...     }''')
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> source, target = Path(folder.name, "decoder.onnx"), Path(folder.name, "quantized.onnx")
+    >>> onnx.save(model, source)
+    >>> report = rewrite(source, target, key="streaming4", value="streaming3")
+    >>> report.rewritten, report.complete
+    (1, True)
+    >>> [one.name for one in onnx.load(target).graph.input][2:5]
+    ['total', 'past_key_values.0.key.packed', 'past_key_values.0.key.scale']
+    >>> folder.cleanup()
     """
     source, target = Path(model), Path(out)
     proto = files.read(source)
@@ -129,8 +161,11 @@ class _Edit:
         if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
             raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
         self.proto = proto
-        self.row_lengths = row_lengths
         self.graph = Graph(files.as_ir(proto, source.parent))
+        self.known = _known_layout(proto)
+        self.roles = self.known.roles if self.known else {n: n for n in input_roles(self.graph)}
+        # Such a model says itself how many tokens each row has.
+        self.row_lengths = row_lengths or {PAST_LENGTHS, NEW_LENGTHS} <= set(self.roles.values())
         results = survey(self.graph)
         if not results:
             raise ValueError(
@@ -143,6 +178,8 @@ class _Edit:
         by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
         self.tensors = {one: self._quantized(one) for one in found if self.schemes[one]}
+        if found and not self.tensors:
+            raise ValueError("the policy leaves every layer as it is; name a scheme for one")
         self.plan = plan(self.graph, self.tensors)
         self.opset = (self.graph.opset, self.graph.opset)
         self.new_inputs: list[str] = []
@@ -263,6 +300,9 @@ class _Edit:
 
     def _add_lengths(self, name: str) -> None:
         graph = self.proto.graph
+        for one in self.graph.model.graph.inputs:
+            if one.name == name and one.dtype == ir.DataType.INT64 and self.graph.rank(one) == 1:
+                return
         taken = {one.name for one in (*graph.input, *graph.initializer)}
         if name in taken | {output for node in graph.node for output in node.output}:
             raise ValueError(f"the model has a tensor {name!r} already; rename it")
@@ -274,6 +314,7 @@ class _Edit:
         self.opset = self.opset[0], opset
         self.proto.functions.extend(functions(opset))
         self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+        _remove(self.proto.metadata_props, lambda one: one.key == KEY)
         if (layout := self._layout()) is not None:
             for name, text in layout.to_metadata().items():
                 self.proto.metadata_props.add(key=name, value=text)
@@ -282,48 +323,72 @@ class _Edit:
 
     def _layout(self) -> CacheLayout | None:
         """Return what a loop must know; None where caches are not understood that stay."""
-        tensors = [one for found in self.plan.found for one in self.tensors[found]]
-        for found in self.layers:
-            if found not in self.plan.found:
-                for side, cache in zip(("key", "value"), caches_of(found), strict=True):
-                    tensors.append(self._float(found, cache, side))
-        if any(isinstance(one, Refused) for one in self.results):
+        floats = [self._float(found) for found in self.layers if found not in self.plan.found]
+        floats += [self._unknown(one) for one in self.results if isinstance(one, Refused)]
+        if unclaimed(self.graph, self.results) or None in floats:
             return None
+        tensors = [one for found in self.plan.found for one in self.tensors[found]]
+        tensors += [one for several in floats for one in several or ()]
+        if len({one.past for one in tensors}) < len(tensors):
+            return None  # what shares a cache was refused
         by_layer: list[KeyValueSchemes | None] = [None] * (max(self.layers.values()) + 1)
         blocks = [1]
         for found in self.plan.found:
             by_layer[self.layers[found]] = pair = self.schemes[found]
             blocks += [scheme.block_size or 1 for scheme in pair or ()]
-        roles = {name: name for name in input_roles(self.graph)}
-        roles |= {name: name for name in self.new_inputs}
+        roles = {**self.roles, **{name: name for name in self.new_inputs}}
         for found in self.plan.found:
             if (past := found.lengths.past) is not None and past.is_graph_input():
                 roles.setdefault("past_lengths", past.name or "")
         outputs = [one.name for one in self.proto.graph.output]
         if "logits" in outputs:
-            roles["logits"] = "logits"
-        counts = any(found.lengths.total is not None for found in self.layers)
+            roles.setdefault("logits", "logits")
+        lengths = [found.lengths for found in self.layers]
+        counts = any(one.total is not None and one.past is None for one in lengths)
         return CacheLayout(
             roles,
             tuple(tensors),
             tuple(by_layer),
             math.lcm(*blocks),
             self._context_length(),
-            right_padding=counts and not self.new_inputs,
+            right_padding=counts and NEW_LENGTHS not in roles,
         )
 
-    def _float(self, found: Found, cache: Cache, side: str) -> CacheTensor:
-        channels = found.head_dim if side == "key" else found.value_head_dim
-        length = "past" if found.lengths.past is None else "capacity"
-        sizes: dict[str, int | str] = {
-            "B": "batch", "N": found.kv_heads, "S": length, "D": channels,
-            "H": found.kv_heads * channels,
-        }  # fmt: skip
-        shape = tuple(sizes[axis] for axis in cache.layout)
-        return CacheTensor(cache.past.name or "", cache.present.name or "", found.dtype, shape)
+    def _float(self, found: Found) -> list[CacheTensor] | None:
+        """Return the cache of a layer that stays as it is."""
+        tensors = []
+        channels = found.head_dim, found.value_head_dim
+        for cache, size in zip(caches_of(found), channels, strict=True):
+            growing = "past" if found.lengths.past is None else "capacity"
+            sizes: dict[str, int | str] = {
+                "B": "batch", "N": found.kv_heads, "S": cache.capacity or growing, "D": size,
+                "H": found.kv_heads * size,
+            }  # fmt: skip
+            shape = tuple(sizes[axis] for axis in cache.layout)
+            names = cache.past.name or "", cache.present.name or ""
+            tensors.append(CacheTensor(*names, found.dtype, shape))
+        return tensors
+
+    def _unknown(self, refused: Refused) -> list[CacheTensor] | None:
+        """Return the cache of an attention that was refused, if the model states its shape."""
+        tensors = []
+        for cache in refused.caches:
+            sizes: list[int | str | None] = [
+                {"B": "batch", "S": cache.capacity or "past"}.get(axis)
+                or self.graph.size(cache.past, number)
+                for number, axis in enumerate(cache.layout)
+            ]
+            dtype = self.graph.dtype(cache.past)
+            if None in sizes or dtype is None or not cache.past.is_graph_input():
+                return None
+            names = cache.past.name or "", cache.present.name or ""
+            tensors.append(CacheTensor(*names, dtype, tuple(one or 0 for one in sizes)))
+        return tensors if len(tensors) == 2 else None
 
     def _context_length(self) -> int | None:
-        """Return the positions that there are rotations for."""
+        """Return the positions that the model says it has, or has rotations for."""
+        if self.known is not None and self.known.context_length is not None:
+            return self.known.context_length
         known = [
             self.graph.size(found.rotary.cos, 0)
             for found in self.plan.found
@@ -345,11 +410,15 @@ class _Edit:
                 reason = reasons.get(one.node)
                 schemes = None if reason else self.schemes[one]
                 attentions.append(Attention(self.layers[one], name, one.pattern, schemes, reason))
+        attentions += [
+            Attention(None, name, "", None, "no attention that is known reads this cache")
+            for name in unclaimed(self.graph, self.results)
+        ]
+        telling = PAST_LENGTHS if PAST_LENGTHS in self.new_inputs else "inputs of the model"
         changes = [
-            Change(
-                name_of(node), f"{node.inputs[0].name} no longer tells it" if node.inputs[0] else ""
-            )
+            Change(name_of(node), f"took sizes from {node.inputs[0].name}, now from {telling}")
             for node in self.plan.shapes
+            if node.inputs[0] is not None
         ]
         core = {node for one in self.plan.found for node in one.nodes}
         removed = [
@@ -359,6 +428,12 @@ class _Edit:
             tuple(attentions), tuple(changes), tuple(removed), tuple(self.new_inputs), self.opset,
             written,
         )  # fmt: skip
+
+
+def _known_layout(model: onnx.ModelProto) -> CacheLayout | None:
+    """Return what the model says of its cache of floats, if one of ours wrote it."""
+    metadata = {one.key: one.value for one in model.metadata_props}
+    return CacheLayout.from_metadata(metadata) if KEY in metadata else None
 
 
 def _names(values: Any) -> list[str]:

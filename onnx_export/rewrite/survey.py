@@ -63,10 +63,28 @@ def survey(graph: Graph) -> list[Found | Refused]:
             if (node.domain, node.op_type) in pattern.ANCHORS:
                 result = pattern.match(node, graph)
                 if result is not None and place:
-                    result = Refused(node, f"it is in {place}; inline that first")
+                    caches = caches_of(result) if isinstance(result, Found) else result.caches
+                    result = Refused(node, f"it is in {place}; inline that first", caches)
                 if result is not None:
                     results.append(result)
     return _unshared(results)
+
+
+def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
+    """Return inputs that look like caches and belong to no attention that was found."""
+    claimed = {
+        cache.past
+        for one in results
+        for cache in (caches_of(one) if isinstance(one, Found) else one.caches)
+    }
+    return [
+        one.name or ""
+        for one in graph.model.graph.inputs
+        if one not in claimed
+        and re.search("past|cache", one.name or "")
+        and (graph.rank(one) or 0) >= 3
+        and graph.dtype(one) in ("float32", "float16", "bfloat16")
+    ]
 
 
 def layer_numbers(found: Iterable[Found]) -> dict[Found, int]:

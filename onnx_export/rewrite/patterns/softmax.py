@@ -15,6 +15,7 @@ from onnx_export.rewrite.patterns.traced import (
     constant_factor,
     mask_shape,
     query_shape,
+    refused,
     require_dtypes,
     same_number,
     scaled,
@@ -48,7 +49,14 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     try:
         return _match(node, graph)
     except NotUnderstoodError as error:
-        return Refused(node, str(error))
+        operands = []
+        for find in (lambda: _product(graph, node.inputs[0]), lambda: _values_product(graph, node)):
+            try:
+                made = find()
+            except NotUnderstoodError:
+                made = None
+            operands.append(None if made is None else made.inputs[1])
+        return refused(graph, node, str(error), *operands)
 
 
 def _match(node: ir.Node, graph: Graph) -> Found | None:
@@ -137,8 +145,10 @@ def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
     return users[0] if not users[0].domain and perm == (0, 2, 1, 3) else None
 
 
-def _product(graph: Graph, value: ir.Value, depth: int = 12) -> ir.Node | None:
+def _product(graph: Graph, value: ir.Value | None, depth: int = 12) -> ir.Node | None:
     """Return the MatMul that scores come from, whatever is done to them."""
+    if value is None:
+        return None
     for _ in range(depth):
         node = value.producer()
         if node is None or node.domain:

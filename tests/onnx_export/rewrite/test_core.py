@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import nsq_ref as nsq
-from onnx_export.operators.cache_layout import CacheLayout
+from onnx_export.operators.cache_layout import CacheLayout, CacheTensor
 from onnx_export.rewrite import rewrite
 from tests.support.exported import Decoder, Graph, Original, Rewritten, gqa_model, save
 
@@ -116,6 +117,18 @@ def test_weights_are_referred_to(tmp_path: Path) -> None:
     assert len(os.listdir(other)) == 3
     same_logits(path, other / "out.onnx")
     rewrite(path, other / "again.onnx")  # what is linked already stays
+
+
+def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    model = gqa_model(Decoder())
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "model.onnx"
+    place = "weights/all.bin"
+    onnx.save_model(model, path, save_as_external_data=True, location=place, size_threshold=64)
+    for out in (tmp_path / "out.onnx", tmp_path / "new" / "out.onnx"):
+        rewrite(path, out)
+        assert os.path.samefile(tmp_path / place, out.parent / place)
+        same_logits(path, out)
 
 
 def outside(graph: Graph, node: onnx.NodeProto) -> None:
@@ -230,3 +243,107 @@ def test_metadata_is_the_layout(tmp_path: Path) -> None:
             ]
     assert set(given) == {"input_ids", "attention_mask"}
     assert set(made) == {"logits"}
+
+
+def test_what_the_model_says_of_itself_is_kept(tmp_path: Path) -> None:
+    """A model of floats with a layout of its own: roles, and lengths that are inputs."""
+
+    def with_lengths(graph: Graph) -> None:
+        graph.nodes[1].op_type, graph.nodes[1].input[:] = "Sub", ["all", "one"]
+        graph.node("Add", ["past_lengths", "new_lengths"], "all")
+        graph.nodes.insert(0, graph.nodes.pop())
+        for name in ("past_lengths", "new_lengths"):
+            graph.input(name, TensorProto.INT64, "batch_size")
+        graph.input("ids_of_images", TensorProto.INT64, "batch_size")
+
+    model = gqa_model(Decoder(layers=1), with_lengths)
+    roles = {
+        name: name
+        for name in ("input_ids", "attention_mask", "past_lengths", "new_lengths", "logits")
+    }
+    names = [(f"past_key_values.0.{side}", f"present.0.{side}") for side in ("key", "value")]
+    shape = ("batch", 2, "past", 16)
+    old = CacheLayout(
+        roles, tuple(CacheTensor(*pair, "float32", shape) for pair in names), (None,),
+        context_length=99,
+    )  # fmt: skip
+    for name, text in old.to_metadata().items():
+        model.metadata_props.add(key=name, value=text)
+    path, out = save(model, tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    assert rewrite(path, out).inputs == ()
+    made = onnx.load(out)
+    metadata = {one.key: one.value for one in made.metadata_props}
+    assert len(made.metadata_props) == len(metadata) == 2
+    layout = CacheLayout.from_metadata(metadata)
+    assert (layout.roles, layout.context_length, layout.right_padding) == (roles, 99, False)
+    node = next(one for one in made.graph.node if one.op_type == "Attention")
+    assert list(node.input[3:5]) == ["past_lengths", "new_lengths"]
+
+
+def test_a_window_that_stays_has_its_size_in_the_metadata(tmp_path: Path) -> None:
+    attributes = (("local_window_size", 4), ("sliding_window_cache", 1))
+    path = save(gqa_model(Decoder(attributes=attributes)), tmp_path / "model.onnx")
+    rewrite(path, tmp_path / "out.onnx", policy={"layers": {"0": None}})
+    layout = Rewritten(tmp_path / "out.onnx", native=True).layout
+    assert layout.tensors[-1] == CacheTensor(
+        "past_key_values.0.value", "present.0.value", "float32", ("batch", 2, 4, 16)
+    )
+
+
+def test_caches_that_nobody_is_known_to_read_are_told(tmp_path: Path) -> None:
+    def another(graph: Graph) -> None:
+        graph.input("past_states.0", graph.kind, "batch_size", 64, 3)
+        graph.node("Neg", ["past_states.0"], "present_states.0")
+        graph.output("present_states.0", graph.kind, "batch_size", 64, 3)
+
+    path, out = save(gqa_model(Decoder(), another), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    report = rewrite(path, out)
+    assert report.attentions[2][1:] == (
+        "past_states.0", "", None, "no attention that is known reads this cache"
+    )  # fmt: skip
+    # A loop could not run it by the metadata, which so has nothing.
+    assert [one.key for one in onnx.load(out).metadata_props] == ["made by"]
+
+
+def test_names_that_are_taken(tmp_path: Path) -> None:
+    """New nodes get others; inputs have names that loops look for."""
+
+    def taken(graph: Graph) -> None:
+        graph.nodes[-1].output[0] = "nsq_attention_0_present_lengths"
+        graph.node("Identity", ["nsq_attention_0_present_lengths"], "logits")
+        graph.node("Neg", ["one"], "past_lengths")
+
+    path, out = save(gqa_model(Decoder(), taken), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    rewrite(path, out)
+    same_logits(path, out)
+    with pytest.raises(ValueError, match="has a tensor 'past_lengths' already; rename it"):
+        rewrite(path, out, row_lengths=True)
+
+    def cache(graph: Graph) -> None:
+        graph.input("past_key_values.1.key.tail", TensorProto.INT64)
+
+    path = save(gqa_model(Decoder(), cache), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"input or output 'past_key_values.1.key.tail' already"):
+        rewrite(path, out)
+
+
+def test_ten_gigabytes_of_weights_are_not_read(tmp_path: Path) -> None:
+    model = gqa_model(Decoder())
+    path = save(model, tmp_path / "model.onnx", external=True)
+    model = onnx.load(path, load_external_data=False)
+    data = tmp_path / "model.onnx.data"
+    head = next(one for one in model.graph.initializer if one.name == "head")
+    end = data.stat().st_size
+    head.dims[:] = [64, (10 << 30) // 256]
+    places = {"location": data.name, "offset": str(end), "length": str(10 << 30)}
+    del head.external_data[:]
+    for name, text in places.items():
+        head.external_data.add(key=name, value=text)
+    with open(data, "r+b") as file:
+        file.truncate(end + (10 << 30))  # a hole
+    onnx.save(model, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rewrite(path, tmp_path / "new" / "out.onnx")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB
+    assert os.path.samefile(data, tmp_path / "new" / data.name)
+    assert data.stat().st_blocks * 512 < 1 << 30

@@ -49,13 +49,12 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     try:
         return _match(node, graph)
     except NotUnderstoodError as error:
-        operands = []
-        for find in (lambda: _product(graph, node.inputs[0]), lambda: _values_product(graph, node)):
-            try:
-                made = find()
-            except NotUnderstoodError:
-                made = None
-            operands.append(None if made is None else made.inputs[1])
+        product = _product(graph, node.inputs[0])
+        try:
+            last = _values_product(graph, node)
+        except NotUnderstoodError:
+            last = None
+        operands = [None if one is None else one.inputs[1] for one in (product, last)]
         return refused(graph, node, str(error), *operands)
 
 

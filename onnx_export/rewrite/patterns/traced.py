@@ -180,7 +180,7 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
 
 
 def refused(graph: Graph, node: ir.Node, reason: str, *operands: ir.Value | None) -> Refused:
-    """Return a refusal that names the caches behind operands, where all grow in the usual layout."""
+    """Return a refusal that names the caches of operands, where all grow in the usual layout."""
     caches = []
     for operand in operands:
         try:

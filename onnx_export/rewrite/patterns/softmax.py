@@ -31,6 +31,7 @@ NAME = "MatMul-Softmax-MatMul"
 ANCHORS = frozenset({("", "Softmax")})
 OLDEST = 13  # opset: Softmax along one axis
 PLAIN = frozenset({"Cast", "Identity"})
+FUSED = ("com.microsoft", "FusedMatMul")  # of onnxruntime's optimizers
 HIDDEN = -1e4  # scores that are set to less have no weight
 
 
@@ -42,6 +43,13 @@ class Scores(NamedTuple):
     softcap: float | None = None
     bias: ir.Value | None = None
     mask: ir.Value | None = None
+
+
+class Fused(NamedTuple):
+    """What a product does besides: take keys as they are in the cache, and scale."""
+
+    transposed: bool = False
+    factor: float = 1.0
 
 
 def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
@@ -81,7 +89,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     heads, head_dim = query_shape(graph, queries)
     if query_shape(graph, query) != (heads, head_dim):
         query, query_factor = queries, 1.0
-    keys = cached(graph, behind_keys, "BNDS")
+    fused = _fused(scores.product)
+    keys = cached(graph, behind_keys, "BNSD" if fused.transposed else "BNDS")
     values = cached(graph, behind_values, "BNSD")
     kv_heads = keys.heads
     if keys.channels != head_dim:
@@ -127,12 +136,22 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         head_dim=head_dim,
         value_head_dim=values.channels,
         dtype=dtype,
-        scale=scores.factor * query_factor * keys.factor,
+        scale=scores.factor * fused.factor * query_factor * keys.factor,
         causal=False,  # the mask says what is seen, or nothing does
         softcap=scores.softcap,
         bias=scores.bias,
         mask=scores.mask,
     )
+
+
+def _fused(product: ir.Node) -> Fused:
+    if (product.domain, product.op_type) != FUSED:
+        return Fused()
+    attributes = product.attributes
+    for name in ("transA", "transBatchA", "transBatchB"):
+        if attributes.get_int(name, 0):
+            raise NotUnderstoodError(f"FusedMatMul {product.name} has {name}")
+    return Fused(attributes.get_int("transB", 0) == 1, attributes.get_float("alpha", 1.0))
 
 
 def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
@@ -150,6 +169,8 @@ def _product(graph: Graph, value: ir.Value | None, depth: int = 12) -> ir.Node |
         return None
     for _ in range(depth):
         node = value.producer()
+        if node is not None and (node.domain, node.op_type) == FUSED:
+            return node
         if node is None or node.domain:
             return None
         if node.op_type == "MatMul":
@@ -177,7 +198,7 @@ def _scores(graph: Graph, value: ir.Value) -> Scores:
         node = value.producer()
         if node is None:
             raise NotUnderstoodError("its scores come from nowhere")
-        if node.op_type == "MatMul":
+        if node.op_type == "MatMul" or (node.domain, node.op_type) == FUSED:
             return Scores(node, factor, softcap, bias, mask)
         if node.op_type in PLAIN:
             value = _first(node)

@@ -90,6 +90,23 @@ def softcapped(layer: Layer) -> None:
     layer.insert(layer.add, 0, "Mul", cap)
 
 
+def fused(layer: Layer) -> None:
+    """As onnxruntime's optimizers write it."""
+    product = layer.maker(layer.maker(layer.add.input[0]).input[0])
+    transpose = layer.maker(product.input[1])
+    product.op_type, product.domain = "FusedMatMul", "com.microsoft"
+    product.input[1] = transpose.input[0]
+    given = {"transB": 1, "alpha": 0.5}
+    product.attribute.extend(helper.make_attribute(*one) for one in given.items())
+    layer.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def fused_with_turned_queries(layer: Layer) -> None:
+    fused(layer)
+    product = layer.last("FusedMatMul")
+    product.attribute.append(helper.make_attribute("transA", 1))
+
+
 def sliced_to_all(layer: Layer) -> None:
     bounds = [layer.array(name, np.array([at])) for name, at in (("a", 0), ("b", 1 << 62))]
     layer.insert(layer.values, 1, "Slice", *bounds, layer.array("axis", np.array([2])))
@@ -191,6 +208,8 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (scaled_once_more, None),
     (scaled_on_the_left, None),
     (divided, None),
+    (fused, None),
+    (fused_with_turned_queries, "has transA"),
     (softcapped, None),
     (sliced_to_all, None),
     (masked_by_where, None),

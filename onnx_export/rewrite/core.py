@@ -178,6 +178,8 @@ class _Edit:
         by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
         self.tensors = {one: self._quantized(one) for one in found if self.schemes[one]}
+        if found and not self.tensors:
+            raise ValueError("the policy leaves every layer as it is; name a scheme for one")
         self.plan = plan(self.graph, self.tensors)
         self.opset = (self.graph.opset, self.graph.opset)
         self.new_inputs: list[str] = []
@@ -341,7 +343,8 @@ class _Edit:
         outputs = [one.name for one in self.proto.graph.output]
         if "logits" in outputs:
             roles.setdefault("logits", "logits")
-        counts = any(found.lengths.total is not None for found in self.layers)
+        lengths = [found.lengths for found in self.layers]
+        counts = any(one.total is not None and one.past is None for one in lengths)
         return CacheLayout(
             roles,
             tuple(tensors),

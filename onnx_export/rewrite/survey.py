@@ -63,7 +63,8 @@ def survey(graph: Graph) -> list[Found | Refused]:
             if (node.domain, node.op_type) in pattern.ANCHORS:
                 result = pattern.match(node, graph)
                 if result is not None and place:
-                    result = Refused(node, f"it is in {place}; inline that first")
+                    caches = caches_of(result) if isinstance(result, Found) else result.caches
+                    result = Refused(node, f"it is in {place}; inline that first", caches)
                 if result is not None:
                     results.append(result)
     return _unshared(results)

@@ -15,6 +15,7 @@ from onnx_export.rewrite.patterns.traced import (
     cached,
     mask_shape,
     query_shape,
+    refused,
     require_dtypes,
     trace,
 )
@@ -47,7 +48,13 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     try:
         return _match(node, graph)
     except NotUnderstoodError as error:
-        return Refused(node, str(error))
+        given = dict(zip(INPUTS, node.inputs, strict=False))
+        if (past := given.get("past_key")) is None:
+            return refused(graph, node, str(error), given.get("K"), given.get("V"))
+        values, made = given.get("past_value"), [one for one in node.outputs[1:3] if one.name]
+        if values is None or len(made) != 2:
+            return Refused(node, str(error))
+        return Refused(node, str(error), (Cache(past, made[0]), Cache(values, made[1])))
 
 
 def _match(node: ir.Node, graph: Graph) -> Found | None:

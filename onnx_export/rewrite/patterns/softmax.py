@@ -15,6 +15,7 @@ from onnx_export.rewrite.patterns.traced import (
     constant_factor,
     mask_shape,
     query_shape,
+    refused,
     require_dtypes,
     same_number,
     scaled,
@@ -30,6 +31,7 @@ NAME = "MatMul-Softmax-MatMul"
 ANCHORS = frozenset({("", "Softmax")})
 OLDEST = 13  # opset: Softmax along one axis
 PLAIN = frozenset({"Cast", "Identity"})
+FUSED = ("com.microsoft", "FusedMatMul")  # of onnxruntime's optimizers
 HIDDEN = -1e4  # scores that are set to less have no weight
 
 
@@ -43,12 +45,25 @@ class Scores(NamedTuple):
     mask: ir.Value | None = None
 
 
+class Fused(NamedTuple):
+    """What a product does besides: take keys as they are in the cache, and scale."""
+
+    transposed: bool = False
+    factor: float = 1.0
+
+
 def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
     """Read the nodes around a Softmax."""
     try:
         return _match(node, graph)
     except NotUnderstoodError as error:
-        return Refused(node, str(error))
+        product = _product(graph, node.inputs[0])
+        try:
+            last = _values_product(graph, node)
+        except NotUnderstoodError:
+            last = None
+        operands = [None if one is None else one.inputs[1] for one in (product, last)]
+        return refused(graph, node, str(error), *operands)
 
 
 def _match(node: ir.Node, graph: Graph) -> Found | None:
@@ -74,7 +89,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     heads, head_dim = query_shape(graph, queries)
     if query_shape(graph, query) != (heads, head_dim):
         query, query_factor = queries, 1.0
-    keys = cached(graph, behind_keys, "BNDS")
+    fused = _fused(scores.product)
+    keys = cached(graph, behind_keys, "BNSD" if fused.transposed else "BNDS")
     values = cached(graph, behind_values, "BNSD")
     kv_heads = keys.heads
     if keys.channels != head_dim:
@@ -120,12 +136,22 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         head_dim=head_dim,
         value_head_dim=values.channels,
         dtype=dtype,
-        scale=scores.factor * query_factor * keys.factor,
+        scale=scores.factor * fused.factor * query_factor * keys.factor,
         causal=False,  # the mask says what is seen, or nothing does
         softcap=scores.softcap,
         bias=scores.bias,
         mask=scores.mask,
     )
+
+
+def _fused(product: ir.Node) -> Fused:
+    if (product.domain, product.op_type) != FUSED:
+        return Fused()
+    attributes = product.attributes
+    for name in ("transA", "transBatchA", "transBatchB"):
+        if attributes.get_int(name, 0):
+            raise NotUnderstoodError(f"FusedMatMul {product.name} has {name}")
+    return Fused(attributes.get_int("transB", 0) == 1, attributes.get_float("alpha", 1.0))
 
 
 def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
@@ -137,10 +163,14 @@ def _by_token(graph: Graph, value: ir.Value) -> ir.Node | None:
     return users[0] if not users[0].domain and perm == (0, 2, 1, 3) else None
 
 
-def _product(graph: Graph, value: ir.Value, depth: int = 12) -> ir.Node | None:
+def _product(graph: Graph, value: ir.Value | None, depth: int = 12) -> ir.Node | None:
     """Return the MatMul that scores come from, whatever is done to them."""
+    if value is None:
+        return None
     for _ in range(depth):
         node = value.producer()
+        if node is not None and (node.domain, node.op_type) == FUSED:
+            return node
         if node is None or node.domain:
             return None
         if node.op_type == "MatMul":
@@ -168,7 +198,7 @@ def _scores(graph: Graph, value: ir.Value) -> Scores:
         node = value.producer()
         if node is None:
             raise NotUnderstoodError("its scores come from nowhere")
-        if node.op_type == "MatMul":
+        if node.op_type == "MatMul" or (node.domain, node.op_type) == FUSED:
             return Scores(node, factor, softcap, bias, mask)
         if node.op_type in PLAIN:
             value = _first(node)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.extras import extra
-from onnx_export.rewrite.found import Cache, Layout, Tokens
+from onnx_export.rewrite.found import Cache, Layout, Refused, Tokens
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.probe import MOVING, Probe, Seen, apply, probes
 
@@ -20,9 +20,8 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape", "require_dtypes",
-    "scaled",
-    "trace",
+    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape",
+    "refused", "require_dtypes", "scaled", "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -178,6 +177,21 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
         by_tokens(graph, behind.new, layout),
         count, channels, repeats, factor,
     )  # fmt: skip
+
+
+def refused(graph: Graph, node: ir.Node, reason: str, *operands: ir.Value | None) -> Refused:
+    """Return a refusal that names the caches of operands, where all grow in the usual layout."""
+    caches = []
+    for operand in operands:
+        try:
+            behind = trace(graph, operand)
+        except NotUnderstoodError:
+            behind = None
+        if behind is not None and behind.node.op_type == "Concat":
+            axis = behind.node.attributes.get_int("axis", 0)
+            if LAYOUTS.get((4, axis % 4)) == "BNSD" and graph.rank(behind.past) == 4:
+                caches.append(Cache(behind.past, behind.present))
+    return Refused(node, reason, tuple(caches) if len(caches) == len(operands) else ())
 
 
 def by_tokens(graph: Graph, value: ir.Value, layout: Layout) -> Tokens:

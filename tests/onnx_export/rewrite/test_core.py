@@ -119,6 +119,18 @@ def test_weights_are_referred_to(tmp_path: Path) -> None:
     rewrite(path, other / "again.onnx")  # what is linked already stays
 
 
+def test_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    model = gqa_model(Decoder())
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "model.onnx"
+    place = "weights/all.bin"
+    onnx.save_model(model, path, save_as_external_data=True, location=place, size_threshold=64)
+    for out in (tmp_path / "out.onnx", tmp_path / "new" / "out.onnx"):
+        rewrite(path, out)
+        assert os.path.samefile(tmp_path / place, out.parent / place)
+        same_logits(path, out)
+
+
 def outside(graph: Graph, node: onnx.NodeProto) -> None:
     """Let the logits depend on what a node makes, a scalar of int64."""
     head = next(one for one in graph.nodes if one.output[0] == "logits")

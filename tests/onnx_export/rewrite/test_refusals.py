@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,7 +114,7 @@ def in_a_branch(graph: Graph) -> None:
 def test_an_attention_is_refused_by_name(change: Change, reason: str, tmp_path: Path) -> None:
     path = save(gqa_model(Decoder(), change), tmp_path / "model.onnx")
     report = rewrite(path, tmp_path / "out.onnx")
-    second = report.attentions[-1]
+    second = [one for one in report.attentions if one.pattern][-1]
     assert not report.complete
     assert "layers.1" in second.node
     assert second.reason is not None
@@ -223,7 +225,7 @@ def all_refused(model: onnx.ModelProto, folder: Path) -> str:
     report = rewrite(path, folder / "out.onnx")
     assert (report.rewritten, report.files, report.complete) == (0, (), False)
     assert list(folder.iterdir()) == [path]
-    return report.attentions[-1].reason or ""
+    return [one.reason for one in report.attentions if one.pattern][-1] or ""
 
 
 # --- files and requests --------------------------------------------------------------------------
@@ -293,6 +295,20 @@ def test_places_that_cannot_be_written(folder: Path) -> None:
     assert "is another file than the model's weights; choose another folder" in message
 
 
+def test_another_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(old: str, new: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), old, None, str(new))
+
+    monkeypatch.setattr(os, "link", link)
+    message = refused("onnx", "rewrite", "model.onnx", "new/out.onnx", cwd=folder)
+    assert message == (
+        "nsq: new/model.onnx.data: the weights of model.onnx.data cannot be linked to (Invalid "
+        "cross-device link), and ONNX Runtime reads them from the model's folder only; write into "
+        ".\n"
+    )
+    assert not (folder / "new").exists()
+
+
 def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     program = (
@@ -329,6 +345,7 @@ def test_a_full_disk_leaves_nothing(folder: Path) -> None:
             "policy: layer 1: ",
         ),
         ({"default": "streaming"}, "policy: default: unknown scheme name 'streaming'"),
+        ({"default": None}, "the policy leaves every layer as it is; name a scheme for one"),
         ({"layers": 3}, "policy: layers must be a mapping from layer to scheme, got 3"),
     ],
 )

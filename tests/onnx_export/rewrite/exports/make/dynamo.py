@@ -25,6 +25,8 @@ MADE = [
     ("gemma3", 18, "sdpa"),
     ("gemma3", 23, "sdpa"),
     ("mistral", 18, "sdpa"),
+    ("llama", 20, "sdpa", torch.float16),
+    ("qwen3", 20, "eager", torch.float16),
 ]
 
 
@@ -51,9 +53,10 @@ class WithCache(torch.nn.Module):
 
 
 def main(families: Path) -> None:
-    for family, opset, attention in MADE:
+    for family, opset, attention, *other in MADE:
+        dtype = other[0] if other else torch.float32
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            families / family, attn_implementation=attention, dtype=torch.float32
+            families / family, attn_implementation=attention, dtype=dtype
         ).eval()
         config = model.config
         layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -62,7 +65,7 @@ def main(families: Path) -> None:
         )
         batch, tokens, length = 2, 3, 5
         past = [
-            tuple(torch.randn(batch, kv_heads, length, head_dim) for _ in range(2))
+            tuple(torch.randn(batch, kv_heads, length, head_dim, dtype=dtype) for _ in range(2))
             for _ in range(layers)
         ]
         arguments = (
@@ -94,7 +97,7 @@ def main(families: Path) -> None:
         with tempfile.TemporaryDirectory() as out:
             path = Path(out) / "model.onnx"
             program.save(path)
-            keep(path, f"dynamo-{family}-{opset}-{attention}")
+            keep(path, f"dynamo-{family}-{opset}-{attention}" + "-fp16" * bool(other))
 
 
 if __name__ == "__main__":

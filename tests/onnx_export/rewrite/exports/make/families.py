@@ -2,8 +2,8 @@
 
     python families.py FOLDER [few]
 
-With `few`, models whose heads would have 8 channels have half as many heads of 16: of fewer
-GroupQueryAttention in onnxruntime makes nothing.
+With `few`, models whose heads would have 8 channels have half as many heads of 16, since
+GroupQueryAttention in onnxruntime refuses fewer.
 
 Made with torch 2.13.0 and transformers 5.24.0.
 """
@@ -81,6 +81,8 @@ if __name__ == "__main__":
     for each, (_, own) in FAMILIES.items():
         few = {}
         if sys.argv[2:] == ["few"] and own.get("head_dim") != 16:
-            few = {"num_attention_heads": 2, "num_key_value_heads": 2 if each == "phi" else 1}
+            few = {"num_attention_heads": 2, "num_key_value_heads": 1}
+            if each == "phi":  # which rotates half of its channels
+                few["num_attention_heads"] = 1
             few |= {"head_dim": 16} if "head_dim" in own else {}
         print(make(each, Path(sys.argv[1]), **few))

@@ -18,6 +18,7 @@ MADE = [
     ("llama", "default", []),
     ("llama", "static", ["--static-cache", "--max-seq-len", "96"]),
     ("llama", "cpu", ["--ep", "cpu"]),
+    ("llama", "fp16", ["--dtype", "f16"]),
     ("qwen2", "default", []),
     ("qwen3", "default", []),
     ("qwen3", "static", ["--static-cache", "--max-seq-len", "96"]),

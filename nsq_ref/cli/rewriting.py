@@ -1,4 +1,4 @@
-"""``nsq onnx rewrite``: a decoder that somebody exported, with quantized caches."""
+"""``nsq onnx rewrite``: quantized caches for a decoder that somebody exported."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from nsq_ref.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from nsq_ref import Scheme
     from onnx_export.rewrite import Report
+
+SHOWN = 5  # nodes that are gone
 
 
 def rewrite(
@@ -107,7 +109,10 @@ def _show(report: Report, dry_run: bool) -> None:
     for change in report.changes:
         typer.echo(f"{change.node}: {change.what}")
     if report.removed:
-        typer.echo(f"nobody reads any longer, and gone: {', '.join(report.removed)}")
+        some = ", ".join(report.removed[:SHOWN])
+        more = ", ... (--json has all)" if len(report.removed) > SHOWN else ""
+        count = len(report.removed)
+        typer.echo(f"nodes that are gone, as nobody reads them ({count}): {some}{more}")
     if report.inputs:
         typer.echo(f"new inputs: {', '.join(report.inputs)}")
     before, after = report.opset

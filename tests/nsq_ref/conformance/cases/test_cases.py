@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.operations import Case, scheme_of
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import scheme_names
+from tests.support.cases import cases_of
 
 SPEC = (Path(__file__).parents[4] / "docs" / "spec.md").read_text(encoding="utf-8")
 VARIANTS: dict[str, Scheme] = {
@@ -44,9 +44,8 @@ VARIANTS: dict[str, Scheme] = {
 SCHEMES: dict[str, Scheme] = {name: Scheme.named(name) for name in scheme_names()} | VARIANTS
 
 
-@functools.cache
 def built(name: str) -> list[Case]:
-    return cases(SCHEMES[name])
+    return cases_of(SCHEMES[name])
 
 
 def digest(some: list[Case]) -> str:

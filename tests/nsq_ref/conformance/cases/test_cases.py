@@ -58,6 +58,13 @@ def digest(some: list[Case]) -> str:
     return sha.hexdigest()
 
 
+@pytest.mark.parametrize("operations", [["encode"], ["stream", "decode"]])
+def test_cases_that_tests_share_are_those_of_the_kit(operations: list[str]) -> None:
+    for options in ((), (3,), (0, ["float16"])):
+        shared = cases_of("naive2", operations, *options)
+        assert digest(shared) == digest(cases("naive2", operations, *options))
+
+
 # --- what holds for every scheme ----------------------------------------------------------------
 
 

@@ -304,11 +304,13 @@ def built_once(build: Callable[[int], onnx.FunctionProto]) -> Callable[..., onnx
 
     @functools.cache
     def built(opset: int) -> bytes:
-        return build(opset).SerializeToString()
+        serialized: bytes = build(opset).SerializeToString()
+        return serialized
 
     @functools.wraps(build)
     def copied(opset: int = OPSET) -> onnx.FunctionProto:
-        return onnx.FunctionProto.FromString(built(opset))
+        copy: onnx.FunctionProto = onnx.FunctionProto.FromString(built(opset))
+        return copy
 
     return copied
 

@@ -74,12 +74,19 @@ benchmark: $(VENV)/benchmark.done
 
 # An environment of each extra alone, and where people run it, which need not be like here.
 extras places:
-	PYTHON="$(PYTHON)" .ci/$@
+	PYTHON="$(PYTHON)" WHEEL="$(WHEEL)" .ci/$@
 
-$(VENV)/%.done: pyproject.toml $(NATIVE)
+# Built once; an extra of what is installed is only added to it. INSTALL may be a wheel.
+INSTALL ?= --editable .
+$(VENV)/installed.done: pyproject.toml $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Setting up $(VENV) for 'make $*' (once)"
-	@$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@echo "Setting up $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet $(INSTALL)
+	@touch $@
+
+$(VENV)/%.done: $(VENV)/installed.done
+	@echo "Adding to $(VENV) what 'make $*' needs (once)"
+	@$(BIN)/python -m pip install --quiet "nsq-ref[$*]"
 	@touch $@
 
 clean:

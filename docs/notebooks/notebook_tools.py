@@ -1,8 +1,12 @@
-"""What the notebooks share: tensors of real text, bounds beside errors, claims that are checked."""
+"""What the notebooks share: what a model makes of real text, bounds, claims that are checked."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -12,13 +16,20 @@ from numpy.typing import NDArray
 import nsq_ref as nsq
 from nsq_ref import bounds, rounding
 from nsq_ref.attention import attend
-from onnx_export.evaluation.fidelity import Comparison
+from nsq_ref.comparison import CacheRoundTrip
+from onnx_export.evaluation.fidelity import Comparison, TransformFidelity, measure_fidelity
 from onnx_export.models.built import cached_onnx
+from onnx_export.models.decoder import Decoder
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tokenizer import Tokenizer
 
 _QUERY = "blk.{}.attn_q.heads.rotary"  # the graph's name of queries before the softmax scale
+
+
+KEPT = Path(__file__).parents[1] / "frontier.json"
+MEASURED_AGAIN = 2  # passages, each time a notebook is run
+FAR = 0.002  # nats a token: processors round otherwise, by much less than schemes cost
 
 
 class AttentionInputs(NamedTuple):
@@ -75,6 +86,67 @@ def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
         np.concatenate(found[start : start + layers]) for start in range(0, 3 * layers, layers)
     )
     return AttentionInputs(queries, keys, values)
+
+
+def likelihoods(
+    decoder: Decoder, passages: NDArray[np.int64], trips: Mapping[str, CacheRoundTrip]
+) -> dict[str, TransformFidelity]:
+    """Return what schemes cost in likelihood, by docs/fidelity.md: 512 tokens, then 128.
+
+    That of all passages takes minutes, and is kept in docs/frontier.json. The first two are
+    measured again, and must be what is kept. With ``NSQ_MEASURE=all`` in the environment all are
+    measured, and the file is written.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    passages : int array, [passages, tokens]
+    trips : mapping of str to CacheRoundTrip
+        They count the passages that are measured.
+
+    Returns
+    -------
+    dict of str to TransformFidelity
+
+    Raises
+    ------
+    ValueError
+        Where the file is of other schemes, or a likelihood is no longer what it was.
+    """
+    anew = os.environ.get("NSQ_MEASURE") == "all"
+    chosen = passages if anew else passages[:MEASURED_AGAIN]
+    measured = measure_fidelity(decoder, chosen, trips, prefill_length=512, continuation_length=128)
+    found: dict[str, Any] = {
+        "baseline": {"nll": next(iter(measured.values())).baseline_nll},
+        "schemes": {
+            name: {
+                "key_scheme": trip.schemes.key.to_dict(),
+                "value_scheme": trip.schemes.value.to_dict(),
+                "nll": measured[name].nll,
+            }
+            for name, trip in trips.items()
+        },
+    }
+    if anew:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    again = "; if that is right, run this with NSQ_MEASURE=all in the environment"
+    if list(kept["schemes"]) != list(found["schemes"]):
+        raise ValueError(f"{KEPT.name} is of other schemes{again}")
+    for name, one in {"the float32 cache": found["baseline"], **found["schemes"]}.items():
+        stored = kept["schemes"].get(name, kept["baseline"])
+        if any(one[side] != stored[side] for side in one if side != "nll"):
+            raise ValueError(f"{name} is not the scheme of {KEPT.name}{again}")
+        if len(stored["nll"]) != len(passages):
+            raise ValueError(f"{KEPT.name} is of {len(stored['nll'])} passages{again}")
+        off = np.abs(np.subtract(one["nll"], stored["nll"][: len(chosen)])).max()
+        if not off <= FAR:
+            raise ValueError(f"the likelihood with {name} is {off:.4f} off {KEPT.name}{again}")
+    baseline = tuple(kept["baseline"]["nll"])
+    return {
+        name: TransformFidelity(tuple(one["nll"]), baseline)
+        for name, one in kept["schemes"].items()
+    }
 
 
 def measured_and_certified(

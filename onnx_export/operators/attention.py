@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsq_ref.extras import extra
-from onnx_export.operators.nodes import Nodes, Reference, make_function
+from onnx_export.operators.nodes import Nodes, Reference, built_once, make_function
 from onnx_export.operators.schema import ATTENTION, DEQUANTIZE, OPSET, QUANTIZE
 
 with extra("onnx", __name__):
@@ -43,6 +43,7 @@ class Side(NamedTuple):
     first_tail: str  # where the tail begins
 
 
+@built_once
 def attention(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Attention``, in standard operators of an opset that is at least 21.
 

@@ -14,7 +14,7 @@ import numpy as np
 from nsq_ref.extras import extra
 from nsq_ref.spec import SHRINK
 from onnx_export.operators import rounding
-from onnx_export.operators.nodes import Nodes, make_function
+from onnx_export.operators.nodes import Nodes, built_once, make_function
 from onnx_export.operators.rounding import narrow, where_zero
 from onnx_export.operators.schema import DEQUANTIZE, ELEMENTS, OPSET, QUANTIZE
 
@@ -28,6 +28,7 @@ INFINITY = np.float32(np.inf)
 POWERS = 2.0 ** np.arange(8, dtype=np.float32)
 
 
+@built_once
 def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Quantize``, in standard operators of an opset that is at least 21.
 
@@ -91,6 +92,7 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     return make_function(QUANTIZE, add, opset)
 
 
+@built_once
 def dequantize(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Dequantize``, in standard operators of an opset that is at least 21.
 

@@ -8,6 +8,7 @@ an object for each. Who changes a graph reads what is built in one call, ``onnx_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ with extra("onnx", __name__):
     import onnx
     from onnx import helper, numpy_helper
 
-__all__ = ["Nodes", "Reference", "Tensors", "all_nodes", "make_function", "make_model"]
+__all__ = [
+    "Nodes", "Reference", "Tensors", "all_nodes", "built_once", "make_function", "make_model",
+]  # fmt: skip
 
 Tensors = Mapping[str, tuple[str, Sequence[str | int] | None]]
 """Inputs or outputs of a model: the dtype of each, by its name in NumPy, and its axes, if known."""
@@ -284,6 +287,34 @@ def make_function(operator: Operator, add: Nodes, opset: int) -> onnx.FunctionPr
         DOMAIN, operator.name, operator.inputs, operator.outputs, add.nodes,
         _opsets(add.nodes, opset), required, defaults,
     )  # fmt: skip
+
+
+def built_once(build: Callable[[int], onnx.FunctionProto]) -> Callable[..., onnx.FunctionProto]:
+    """Build a function once for each opset, as there are hundreds of nodes; return a copy of it.
+
+    Examples
+    --------
+    >>> @built_once
+    ... def nothing(opset: int = OPSET) -> onnx.FunctionProto:
+    ...     print("built")
+    ...     return onnx.FunctionProto(name="Nothing")
+    >>> first, second = nothing(), nothing()
+    built
+    >>> first == second, first is second
+    (True, False)
+    """
+
+    @functools.cache
+    def built(opset: int) -> bytes:
+        serialized: bytes = build(opset).SerializeToString()
+        return serialized
+
+    @functools.wraps(build)
+    def copied(opset: int = OPSET) -> onnx.FunctionProto:
+        copy: onnx.FunctionProto = onnx.FunctionProto.FromString(built(opset))
+        return copy
+
+    return copied
 
 
 def make_model(

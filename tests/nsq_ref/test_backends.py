@@ -13,8 +13,8 @@ from hypothesis import given, settings
 
 from nsq_ref import Quantized, RangeError, Scheme, dequantize, quantize, scheme_names
 from nsq_ref.codec import Backend
-from nsq_ref.conformance.cases import cases
 from nsq_ref.strategies import inputs, schemes
+from tests.support.cases import cases_of
 
 BACKENDS = get_args(Backend)
 ORACLE_SIZE = 40  # elements; the test vectors are the oracle's answers to larger cases
@@ -73,7 +73,7 @@ def test_least_squares_gain(x: npt.NDArray[Any], scheme: Scheme) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_engineered_cases(name: str) -> None:
     """N1 N2 O1 S1 S2 S3 S4 Z1 Q1 Q2 P1 M1 M2 M3 D1 D2 B1 K1, where each is decided."""
-    for case in cases(SCHEMES[name], ["encode"]):
+    for case in cases_of(SCHEMES[name], ["encode"]):
         x = case.inputs["x"]
         if case.refused_by != "I2":
             backends = BACKENDS if x.size <= ORACLE_SIZE else BACKENDS[:2]

@@ -43,6 +43,17 @@ def test_the_table_of_the_readme_is_what_the_demo_printed(
     assert block.startswith(printed + "\n\n")
 
 
+def test_the_likelihoods_of_the_notebook_are_those_of_the_demo() -> None:
+    """Of the schemes that both have; the notebook itself measures some of them again."""
+    kept = json.loads((DOCS / "frontier.json").read_text(encoding="utf-8"))
+    pairs = [(kept["baseline"], DEMO["baseline"])]
+    pairs += [(kept["schemes"][name], one) for name, one in DEMO["schemes"].items()]
+    for first, second in pairs:
+        assert first["nll"] == pytest.approx(second["nll"], abs=0.002)
+        for side in ("key_scheme", "value_scheme"):
+            assert first.get(side) == second.get(side)
+
+
 def test_what_the_demo_says_follows_from_its_likelihoods() -> None:
     baseline = tuple(DEMO["baseline"]["nll"])
     results = {
@@ -85,5 +96,5 @@ def test_notebooks_read_the_texts_for_reporting_and_name_the_protocol(path: Path
     calls = re.findall(r"\bpassages\(.*", code)
     assert calls
     assert all("start=REPORTING_START" in call for call in calls)
-    if "measure_fidelity" in code:
+    if re.search(r"measure_fidelity|likelihoods\(", "\n".join(cells(path, "code"))):
         assert "(../fidelity.md)" in "\n".join(cells(path, "markdown"))

@@ -15,7 +15,10 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.conformance.ports import hello_frame
 from nsq_ref.conformance.ports.frames import Frame, read_frame, write_frame
+from tests.support.cases import cases_made_once
 from tests.support.command import NSQ, ROOT, nsq, said
+
+__all__ = ["cases_made_once"]  # the fixture
 
 HALF = """#!{python}
 import sys

@@ -15,8 +15,11 @@ from xml.etree import ElementTree
 import pytest
 
 from nsq_ref.conformance.ports.frames import read_frame, write_frame
+from tests.support.cases import cases_made_once
 from tests.support.command import NSQ, ROOT, process, said
 from tests.support.compilers import compile_library
+
+__all__ = ["cases_made_once"]  # the fixture
 
 C_EXAMPLE = ROOT / "docs" / "examples" / "nsq_port.c"
 RIGHT = "tests/ports/functions.py"

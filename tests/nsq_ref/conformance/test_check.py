@@ -6,10 +6,9 @@ The ports are those of `wrong_ports`, which know nothing of the kit's own table 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +19,10 @@ from nsq_ref import Scheme, scheme_names
 from nsq_ref.conformance import as_json
 from nsq_ref.conformance.check import check
 from nsq_ref.conformance.findings import Diagnosis, Report
+from tests.support.cases import cases_made_once
 from tests.support.wrong_ports import RIGHT, Knobs, Port
 
-checking = importlib.import_module(
-    "nsq_ref.conformance.check"
-)  # the package has a function of its name
+__all__ = ["cases_made_once"]  # the fixture
 
 # Narrow blocks, so that what belongs to a block shows in few tokens.
 CACHE = Scheme(symmetric=False, magnitude="lsq", block_size=4, sink_tokens=2)
@@ -57,17 +55,6 @@ SCHEMES = {
     ),
     **{name: Scheme.named(name) for name in scheme_names()},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cases_made_once() -> Iterator[None]:
-    """The cases of a scheme are the same for each port, and making them is half of the time."""
-    made = functools.cache(checking.cases)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            checking, "cases", lambda scheme, names, *rest: made(scheme, tuple(names), *rest)
-        )
-        yield
 
 
 def report_on(knobs: Knobs, scheme: Scheme, operations: Sequence[str]) -> Report:

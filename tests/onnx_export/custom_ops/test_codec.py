@@ -24,7 +24,6 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, Runtime
 import nsq_ref as nsq
 from nsq_ref import Scheme, strategies
 from nsq_ref.codec import PARTS, Quantized
-from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.family import scheme_named
 from nsq_ref.conformance.operations import DONE, REFUSED, Answer, Case, Operation
 from nsq_ref.conformance.ports.worker import Model
@@ -36,6 +35,7 @@ from onnx_export.operators import (
     quantize_model,
     scheme_attributes,
 )
+from tests.support.cases import cases_of
 from tests.support.processors import CPUS
 
 Array = npt.NDArray[Any]
@@ -143,7 +143,7 @@ def test_conformance_cases(cpu: str, tmp_path: Path, name: str) -> None:
     scheme = scheme_named(name)
     natives = {dtype: Native(tmp_path, scheme, dtype) for dtype in strategies.DTYPES[:3]}
     asked = 0
-    for case in cases(scheme, ["encode", "decode"], 0):
+    for case in cases_of(scheme, ["encode", "decode"]):
         asked += 1
         if case.operation == "encode":
             x = case.inputs["x"]

@@ -17,10 +17,15 @@ FLUSHING = {"set_denormal_as_zero": "1"}
 UPWARD = {"aarch64": 0x400000, "arm64": 0x400000}.get(platform.machine(), 0x800)
 
 
+@pytest.fixture(scope="module")
+def plain() -> list[str]:
+    """Digests of all calls in a session that flushes nothing."""
+    return digests(tiny=True)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-def test_sessions_that_flush_subnormals(threads: int) -> None:
+def test_sessions_that_flush_subnormals(threads: int, plain: list[str]) -> None:
     """N1 S3 Q1 M3 D1 A3. Codes, what is decoded, and attention; workers of the session too."""
-    plain = digests(tiny=True)
     assert len(plain) > 100
     assert digests(tiny=True, threads=threads, config=FLUSHING) == plain
 

@@ -105,6 +105,8 @@ def continuation(path: Path, prompt: np.ndarray[Any, Any], library: bool) -> lis
     options.log_severity_level = 3
     if library:
         register(options)
+    else:  # optimizing 30 bodies takes most of a minute; small models are run in both ways
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options)
     cache = {
         f"past_{name}.{layer}": np.zeros((1, *field.shape), field.dtype)

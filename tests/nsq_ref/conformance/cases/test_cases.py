@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.operations import Case, scheme_of
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import scheme_names
+from tests.support.cases import cases_of
 
 SPEC = (Path(__file__).parents[4] / "docs" / "spec.md").read_text(encoding="utf-8")
 VARIANTS: dict[str, Scheme] = {
@@ -44,9 +44,8 @@ VARIANTS: dict[str, Scheme] = {
 SCHEMES: dict[str, Scheme] = {name: Scheme.named(name) for name in scheme_names()} | VARIANTS
 
 
-@functools.cache
 def built(name: str) -> list[Case]:
-    return cases(SCHEMES[name])
+    return cases_of(SCHEMES[name])
 
 
 def digest(some: list[Case]) -> str:
@@ -57,6 +56,13 @@ def digest(some: list[Case]) -> str:
             sha.update(f"{name} {array.dtype} {array.shape}".encode())
             sha.update(array.tobytes())
     return sha.hexdigest()
+
+
+@pytest.mark.parametrize("operations", [["encode"], ["stream", "decode"]])
+def test_cases_that_tests_share_are_those_of_the_kit(operations: list[str]) -> None:
+    for options in ((), (3,), (0, ["float16"])):
+        shared = cases_of("naive2", operations, *options)
+        assert digest(shared) == digest(cases("naive2", operations, *options))
 
 
 # --- what holds for every scheme ----------------------------------------------------------------

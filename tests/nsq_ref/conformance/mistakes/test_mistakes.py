@@ -13,7 +13,6 @@ import pytest
 
 from nsq_ref import Scheme, rounding
 from nsq_ref.conformance import mistakes, model
-from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
@@ -26,6 +25,7 @@ from nsq_ref.conformance.operations import (
     scheme_of,
 )
 from nsq_ref.conformance.rules import RULES
+from tests.support.cases import cases_of
 
 PREFIX = f"{mistakes.__name__}."
 PAPER = Scheme()
@@ -82,7 +82,7 @@ def answer(reference: Reference, case: Case) -> Answer:
 @cache
 def asked(scheme: Scheme, operation: Operation) -> list[tuple[Case, Answer]]:
     """What every mistake is asked, with the right answers."""
-    asked = [case for case in cases(scheme, [operation]) if case.refused_by is None]
+    asked = [case for case in cases_of(scheme, [operation]) if case.refused_by is None]
     return [(case, answer(Reference(), case)) for case in asked]
 
 

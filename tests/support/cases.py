@@ -1,0 +1,46 @@
+"""Cases of the kit, made once in a process: they are the same for all who ask."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from nsq_ref import Scheme
+from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.family import family_scheme
+from nsq_ref.conformance.operations import INPUT_DTYPES, OPERATIONS, Case
+
+checking = importlib.import_module("nsq_ref.conformance.check")  # the package has a function so
+
+
+def cases_of(
+    scheme: Scheme | str,
+    operations: Sequence[str] = OPERATIONS,
+    seed: int = 0,
+    dtypes: Sequence[str] = INPUT_DTYPES,
+) -> list[Case]:
+    """Return what `cases` does. Nobody may write to them."""
+    if tuple(dtypes) != INPUT_DTYPES:
+        return cases(scheme, operations, seed, dtypes)
+    made = _all(family_scheme("scheme", scheme), seed)
+    return [case for case in made if case.operation in operations]
+
+
+@functools.cache
+def _all(scheme: Scheme, seed: int) -> list[Case]:
+    made = cases(scheme, OPERATIONS, seed)
+    for case in made:
+        for array in case.inputs.values():
+            array.flags.writeable = False
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cases_made_once() -> Iterator[None]:
+    """For a module that imports it: all checks in this process ask the same cases."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "cases", cases_of)
+        yield

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
 
 from nsq_ref.extras import extra
 from onnx_export.operators.attention import attention
 from onnx_export.operators.codec import dequantize, quantize
+from onnx_export.operators.nodes import all_nodes
 from onnx_export.operators.schema import DOMAIN, OPERATORS, OPSET
 
 with extra("onnx", __name__):
     import onnx
     from onnx import helper
 
-__all__ = ["all_nodes", "check_nodes", "functions"]
+__all__ = ["check_nodes", "functions"]
 
 
 def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
@@ -79,21 +79,6 @@ def check_nodes(model: onnx.ModelProto) -> None:
             if node.domain == DOMAIN and (problem := _problem(node)):
                 made = next(filter(None, node.output), "nothing")
                 raise ValueError(f"{node.op_type} that makes {made}: {problem}")
-
-
-def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Return nodes and those of their subgraphs.
-
-    Examples
-    --------
-    >>> [node.op_type for node in all_nodes([onnx.helper.make_node("Neg", ["x"], ["y"])])]
-    ['Neg']
-    """
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from all_nodes(graph.node)
 
 
 def _problem(node: onnx.NodeProto) -> str | None:

@@ -8,7 +8,7 @@ an object for each. Who changes a graph reads what is built in one call, ``onnx_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ with extra("onnx", __name__):
     import onnx
     from onnx import helper, numpy_helper
 
-__all__ = ["Nodes", "Reference", "Tensors", "make_function", "make_model"]
+__all__ = ["Nodes", "Reference", "Tensors", "all_nodes", "make_function", "make_model"]
 
 Tensors = Mapping[str, tuple[str, Sequence[str | int] | None]]
 """Inputs or outputs of a model: the dtype of each, by its name in NumPy, and its axes, if known."""
@@ -317,6 +317,23 @@ def make_model(
     )
     helper.set_model_props(model, dict(metadata or {}))
     return model
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Return nodes and all that are in their subgraphs.
+
+    Examples
+    --------
+    >>> add = Nodes()
+    >>> chosen = add.choose("late", lambda add: add("Neg", "x"), lambda _: "x")
+    >>> [node.op_type for node in all_nodes(add.nodes)]
+    ['If', 'Identity', 'Neg', 'Identity']
+    """
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from all_nodes(graph.node)
 
 
 def _infos(tensors: Tensors) -> list[onnx.ValueInfoProto]:

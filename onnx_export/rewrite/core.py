@@ -17,8 +17,8 @@ from nsq_ref.files import atomic
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 from onnx_export.custom_ops import library_path
 from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
-from onnx_export.operators.domain import all_nodes, check_nodes, functions
-from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.domain import check_nodes, functions
+from onnx_export.operators.nodes import Nodes, all_nodes
 from onnx_export.operators.schema import DOMAIN, ELEMENTS, VERSION
 from onnx_export.rewrite import files
 from onnx_export.rewrite.found import Found, Refused

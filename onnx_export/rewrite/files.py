@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
-from onnx_export.operators.domain import all_nodes
+from onnx_export.operators.nodes import all_nodes
 
 with extra("rewrite", __name__):
     import onnx

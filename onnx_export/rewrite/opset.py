@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableSequence
 
 from nsq_ref.extras import extra
-from onnx_export.operators.domain import all_nodes
+from onnx_export.operators.nodes import all_nodes
 from onnx_export.operators.schema import IR_VERSION, OPSET
 
 with extra("rewrite", __name__):

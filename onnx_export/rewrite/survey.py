@@ -207,7 +207,7 @@ def _unshared(results: list[Found | Refused]) -> list[Found | Refused]:
 
 
 def _misplaced(graph: Graph, found: Found) -> str | None:
-    """Return why the caches are none of the model's own."""
+    """Return why the caches are none of the model's own, or of other sizes than the node's."""
     main = graph.model.graph
     for cache in caches_of(found):
         past, present = cache.past, cache.present
@@ -218,7 +218,35 @@ def _misplaced(graph: Graph, found: Found) -> str | None:
             return f"its present {present.name} is {times} of the model's outputs, not one"
         if any(one is past for one in main.outputs):
             return f"its past {past.name} is an output of the model too"
+    for value, layout, sizes in _stated(found):
+        for axis, letter in enumerate(layout):
+            size = graph.size(value, axis)
+            if size is not None and size != sizes.get(letter, size):
+                return (
+                    f"{value.name} has {size} places on axis {axis}, where the node has "
+                    f"{sizes[letter]}"
+                )
     return None
+
+
+def _stated(found: Found) -> Iterator[tuple[ir.Value, str, dict[str, int]]]:
+    """Return tensors of an attention, their axes, and the sizes that they must have."""
+    heads, kv_heads, size = found.heads, found.kv_heads, found.head_dim
+    value_size = found.value_head_dim
+    tokens = [
+        (found.query, heads, size, 0 if found.key is not None else 2 * kv_heads * size),
+        (found.key, kv_heads, size, 0),
+        (found.value, kv_heads, value_size, 0),
+        (found.output, heads, value_size, 0),
+    ]
+    for one, count, channels, more in tokens:
+        if one is not None:
+            sizes = {"N": count, "D": channels, "H": count * channels + more}
+            yield one.value, one.layout, sizes
+    for cache, channels in zip(caches_of(found), (size, value_size), strict=True):
+        sizes = {"N": kv_heads, "D": channels, "H": kv_heads * channels}
+        for value in cache[:2]:
+            yield value, cache.layout, sizes
 
 
 class _Walk:

@@ -55,6 +55,15 @@ def test_sizes_are_the_operator_s(
     assert CacheLayout.from_metadata(layout.to_metadata()) == layout
 
 
+def test_the_side_of_the_padding_is_told() -> None:
+    layout = CacheLayout({"attention_mask": "mask"}, (), (), right_padding=True)
+    metadata = layout.to_metadata()
+    assert CacheLayout.from_metadata(metadata).right_padding
+    value = json.loads(metadata[KEY])
+    del value["right_padding"]  # as written before there was such a thing
+    assert not CacheLayout.from_metadata({KEY: json.dumps(value)}).right_padding
+
+
 def test_a_cache_that_grows_begins_empty() -> None:
     tensor = CacheTensor("past", "present", "float32", ("batch", 3, "past", 64))
     assert tensor.grows

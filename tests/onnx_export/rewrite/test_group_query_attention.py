@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nsq_ref as nsq
 from onnx_export.rewrite import rewrite
@@ -90,6 +92,47 @@ def test_logits_are_the_original_ones_while_nothing_is_sealed(name: str, tmp_pat
         original = Original(path, len(rows), head_dim=config.head_dim)
         rewritten = Rewritten(tmp_path / "out.onnx", len(rows), native=True)
         compare(original, rewritten, config, rows)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Decoder:
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    attributes: dict[str, Any] = {}
+    if draw(st.booleans()):
+        attributes["softcap"] = draw(st.sampled_from([0.0, 0.5, 30.0]))
+    if draw(st.booleans()):
+        attributes["scale"] = draw(st.sampled_from([0.0, 0.1, 0.7]))
+    if draw(st.booleans()):
+        attributes["local_window_size"] = draw(st.sampled_from([-1, 1, 3, 50]))
+    if draw(st.booleans()):
+        attributes["smooth_softmax"] = draw(st.sampled_from([0, 1]))
+    return Decoder(
+        layers=draw(st.sampled_from([1, 2])),
+        heads=kv_heads * draw(st.sampled_from([1, 2, 4])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([16, 32])),
+        packed=draw(st.booleans()),
+        rotary=draw(st.sampled_from([0, 16])),
+        interleaved=draw(st.booleans()),
+        position_ids=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        sink=draw(st.booleans()),
+        attributes=tuple(attributes.items()),
+    )
+
+
+@settings(max_examples=8)
+@given(configs(), st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_any_options_together(
+    tmp_path_factory: pytest.TempPathFactory, config: Decoder, rows: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("drawn")
+    path = save(gqa_model(config), folder / "model.onnx")
+    rewrite(path, folder / "out.onnx")
+    original = Original(path, len(rows), head_dim=config.head_dim)
+    compare(
+        original, Rewritten(folder / "out.onnx", len(rows), native=True), config, np.array(rows)
+    )
 
 
 def test_without_the_library(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_dtypes_without_a_place(tmp_path: Path) -> None:
     assert all_refused(model, tmp_path).startswith("its cache is bfloat16; nsq.Attention has")
 
 
+def test_sizes_that_contradict_the_node(tmp_path: Path) -> None:
+    model = gqa_model(Decoder())
+    for one in model.graph.output[-2:]:
+        one.type.tensor_type.shape.dim[1].dim_value = 4
+    path = save(model, tmp_path / "model.onnx")
+    report = rewrite(path, tmp_path / "out.onnx")
+    assert report.attentions[1].reason == (
+        "present.1.key has 4 places on axis 1, where the node has 2"
+    )
+
+
 def test_heads_of_unknown_size(tmp_path: Path) -> None:
     model = gqa_model(Decoder(symbolic=True, packed=False))
     for node in model.graph.node:

@@ -1,0 +1,124 @@
+"""``nsq onnx rewrite``: quantized caches for a decoder that somebody exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsq_ref.cli.errors import about, extra
+from nsq_ref.cli.options import JsonOption, file_name, label
+from nsq_ref.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from nsq_ref import Scheme
+    from onnx_export.rewrite import Report
+
+SHOWN = 5  # nodes that are gone
+
+
+def rewrite(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A decoder, its external data beside it.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", callback=file_name, help="The file to write.")
+    ],
+    *,
+    scheme: Annotated[
+        str, typer.Option(help="Of all caches: a name with a block size, such as streaming3.")
+    ] = "streaming4",
+    key: Annotated[str | None, typer.Option(help="The scheme of keys, if another.")] = None,
+    value: Annotated[str | None, typer.Option(help="The scheme of values, if another.")] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON, layer by layer: {"layers": {"0": null, "5": "streaming8"}}; null: as is.',
+        ),
+    ] = None,
+    row_lengths: Annotated[
+        bool,
+        typer.Option(
+            "--row-lengths",
+            help="Take the lengths of rows as inputs, where the model counts its mask.",
+        ),
+    ] = False,
+    library: Annotated[
+        bool, typer.Option("--library", help="Put the native library beside OUT.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell; write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a decoder that somebody exported quantized caches.
+
+    Weights are neither read nor copied. What is not understood stays as it is, and is named with
+    the reason: exit code 1. Nothing is written where nothing is rewritten.
+    """
+    with extra("rewrite", "nsq onnx rewrite"):
+        from onnx_export.rewrite import rewrite as rewrite_model
+
+    if out.exists() and not (force or dry_run):
+        raise ValueError(f"{out} exists; choose another name, or replace it with --force")
+    keys, values = _schemes(scheme)
+    report = rewrite_model(
+        model,
+        out,
+        key=key or keys,
+        value=value or values,
+        policy=None if policy is None else _read_policy(policy),
+        row_lengths=row_lengths,
+        library=library,
+        dry_run=dry_run,
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report, dry_run)
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+def _schemes(name: str) -> tuple[Scheme, Scheme]:
+    """Return the schemes of keys and values that a name stands for."""
+    from nsq_ref import Scheme
+
+    named = Scheme.named(name)
+    return (named, named) if isinstance(named, Scheme) else (named.key, named.value)
+
+
+def _read_policy(path: Path) -> dict[str, Any]:
+    with about(str(path)):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("a policy is an object with default and layers")
+    return content
+
+
+def _show(report: Report, dry_run: bool) -> None:
+    rows = []
+    for one in report.attentions:
+        key, value = (label(scheme) for scheme in one.schemes) if one.schemes else ("", "")
+        note = f"refused: {one.reason}" if one.reason else "" if one.schemes else "stays as it is"
+        layer = "" if one.layer is None else one.layer
+        rows.append((layer, one.node, one.pattern, key, value, note))
+    print_table(("layer", "attention", "found as", "keys", "values", ""), rows)
+    for change in report.changes:
+        typer.echo(f"{change.node}: {change.what}")
+    if report.removed:
+        some = ", ".join(report.removed[:SHOWN])
+        more = ", ... (--json has all)" if len(report.removed) > SHOWN else ""
+        count = len(report.removed)
+        typer.echo(f"nodes that are gone, as nobody reads them ({count}): {some}{more}")
+    if report.inputs:
+        typer.echo(f"new inputs: {', '.join(report.inputs)}")
+    before, after = report.opset
+    if before != after:
+        typer.echo(f"opset {before} is now {after}")
+    done = "to rewrite" if dry_run else "rewritten"
+    typer.echo(f"{done}: {report.rewritten} of {len(report.attentions)} attentions")
+    for path in report.files:
+        typer.echo(path)

@@ -154,6 +154,12 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
         raise NotUnderstoodError("the number of its heads is not stated")
     repeats, factor = 0, 0.0
     for probe in probes(graph):
+        added = probe.value(behind.new)
+        if added is not None and added.shape[layout.index("S")] != probe.new:
+            raise NotUnderstoodError(
+                f"{behind.new.name}, which its cache {behind.past.name} gets, has "
+                f"{added.shape[layout.index('S')]} tokens where {probe.new} are new"
+            )
         seed = _seed(probe, layout, count, channels)
         made = _moved(probe, behind, seed)
         by_head = _by_head(seed, layout, count)

@@ -96,6 +96,36 @@ def side_of(past: str) -> tuple[int, str]:
     return layer, "key" if "key" in past.replace("past_key_values", "") else "value"
 
 
+def test_rows_of_a_static_cache_grow_apart(tmp_path: Path) -> None:
+    """Each row alone in the original, and both together, padded on the right."""
+    name = "mobius-llama-static"
+    path, _ = rewritten(name, tmp_path)
+    ours = Quantized(path, 2, native=True)
+    alone = [Floats(EXPORTS / f"{name}.onnx", 1) for _ in range(2)]
+    assert ours.layout.roles["past_lengths"] == "write_indices"
+    assert not ours.layout.right_padding
+    rng, past = np.random.default_rng(0), np.zeros(2, np.int64)
+    for counts in ([5, 3], [1, 1], [2, 4], [1, 1]):
+        real = np.array(counts)
+        ids = rng.integers(3, 96, (2, real.max()))
+        places = past[:, None] + np.arange(real.max())
+        feeds = {
+            "input_ids": ids, "position_ids": places, "write_indices": past,
+            "nonpad_kv_seqlen": past + real,
+        }  # fmt: skip
+        got = ours.step(feeds)
+        for row, (original, count) in enumerate(zip(alone, counts, strict=True)):
+            one = slice(row, row + 1)
+            want = original.step(
+                {
+                    "input_ids": ids[one, :count], "position_ids": places[one, :count],
+                    "write_indices": past[one], "nonpad_kv_seqlen": past[one] + count,
+                }
+            )  # fmt: skip
+            np.testing.assert_allclose(got[row, :count], want[0], rtol=0, atol=1e-4)
+        past = past + real
+
+
 @pytest.mark.parametrize("name", ["mobius-gemma3-default", "optimum-llama-18"])
 def test_without_the_library(name: str, tmp_path: Path) -> None:
     path, _ = rewritten(name, tmp_path)

@@ -181,6 +181,12 @@ def past_behind_the_new(layer: Layer) -> None:
     concat.input[:] = list(concat.input)[::-1]
 
 
+def more_than_the_new(layer: Layer) -> None:
+    """Each new key is in the cache twice."""
+    concat = layer.maker("present.1.key")
+    layer.insert(concat, 1, "Concat", concat.input[1], axis=2)
+
+
 def weights_given_out(layer: Layer) -> None:
     layer.output(layer.softmax.output[0])
 
@@ -224,6 +230,7 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (softmax_over_queries, "its Softmax is not along the last axis"),
     (heads_in_another_order, "other elements, or others in another place"),
     (past_behind_the_new, "which is not understood"),
+    (more_than_the_new, "tokens where 5 are new"),
     (weights_given_out, "of its cache is read by"),
     (present_summed, "of its cache is read by ReduceSum sums too"),
     (values_of_the_other_layer, "is the cache of"),

@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 Operation = Literal["encode", "decode", "attend", "stream"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-INPUT_DTYPES = ("float32", "float16", "bfloat16")
+CASE_DTYPES = ("float32", "float16", "bfloat16")  # of x in a case
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer
 
 
@@ -168,7 +168,7 @@ MOST_NUMBER = 2**31 - 1  # of a scheme
 
 # The number of a dtype, in frames, in schemes and in nsq.h.
 DTYPES: tuple[np.dtype[Any], ...] = (
-    *(FLOAT_DTYPES[name] for name in INPUT_DTYPES), np.dtype(np.uint8), np.dtype(np.int32),
+    *(FLOAT_DTYPES[name] for name in CASE_DTYPES), np.dtype(np.uint8), np.dtype(np.int32),
 )  # fmt: skip
 
 # The order of a scheme's numbers, and of the words that some of them stand for.
@@ -182,8 +182,8 @@ _WORDS: dict[str, tuple[Any, ...]] = {
     "block_size": (),
     "sink_tokens": (),
     "outlier_channels": (),
-    "scale_dtype": INPUT_DTYPES,
-    "norm_dtype": INPUT_DTYPES,
+    "scale_dtype": CASE_DTYPES,
+    "norm_dtype": CASE_DTYPES,
 }
 
 

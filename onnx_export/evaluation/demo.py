@@ -129,7 +129,7 @@ def run_demo(
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> folder = tempfile.mkdtemp()
     >>> result = run_demo(gguf_path=tiny_gguf(folder), passages=2, prefill_length=20,
     ...                   continuation_length=8, cache_dir=folder)

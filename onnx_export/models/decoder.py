@@ -151,7 +151,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> keys, values = decoder.empty_cache()
@@ -197,7 +197,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> logits, keys, values = decoder.forward([[3, 1, 4, 1]])
@@ -256,7 +256,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> tokens, ended_by = decoder.generate([3, 1, 4], 5)
@@ -304,7 +304,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> len(list(decoder.stream([3] * 500, 100)))

@@ -90,7 +90,7 @@ def passages(tokenizer: Tokenizer, length: int, count: int, *, start: int = 0) -
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> tokenizer = Tokenizer(tiny_gguf(tempfile.mkdtemp()))
     >>> tokenizer.decode(passages(tokenizer, 24, 2)[1])
     'Fellow-Citizens of the Sena'

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +30,17 @@ from benchmarks.timing import (
     Row,
     Timed,
     as_text,
+    beside,
+    floor,
     interleaved,
     machine,
+    parser,
+    reading,
     report,
     spread,
     use_threads,
     write_json,
-)
+)  # fmt: skip
 from nsq_ref.scheme import SchemeName
 from onnx_export.custom_ops import register
 from onnx_export.operators import attention_node, dequantize_model, quantize_model
@@ -145,16 +148,13 @@ def general_notes(rounds: int) -> list[str]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill")
-    options = parser.parse_args()
+    arguments = parser("onnx", __doc__, threads=2, rounds=15)
+    arguments.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    arguments.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill")
+    options = arguments.parse_args()
     if any(tokens < BLOCK_SIZE or tokens % BLOCK_SIZE for tokens in options.tokens):
-        parser.error(f"--tokens must be multiples of the block size, {BLOCK_SIZE}")
+        arguments.error(f"--tokens must be multiples of the block size, {BLOCK_SIZE}")
     return options
 
 
@@ -244,16 +244,7 @@ def prefill(natives: Sequence[Native], options: argparse.Namespace) -> tuple[lis
 
 
 def speeds(timed: dict[str, Timed], base: str, names: Sequence[str]) -> list[Row]:
-    return [
-        Row(
-            name,
-            spread(timed[base].seconds / timed[name].seconds),
-            f"times as fast as {base}",
-            spread(timed[name].seconds),
-            cores=timed[name].cores,
-        )
-        for name in names
-    ]
+    return [beside(name, timed[base], timed[name], f"times as fast as {base}") for name in names]
 
 
 def floor_rows(
@@ -261,10 +252,8 @@ def floor_rows(
 ) -> list[Row]:
     rows = [Row("read", spread(rate / 1e9), "GB/s", spread(timed["read"].seconds))]
     for name, size in sizes.items():
-        floor = size / rate
-        figure = spread(timed[name].seconds / floor)
-        what = f"memory floor, {size / 1e6:.1f} MB"
-        rows.append(Row(what, figure, f"times that takes {name}", spread(floor)))
+        what, unit = f", {size / 1e6:.1f} MB", f"times that takes {name}"
+        rows.append(floor(what, size / rate, timed[name], unit))
     return rows
 
 
@@ -272,9 +261,8 @@ def timed_beside_reading(
     steps: dict[str, Step], threads: int, rounds: int
 ) -> tuple[dict[str, Timed], npt.NDArray[np.float64]]:
     """Time all steps, and reading memory; return also its bytes a second, round by round."""
-    much = np.array_split(np.ones(READ_BYTES // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
-        cases = [Case("read", lambda: list(pool.map(np.max, much)))]
+        cases = [reading(np.ones(READ_BYTES // 4, np.float32), threads, pool)]
         timed = interleaved([*cases, *(Case(*item) for item in steps.items())], rounds, SETTLE)
     return timed, READ_BYTES / timed["read"].seconds
 

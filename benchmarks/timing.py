@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,19 @@ Float64 = npt.NDArray[np.float64]
 
 # Seconds; by then threads have spread over the cores, and those of other cases no longer spin.
 SETTLE = 0.02
+RATIOS = (
+    "ratios are taken round by round: their median, min and max; 'cores' is processor time over "
+    "wall time: much below the threads, other work held the machine"
+)
+
+
+def parser(name: str, about: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """Return what reads ``--json`` and, such as ``--rounds``, integers that have defaults."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    made.add_argument("--json", type=Path, help="write all figures to this file")
+    for option, default in defaults.items():
+        made.add_argument(f"--{option.replace('_', '-')}", type=int, default=default)
+    return made
 
 
 class Spread(NamedTuple):
@@ -157,6 +172,23 @@ def _settle(case: Case, seconds: float) -> None:
         del result
 
 
+def reading(much: npt.NDArray[Any], threads: int, pool: ThreadPoolExecutor) -> Case:
+    """Return the case ``read``: the speed of memory, by `np.max` in so many threads."""
+    parts = np.array_split(much, threads)
+    return Case("read", lambda: list(pool.map(np.max, parts)))
+
+
+def beside(what: str, base: Timed, case: Timed, unit: str, target: Target | None = None) -> Row:
+    """Say how many times as fast as ``base`` a case is."""
+    figure, seconds = spread(base.seconds / case.seconds), spread(case.seconds)
+    return Row(what, figure, unit, seconds, target, case.cores)
+
+
+def floor(what: str, seconds: Float64, case: Timed, unit: str = "times that takes nsq") -> Row:
+    """Say how many times as long as reading and writing its bytes a case takes."""
+    return Row(f"memory floor{what}", spread(case.seconds / seconds), unit, spread(seconds))
+
+
 def spread(values: Float64 | Sequence[float]) -> Spread:
     """Return median, least and greatest, NaN left out.
 
@@ -168,6 +200,19 @@ def spread(values: Float64 | Sequence[float]) -> Spread:
     some = np.asarray(values, np.float64)
     some = some[~np.isnan(some)]
     return Spread(float(np.median(some)), float(some.min()), float(some.max()))
+
+
+def publish(
+    options: argparse.Namespace, title: str, rows: Sequence[Row], notes: Sequence[str],
+    timed: Mapping[str, Timed] | None = None, **more: Any,
+) -> None:  # fmt: skip
+    """Print the rows, and write them, ``more`` and each round's seconds where ``--json`` says."""
+    report(title, rows, notes)
+    if timed is not None:
+        rounds = {name: case.seconds[case.took_part].tolist() for name, case in timed.items()}
+        more["seconds"] = rounds
+    if options.json is not None:
+        write_json(options.json, rows, notes, **more)
 
 
 def report(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:

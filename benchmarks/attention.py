@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 import nsq_ref as nsq
 from benchmarks.timing import (
@@ -32,9 +31,8 @@ from benchmarks.timing import (
     use_threads,
 )  # fmt: skip
 from nsq_ref import attention
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
-
-Float32 = npt.NDArray[np.float32]
 
 HELD: tuple[SchemeName, ...] = ("nsep+pchan4", "streaming4")
 OTHERS: tuple[SchemeName, ...] = (

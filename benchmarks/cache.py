@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 import nsq_ref as nsq
 from benchmarks.timing import (
@@ -26,9 +25,8 @@ from benchmarks.timing import (
     use_threads,
 )  # fmt: skip
 from nsq_ref.cache.pages import PAGE_TOKENS
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
-
-Float32 = npt.NDArray[np.float32]
 
 SCHEMES: tuple[SchemeName, ...] = ("streaming4", "nsep+pchan4", "streaming2", "naive4")
 BLOCK_SIZE = 128

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, quants
 
@@ -36,9 +35,9 @@ from benchmarks.timing import (
     spread,
     use_threads,
 )  # fmt: skip
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
 
-Float32 = npt.NDArray[np.float32]
 Listed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAIN: SchemeName = "nsep+pchan4"

@@ -11,18 +11,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import nsq_ref as nsq
+from nsq_ref.dtypes import Float32, Float64
 from onnx_export.custom_ops import register
 from onnx_export.operators import attention_model
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 KINDS = ("normal", "student-t", "Cauchy", "lognormal", "one-sided", "offset", "channels", "drift")
 REAL_TOKENS = 2048

@@ -41,15 +41,14 @@ from benchmarks.timing import (
     use_threads,
     write_json,
 )  # fmt: skip
+from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.scheme import SchemeName
 from onnx_export.custom_ops import register
 from onnx_export.operators import attention_node, dequantize_model, quantize_model
 from onnx_export.operators.nodes import make_model
 from onnx_export.operators.schema import ELEMENTS
 
-Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
-Float32 = npt.NDArray[np.float32]
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MAIN: SchemeName = "streaming4"
@@ -247,9 +246,7 @@ def speeds(timed: dict[str, Timed], base: str, names: Sequence[str]) -> list[Row
     return [beside(name, timed[base], timed[name], f"times as fast as {base}") for name in names]
 
 
-def floor_rows(
-    timed: dict[str, Timed], rate: npt.NDArray[np.float64], sizes: dict[str, int]
-) -> list[Row]:
+def floor_rows(timed: dict[str, Timed], rate: Float64, sizes: dict[str, int]) -> list[Row]:
     rows = [Row("read", spread(rate / 1e9), "GB/s", spread(timed["read"].seconds))]
     for name, size in sizes.items():
         what, unit = f", {size / 1e6:.1f} MB", f"times that takes {name}"
@@ -259,7 +256,7 @@ def floor_rows(
 
 def timed_beside_reading(
     steps: dict[str, Step], threads: int, rounds: int
-) -> tuple[dict[str, Timed], npt.NDArray[np.float64]]:
+) -> tuple[dict[str, Timed], Float64]:
     """Time all steps, and reading memory; return also its bytes a second, round by round."""
     with ThreadPoolExecutor(threads) as pool:
         cases = [reading(np.ones(READ_BYTES // 4, np.float32), threads, pool)]

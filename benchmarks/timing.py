@@ -21,9 +21,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from nsq_ref.dtypes import Array, Float64
 from nsq_ref.files import atomic
-
-Float64 = npt.NDArray[np.float64]
 
 # Seconds; by then threads have spread over the cores, and those of other cases no longer spin.
 SETTLE = 0.02
@@ -172,7 +171,7 @@ def _settle(case: Case, seconds: float) -> None:
         del result
 
 
-def reading(much: npt.NDArray[Any], threads: int, pool: ThreadPoolExecutor) -> Case:
+def reading(much: Array, threads: int, pool: ThreadPoolExecutor) -> Case:
     """Return the case ``read``: the speed of memory, by `np.max` in so many threads."""
     parts = np.array_split(much, threads)
     return Case("read", lambda: list(pool.map(np.max, parts)))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import dlpack
-from nsq_ref.dtypes import INPUT_DTYPES
+from nsq_ref.dtypes import INPUT_DTYPES, Array, Float32, Float64
 
 __all__ = [
     "RangeError",
@@ -31,9 +31,6 @@ __all__ = [
     "not_finite",
     "slabs",
 ]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 
 # Work goes slab by slab so that what is needed besides input and output stays small.
 SLAB_BYTES = 1 << 26
@@ -116,7 +113,7 @@ def as_float_array(name: str, x: Any) -> Array:
     return given.astype(native)
 
 
-def as_real_array(name: str, values: Any) -> npt.NDArray[np.float64]:
+def as_real_array(name: str, values: Any) -> Float64:
     """Take an array of real numbers, integers among them, as float64.
 
     Examples
@@ -131,7 +128,7 @@ def as_real_array(name: str, values: Any) -> npt.NDArray[np.float64]:
     return given.astype(np.float64, copy=False)
 
 
-def as_integer_array(name: str, values: Any) -> npt.NDArray[Any]:
+def as_integer_array(name: str, values: Any) -> Array:
     """Take an array of integers, of whatever shape and width.
 
     Examples

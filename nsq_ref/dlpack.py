@@ -6,13 +6,11 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nsq_ref.dtypes import DTYPES
+from nsq_ref.dtypes import DTYPES, Array
 
 __all__ = ["bfloat16", "writeable"]
 
-Array = npt.NDArray[Any]
 
 UNSIGNED, BFLOAT = 1, 4  # codes of DLDataType
 

@@ -18,13 +18,10 @@ from nsq_ref import attention, rounding
 from nsq_ref.arrays import RangeError
 from nsq_ref.cache.pages import Change, Page, Plain
 from nsq_ref.codec import Quantized, dequantize, quantize
-from nsq_ref.dtypes import DTYPES
+from nsq_ref.dtypes import DTYPES, Array, Float32
 from nsq_ref.scheme import Field, Scheme
 
 __all__ = ["Sequence", "Side", "StoredTokens"]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 
 
 class StoredTokens(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "stored_side",
 ]
 
-Array = npt.NDArray[Any]
 Operation = Literal["encode", "decode", "attend", "stream"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Array
 from nsq_ref.files import tensors
 from nsq_ref.files.errors import DAMAGED, StorageError
 from nsq_ref.scheme import SPEC_VERSION
@@ -32,7 +32,6 @@ __all__ = [
     "write_container",
 ]
 
-Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 FORMAT = "nsq-safetensors-1"

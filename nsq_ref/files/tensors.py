@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy.typing as npt
-
+from nsq_ref.dtypes import Array
 from nsq_ref.files import atomic, kinds
 from nsq_ref.files.errors import DAMAGED, StorageError
 
@@ -23,9 +22,7 @@ PathLike = str | os.PathLike[str]
 FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of arrays that are taken, in the library's words
 
 
-def write(
-    path: PathLike, arrays: Mapping[str, npt.NDArray[Any]], metadata: dict[str, str] | None
-) -> None:
+def write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
     """Write arrays, contiguous ones, and metadata.
 
     Raises

@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import packing, rounding, spec
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import (
     INFINITY_BITS,
@@ -38,7 +37,6 @@ from nsq_ref.kernels.rows import (
 from nsq_ref.kernels.threads import in_shares
 from nsq_ref.scheme import Scheme
 
-Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Array
 from nsq_ref.kernels.compilation import compiled
 
-Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Adding 1.5 * 2**52 units rounds a float64 below 2**51 units to a whole number of them, which the

@@ -16,8 +16,8 @@ from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
 from nsq_ref.conformance.cases.ties import exact_ties, factor_midpoints, norm_midpoints
 from nsq_ref.conformance.mistakes.arithmetic import FLOAT32_SUMS, in_order
-from nsq_ref.conformance.operations import Array, Case
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 FLOAT16, BFLOAT16 = FLOAT_DTYPES["float16"], FLOAT_DTYPES["bfloat16"]

@@ -15,11 +15,8 @@ import numpy.typing as npt
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.mistakes import arithmetic as wrong
 from nsq_ref.conformance.mistakes.arithmetic import Sum, divisor
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
 
 
 class Step(NamedTuple):

@@ -16,12 +16,8 @@ import numpy.typing as npt
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import Encoder
 from nsq_ref.conformance.mistakes.arithmetic import in_order
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 POOL = 1024  # blocks
 FLOAT16 = FLOAT_DTYPES["float16"]

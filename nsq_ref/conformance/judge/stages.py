@@ -14,7 +14,8 @@ from nsq_ref.conformance.findings import Explained, Finding
 from nsq_ref.conformance.judge.arrays import bits_of, first_of, is_subnormal, text_of
 from nsq_ref.conformance.judge.latitudes import Latitudes
 from nsq_ref.conformance.mistakes.reference import Reference
-from nsq_ref.conformance.operations import REFUSED, Answer, Array, Case
+from nsq_ref.conformance.operations import REFUSED, Answer, Case
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Field, Scheme
 
 # What each stage compares, in the order in which an implementer writes and mends them.

@@ -12,7 +12,8 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from nsq_ref.conformance.operations import DTYPES, Array, scheme_array, scheme_of
+from nsq_ref.conformance.operations import DTYPES, scheme_array, scheme_of
+from nsq_ref.dtypes import Array
 
 __all__ = [
     "DTYPES",

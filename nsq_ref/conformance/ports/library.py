@@ -19,7 +19,6 @@ from nsq_ref.conformance.operations import (
     OPERATIONS,
     REFUSED,
     Answer,
-    Array,
     Case,
     Failure,
     Port,
@@ -28,6 +27,7 @@ from nsq_ref.conformance.operations import (
     stored_side,
 )
 from nsq_ref.conformance.ports.frames import Frame
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Field, Scheme
 
 ALIGNMENT = 64

@@ -12,7 +12,6 @@ from nsq_ref.conformance.operations import (
     FAILED,
     OPERATIONS,
     Answer,
-    Array,
     Case,
     Failure,
     FailureKind,
@@ -21,6 +20,7 @@ from nsq_ref.conformance.operations import (
     scheme_of,
 )
 from nsq_ref.conformance.ports.frames import Frame, read_frame, write_frame
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
 
 PROTOCOL = 1

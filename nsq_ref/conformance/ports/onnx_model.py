@@ -18,7 +18,6 @@ from nsq_ref.conformance.operations import (
     NOT_IMPLEMENTED,
     REFUSED,
     Answer,
-    Array,
     Case,
     Failure,
     Operation,
@@ -26,6 +25,7 @@ from nsq_ref.conformance.operations import (
     TargetError,
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES
+from nsq_ref.dtypes import Array
 
 _ONNX_DTYPES = {
     "tensor(float)": DTYPES[0],

@@ -13,7 +13,8 @@ import numpy as np
 
 from nsq_ref import attention, oracle
 from nsq_ref.codec import Quantized
-from nsq_ref.conformance.operations import Array, Case, attention_options, stored_side
+from nsq_ref.conformance.operations import Case, attention_options, stored_side
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
 
 __all__ = ["Exact", "answer"]

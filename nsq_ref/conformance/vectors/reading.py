@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.operations import Array, Case
-from nsq_ref.dtypes import DTYPES
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 FORMAT_VERSION = 1

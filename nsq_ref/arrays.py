@@ -18,20 +18,6 @@ import numpy.typing as npt
 from nsq_ref import dlpack
 from nsq_ref.dtypes import INPUT_DTYPES, Array, Float32, Float64
 
-__all__ = [
-    "RangeError",
-    "as_array",
-    "as_float",
-    "as_float_array",
-    "as_integer",
-    "as_integer_array",
-    "as_integers",
-    "as_output",
-    "as_real_array",
-    "not_finite",
-    "slabs",
-]
-
 # Work goes slab by slab so that what is needed besides input and output stays small.
 SLAB_BYTES = 1 << 26
 

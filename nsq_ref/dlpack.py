@@ -9,9 +9,6 @@ import numpy as np
 
 from nsq_ref.dtypes import DTYPES, Array
 
-__all__ = ["bfloat16", "writeable"]
-
-
 UNSIGNED, BFLOAT = 1, 4  # codes of DLDataType
 
 

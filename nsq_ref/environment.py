@@ -18,8 +18,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-__all__ = ["CompilationWarning", "in_default_environment", "is_default_environment"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

@@ -14,17 +14,9 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES, FloatName
 
 __all__ = [
-    "FLOAT_DTYPES",
-    "PARTS",
-    "SPEC_VERSION",
-    "Cut",
-    "Field",
-    "FloatName",
-    "KeyValueSchemes",
-    "Part",
-    "Scheme",
-    "scheme_names",
-]
+    "FLOAT_DTYPES", "PARTS", "SPEC_VERSION", "Cut", "Field", "FloatName", "KeyValueSchemes", "Part",
+    "Scheme", "scheme_names",
+]  # fmt: skip
 
 SPEC_VERSION = "NSQ-1"
 

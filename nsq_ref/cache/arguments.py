@@ -13,9 +13,6 @@ from nsq_ref.cache.state import Sides
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, kept
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
-__all__ = ["as_dtype", "as_sides", "as_tokens", "finite"]
-
-
 # --- what a cache is made of --------------------------------------------------------------------
 
 

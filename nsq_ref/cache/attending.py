@@ -12,8 +12,6 @@ from nsq_ref.cache.arguments import finite
 from nsq_ref.cache.state import Sides, State
 from nsq_ref.dtypes import Float32
 
-__all__ = ["attend"]
-
 
 def attend(
     sides: Sides,

@@ -15,9 +15,6 @@ from nsq_ref.dtypes import Array
 from nsq_ref.quantized import Quantized
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Described", "contents"]
-
-
 FIELDS = {"kv_heads", "head_dim", "value_head_dim", "key", "value", "dtype", "lengths"}
 
 

@@ -18,8 +18,6 @@ from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
-__all__ = ["KVCache"]
-
 PathLike = str | os.PathLike[str]
 
 

@@ -18,8 +18,6 @@ from nsq_ref.dtypes import Array
 from nsq_ref.quantized import Quantized, block_of
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Cell", "Change", "Page", "Plain"]
-
 T = TypeVar("T")
 
 PAGE_TOKENS = 512  # more where a block is longer

@@ -21,8 +21,6 @@ from nsq_ref.codec import Quantized, dequantize, quantize
 from nsq_ref.dtypes import DTYPES, Array, Float32
 from nsq_ref.scheme import Field, Scheme
 
-__all__ = ["Sequence", "Side", "StoredTokens"]
-
 
 class StoredTokens(NamedTuple):
     """What is stored of the keys, or of the values, of one row of a cache.

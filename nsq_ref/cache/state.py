@@ -12,8 +12,6 @@ from nsq_ref.cache.pages import Change
 from nsq_ref.cache.sequence import Sequence, Side, StoredTokens
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 
-__all__ = ["Row", "Sides", "State", "StoredRow"]
-
 
 class StoredRow(NamedTuple):
     """What is stored of one row of the batch: copies, which threads may share."""

@@ -26,8 +26,6 @@ from nsq_ref.conformance.operations import (
 from nsq_ref.conformance.ports import Callables, Folder, Stream
 from nsq_ref.scheme import Scheme
 
-__all__ = ["check", "run"]
-
 ASKED_AGAIN = 3  # cases of each operation
 Progress = Callable[[str, int, int], None]
 

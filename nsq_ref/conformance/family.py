@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from nsq_ref.scheme import Scheme, as_scheme, scheme_names
 
-__all__ = ["FAMILY", "family_scheme", "scheme_named"]
-
 # Every named scheme has float16 scales and norms or least-squares gains; only streaming2 searches.
 VARIANTS = {
     "gain": Scheme(magnitude="gain"),

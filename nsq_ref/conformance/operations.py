@@ -12,18 +12,6 @@ import numpy.typing as npt
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
-__all__ = [
-    "OPERATIONS",
-    "Answer",
-    "Case",
-    "Failure",
-    "Port",
-    "attention_options",
-    "scheme_array",
-    "scheme_of",
-    "stored_side",
-]
-
 Operation = Literal["encode", "decode", "attend", "stream"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)

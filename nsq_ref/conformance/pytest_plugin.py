@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.operations import Answer, Case, Operation, Port
     from nsq_ref.scheme import Scheme
 
-__all__ = ["CaseItem"]
-
 TARGETS = ("encode", "decode", "attend", "stream")
 DTYPES = ("float32", "float16", "bfloat16")
 LEAST_TIMEOUT = 0.1  # seconds

@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Content", "require_writable", "write"]
-
 PathLike = str | os.PathLike[str]
 
 Content: TypeAlias = bytes | Callable[[Path], object]

@@ -11,9 +11,6 @@ from nsq_ref.codec import undecodable
 from nsq_ref.dtypes import INPUT_DTYPES, Array
 from nsq_ref.quantized import Quantized
 
-__all__ = ["require_content"]
-
-
 SLAB_CODES = 1 << 22
 
 

@@ -7,9 +7,7 @@ import os
 import zipfile
 from pathlib import Path
 
-__all__ = ["mistaken"]
-
-PathLike = str | os.PathLike[str]
+from nsq_ref.files.atomic import PathLike
 
 NPZ = "a NumPy .npz file of plain arrays"
 NPY = "a NumPy .npy file"

@@ -13,11 +13,8 @@ from typing import IO, Any
 
 from nsq_ref.dtypes import Array
 from nsq_ref.files import atomic, kinds
+from nsq_ref.files.atomic import PathLike
 from nsq_ref.files.errors import DAMAGED, StorageError
-
-__all__ = ["FLOATS", "opened", "without_duplicates", "write"]
-
-PathLike = str | os.PathLike[str]
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of arrays that are taken, in the library's words
 

@@ -18,8 +18,6 @@ from numba.core import caching
 
 from nsq_ref.environment import CompilationWarning
 
-__all__ = ["compiled"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # What reading a damaged file may raise: so says the documentation of pickle.

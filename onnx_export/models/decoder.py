@@ -19,13 +19,8 @@ with extra("onnx", __name__):
     import onnxruntime
 
 __all__ = [
-    "Decoder",
-    "Generated",
-    "KeyValueCache",
-    "cached_onnx",
-    "default_cache_dir",
-    "file_sha256",
-]
+    "Decoder", "Generated", "KeyValueCache", "cached_onnx", "default_cache_dir", "file_sha256",
+]  # fmt: skip
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""

@@ -14,8 +14,6 @@ from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
 from nsq_ref.environment import in_default_environment
 
-__all__ = ["Judged", "diagnose"]
-
 ORDER = tuple(STAGES)
 UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
 STORED_FACTORS = ("norm", "gain")  # the stages at which they are compared

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from types import CodeType, ModuleType
 from typing import Any
 
-__all__ = ["Mistake", "Reference"]
-
 MODULES = {
     "rounding": "nsq_ref.rounding",
     "packing": "nsq_ref.packing",

@@ -9,13 +9,6 @@ from nsq_ref.conformance.report.text import as_text, finding_text
 from nsq_ref.conformance.report.words import axes_of, case_name, command_for, exit_code, printable
 
 __all__ = [
-    "as_json",
-    "as_junit",
-    "as_text",
-    "axes_of",
-    "case_name",
-    "command_for",
-    "exit_code",
-    "finding_text",
-    "printable",
-]
+    "as_json", "as_junit", "as_text", "axes_of", "case_name", "command_for", "exit_code",
+    "finding_text", "printable",
+]  # fmt: skip

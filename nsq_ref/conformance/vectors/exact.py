@@ -17,8 +17,6 @@ from nsq_ref.conformance.operations import Case, attention_options, stored_side
 from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Exact", "answer"]
-
 Arrays = dict[str, Array]
 
 SINGLE = np.dtype(np.float32)

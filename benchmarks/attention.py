@@ -29,7 +29,7 @@ from benchmarks.timing import (
     reading,
     spread,
     use_threads,
-)  # fmt: skip
+)
 from nsq_ref import attention
 from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName

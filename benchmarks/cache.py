@@ -23,7 +23,7 @@ from benchmarks.timing import (
     publish,
     spread,
     use_threads,
-)  # fmt: skip
+)
 from nsq_ref.cache.pages import PAGE_TOKENS
 from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName

@@ -34,7 +34,7 @@ from benchmarks.timing import (
     reading,
     spread,
     use_threads,
-)  # fmt: skip
+)
 from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
 

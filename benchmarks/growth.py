@@ -30,7 +30,7 @@ from benchmarks.timing import (
     publish,
     spread,
     use_threads,
-)  # fmt: skip
+)
 
 HEADS, HEAD_DIM = 32, 128
 SIZES = (10**5, 10**6, 10**7, 10**8, 10**9)

@@ -40,7 +40,7 @@ from benchmarks.timing import (
     spread,
     use_threads,
     write_json,
-)  # fmt: skip
+)
 from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.scheme import SchemeName
 from onnx_export.custom_ops import register

@@ -82,17 +82,9 @@ class Draw(NamedTuple):
 
 
 def draw(
-    rng: np.random.Generator,
-    keys: str,
-    values: str,
-    tokens: int,
-    *,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head_dim: int = 128,
-    period: int = 16,
-    spread: float = 1.0,
-) -> Draw:
+    rng: np.random.Generator, keys: str, values: str, tokens: int, *, heads: int = 32,
+    kv_heads: int = 8, head_dim: int = 128, period: int = 16, spread: float = 1.0,
+) -> Draw:  # fmt: skip
     """Return ``tokens`` to be sealed after one sink, and those of a tail.
 
     Every ``period``-th token is `NATS` above the others, whose scores have the standard deviation

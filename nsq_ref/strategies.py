@@ -216,14 +216,10 @@ def _schemes(draw: st.DrawFn, fields: dict[str, st.SearchStrategy[Any]]) -> Sche
 
 @st.composite
 def _tensors(
-    draw: st.DrawFn,
-    leadings: st.SearchStrategy[tuple[int, ...]],
-    tokens_counts: st.SearchStrategy[int],
-    head_dims: st.SearchStrategy[int],
-    kinds: st.SearchStrategy[Kind],
-    dtypes: st.SearchStrategy[DtypeName],
-    finite: bool,
-) -> Array:
+    draw: st.DrawFn, leadings: st.SearchStrategy[tuple[int, ...]],
+    tokens_counts: st.SearchStrategy[int], head_dims: st.SearchStrategy[int],
+    kinds: st.SearchStrategy[Kind], dtypes: st.SearchStrategy[DtypeName], finite: bool,
+) -> Array:  # fmt: skip
     leading, tokens, head_dim = draw(leadings), draw(tokens_counts), draw(head_dims)
     shape = (*leading, tokens, head_dim)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

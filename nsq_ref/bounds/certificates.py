@@ -340,13 +340,9 @@ def _direction(stored: _Stored, known: Float64 | None = None) -> Interval:
 
 
 def _bounds(
-    quantized: Quantized,
-    stored: _Stored,
-    direction: Interval,
-    norm: Interval,
-    length: Interval,
+    quantized: Quantized, stored: _Stored, direction: Interval, norm: Interval, length: Interval,
     limit: Float64,
-) -> Bounds:
+) -> Bounds:  # fmt: skip
     """Put E1 to E6 together; `length` encloses the norm of the direction, `limit` bounds E2."""
     scheme, y, factor = stored.scheme, stored.y, stored.factor
     x_hat = codec.dequantize(quantized)

@@ -263,16 +263,9 @@ def _folder(directory: Path) -> tuple[Hello, Port]:
 
 
 def _judge(
-    hello: Hello,
-    answers: Port,
-    command: str,
-    schemes: list[str] | None,
-    only: str | None,
-    allow: list[str] | None,
-    partial: bool,
-    as_json: bool,
-    junit: Path | None,
-) -> NoReturn:
+    hello: Hello, answers: Port, command: str, schemes: list[str] | None, only: str | None,
+    allow: list[str] | None, partial: bool, as_json: bool, junit: Path | None,
+) -> NoReturn:  # fmt: skip
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 

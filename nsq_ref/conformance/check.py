@@ -268,14 +268,10 @@ def _asked_again(
 
 
 def _scheme_report(
-    name: str,
-    scheme: Scheme,
-    asked: Sequence[tuple[Case, Answer | Failure]],
-    again: Sequence[Finding],
-    latitudes: Latitudes,
-    required: Sequence[Operation],
+    name: str, scheme: Scheme, asked: Sequence[tuple[Case, Answer | Failure]],
+    again: Sequence[Finding], latitudes: Latitudes, required: Sequence[Operation],
     progress: Progress | None,
-) -> tuple[SchemeReport, list[Operation]]:
+) -> tuple[SchemeReport, list[Operation]]:  # fmt: skip
     judged: list[Judged] = []
     failures: list[tuple[Case, Failure]] = []
     missing: list[Case] = []

@@ -191,15 +191,9 @@ def divisor_of(value: np.float32) -> np.float32:
 
 @jit_row
 def code_row(
-    rows: Array,
-    t: int,
-    norm: np.float32,
-    scale: Array,
-    zero: Array,
-    low: np.float32,
-    high: np.float32,
-    codes: Array,
-) -> None:
+    rows: Array, t: int, norm: np.float32, scale: Array, zero: Array, low: np.float32,
+    high: np.float32, codes: Array,
+) -> None:  # fmt: skip
     """Rules N2, Q1 and Q2; ``codes`` are float32."""
     divisor = divisor_of(norm)
     for j in range(rows.shape[1]):

@@ -125,23 +125,10 @@ def _merged_reciprocals(step: Step) -> Array:
     return np.asarray(np.rint(step.x * (np.float32(1) / (norm * divisor(step.scale)))))
 
 
-def _double_throughout(step: Step) -> Array:
-    direction = step.x.astype(np.float64) / divisor(step.norm)[..., None]
-    return np.rint((direction - step.zero) / divisor(step.scale))
-
-
 def _unnarrowed_scale(step: Step) -> Array:
     zero = np.zeros_like(step.low) if step.scheme.symmetric else step.low
     span = spec.range_span(step.low, step.high, zero, step.scheme)
     return np.rint((step.direction - zero) / divisor(span / _levels(step)))
-
-
-def _unnarrowed_zero(step: Step) -> Array:
-    return np.rint((step.direction - step.low) / divisor(step.scale))
-
-
-def _with_epsilon(direction: Array, scale: Array, zero: Array) -> Array:
-    return np.asarray((direction - zero) / (divisor(scale) + np.float32(1e-8)))
 
 
 def _levels(step: Step) -> np.float32:
@@ -234,13 +221,12 @@ def _factor_summed(total: Sum, dtype: type[np.floating[Any]]) -> Encoder:
     return Encoder(factor=factor, concerns=_normed)
 
 
-def _factor_by_reciprocal(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    return np.asarray(norm * (np.float32(1) / divisor(rounding.norm(y))))
-
-
-def _factor_of_directions(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    """Least squares on the direction, times the norm: a rounding more."""
-    return np.asarray(norm * rounding.least_squares_gain(spec.direction_of(x, norm), y))
+def _factor(magnitude: str, factor: Callable[[Float32, Float32, Float32], Array]) -> Encoder:
+    """M2 or M3 with another factor of x, y and norm."""
+    return Encoder(
+        factor=lambda x, y, norm, scheme: factor(x, y, norm),
+        concerns=lambda scheme: scheme.magnitude == magnitude,
+    )
 
 
 _RECIPROCAL_OF_NORM = _dividing_by_norm(wrong.direction_by_reciprocal)
@@ -265,10 +251,20 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
     ),
     "double-precision-quotient": (
         _dividing(wrong.double_quotient),
-        Encoder(code=_double_throughout),
+        Encoder(
+            code=lambda step: np.rint(
+                (step.x.astype(np.float64) / divisor(step.norm)[..., None] - step.zero)
+                / divisor(step.scale)
+            )
+        ),
     ),
-    "unnarrowed-scale": (Encoder(code=_unnarrowed_scale), Encoder(code=_unnarrowed_zero)),
-    "scale-epsilon": (_dividing(_with_epsilon),),
+    "unnarrowed-scale": (
+        Encoder(code=_unnarrowed_scale),
+        Encoder(code=lambda step: np.rint((step.direction - step.low) / divisor(step.scale))),
+    ),
+    "scale-epsilon": (
+        _dividing(lambda d, scale, zero: (d - zero) / (divisor(scale) + np.float32(1e-8))),
+    ),
     "scale-narrowing": (
         _dividing_range(lambda step, span: span * (np.float32(1) / _levels(step))),
         _dividing_range(_beyond_ties),
@@ -287,8 +283,12 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
     "factor-narrowing": (
         _factor_summed(wrong.in_order, np.float64),
         *(_factor_summed(total, np.float32) for total in wrong.FLOAT32_SUMS),
-        Encoder(factor=_factor_by_reciprocal, concerns=lambda scheme: scheme.magnitude == "gain"),
-        Encoder(factor=_factor_of_directions, concerns=lambda scheme: scheme.magnitude == "lsq"),
+        _factor("gain", lambda x, y, norm: norm * (np.float32(1) / divisor(rounding.norm(y)))),
+        # Least squares on the direction, times the norm: a rounding more.
+        _factor(
+            "lsq",
+            lambda x, y, norm: norm * rounding.least_squares_gain(spec.direction_of(x, norm), y),
+        ),
     ),
     "narrow-range": (
         _changing_scale(lambda scale: np.maximum(scale, scale.dtype.type(0))),

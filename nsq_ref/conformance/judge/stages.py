@@ -219,14 +219,9 @@ class Judging:
         self.verdict.findings.append(finding)
 
     def _compare(
-        self,
-        stage: str,
-        got: Array,
-        expected: Array,
-        allowed: Mapping[str, Array] | None = None,
-        shown: Callable[[tuple[int, ...]], Iterator[tuple[str, str]]] | None = None,
-        what: str = "",
-    ) -> None:
+        self, stage: str, got: Array, expected: Array, allowed: Mapping[str, Array] | None = None,
+        shown: Callable[[tuple[int, ...]], Iterator[tuple[str, str]]] | None = None, what: str = "",
+    ) -> None:  # fmt: skip
         """Compare bits; where a latitude allows a difference, keep a witness."""
         self.verdict.stages.append(stage)
         wrong = bits_of(got) != bits_of(expected)

@@ -201,15 +201,9 @@ def attended(case: Case) -> Exact:
 
 
 def exact_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    *,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
+    query: Array, keys: Array, values: Array, *, scale: float, causal: bool, softcap: float | None,
     sliding_window: int | None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """Return output and weights in 60 digits, rounded to float64: the same on every machine."""
     group = len(query) // len(keys)
     queries, tokens = query.shape[1], keys.shape[1]

@@ -13,7 +13,8 @@ sums that must be fast are sums of integers, which are exact in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -37,8 +38,6 @@ from nsq_ref.kernels.rows import (
 from nsq_ref.kernels.threads import in_shares
 from nsq_ref.scheme import Scheme
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer
 SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it saves
 
@@ -48,9 +47,7 @@ MAGNITUDE_NORM, MAGNITUDE_GAIN, MAGNITUDE_LSQ = 0, 1, 2
 MAGNITUDES = {"norm": MAGNITUDE_NORM, "gain": MAGNITUDE_GAIN, "lsq": MAGNITUDE_LSQ}
 
 
-def jit(function: _Function) -> _Function:
-    """Compile what is called from Python."""
-    return compiled(function, keep=True, nogil=True, fastmath=False)
+jit = partial(compiled, keep=True, nogil=True, fastmath=False)  # what is called from Python
 
 
 @jit_row

@@ -7,15 +7,12 @@ can, decides it: one definition, no second exact path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
 
 import numpy as np
 
 from nsq_ref.dtypes import Array
 from nsq_ref.kernels.compilation import compiled
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Adding 1.5 * 2**52 units rounds a float64 below 2**51 units to a whole number of them, which the
 # low bits then hold.
@@ -24,10 +21,8 @@ MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to 
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
 INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 
-
-def jit_row(function: _Function) -> _Function:
-    """Compile what works on one row, where a call would cost more than the work."""
-    return compiled(function, fastmath=False, forceinline=True)
+# Compiles what works on one row, where a call would cost more than the work.
+jit_row = partial(compiled, fastmath=False, forceinline=True)
 
 
 @jit_row

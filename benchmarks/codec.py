@@ -75,7 +75,8 @@ def main() -> None:
         cases = [
             *memory_cases(x, out, pool, options.threads),
             *nsq_cases(x, out),
-            *listing_cases(x_torch, listed),
+            Case("quantize torch", partial(listing.quantize, x_torch)),
+            Case("dequantize torch", partial(listing.dequantize, *listed)),
             *compiled,
             *gguf_cases(x),
         ]
@@ -116,13 +117,6 @@ def nsq_cases(x: Float32, out: Float32) -> list[Case]:
         *cases,
         Case("quantize numpy", partial(nsq.quantize, x, backend="numpy"), SELDOM),
         Case("dequantize numpy", partial(nsq.dequantize, q, out, backend="numpy"), SELDOM),
-    ]
-
-
-def listing_cases(x: torch.Tensor, listed: Listed) -> list[Case]:
-    return [
-        Case("quantize torch", partial(listing.quantize, x)),
-        Case("dequantize torch", partial(listing.dequantize, *listed)),
     ]
 
 

@@ -188,13 +188,9 @@ def attended(
     feeds["past_lengths"] = np.array([one.keys.shape[1] - 1])
     feeds["attention_bias"] = one.bias.reshape(1, 1, 1, -1)
     model = attention_model(
-        scheme,
-        scheme,
-        heads=len(one.query),
-        kv_heads=len(one.keys),
-        head_dim=one.query.shape[1],
+        scheme, scheme, heads=len(one.query), kv_heads=len(one.keys), head_dim=one.query.shape[1],
         inputs={"key", "value", "attention_bias"},
-    )
+    )  # fmt: skip
     del model.functions[:]  # so that nothing but the library can answer
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     (output,) = session.run(["output"], feeds)

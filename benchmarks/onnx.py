@@ -329,13 +329,9 @@ class Step:
     """A model with memory bound to its inputs and outputs; call it to run."""
 
     def __init__(
-        self,
-        model: onnx.ModelProto,
-        threads: int,
-        native: Native | None,
-        feeds: Arrays,
+        self, model: onnx.ModelProto, threads: int, native: Native | None, feeds: Arrays,
         results: Arrays,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.feeds, self.results = feeds, results  # which own the memory
         self.session = open_session(model, threads, native)
         self.binding = self.session.io_binding()
@@ -444,14 +440,9 @@ def peer_step(new: Arrays, keys: Array, values: Array, past: int, threads: int) 
             "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 4
         }  # fmt: skip
     node = helper.make_node(
-        "GroupQueryAttention",
-        inputs,
-        list(results),
-        domain="com.microsoft",
-        num_heads=HEADS,
-        kv_num_heads=KV_HEADS,
-        **attributes,
-    )
+        "GroupQueryAttention", inputs, list(results), domain="com.microsoft", num_heads=HEADS,
+        kv_num_heads=KV_HEADS, **attributes,
+    )  # fmt: skip
     model = one_node(node, feeds, results, initializers)
     return Step(model, threads, None, feeds, results)
 

@@ -152,12 +152,8 @@ def run_demo(
     decoder = Decoder.from_gguf(gguf_path, cache_dir=cache_dir, threads=threads, progress=progress)
     trips = round_trips()
     fidelity = measure_fidelity(
-        decoder,
-        tokens,
-        trips,
-        prefill_length=prefill_length,
-        continuation_length=continuation_length,
-        progress=progress,
-    )
+        decoder, tokens, trips, prefill_length=prefill_length,
+        continuation_length=continuation_length, progress=progress,
+    )  # fmt: skip
     _, keys, _ = decoder.forward(tokens[:1, :prefill_length], num_logits=0)
     return DemoResult(Path(gguf_path).name, trips, fidelity, keys)

@@ -9,6 +9,7 @@ import numpy as np
 
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
+from onnx_export.models.config import layer_shapes
 from onnx_export.models.tokenizer import byte_symbols
 
 with extra("onnx", __name__):
@@ -65,18 +66,9 @@ def _write_tiny(path: Path) -> None:
         "token_embd": (len(tokens), embedding),
         "output_norm": (embedding,),
     }
+    own = layer_shapes(embedding, feed_forward, query, key)
     for layer in range(2):
-        shapes |= {
-            f"blk.{layer}.attn_norm": (embedding,),
-            f"blk.{layer}.attn_q": (query, embedding),
-            f"blk.{layer}.attn_k": (key, embedding),
-            f"blk.{layer}.attn_v": (key, embedding),
-            f"blk.{layer}.attn_output": (embedding, query),
-            f"blk.{layer}.ffn_norm": (embedding,),
-            f"blk.{layer}.ffn_gate": (feed_forward, embedding),
-            f"blk.{layer}.ffn_up": (feed_forward, embedding),
-            f"blk.{layer}.ffn_down": (embedding, feed_forward),
-        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0

@@ -49,10 +49,6 @@ def judge(
     reference : Reference, optional
         The specification by default.
 
-    Returns
-    -------
-    Verdict
-
     Examples
     --------
     >>> from nsq_ref.conformance import model

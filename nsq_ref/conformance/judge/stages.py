@@ -101,13 +101,6 @@ class Judging:
     """One answer while it is judged; the stages append to the verdict.
 
     Each operation has a subclass, which names its stages and the rules of what it can find.
-
-    Parameters
-    ----------
-    case : Case
-    answer : Answer
-    latitudes : Latitudes
-    reference : Reference
     """
 
     def __init__(

@@ -79,16 +79,7 @@ def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
 
 
 def read_frame(stream: _Readable) -> Frame | None:
-    """Read one frame.
-
-    Parameters
-    ----------
-    stream : binary file
-
-    Returns
-    -------
-    dict of str to array, or None
-        None at the end of the stream.
+    """Read one frame; None at the end of the stream.
 
     Raises
     ------
@@ -149,10 +140,6 @@ def read_frame(stream: _Readable) -> Frame | None:
 
 class Frames:
     """The frames of a stream, found again behind whatever else is written between them.
-
-    Parameters
-    ----------
-    stream : binary file
 
     Examples
     --------

@@ -49,10 +49,6 @@ class Library(Port):
 
     Every buffer that it gets lies between guards, so that writing beyond it is noticed.
 
-    Parameters
-    ----------
-    path : str
-
     Raises
     ------
     TargetError

@@ -46,10 +46,6 @@ def open_port(
     header : frame, optional
         `hello_frame` of the run.
 
-    Returns
-    -------
-    Port
-
     Raises
     ------
     ValueError

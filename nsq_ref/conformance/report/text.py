@@ -72,19 +72,10 @@ def as_text(report: Report, width: int = 100, color: bool = False) -> str:
     return _render(_report_lines(report), width, color) + "\n"
 
 
-def finding_text(finding: Finding, command: str = "", width: int = 100) -> str:
+def finding_text(finding: Finding, command: str = "") -> str:
     """Return one finding for people: rule, stage, index, what led to it, got and expected.
 
-    Parameters
-    ----------
-    finding : Finding
-    command : str
-        That shows just this case.
-    width : int
-
-    Returns
-    -------
-    str
+    ``command``, if it is given, shows just this case.
 
     Examples
     --------
@@ -103,10 +94,10 @@ def finding_text(finding: Finding, command: str = "", width: int = 100) -> str:
     lines = [*_rule_lines(finding.rule), *_finding_lines(finding)]
     if command:
         lines.append(Line(command, 2, whole=True))
-    return _render(lines, width, color=False)
+    return _render(lines)
 
 
-def _render(lines: Iterable[Line], width: int, color: bool) -> str:
+def _render(lines: Iterable[Line], width: int = 100, color: bool = False) -> str:
     rendered: list[str] = []
     for line in lines:
         text = printable(line.text).replace("\n", " ")

@@ -45,10 +45,6 @@ class Exact(NamedTuple):
 def answer(case: Case) -> Exact:
     """Return the exact answer to a case.
 
-    Parameters
-    ----------
-    case : Case
-
     Raises
     ------
     ValueError

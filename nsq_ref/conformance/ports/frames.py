@@ -12,8 +12,13 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from nsq_ref.conformance.operations import DTYPES
+from nsq_ref.conformance.operations import DTYPES, scheme_array, scheme_of
 from nsq_ref.dtypes import Array
+
+__all__ = [
+    "DTYPES", "Frame", "FrameError", "Frames", "read_frame", "scheme_array", "scheme_of",
+    "write_frame",
+]  # fmt: skip
 
 Frame = dict[str, Array]
 

@@ -66,30 +66,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report.
+    """One line of the report."""
 
-    Parameters
-    ----------
-    what : str
-        What was measured.
-    figure : Spread
-        The figure that a target is for.
-    unit : str
-        Of the figure, or what it is relative to.
-    seconds : Spread, optional
-        Where the figure is a ratio, the time behind it.
-    target : Target, optional
-        None for what is only information.
-    cores : float, optional
-        How many cores worked at once.
-    """
-
-    what: str
-    figure: Spread
-    unit: str
-    seconds: Spread | None = None
-    target: Target | None = None
-    cores: float | None = None
+    what: str  # what was measured
+    figure: Spread  # that a target is for
+    unit: str  # of the figure, or what it is relative to
+    seconds: Spread | None = None  # where the figure is a ratio, the time behind it
+    target: Target | None = None  # None for what is only information
+    cores: float | None = None  # how many worked at once
 
     @property
     def verdict(self) -> str:
@@ -102,13 +86,7 @@ class Row:
 
 
 def use_threads(count: int) -> None:
-    """Set the threads of Numba and OpenMP; Numba reads this once, when it is imported.
-
-    Raises
-    ------
-    RuntimeError
-        Where Numba is imported already.
-    """
+    """Set the threads of Numba and OpenMP; Numba reads this once, when it is imported."""
     if "numba" in sys.modules:
         raise RuntimeError("Numba is imported already; call use_threads before it is")
     os.environ["NUMBA_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(count)
@@ -137,19 +115,7 @@ def interleaved(cases: Sequence[Case], rounds: int, settle: float = SETTLE) -> d
     Each timed call follows untimed ones of the same case, for `settle`: what is measured is steady
     use, not how quickly the system wakes a second core after whatever came before. The order is
     shuffled each round, always in the same way, so that no case always finds the cache as the same
-    other one left it.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-    rounds : int
-    settle : float
-        Seconds.
-
-    Returns
-    -------
-    dict of str to Timed
-        By name.
+    other one left it. Returns what was timed by the names of the cases.
     """
     timed = {case.name: Timed(*np.full((2, rounds), np.nan)) for case in cases}
     for number in range(rounds):

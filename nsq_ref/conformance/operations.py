@@ -64,18 +64,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A port that gave no answer.
-
-    Parameters
-    ----------
-    kind : str
-        ``"hang"``, ``"crash"``, ``"garbage"``, ``"out of bounds"`` or ``"missing"``.
-    message : str
-        What was seen, for the reader of the report.
-    """
+    """A port that gave no answer."""
 
     kind: FailureKind
-    message: str
+    message: str  # what was seen, for the reader of the report
 
 
 class TargetError(ValueError):
@@ -175,12 +167,7 @@ _WORDS: dict[str, tuple[Any, ...]] = {
 
 
 def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
-    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry.
-
-    Raises
-    ------
-    ValueError
-        For a number beyond int32.
+    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry, which are int32.
 
     Examples
     --------
@@ -202,11 +189,6 @@ def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
 
 def scheme_of(numbers: Array) -> Scheme:
     """Return the scheme of eleven numbers; the inverse of `scheme_array`.
-
-    Raises
-    ------
-    ValueError
-        For numbers that are no scheme.
 
     Examples
     --------

@@ -164,18 +164,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class CaseItem(pytest.Item):
-    """One case as a test.
-
-    Parameters
-    ----------
-    number : int
-        Of the case in the run.
-    scheme : str
-        The name of the scheme.
-    case : Case
-    **node
-        What every item of pytest takes.
-    """
+    """One case as a test: its number in the run, and the name of its scheme."""
 
     def __init__(self, *, number: int, scheme: str, case: Case, **node: Any) -> None:
         super().__init__(**node)

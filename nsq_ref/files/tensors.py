@@ -20,12 +20,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of arrays that are taken, in th
 
 
 def write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
-    """Write arrays, contiguous ones, and metadata.
-
-    Raises
-    ------
-    OSError
-        Where the file cannot be written; what was there before is untouched.
+    """Write arrays, contiguous ones, and metadata: whole or not at all.
 
     Examples
     --------

@@ -79,12 +79,7 @@ def cases(
 
 
 def require_size(scheme: Scheme) -> None:
-    """Raise for a scheme that no cases are made for.
-
-    Raises
-    ------
-    ValueError
-        Where it has more sinks, outliers or tokens in a block.
+    """Refuse a scheme with more sinks, outliers or tokens in a block than cases are made for.
 
     Examples
     --------

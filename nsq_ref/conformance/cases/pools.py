@@ -41,13 +41,8 @@ FORMATS = {
 class Draw:
     """Random numbers that every platform and every version of NumPy draws alike.
 
-    They come from the raw words of `numpy.random.PCG64`, not from NumPy's distributions.
-
-    Parameters
-    ----------
-    seed : int
-    name : str
-        Of what is drawn: other names have other numbers.
+    They come from the raw words of `numpy.random.PCG64`, not from NumPy's distributions. Other
+    names, of what is drawn, have other numbers.
 
     Examples
     --------
@@ -146,16 +141,9 @@ def near_ties(
     The extremes of each scale are drawn, so that scales and ties follow; what a direction needs to
     have length 1 goes into channels of its own, which are the outlier channels where there are any.
 
-    Parameters
-    ----------
-    scheme : Scheme
-    draw : Draw
-    scale_ties : bool
-        Whether scales, zeros and outliers lie next to ties of their dtypes as well.
-    exponent : int
-        Norms, or values where no norm is separated, are about two to this power.
-    shrink : int
-        Makes scales smaller by that power of two; where channels share a scale, it adds channels.
+    With ``scale_ties``, scales, zeros and outliers lie next to ties of their dtypes as well. Norms,
+    or values where no norm is separated, are about two to the power of ``exponent``. ``shrink``
+    makes scales smaller by that power of two; where channels share a scale, it adds channels.
     """
     by_channel, search = scheme.axis == "channel", scheme.scale_rule == "search"
     symmetric, kept = scheme.symmetric, scheme.outlier_channels

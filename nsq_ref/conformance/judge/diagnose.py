@@ -36,20 +36,10 @@ def diagnose(
     latitudes: Latitudes,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Diagnosis]:
-    """Explain all findings of a run over one scheme.
+    """Explain all findings of a run over one scheme, the first wrong stage first.
 
-    Parameters
-    ----------
-    judged : sequence of Judged
-        All answers, the right ones too: a mistake must not be seen where it would show.
-    latitudes : Latitudes
-    progress : callable, optional
-        Told what is done, how many steps are done and how many there are.
-
-    Returns
-    -------
-    list of Diagnosis
-        The first wrong stage first; each finding belongs to one of them.
+    Takes all answers, the right ones too: a mistake must not be seen where it would show. Each
+    finding belongs to one diagnosis; ``progress`` is told as `check.run` tells it.
 
     Examples
     --------

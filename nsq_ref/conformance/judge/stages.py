@@ -76,21 +76,11 @@ def default_rule(stage: str, scheme: Scheme) -> str:
 
 @dataclass
 class Verdict:
-    """What the judge makes of one answer.
+    """What the judge makes of one answer."""
 
-    Parameters
-    ----------
-    findings : list of Finding
-        The wrong stages, the first one first.
-    explained : list of Explained
-        Differences that a latitude allows.
-    stages : list of str
-        The stages that were judged.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    explained: list[Explained] = field(default_factory=list)
-    stages: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # wrong stages, the first one first
+    explained: list[Explained] = field(default_factory=list)  # what a latitude allows
+    stages: list[str] = field(default_factory=list)  # those that were judged
 
 
 class MeaninglessError(Exception):

@@ -47,16 +47,7 @@ class _Readable(Protocol):
 def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
     """Write named arrays as one frame.
 
-    Parameters
-    ----------
-    stream : binary file
-    frame : mapping of str to array
-        float32, float16, bfloat16, uint8 or int32, of at most four axes.
-
-    Raises
-    ------
-    ValueError
-        For a name or an array that a frame cannot hold.
+    They are of `DTYPES` and have at most four axes; ValueError for what a frame cannot hold.
 
     Examples
     --------
@@ -84,12 +75,7 @@ def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
 
 
 def read_frame(stream: _Readable) -> Frame | None:
-    """Read one frame; None at the end of the stream.
-
-    Raises
-    ------
-    FrameError
-        For anything but a whole frame.
+    """Read one frame; None at the end of the stream, FrameError for anything but a whole frame.
 
     Examples
     --------

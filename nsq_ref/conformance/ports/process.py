@@ -44,27 +44,11 @@ class Process(Port):
 
     For one thread at a time: questions and answers share two pipes.
 
-    Parameters
-    ----------
-    name : str
-    argv : sequence of str
-        The program and its arguments.
-    timeout : float
-        Seconds for an answer.
-    header : frame, optional
-        The first frame, `hello_frame`, which the program copies to its output when it is ready.
-    start_timeout : float
-        Seconds until it does.
-
-    Raises
-    ------
-    ValueError
-        Where the program cannot be started.
-
-    Notes
-    -----
-    After a failure the program is killed, together with the processes that it started, and started
-    again for the next case. After three failures of an operation its cases are no longer asked.
+    The program, ``argv``, copies the first frame, ``header``, to its output when it is ready, for
+    which it has ``start_timeout`` seconds; ValueError where it cannot be started. After a failure,
+    such as no answer in ``timeout`` seconds, it is killed, together with the processes that it
+    started, and started again for the next case. After three failures of an operation its cases
+    are no longer asked.
 
     Examples
     --------

@@ -25,30 +25,15 @@ CROP = 1  # the kind of a step
 
 
 class Exact(NamedTuple):
-    """The exact answer to a case.
+    """The exact answer to a case."""
 
-    Parameters
-    ----------
-    refused_by : tuple of str
-        The rules that refuse the case, any of which may be reported; then there are no arrays.
-    expected : dict of str to array
-        What a port returns.
-    intermediates : dict of str to array
-        What leads there, stage by stage; `docs/vectors.md` lists them.
-    """
-
-    refused_by: tuple[str, ...]
-    expected: Arrays
-    intermediates: Arrays
+    refused_by: tuple[str, ...]  # rules, any of which may be reported; then there are no arrays
+    expected: Arrays  # what a port returns
+    intermediates: Arrays  # what leads there, stage by stage; `docs/vectors.md` lists them
 
 
 def answer(case: Case) -> Exact:
-    """Return the exact answer to a case.
-
-    Raises
-    ------
-    ValueError
-        Where the case says that a rule refuses it and the oracle does not find so, or the reverse.
+    """Return the exact answer to a case; ValueError where it is wrong about its refusal.
 
     Examples
     --------

@@ -190,30 +190,14 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
 
 
 def as_integers(
-    name: str,
-    values: Any,
-    count: int | None = None,
-    least: int | None = None,
+    name: str, values: Any, count: int | None = None, least: int | None = None,
     most: int | Sequence[int] | None = None,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """Take a list of integers: a sequence of what `as_integer` takes, a 1-d array or tensor.
 
-    Parameters
-    ----------
-    name : str
-    values : sequence or array, shape [count]
-    count : int, optional
-        How many there must be; any number by default.
-    least : int, optional
-    most : int or sequence of int, optional
-        The greatest value, of all or of each.
-
-    Raises
-    ------
-    TypeError
-        For what is no sequence, and for what is no integer, by index.
-    ValueError
-        For another shape, and for a value out of range, by index.
+    ``count`` says how many there must be, ``least`` and ``most`` bound all of them; a sequence of
+    ``most`` bounds each. TypeError for what is no sequence and, by index, for what is no integer;
+    ValueError for another shape and, by index, for a value out of range.
 
     Examples
     --------

@@ -76,10 +76,7 @@ def in_default_environment(function: _Function) -> _Function:
 def default_environment(caller: str) -> Iterator[None]:
     """Set the environment that C programs start with, and in the end the one that was there.
 
-    Raises
-    ------
-    RuntimeError
-        Where that does not help; ``caller`` names who needs it.
+    RuntimeError where that does not help; ``caller`` names who needs it.
 
     Examples
     --------

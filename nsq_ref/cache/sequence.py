@@ -61,16 +61,9 @@ class StoredTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """What all sequences of the keys, or of the values, of a cache have in common.
+    """What all sequences of the keys, or of the values, of a cache have in common."""
 
-    Parameters
-    ----------
-    scheme : Scheme
-        With a block size.
-    kv_heads, head_dim : int
-    """
-
-    scheme: Scheme
+    scheme: Scheme  # with a block size
     kv_heads: int
     head_dim: int
 

@@ -20,17 +20,7 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     """Write a llama GGUF file with random weights and a byte-level tokenizer.
 
     It has 2 layers, 4 query heads over 2 key-value heads, ``head_dim`` 8, a vocabulary of 260 and a
-    context of 512 tokens.
-
-    Parameters
-    ----------
-    directory : str or os.PathLike
-        An existing directory.
-
-    Returns
-    -------
-    pathlib.Path
-        ``tiny.gguf`` in that directory.
+    context of 512 tokens. Returns ``tiny.gguf`` in that directory.
 
     Examples
     --------

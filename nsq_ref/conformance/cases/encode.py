@@ -308,15 +308,11 @@ def _scale_ranges(scheme: Scheme, draw: Draw) -> Iterator[_Also]:
 
 
 def _in_front(x: Array, scheme: Scheme) -> Array:
-    """Put channels in front that hold the norm of each token, or are its outlier channels.
-
-    The first token makes them outlier channels. In the others the first holds a norm of 1, so that
-    small values behind them are their own directions.
-    """
+    """Put channels in front that hold the norm of each token, or are its outlier channels."""
     count = max(scheme.outlier_channels, int(scheme.separate_norm))
     wide = np.zeros((len(x) + 1, count + x.shape[1]))
-    wide[0, :count] = 1
-    wide[1:, 0] = 1
+    wide[0, :count] = 1  # makes them outlier channels
+    wide[1:, 0] = 1  # a norm of 1: small values behind it are their own directions
     wide[1:, count:] = x
     return wide
 

@@ -146,12 +146,9 @@ class _Program:
     def __init__(self, argv: Sequence[str]) -> None:
         # A session of its own, so that the processes that it starts can be killed with it.
         self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
-        )
+        )  # fmt: skip
         self._words = b""
         self._given_up = False
         self._patience = ENDING_SECONDS

@@ -53,10 +53,20 @@ def codec(
         if path.exists() and not force:
             raise ValueError(f"{path} exists; choose another folder, or replace it with --force")
     atomic.require_writable(encode, decode, make_folders=True)
-    models = quantize_model(chosen, dtype, rank), dequantize_model(chosen, dtype, rank)
-    save_models(dict(zip((encode, decode), models, strict=True)))
+    save_models(
+        {
+            encode: quantize_model(chosen, dtype, rank),
+            decode: dequantize_model(chosen, dtype, rank),
+        }
+    )
     if as_json:
-        written = {"encode": str(encode), "decode": str(decode)}
-        print_json({"scheme": chosen.to_dict(), "dtype": dtype, **written})
+        print_json(
+            {
+                "scheme": chosen.to_dict(),
+                "dtype": dtype,
+                "encode": str(encode),
+                "decode": str(decode),
+            }
+        )
     else:
         typer.echo(f"{encode}\n{decode}")

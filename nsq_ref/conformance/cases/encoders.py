@@ -125,6 +125,11 @@ def _merged_reciprocals(step: Step) -> Array:
     return np.asarray(np.rint(step.x * (np.float32(1) / (norm * divisor(step.scale)))))
 
 
+def _double_throughout(step: Step) -> Array:
+    direction = step.x.astype(np.float64) / divisor(step.norm)[..., None]
+    return np.rint((direction - step.zero) / divisor(step.scale))
+
+
 def _unnarrowed_scale(step: Step) -> Array:
     zero = np.zeros_like(step.low) if step.scheme.symmetric else step.low
     span = spec.range_span(step.low, step.high, zero, step.scheme)
@@ -251,12 +256,7 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
     ),
     "double-precision-quotient": (
         _dividing(wrong.double_quotient),
-        Encoder(
-            code=lambda step: np.rint(
-                (step.x.astype(np.float64) / divisor(step.norm)[..., None] - step.zero)
-                / divisor(step.scale)
-            )
-        ),
+        Encoder(code=_double_throughout),
     ),
     "unnarrowed-scale": (
         Encoder(code=_unnarrowed_scale),

@@ -39,8 +39,8 @@ def judge(
 ) -> Verdict:
     """Judge what a port returned for a case.
 
-    It did it or refused it; what it does not implement is nothing to judge. By default nothing is
-    allowed, and the reference is the specification.
+    The answer is done or refused: what a port does not implement is nothing to judge. By default no
+    latitude is allowed, and the reference is the specification.
 
     Examples
     --------

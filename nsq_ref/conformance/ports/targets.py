@@ -31,7 +31,7 @@ def open_port(
 ) -> Port:
     """Start what is to be checked, in a process of its own.
 
-    What does each of the operations is a Python function (``package.module:function`` or
+    Each operation is done by a Python function (``package.module:function`` or
     ``path/to/file.py:function``, see `Callables`), a shared library that implements ``nsq.h``
     (``.so``, ``.dylib``, ``.dll``), or an ONNX model, whose operators ``custom_ops`` may bring. A
     library given as ``encode`` does also those of the others that are left out. A program, which

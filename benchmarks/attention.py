@@ -6,33 +6,33 @@ are taken round by round.
 
 from __future__ import annotations
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 import nsq_ref as nsq
 from benchmarks.timing import (
+    RATIOS,
     Case,
     Row,
     Target,
     Timed,
     as_text,
+    beside,
+    floor,
     interleaved,
     machine,
-    report,
+    parser,
+    publish,
+    reading,
     spread,
     use_threads,
-    write_json,
 )
 from nsq_ref import attention
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
-
-Float32 = npt.NDArray[np.float32]
 
 HELD: tuple[SchemeName, ...] = ("nsep+pchan4", "streaming4")
 OTHERS: tuple[SchemeName, ...] = (
@@ -44,7 +44,8 @@ CHECKED_TOKENS = 2048  # float64 takes long
 
 
 def main() -> None:
-    options = parsed()
+    defaults = {"threads": 2, "rounds": 15, "tokens": 32768, "kv_heads": 8, "head_dim": 128}
+    options = parser("attention", __doc__, **defaults).parse_args()
     use_threads(options.threads)
     shape = (1, options.kv_heads, options.tokens, options.head_dim)
     rng = np.random.default_rng(0)
@@ -55,9 +56,9 @@ def main() -> None:
     }
     caches = {name: filled(name, keys, values) for name in (*HELD, *OTHERS)}
     largest = max(cache.nbytes for cache in caches.values())
-    read = np.array_split(keys.reshape(-1)[: largest // 4], options.threads)
+    read = keys.reshape(-1)[: largest // 4]
     with ThreadPoolExecutor(options.threads) as pool:
-        cases = [Case("read", lambda: list(pool.map(np.max, read)))]
+        cases = [reading(read, options.threads, pool)]
         for heads, query in queries.items():
             cases.append(Case(f"numpy {heads}", partial(by_numpy, query, keys, values)))
             cases += [
@@ -65,11 +66,14 @@ def main() -> None:
                 for name, cache in caches.items()
             ]
         timed = interleaved(cases, options.rounds)
-    rate = sum(part.nbytes for part in read) / timed["read"].seconds
+    rate = read.nbytes / timed["read"].seconds
     rows = [
         Row("read, all threads", spread(rate / 1e9), "GB/s", spread(timed["read"].seconds)),
         *speeds(queries, timed),
-        *floors(caches, queries, timed, rate),
+        *(
+            floor(f" of {name}", cache.nbytes / rate, timed[f"{name} {min(queries)}"])
+            for name, cache in caches.items()
+        ),
     ]
     notes = [
         f"{options.tokens} tokens, {options.kv_heads} key/value heads, head_dim "
@@ -80,26 +84,10 @@ def main() -> None:
         "numpy: np.matmul and a float32 softmax over float32 keys and values, OpenBLAS with as "
         "many threads; memory floor: the bytes of the quantized cache at the speed of 'read' "
         "(np.max in as many threads, over as many bytes)",
-        "ratios are taken round by round: their median, min and max; 'cores' is processor time "
-        "over wall time: much below the threads, other work held the machine",
+        RATIOS,
     ]
-    report(f"nsq {nsq.__version__}, attention", rows, notes)
-    if options.json is not None:
-        write_json(
-            options.json, rows, notes, threads=options.threads, shape=list(shape),
-            seconds={name: case.seconds[case.took_part].tolist() for name, case in timed.items()},
-        )  # fmt: skip
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    return parser.parse_args()
+    title = f"nsq {nsq.__version__}, attention"
+    publish(options, title, rows, notes, timed, threads=options.threads, shape=list(shape))
 
 
 def filled(name: SchemeName, keys: Float32, values: Float32) -> nsq.KVCache:
@@ -125,35 +113,11 @@ def speeds(queries: dict[int, Float32], timed: dict[str, Timed]) -> list[Row]:
     rows = []
     for heads in queries:
         base = timed[f"numpy {heads}"]
-        what = f"numpy, {heads} query heads"
-        one = spread(base.seconds / base.seconds)
-        rows.append(Row(what, one, "", spread(base.seconds), cores=base.cores))
+        rows.append(beside(f"numpy, {heads} query heads", base, base, ""))
         for name in (*HELD, *OTHERS):
+            what, target = f"{name}, {heads} query heads", TARGET if name in HELD else None
             case = timed[f"{name} {heads}"]
-            rows.append(
-                Row(
-                    f"{name}, {heads} query heads",
-                    spread(base.seconds / case.seconds),
-                    "times as fast as numpy",
-                    spread(case.seconds),
-                    TARGET if name in HELD else None,
-                    case.cores,
-                )
-            )
-    return rows
-
-
-def floors(
-    caches: dict[SchemeName, nsq.KVCache],
-    queries: dict[int, Float32],
-    timed: dict[str, Timed],
-    rate: npt.NDArray[np.float64],
-) -> list[Row]:
-    rows = []
-    for name, cache in caches.items():
-        floor = cache.nbytes / rate
-        ratio = spread(timed[f"{name} {min(queries)}"].seconds / floor)
-        rows.append(Row(f"memory floor of {name}", ratio, "times that takes nsq", spread(floor)))
+            rows.append(beside(what, base, case, "times as fast as numpy", target))
     return rows
 
 

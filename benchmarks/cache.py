@@ -5,14 +5,11 @@ Run as ``python -m benchmarks.cache [--json FILE]``. Both are timed in the same 
 
 from __future__ import annotations
 
-import argparse
 import tracemalloc
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 import nsq_ref as nsq
 from benchmarks.timing import (
@@ -22,15 +19,14 @@ from benchmarks.timing import (
     as_text,
     interleaved,
     machine,
-    report,
+    parser,
+    publish,
     spread,
     use_threads,
-    write_json,
 )
 from nsq_ref.cache.pages import PAGE_TOKENS
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
-
-Float32 = npt.NDArray[np.float32]
 
 SCHEMES: tuple[SchemeName, ...] = ("streaming4", "nsep+pchan4", "streaming2", "naive4")
 BLOCK_SIZE = 128
@@ -40,7 +36,8 @@ MEMORY = Target(1.02, at_most=True)
 
 
 def main() -> None:
-    options = parsed()
+    defaults = {"threads": 2, "rounds": 5, "tokens": 32768, "heads": 8, "head_dim": 128}
+    options = parser("cache", __doc__, **defaults).parse_args()
     use_threads(options.threads)
     shape = (1, options.heads, options.tokens, options.head_dim)
     keys, values = np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32)
@@ -55,20 +52,7 @@ def main() -> None:
         "memory is what Python and NumPy allocated (tracemalloc), in chunks, over the bytes of the "
         "formula; pages of sealed blocks and tails have room for more",
     ]
-    report("KVCache", rows, notes)
-    if options.json is not None:
-        write_json(options.json, rows, notes, threads=options.threads, shape=list(shape))
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    return parser.parse_args()
+    publish(options, "KVCache", rows, notes, threads=options.threads, shape=list(shape))
 
 
 def filled(name: SchemeName, keys: Float32, values: Float32, step: int) -> nsq.KVCache:
@@ -113,12 +97,9 @@ def memory(name: SchemeName, keys: Float32, values: Float32) -> list[Row]:
         ratios.append(used / cache.nbytes)
     return [
         Row(f"{name}: memory", spread(ratios[:1]), "of the formula", target=MEMORY),
-        Row(
-            f"{name}: memory, up to {PAGE_TOKENS} tokens fewer",
-            spread(ratios[1:]),
-            "of the formula",
-        ),
-    ]
+        Row(f"{name}: memory, up to {PAGE_TOKENS} tokens fewer", spread(ratios[1:]),
+            "of the formula"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

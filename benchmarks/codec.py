@@ -6,37 +6,38 @@ taken round by round.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, quants
 
 import nsq_ref as nsq
 from benchmarks import listing
 from benchmarks.timing import (
+    RATIOS,
     Case,
     Row,
     Target,
     Timed,
     as_text,
+    beside,
+    floor,
     interleaved,
     machine,
-    report,
+    parser,
+    publish,
+    reading,
     spread,
     use_threads,
-    write_json,
 )
+from nsq_ref.dtypes import Float32
 from nsq_ref.scheme import SchemeName
 
-Float32 = npt.NDArray[np.float32]
 Listed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAIN: SchemeName = "nsep+pchan4"
@@ -53,7 +54,9 @@ COMPILED = "torch.compile"
 
 
 def main() -> None:
-    options = parsed()
+    arguments = parser("codec", __doc__, threads=2, rounds=15)
+    arguments.add_argument("--shape", type=int, nargs=3, default=[32, 4096, 128], metavar="N")
+    options = arguments.parse_args()
     use_threads(options.threads)
     torch.set_num_threads(options.threads)
     x = np.random.default_rng(0).standard_normal(tuple(options.shape), dtype=np.float32)
@@ -72,45 +75,29 @@ def main() -> None:
         cases = [
             *memory_cases(x, out, pool, options.threads),
             *nsq_cases(x, out),
-            *listing_cases(x_torch, listed),
+            Case("quantize torch", partial(listing.quantize, x_torch)),
+            Case("dequantize torch", partial(listing.dequantize, *listed)),
             *compiled,
             *gguf_cases(x),
         ]
         timed = interleaved(cases, options.rounds)
     rows = [*memory_rows(x, timed), *nsq_rows(timed), *other_rows(timed)]
-    notes.append(
+    notes += [
         "memory floor: input and output, each byte moved once, at the speeds of 'read' (np.max in "
-        "as many threads) and 'write' (fill in as many threads)"
-    )
-    notes.append(
-        "ratios are taken round by round: their median, min and max; 'cores' is "
-        "processor time over wall time: much below the threads, other work held the machine"
-    )
-    report(f"nsq {nsq.__version__}, codec", rows, notes)
-    if options.json is not None:
-        write_json(
-            options.json, rows, notes, threads=options.threads, shape=list(x.shape),
-            seconds={name: case.seconds[case.took_part].tolist() for name, case in timed.items()},
-        )  # fmt: skip
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shape", type=int, nargs=3, default=[32, 4096, 128], metavar="N")
-    return parser.parse_args()
+        "as many threads) and 'write' (fill in as many threads)",
+        RATIOS,
+    ]
+    title = f"nsq {nsq.__version__}, codec"
+    publish(options, title, rows, notes, timed, threads=options.threads, shape=list(x.shape))
 
 
 # --- what is timed ------------------------------------------------------------------------------
 
 
 def memory_cases(x: Float32, out: Float32, pool: ThreadPoolExecutor, threads: int) -> list[Case]:
-    inputs = np.array_split(x.reshape(-1), threads)
     outputs = np.array_split(out.reshape(-1), threads)
     return [
-        Case("read", lambda: list(pool.map(np.max, inputs))),
+        reading(x.reshape(-1), threads, pool),
         Case("write", lambda: list(pool.map(lambda part: part.fill(1), outputs))),
         Case("np.copyto", lambda: np.copyto(out, x)),
     ]
@@ -130,13 +117,6 @@ def nsq_cases(x: Float32, out: Float32) -> list[Case]:
         *cases,
         Case("quantize numpy", partial(nsq.quantize, x, backend="numpy"), SELDOM),
         Case("dequantize numpy", partial(nsq.dequantize, q, out, backend="numpy"), SELDOM),
-    ]
-
-
-def listing_cases(x: torch.Tensor, listed: Listed) -> list[Case]:
-    return [
-        Case("quantize torch", partial(listing.quantize, x)),
-        Case("dequantize torch", partial(listing.dequantize, *listed)),
     ]
 
 
@@ -182,28 +162,20 @@ def memory_rows(x: Float32, timed: dict[str, Timed]) -> list[Row]:
     stored = nsq.quantize(x).nbytes / x.nbytes
     read, write = timed["read"].seconds, timed["write"].seconds
     floors = {"quantize": read + stored * write, "dequantize": stored * read + write}
-    for verb, floor in floors.items():
-        ratio = spread(timed[f"{verb} {MAIN}"].seconds / floor)
-        rows.append(Row(f"memory floor of {verb}", ratio, "times that takes nsq", spread(floor)))
+    for verb, seconds in floors.items():
+        rows.append(floor(f" of {verb}", seconds, timed[f"{verb} {MAIN}"]))
     return rows
 
 
 def nsq_rows(timed: dict[str, Timed]) -> list[Row]:
-    rows = []
-    for name in (MAIN, *OTHERS):
-        for verb, target in COPY_TARGETS.items():
-            case = timed[f"{verb} {name}"]
-            rows.append(
-                Row(
-                    f"nsq.{verb} {name}",
-                    spread(timed["np.copyto"].seconds / case.seconds),
-                    "of np.copyto's speed",
-                    spread(case.seconds),
-                    target if name == MAIN else None,
-                    case.cores,
-                )
-            )
-    return rows
+    return [
+        beside(
+            f"nsq.{verb} {name}", timed["np.copyto"], timed[f"{verb} {name}"],
+            "of np.copyto's speed", target if name == MAIN else None,
+        )
+        for name in (MAIN, *OTHERS)
+        for verb, target in COPY_TARGETS.items()
+    ]  # fmt: skip
 
 
 def other_rows(timed: dict[str, Timed]) -> list[Row]:
@@ -223,16 +195,9 @@ def other_rows(timed: dict[str, Timed]) -> list[Row]:
             target = LISTING_TARGET if name == "torch" else None
             if name == "gguf Q4_0" and verb == "quantize":
                 target = GGUF_TARGET
-            rows.append(
-                Row(
-                    f"{verb}, {label}",
-                    spread(case.seconds / timed[f"{verb} {MAIN}"].seconds),
-                    "times what nsq takes",
-                    spread(case.seconds),
-                    target,
-                    case.cores,
-                )
-            )
+            figure = spread(case.seconds / timed[f"{verb} {MAIN}"].seconds)
+            what, seconds = f"{verb}, {label}", spread(case.seconds)
+            rows.append(Row(what, figure, "times what nsq takes", seconds, target, case.cores))
     return rows
 
 

@@ -11,18 +11,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import nsq_ref as nsq
+from nsq_ref.dtypes import Float32, Float64
 from onnx_export.custom_ops import register
 from onnx_export.operators import attention_model
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 KINDS = ("normal", "student-t", "Cauchy", "lognormal", "one-sided", "offset", "channels", "drift")
 REAL_TOKENS = 2048
@@ -85,17 +82,9 @@ class Draw(NamedTuple):
 
 
 def draw(
-    rng: np.random.Generator,
-    keys: str,
-    values: str,
-    tokens: int,
-    *,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head_dim: int = 128,
-    period: int = 16,
-    spread: float = 1.0,
-) -> Draw:
+    rng: np.random.Generator, keys: str, values: str, tokens: int, *, heads: int = 32,
+    kv_heads: int = 8, head_dim: int = 128, period: int = 16, spread: float = 1.0,
+) -> Draw:  # fmt: skip
     """Return ``tokens`` to be sealed after one sink, and those of a tail.
 
     Every ``period``-th token is `NATS` above the others, whose scores have the standard deviation
@@ -199,13 +188,9 @@ def attended(
     feeds["past_lengths"] = np.array([one.keys.shape[1] - 1])
     feeds["attention_bias"] = one.bias.reshape(1, 1, 1, -1)
     model = attention_model(
-        scheme,
-        scheme,
-        heads=len(one.query),
-        kv_heads=len(one.keys),
-        head_dim=one.query.shape[1],
+        scheme, scheme, heads=len(one.query), kv_heads=len(one.keys), head_dim=one.query.shape[1],
         inputs={"key", "value", "attention_bias"},
-    )
+    )  # fmt: skip
     del model.functions[:]  # so that nothing but the library can answer
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     (output,) = session.run(["output"], feeds)

@@ -6,7 +6,6 @@ start of the command to its end; the C example is compiled before, by the compil
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import nsq_ref as nsq
-from benchmarks.timing import Row, Target, as_text, machine, report, spread, write_json
+from benchmarks.timing import Row, Target, as_text, machine, parser, publish, spread
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = f"{ROOT / 'tests' / 'ports' / 'functions.py'}"
@@ -23,7 +22,9 @@ COMPILER = [sys.executable, "-m", "ziglang", "cc", "-shared", "-fPIC", "-O2", "-
 
 
 def main() -> None:
-    options = parsed()
+    arguments = parser("conformance", __doc__)
+    arguments.add_argument("--rounds", type=int, default=3, help="times to run each")
+    options = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="nsq-conformance-") as folder:
         right, wrong = Path(folder) / "right.so", Path(folder) / "wrong.so"
         compiled(C_EXAMPLE.read_text(encoding="utf-8"), right)
@@ -37,22 +38,13 @@ def main() -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
-            for name, (arguments, code, _target) in runs.items():
-                times[name].append(wall_time(arguments, code))
+            for name, (given, code, _target) in runs.items():
+                times[name].append(wall_time(given, code))
     rows = [
         Row(f"nsq check: {name}", spread(times[name]), "s", target=runs[name][2]) for name in runs
     ]
     notes = [f"fresh processes, alternating: {options.rounds} of each", as_text(machine())]
-    report(f"nsq {nsq.__version__}, conformance", rows, notes)
-    if options.json is not None:
-        write_json(options.json, rows, notes)
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conformance", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--rounds", type=int, default=3, help="times to run each")
-    return parser.parse_args()
+    publish(options, f"nsq {nsq.__version__}, conformance", rows, notes)
 
 
 def compiled(source: str, library: Path) -> None:

@@ -26,10 +26,10 @@ from benchmarks.timing import (
     as_text,
     interleaved,
     machine,
-    report,
+    parser,
+    publish,
     spread,
     use_threads,
-    write_json,
 )
 
 HEADS, HEAD_DIM = 32, 128
@@ -41,7 +41,12 @@ EXTRA_TARGET = Target(5, at_most=True)
 
 
 def main() -> None:
-    options = parsed()
+    arguments = parser("growth", __doc__, threads=2, rounds=5)
+    arguments.add_argument(
+        "--memory", type=float, help="GB to stay within; what is available if left out"
+    )
+    arguments.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     use_threads(options.threads)
     if options.measure:
         print(json.dumps(extra_memory(options.measure)))
@@ -70,15 +75,8 @@ def main() -> None:
         for size in sizes:
             case = timed[f"{verb} {size}"]
             per_element = spread(1e9 * case.seconds / elements(size))
-            rows.append(
-                Row(
-                    f"{verb}, {size:.0e}",
-                    per_element,
-                    "ns an element",
-                    spread(case.seconds),
-                    cores=case.cores,
-                )
-            )
+            what, seconds = f"{verb}, {size:.0e}", spread(case.seconds)
+            rows.append(Row(what, per_element, "ns an element", seconds, cores=case.cores))
     for verb in ("quantize", "dequantize"):
         for size in sizes:
             for way in ("traced", "resident"):
@@ -97,21 +95,8 @@ def main() -> None:
         "growth of ru_maxrss, of large sizes only, since it counts whole pages and thread stacks",
         f"left out for want of memory: {', '.join(left_out) or 'none'}",
     ]
-    report(f"nsq {nsq.__version__}, growth of nsep+pchan4", rows, notes)
-    if options.json is not None:
-        write_json(options.json, rows, notes, threads=options.threads)
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--memory", type=float, help="GB to stay within; what is available if left out"
-    )
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    title = f"nsq {nsq.__version__}, growth of nsep+pchan4"
+    publish(options, title, rows, notes, threads=options.threads)
 
 
 def tokens_of(size: int) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,22 +30,25 @@ from benchmarks.timing import (
     Row,
     Timed,
     as_text,
+    beside,
+    floor,
     interleaved,
     machine,
+    parser,
+    reading,
     report,
     spread,
     use_threads,
     write_json,
 )
+from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.scheme import SchemeName
 from onnx_export.custom_ops import register
 from onnx_export.operators import attention_node, dequantize_model, quantize_model
 from onnx_export.operators.nodes import make_model
 from onnx_export.operators.schema import ELEMENTS
 
-Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
-Float32 = npt.NDArray[np.float32]
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MAIN: SchemeName = "streaming4"
@@ -145,16 +147,13 @@ def general_notes(rounds: int) -> list[str]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill")
-    options = parser.parse_args()
+    arguments = parser("onnx", __doc__, threads=2, rounds=15)
+    arguments.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    arguments.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    arguments.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill")
+    options = arguments.parse_args()
     if any(tokens < BLOCK_SIZE or tokens % BLOCK_SIZE for tokens in options.tokens):
-        parser.error(f"--tokens must be multiples of the block size, {BLOCK_SIZE}")
+        arguments.error(f"--tokens must be multiples of the block size, {BLOCK_SIZE}")
     return options
 
 
@@ -244,37 +243,23 @@ def prefill(natives: Sequence[Native], options: argparse.Namespace) -> tuple[lis
 
 
 def speeds(timed: dict[str, Timed], base: str, names: Sequence[str]) -> list[Row]:
-    return [
-        Row(
-            name,
-            spread(timed[base].seconds / timed[name].seconds),
-            f"times as fast as {base}",
-            spread(timed[name].seconds),
-            cores=timed[name].cores,
-        )
-        for name in names
-    ]
+    return [beside(name, timed[base], timed[name], f"times as fast as {base}") for name in names]
 
 
-def floor_rows(
-    timed: dict[str, Timed], rate: npt.NDArray[np.float64], sizes: dict[str, int]
-) -> list[Row]:
+def floor_rows(timed: dict[str, Timed], rate: Float64, sizes: dict[str, int]) -> list[Row]:
     rows = [Row("read", spread(rate / 1e9), "GB/s", spread(timed["read"].seconds))]
     for name, size in sizes.items():
-        floor = size / rate
-        figure = spread(timed[name].seconds / floor)
-        what = f"memory floor, {size / 1e6:.1f} MB"
-        rows.append(Row(what, figure, f"times that takes {name}", spread(floor)))
+        what, unit = f", {size / 1e6:.1f} MB", f"times that takes {name}"
+        rows.append(floor(what, size / rate, timed[name], unit))
     return rows
 
 
 def timed_beside_reading(
     steps: dict[str, Step], threads: int, rounds: int
-) -> tuple[dict[str, Timed], npt.NDArray[np.float64]]:
+) -> tuple[dict[str, Timed], Float64]:
     """Time all steps, and reading memory; return also its bytes a second, round by round."""
-    much = np.array_split(np.ones(READ_BYTES // 4, np.float32), threads)
     with ThreadPoolExecutor(threads) as pool:
-        cases = [Case("read", lambda: list(pool.map(np.max, much)))]
+        cases = [reading(np.ones(READ_BYTES // 4, np.float32), threads, pool)]
         timed = interleaved([*cases, *(Case(*item) for item in steps.items())], rounds, SETTLE)
     return timed, READ_BYTES / timed["read"].seconds
 
@@ -344,13 +329,9 @@ class Step:
     """A model with memory bound to its inputs and outputs; call it to run."""
 
     def __init__(
-        self,
-        model: onnx.ModelProto,
-        threads: int,
-        native: Native | None,
-        feeds: Arrays,
+        self, model: onnx.ModelProto, threads: int, native: Native | None, feeds: Arrays,
         results: Arrays,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.feeds, self.results = feeds, results  # which own the memory
         self.session = open_session(model, threads, native)
         self.binding = self.session.io_binding()
@@ -459,14 +440,9 @@ def peer_step(new: Arrays, keys: Array, values: Array, past: int, threads: int) 
             "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 4
         }  # fmt: skip
     node = helper.make_node(
-        "GroupQueryAttention",
-        inputs,
-        list(results),
-        domain="com.microsoft",
-        num_heads=HEADS,
-        kv_num_heads=KV_HEADS,
-        **attributes,
-    )
+        "GroupQueryAttention", inputs, list(results), domain="com.microsoft", num_heads=HEADS,
+        kv_num_heads=KV_HEADS, **attributes,
+    )  # fmt: skip
     model = one_node(node, feeds, results, initializers)
     return Step(model, threads, None, feeds, results)
 

@@ -6,17 +6,15 @@ a folder; here that is a temporary one, empty (cold) or filled by the process be
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import nsq_ref as nsq
-from benchmarks.timing import Row, Target, as_text, machine, report, spread, write_json
+from benchmarks.timing import Row, Target, as_text, machine, parser, publish, spread
 
 IMPORT_TARGET = Target(0.6, at_most=True)
 FIRST_CALLS = """
@@ -34,7 +32,10 @@ print(json.dumps(np.diff(marks).tolist()))
 
 
 def main() -> None:
-    options = parsed()
+    arguments = parser("start", __doc__)
+    arguments.add_argument("--rounds", type=int, default=10, help="processes for each import")
+    arguments.add_argument("--cold", type=int, default=3, help="times to start with a cold cache")
+    options = arguments.parse_args()
     bare, imported = [], []
     run("import nsq_ref")  # writes the bytecode
     for _ in range(options.rounds):
@@ -57,17 +58,7 @@ def main() -> None:
         "first call on [8, 512, 128]; the first quantize includes importing Numba",
         as_text(machine()),
     ]
-    report(f"nsq {nsq.__version__}, start", rows, notes)
-    if options.json is not None:
-        write_json(options.json, rows, notes)
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.start", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--rounds", type=int, default=10, help="processes for each import")
-    parser.add_argument("--cold", type=int, default=3, help="times to start with a cold cache")
-    return parser.parse_args()
+    publish(options, f"nsq {nsq.__version__}, start", rows, notes)
 
 
 def wall_time(code: str) -> float:

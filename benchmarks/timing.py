@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +21,24 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from nsq_ref.dtypes import Array, Float64
 from nsq_ref.files import atomic
-
-Float64 = npt.NDArray[np.float64]
 
 # Seconds; by then threads have spread over the cores, and those of other cases no longer spin.
 SETTLE = 0.02
+RATIOS = (
+    "ratios are taken round by round: their median, min and max; 'cores' is processor time over "
+    "wall time: much below the threads, other work held the machine"
+)
+
+
+def parser(name: str, about: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """Return what reads ``--json`` and, such as ``--rounds``, integers that have defaults."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    made.add_argument("--json", type=Path, help="write all figures to this file")
+    for option, default in defaults.items():
+        made.add_argument(f"--{option.replace('_', '-')}", type=int, default=default)
+    return made
 
 
 class Spread(NamedTuple):
@@ -52,30 +66,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report.
+    """One line of the report."""
 
-    Parameters
-    ----------
-    what : str
-        What was measured.
-    figure : Spread
-        The figure that a target is for.
-    unit : str
-        Of the figure, or what it is relative to.
-    seconds : Spread, optional
-        Where the figure is a ratio, the time behind it.
-    target : Target, optional
-        None for what is only information.
-    cores : float, optional
-        How many cores worked at once.
-    """
-
-    what: str
-    figure: Spread
-    unit: str
-    seconds: Spread | None = None
-    target: Target | None = None
-    cores: float | None = None
+    what: str  # what was measured
+    figure: Spread  # that a target is for
+    unit: str  # of the figure, or what it is relative to
+    seconds: Spread | None = None  # where the figure is a ratio, the time behind it
+    target: Target | None = None  # None for what is only information
+    cores: float | None = None  # how many worked at once
 
     @property
     def verdict(self) -> str:
@@ -88,13 +86,7 @@ class Row:
 
 
 def use_threads(count: int) -> None:
-    """Set the threads of Numba and OpenMP; Numba reads this once, when it is imported.
-
-    Raises
-    ------
-    RuntimeError
-        Where Numba is imported already.
-    """
+    """Set the threads of Numba and OpenMP; Numba reads this once, when it is imported."""
     if "numba" in sys.modules:
         raise RuntimeError("Numba is imported already; call use_threads before it is")
     os.environ["NUMBA_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(count)
@@ -123,19 +115,7 @@ def interleaved(cases: Sequence[Case], rounds: int, settle: float = SETTLE) -> d
     Each timed call follows untimed ones of the same case, for `settle`: what is measured is steady
     use, not how quickly the system wakes a second core after whatever came before. The order is
     shuffled each round, always in the same way, so that no case always finds the cache as the same
-    other one left it.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-    rounds : int
-    settle : float
-        Seconds.
-
-    Returns
-    -------
-    dict of str to Timed
-        By name.
+    other one left it. Returns what was timed by the names of the cases.
     """
     timed = {case.name: Timed(*np.full((2, rounds), np.nan)) for case in cases}
     for number in range(rounds):
@@ -157,6 +137,23 @@ def _settle(case: Case, seconds: float) -> None:
         del result
 
 
+def reading(much: Array, threads: int, pool: ThreadPoolExecutor) -> Case:
+    """Return the case ``read``: the speed of memory, by `np.max` in so many threads."""
+    parts = np.array_split(much, threads)
+    return Case("read", lambda: list(pool.map(np.max, parts)))
+
+
+def beside(what: str, base: Timed, case: Timed, unit: str, target: Target | None = None) -> Row:
+    """Say how many times as fast as ``base`` a case is."""
+    figure, seconds = spread(base.seconds / case.seconds), spread(case.seconds)
+    return Row(what, figure, unit, seconds, target, case.cores)
+
+
+def floor(what: str, seconds: Float64, case: Timed, unit: str = "times that takes nsq") -> Row:
+    """Say how many times as long as reading and writing its bytes a case takes."""
+    return Row(f"memory floor{what}", spread(case.seconds / seconds), unit, spread(seconds))
+
+
 def spread(values: Float64 | Sequence[float]) -> Spread:
     """Return median, least and greatest, NaN left out.
 
@@ -168,6 +165,19 @@ def spread(values: Float64 | Sequence[float]) -> Spread:
     some = np.asarray(values, np.float64)
     some = some[~np.isnan(some)]
     return Spread(float(np.median(some)), float(some.min()), float(some.max()))
+
+
+def publish(
+    options: argparse.Namespace, title: str, rows: Sequence[Row], notes: Sequence[str],
+    timed: Mapping[str, Timed] | None = None, **more: Any,
+) -> None:  # fmt: skip
+    """Print the rows, and write them, ``more`` and each round's seconds where ``--json`` says."""
+    report(title, rows, notes)
+    if timed is not None:
+        rounds = {name: case.seconds[case.took_part].tolist() for name, case in timed.items()}
+        more["seconds"] = rounds
+    if options.json is not None:
+        write_json(options.json, rows, notes, **more)
 
 
 def report(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:

@@ -25,20 +25,9 @@ from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 __version__ = "0.1.0"
 
 __all__ = [
-    "SPEC_VERSION",
-    "CompilationWarning",
-    "KVCache",
-    "KeyValueSchemes",
-    "Quantized",
-    "RangeError",
-    "Scheme",
-    "attention",
-    "bounds",
-    "conformance",
-    "dequantize",
-    "quantize",
-    "scheme_names",
-]
+    "SPEC_VERSION", "CompilationWarning", "KVCache", "KeyValueSchemes", "Quantized", "RangeError",
+    "Scheme", "attention", "bounds", "conformance", "dequantize", "quantize", "scheme_names",
+]  # fmt: skip
 
 RENAMED = {
     "nsq_ref.conformance.diagnose": "nsq_ref.conformance.judge.diagnose",

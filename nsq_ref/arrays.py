@@ -16,24 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import dlpack
-from nsq_ref.dtypes import INPUT_DTYPES
-
-__all__ = [
-    "RangeError",
-    "as_array",
-    "as_float",
-    "as_float_array",
-    "as_integer",
-    "as_integer_array",
-    "as_integers",
-    "as_output",
-    "as_real_array",
-    "not_finite",
-    "slabs",
-]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
+from nsq_ref.dtypes import INPUT_DTYPES, Array, Float32, Float64
 
 # Work goes slab by slab so that what is needed besides input and output stays small.
 SLAB_BYTES = 1 << 26
@@ -116,7 +99,7 @@ def as_float_array(name: str, x: Any) -> Array:
     return given.astype(native)
 
 
-def as_real_array(name: str, values: Any) -> npt.NDArray[np.float64]:
+def as_real_array(name: str, values: Any) -> Float64:
     """Take an array of real numbers, integers among them, as float64.
 
     Examples
@@ -131,7 +114,7 @@ def as_real_array(name: str, values: Any) -> npt.NDArray[np.float64]:
     return given.astype(np.float64, copy=False)
 
 
-def as_integer_array(name: str, values: Any) -> npt.NDArray[Any]:
+def as_integer_array(name: str, values: Any) -> Array:
     """Take an array of integers, of whatever shape and width.
 
     Examples
@@ -207,30 +190,14 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
 
 
 def as_integers(
-    name: str,
-    values: Any,
-    count: int | None = None,
-    least: int | None = None,
+    name: str, values: Any, count: int | None = None, least: int | None = None,
     most: int | Sequence[int] | None = None,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """Take a list of integers: a sequence of what `as_integer` takes, a 1-d array or tensor.
 
-    Parameters
-    ----------
-    name : str
-    values : sequence or array, shape [count]
-    count : int, optional
-        How many there must be; any number by default.
-    least : int, optional
-    most : int or sequence of int, optional
-        The greatest value, of all or of each.
-
-    Raises
-    ------
-    TypeError
-        For what is no sequence, and for what is no integer, by index.
-    ValueError
-        For another shape, and for a value out of range, by index.
+    ``count`` says how many there must be, ``least`` and ``most`` bound all of them; a sequence of
+    ``most`` bounds each. TypeError for what is no sequence and, by index, for what is no integer;
+    ValueError for another shape and, by index, for a value out of range.
 
     Examples
     --------

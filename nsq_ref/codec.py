@@ -6,19 +6,16 @@ import math
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import oracle, packing, rounding, spec
 from nsq_ref.arrays import RangeError, as_float_array, as_output, not_finite, slabs
-from nsq_ref.dtypes import kept
+from nsq_ref.dtypes import Array, Float32, kept
 from nsq_ref.environment import in_default_environment
 from nsq_ref.quantized import PARTS, Quantized, block_of, require_shape
 from nsq_ref.scheme import Scheme, as_scheme
 
 __all__ = ["PARTS", "Quantized", "RangeError", "block_of", "dequantize", "quantize"]
 
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 _Out = TypeVar("_Out")
 Backend = Literal["numba", "numpy", "oracle"]
 BACKENDS = ("numba", "numpy", "oracle")

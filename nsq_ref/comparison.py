@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_float_array
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
 
-Float64 = npt.NDArray[np.float64]
 
 DEMO_SCHEMES = (
     "naive4", "nsep4", "pchan4", "nsep+pchan4", "streaming4", "streaming3", "streaming2",
@@ -57,9 +56,7 @@ class CacheRoundTrip:
         self._squares: dict[str, Float64] = {}
 
     @in_default_environment
-    def __call__(
-        self, keys: Any, values: Any = None
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def __call__(self, keys: Any, values: Any = None) -> tuple[Float32, Float32]:
         """Round-trip keys and values.
 
         Parameters
@@ -78,7 +75,7 @@ class CacheRoundTrip:
             return keys_hat, keys_hat
         return keys_hat, self._one_side("value", beside, self.schemes.value)
 
-    def _one_side(self, side: str, x: npt.NDArray[Any], scheme: Scheme) -> npt.NDArray[np.float32]:
+    def _one_side(self, side: str, x: Array, scheme: Scheme) -> Float32:
         quantized = quantize(x, scheme)
         x_hat = dequantize(quantized)
         self.nbytes += quantized.nbytes
@@ -177,7 +174,7 @@ class CacheRoundTrip:
         }
 
 
-def layered(arrays: Sequence[Any], side: str) -> npt.NDArray[Any]:
+def layered(arrays: Sequence[Any], side: str) -> Array:
     """Stack the arrays of a file into ``[layers, ..., tokens, head_dim]``.
 
     Parameters
@@ -215,7 +212,7 @@ def layered(arrays: Sequence[Any], side: str) -> npt.NDArray[Any]:
     return np.stack(given)
 
 
-def _squares(x: npt.NDArray[np.float32]) -> list[float]:
+def _squares(x: Float32) -> list[float]:
     """Sum of squares of each layer, added in float64."""
     layers = (layer.astype(np.float64).ravel() for layer in x)
     return [float(np.dot(layer, layer)) for layer in layers]

@@ -6,13 +6,8 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nsq_ref.dtypes import DTYPES
-
-__all__ = ["bfloat16", "writeable"]
-
-Array = npt.NDArray[Any]
+from nsq_ref.dtypes import DTYPES, Array
 
 UNSIGNED, BFLOAT = 1, 4  # codes of DLDataType
 

@@ -1,4 +1,4 @@
-"""The dtypes of everything that is stored or taken, by name: one table for all who need some."""
+"""The dtypes of everything that is stored or taken, by name, and the arrays of annotations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
-__all__ = ["DTYPES", "FLOAT_DTYPES", "INPUT_DTYPES", "FloatName", "kept"]
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 FloatName = Literal["float16", "bfloat16", "float32"]
 

@@ -18,8 +18,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-__all__ = ["CompilationWarning", "in_default_environment", "is_default_environment"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -78,10 +76,7 @@ def in_default_environment(function: _Function) -> _Function:
 def default_environment(caller: str) -> Iterator[None]:
     """Set the environment that C programs start with, and in the end the one that was there.
 
-    Raises
-    ------
-    RuntimeError
-        Where that does not help; ``caller`` names who needs it.
+    RuntimeError where that does not help; ``caller`` names who needs it.
 
     Examples
     --------

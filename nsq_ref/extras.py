@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["extra"]
-
 
 @contextlib.contextmanager
 def extra(name: str, user: str) -> Iterator[None]:

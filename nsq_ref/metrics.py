@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer, as_integers, as_real_array
 from nsq_ref.bounds.intervals import divide
+from nsq_ref.dtypes import Float64
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["cosine_similarity", "outlier_ratio", "relative_error"]
-
-Float64 = npt.NDArray[np.float64]
 
 
 @overload

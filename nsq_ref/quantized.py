@@ -12,12 +12,10 @@ import numpy.typing as npt
 
 from nsq_ref import packing, spec
 from nsq_ref.arrays import as_array, as_integer, as_integers
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import PARTS, Scheme, as_scheme
 
 __all__ = ["PARTS", "Quantized", "block_of"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)

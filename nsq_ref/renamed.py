@@ -13,10 +13,7 @@ from types import ModuleType
 class Renamed(MetaPathFinder, Loader):
     """Finds modules under earlier names; to be put into `sys.meta_path`.
 
-    Parameters
-    ----------
-    names
-        From each earlier name to the one of today, both from the top.
+    ``names`` lead from each earlier name to the one of today, both from the top.
 
     Examples
     --------

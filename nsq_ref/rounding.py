@@ -14,17 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_float_array
+from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["least_squares_gain", "narrow", "norm", "saturate"]
 
-Float32 = npt.NDArray[np.float32]
 _UNIT = 2.0**-53  # relative error of one float64 operation
 _BEYOND_FLOAT32 = 2.0**128  # the value after the largest float32, were there one more
 
 
 @in_default_environment
-def narrow(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def narrow(value: Any, dtype: npt.DTypeLike) -> Array:
     """Round once, half to even, to `dtype`; no negative zero is stored (rules S3, M4, Z1).
 
     Parameters
@@ -53,7 +53,7 @@ def narrow(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 
 @in_default_environment
-def saturate(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def saturate(value: Any, dtype: npt.DTypeLike) -> Array:
     """Round once, half to even, to `dtype`; what is beyond it becomes its largest (rule C1).
 
     Parameters
@@ -155,7 +155,7 @@ def least_squares_gain(x: Any, y: Any) -> Float32:
     return lower
 
 
-def _float32(value: npt.NDArray[Any]) -> Float32:
+def _float32(value: Array) -> Float32:
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(value, np.float32)
 

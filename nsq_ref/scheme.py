@@ -14,17 +14,9 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES, FloatName
 
 __all__ = [
-    "FLOAT_DTYPES",
-    "PARTS",
-    "SPEC_VERSION",
-    "Cut",
-    "Field",
-    "FloatName",
-    "KeyValueSchemes",
-    "Part",
-    "Scheme",
-    "scheme_names",
-]
+    "FLOAT_DTYPES", "PARTS", "SPEC_VERSION", "Cut", "Field", "FloatName", "KeyValueSchemes", "Part",
+    "Scheme", "scheme_names",
+]  # fmt: skip
 
 SPEC_VERSION = "NSQ-1"
 
@@ -455,14 +447,7 @@ class Scheme:
 
 
 def as_scheme(name: str, scheme: Any) -> Scheme:
-    """Take a scheme, or a name that stands for one; ``name`` is the argument's.
-
-    Raises
-    ------
-    TypeError
-        For what is neither, and for a pair of schemes.
-    ValueError
-        For an unknown name, and for the name of a pair.
+    """Take a scheme, or a name that stands for one, and no pair; ``name`` is the argument's.
 
     Examples
     --------

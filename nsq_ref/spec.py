@@ -7,17 +7,16 @@ already removed (K1); but for `encode_blocks` and `decode_blocks` it is the toke
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
 
-Float32 = npt.NDArray[np.float32]
 SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
 
 
@@ -31,10 +30,10 @@ class Block(NamedTuple):
     length 0.
     """
 
-    codes: npt.NDArray[Any]  # [..., T, D]
-    norm: npt.NDArray[Any]  # [..., T]
-    scale: npt.NDArray[Any]  # [..., 1, D] or [..., T, 1]
-    zero: npt.NDArray[Any]  # like scale
+    codes: Array  # [..., T, D]
+    norm: Array  # [..., T]
+    scale: Array  # [..., 1, D] or [..., T, 1]
+    zero: Array  # like scale
     outlier_index: npt.NDArray[np.int32]  # [..., 1, k]
     outliers: npt.NDArray[np.float16]  # [..., T, k]
     collapsed: npt.NDArray[np.bool_]  # [..., T], tokens that decode to zero but are not (D2)
@@ -87,7 +86,7 @@ def decode(block: Block, scheme: Scheme) -> Float32:
     return reconstruct(y, block.norm, scheme)
 
 
-def reconstruct(y: Float32, norm: npt.NDArray[Any], scheme: Scheme) -> Float32:
+def reconstruct(y: Float32, norm: Array, scheme: Scheme) -> Float32:
     """Return ``x_hat`` of rule D1 from the dequantized directions and what was stored for them."""
     if scheme.separate_norm and scheme.magnitude == "norm":
         y = y / where_zero(rounding.norm(y), np.inf)[..., None]
@@ -189,7 +188,7 @@ def scale_and_zero(
     direction: Float32,
     coded: npt.NDArray[np.bool_],
     scheme: Scheme,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+) -> tuple[Array, Array]:
     """Return scale and zero of the full range, or of the best shrunken one (rule S4)."""
     if scheme.scale_rule == "range":
         return range_scale(low, high, scheme)
@@ -204,37 +203,33 @@ def scale_and_zero(
     return best_scale(scales, zeros, np.stack(errors))
 
 
-def range_scale(
-    low: Float32, high: Float32, scheme: Scheme
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def range_scale(low: Float32, high: Float32, scheme: Scheme) -> tuple[Array, Array]:
     """Return scale and zero that make ``[low, high]`` the code range (rules S1, S2, S3)."""
     zero = range_zero(low, scheme)
     return scale_of(range_span(low, high, zero, scheme), scheme), zero
 
 
-def range_zero(low: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+def range_zero(low: Float32, scheme: Scheme) -> Array:
     """Return the narrowed minimum (rule S2); -0 if symmetric, which adds nothing (rule S1)."""
     if scheme.symmetric:
         return np.full(low.shape, -0.0, FLOAT_DTYPES[scheme.scale_dtype])
     return rounding.narrow(low, FLOAT_DTYPES[scheme.scale_dtype])
 
 
-def range_span(low: Float32, high: Float32, zero: npt.NDArray[Any], scheme: Scheme) -> Float32:
+def range_span(low: Float32, high: Float32, zero: Array, scheme: Scheme) -> Float32:
     """Return what the codes from 0 to the greatest must span (rules S1, S2)."""
     if scheme.symmetric:
         return np.maximum(high, -low)
     return high - zero.astype(np.float32)
 
 
-def scale_of(span: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+def scale_of(span: Float32, scheme: Scheme) -> Array:
     """Return the narrowed scale (rules S1, S2, S3)."""
     levels = np.float32(scheme.code_range[1])
     return rounding.narrow(span / levels, FLOAT_DTYPES[scheme.scale_dtype])
 
 
-def shrunken_scales(
-    low: Float32, high: Float32, scheme: Scheme
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def shrunken_scales(low: Float32, high: Float32, scheme: Scheme) -> tuple[Array, Array]:
     """Return the candidates of rule S4, widest first, on a new leading axis."""
     candidates = [range_scale(low, high, scheme)]
     half = np.float32(0.5)
@@ -249,9 +244,7 @@ def shrunken_scales(
     return np.stack(scales), np.stack(zeros)
 
 
-def best_scale(
-    scales: npt.NDArray[Any], zeros: npt.NDArray[Any], errors: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def best_scale(scales: Array, zeros: Array, errors: Float64) -> tuple[Array, Array]:
     """Pick the candidate of least error, of equals the widest (rule S4).
 
     A full range that does not fit the dtype is chosen, and so refused (S5), even where a
@@ -263,9 +256,7 @@ def best_scale(
     return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(zeros, best, 0)[0]
 
 
-def code(
-    direction: Float32, scale: npt.NDArray[Any], zero: npt.NDArray[Any], scheme: Scheme
-) -> Float32:
+def code(direction: Float32, scale: Array, zero: Array, scheme: Scheme) -> Float32:
     """Return ``round_half_even((direction - zero) / scale)``, then clamped (rules Q1, Q2)."""
     shifted = direction - zero.astype(np.float32)
     quotient = shifted / where_zero(scale.astype(np.float32), np.inf)
@@ -274,16 +265,16 @@ def code(
     return codes
 
 
-def dequantize(codes: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any]) -> Float32:
+def dequantize(codes: Array, scale: Array, zero: Array) -> Float32:
     """Return ``codes * scale + zero``, two roundings (rule D1)."""
     product = codes.astype(np.float32) * scale.astype(np.float32)
     return product + zero.astype(np.float32)
 
 
 def dequantized_direction(
-    codes: npt.NDArray[Any],
-    scale: npt.NDArray[Any],
-    zero: npt.NDArray[Any],
+    codes: Array,
+    scale: Array,
+    zero: Array,
     index: npt.NDArray[np.int32],
     outliers: npt.NDArray[np.float16],
 ) -> Float32:
@@ -294,7 +285,7 @@ def dequantized_direction(
     return y
 
 
-def stored_factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> npt.NDArray[Any]:
+def stored_factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
     """Return the narrowed factor of each token (rule M4)."""
     return rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])
 

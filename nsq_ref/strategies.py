@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer, as_integers
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import FloatName, Scheme
 
 try:
@@ -102,7 +101,7 @@ def tensors(
     dtypes: Sequence[DtypeName] = ("float32",),
     kinds: Sequence[Kind] = KINDS,
     finite: bool = True,
-) -> st.SearchStrategy[npt.NDArray[Any]]:
+) -> st.SearchStrategy[Array]:
     """Draw keys or values ``x[..., T, D]``.
 
     Parameters
@@ -166,7 +165,7 @@ def tensors(
     )
 
 
-def inputs(**options: Any) -> st.SearchStrategy[npt.NDArray[Any]]:
+def inputs(**options: Any) -> st.SearchStrategy[Array]:
     """Draw `tensors` of every dtype that is taken (rule I1).
 
     Parameters
@@ -217,14 +216,10 @@ def _schemes(draw: st.DrawFn, fields: dict[str, st.SearchStrategy[Any]]) -> Sche
 
 @st.composite
 def _tensors(
-    draw: st.DrawFn,
-    leadings: st.SearchStrategy[tuple[int, ...]],
-    tokens_counts: st.SearchStrategy[int],
-    head_dims: st.SearchStrategy[int],
-    kinds: st.SearchStrategy[Kind],
-    dtypes: st.SearchStrategy[DtypeName],
-    finite: bool,
-) -> npt.NDArray[Any]:
+    draw: st.DrawFn, leadings: st.SearchStrategy[tuple[int, ...]],
+    tokens_counts: st.SearchStrategy[int], head_dims: st.SearchStrategy[int],
+    kinds: st.SearchStrategy[Kind], dtypes: st.SearchStrategy[DtypeName], finite: bool,
+) -> Array:  # fmt: skip
     leading, tokens, head_dim = draw(leadings), draw(tokens_counts), draw(head_dims)
     shape = (*leading, tokens, head_dim)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -14,6 +14,7 @@ RENAMED = {
     "onnx_export.gguf_file": "onnx_export.models.gguf",
     "onnx_export.graph": "onnx_export.models.built",
     "onnx_export.smollm2": "onnx_export.models.sources",
+    "onnx_export.testing": "onnx_export.models.tiny",
     "onnx_export.texts": "onnx_export.models.texts",
     "onnx_export.tokenizer": "onnx_export.models.tokenizer",
 }

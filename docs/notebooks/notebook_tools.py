@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import onnxruntime
-from numpy.typing import NDArray
 
 import nsq_ref as nsq
 from nsq_ref import bounds, rounding
 from nsq_ref.attention import attend
 from nsq_ref.comparison import CacheRoundTrip
+from nsq_ref.dtypes import Float32, Float64
 from onnx_export.evaluation.fidelity import Comparison, TransformFidelity, measure_fidelity
 from onnx_export.models.built import cached_onnx
 from onnx_export.models.decoder import Decoder
@@ -35,20 +35,18 @@ FAR = 0.002  # nats a token: processors round otherwise, by much less than schem
 class AttentionInputs(NamedTuple):
     """What attention sees: float32 ``[layers, heads, tokens, head_dim]``, after the rotary."""
 
-    queries: NDArray[np.float32]
-    keys: NDArray[np.float32]
-    values: NDArray[np.float32]
+    queries: Float32
+    keys: Float32
+    values: Float32
 
 
-def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
+def read_real_text(tokens: int) -> AttentionInputs:
     """Let SmolLM2-135M-Instruct read a passage of an address to Congress, kept for reporting.
 
     Parameters
     ----------
     tokens : int
         Length of the passage.
-    passage : int
-        Which one, of the order of `onnx_export.models.texts.passages` from `REPORTING_START` on.
 
     Returns
     -------
@@ -75,7 +73,7 @@ def read_real_text(tokens: int, passage: int = 0) -> AttentionInputs:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    ids = passages(Tokenizer(gguf), tokens, passage + 1, start=REPORTING_START)[passage][None]
+    ids = passages(Tokenizer(gguf), tokens, 1, start=REPORTING_START)
     feeds = {
         given.name: np.empty((1, given.shape[1], 0, given.shape[3]), np.float32)
         for given in session.get_inputs()
@@ -149,9 +147,7 @@ def likelihoods(
     }
 
 
-def measured_and_certified(
-    x: NDArray[np.float32], query: NDArray[np.float64]
-) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+def measured_and_certified(x: Float32, query: Float64) -> dict[str, tuple[Float64, Float64]]:
     """Quantize with the paper's scheme; compare the errors with what a decoder can certify.
 
     Parameters
@@ -186,8 +182,8 @@ def measured_and_certified(
 
 
 def attention_and_certified(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], values: NDArray[np.float32]
-) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    queries: Float32, keys: Float32, values: Float32
+) -> dict[str, tuple[Float64, Float64]]:
     """Quantize keys and values with the paper's scheme; compare attention with E7 and E8.
 
     Parameters
@@ -207,7 +203,7 @@ def attention_and_certified(
     seen = attend(queries, of_keys.x_hat, of_values.x_hat)
     (batch, kv_heads, tokens, head_dim), rows = keys.shape, queries.shape[2]
 
-    def grouped(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    def grouped(x: Float64) -> Float64:
         return x.reshape(batch, kv_heads, -1, *x.shape[3:])
 
     past = np.arange(tokens) <= np.arange(tokens - rows, tokens)[:, None]

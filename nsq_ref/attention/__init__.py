@@ -11,12 +11,6 @@ from nsq_ref.attention.stored import Piece, PreparedPiece, attend_quantized, pre
 from nsq_ref.attention.tolerance import reach, tolerance
 
 __all__ = [
-    "Attention",
-    "Piece",
-    "PreparedPiece",
-    "attend",
-    "attend_quantized",
-    "prepare",
-    "reach",
+    "Attention", "Piece", "PreparedPiece", "attend", "attend_quantized", "prepare", "reach",
     "tolerance",
-]
+]  # fmt: skip

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_float, as_float_array, as_integer, as_integers
+from nsq_ref.dtypes import Array
 
 __all__: list[str] = []  # the package keeps them for itself
-
-Array = npt.NDArray[Any]
 
 
 class Options(NamedTuple):

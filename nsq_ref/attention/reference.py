@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.attention.options import finite, floats, group_of, require_lengths, require_options
+from nsq_ref.dtypes import Array, Float64
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["Attention", "attend"]
-
-Array = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
 
 
 class Attention(NamedTuple):

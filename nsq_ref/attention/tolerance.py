@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import packing, spec
 from nsq_ref.arrays import as_real_array
 from nsq_ref.attention.options import floats, require_lengths, require_options
 from nsq_ref.attention.reference import Attention, attend, visible_tokens
 from nsq_ref.codec import Quantized, block_of
+from nsq_ref.dtypes import Array, Float64
 from nsq_ref.environment import in_default_environment
 
 __all__ = ["reach", "tolerance"]
 
-Array = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
 
 UNIT = 2.0**-24  # the relative error of one float32 operation
 TOKEN_ROUNDINGS = 512  # that a term may pass in a sum over tokens: a kernel adds in tiles

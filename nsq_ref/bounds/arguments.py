@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.arrays import as_array, as_float, as_integer_array, as_real_array
-from nsq_ref.bounds.intervals import Array, Float64, Interval
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.bounds.intervals import Interval
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float64
 from nsq_ref.scheme import FloatName, Scheme
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.bounds import arguments
-from nsq_ref.bounds.intervals import OUTWARD, TERM, UP, Float64, Interval, euclidean, largest
+from nsq_ref.bounds.intervals import OUTWARD, TERM, UP, Interval, euclidean, largest
+from nsq_ref.dtypes import Float64
 from nsq_ref.environment import in_default_environment
 
 

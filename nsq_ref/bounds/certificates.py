@@ -23,8 +23,6 @@ from nsq_ref.bounds.intervals import (
     SMALLEST_NORMAL,
     TERM,
     UP,
-    Array,
-    Float64,
     Interval,
     direction_length,
     divide,
@@ -41,6 +39,7 @@ from nsq_ref.bounds.token import (
     worst_ratio,
 )
 from nsq_ref.codec import Quantized
+from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
 
@@ -86,7 +85,7 @@ class Bounds:
     True
     """
 
-    x_hat: npt.NDArray[np.float32]
+    x_hat: Float32
     direction: Interval
     norm: Interval
     direction_element: Float64
@@ -341,13 +340,9 @@ def _direction(stored: _Stored, known: Float64 | None = None) -> Interval:
 
 
 def _bounds(
-    quantized: Quantized,
-    stored: _Stored,
-    direction: Interval,
-    norm: Interval,
-    length: Interval,
+    quantized: Quantized, stored: _Stored, direction: Interval, norm: Interval, length: Interval,
     limit: Float64,
-) -> Bounds:
+) -> Bounds:  # fmt: skip
     """Put E1 to E6 together; `length` encloses the norm of the direction, `limit` bounds E2."""
     scheme, y, factor = stored.scheme, stored.y, stored.factor
     x_hat = codec.dequantize(quantized)

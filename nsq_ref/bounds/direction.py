@@ -14,13 +14,13 @@ from nsq_ref.bounds.intervals import (
     TINY,
     UNIT,
     UP,
-    Float64,
     Interval,
     euclidean,
     largest,
     undivided,
 )
 from nsq_ref.bounds.norm import narrowing_interval
+from nsq_ref.dtypes import Float64
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme, as_scheme
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Float64
 from nsq_ref.scheme import Scheme
-
-Array = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
 
 OUTWARD, TERM = 2.0**-46, 2.0**-52
 UP, DOWN = 1 + OUTWARD, 1 - OUTWARD  # for numbers that are not negative

@@ -12,12 +12,12 @@ from nsq_ref.bounds.intervals import (
     NORMAL_LENGTH,
     OUTWARD,
     UP,
-    Float64,
     Interval,
     divide,
     euclidean,
     inner_product,
 )
+from nsq_ref.dtypes import Float64
 from nsq_ref.environment import in_default_environment
 
 Magnitude = Literal["norm", "gain", "lsq"]

@@ -6,18 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import as_float_array, as_integer, as_integers, not_finite
 from nsq_ref.cache.sequence import Side
 from nsq_ref.cache.state import Sides
-from nsq_ref.dtypes import FLOAT_DTYPES, kept
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, kept
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
-
-__all__ = ["as_dtype", "as_sides", "as_tokens", "finite"]
-
-Array = npt.NDArray[Any]
-
 
 # --- what a cache is made of --------------------------------------------------------------------
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import attention
 from nsq_ref.arrays import as_float_array, as_integers
 from nsq_ref.cache.arguments import finite
 from nsq_ref.cache.state import Sides, State
-
-__all__ = ["attend"]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
+from nsq_ref.dtypes import Float32
 
 
 def attend(

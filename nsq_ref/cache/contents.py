@@ -7,17 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.cache.arguments import as_dtype, as_sides
 from nsq_ref.cache.sequence import Sequence, Side
 from nsq_ref.cache.state import Row, Sides, State
+from nsq_ref.dtypes import Array
 from nsq_ref.quantized import Quantized
 from nsq_ref.scheme import Scheme
-
-__all__ = ["Described", "contents"]
-
-Array = npt.NDArray[Any]
 
 FIELDS = {"kv_heads", "head_dim", "value_head_dim", "key", "value", "dtype", "lengths"}
 

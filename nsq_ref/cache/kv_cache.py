@@ -14,13 +14,10 @@ from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens
 from nsq_ref.cache.contents import Described, contents
 from nsq_ref.cache.pages import Cell, Change
 from nsq_ref.cache.state import Sides, State, StoredRow
+from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
-__all__ = ["KVCache"]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 
 

@@ -12,15 +12,12 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import attention
+from nsq_ref.dtypes import Array
 from nsq_ref.quantized import Quantized, block_of
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Cell", "Change", "Page", "Plain"]
-
-Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 PAGE_TOKENS = 512  # more where a block is longer

@@ -18,13 +18,8 @@ from nsq_ref import attention, rounding
 from nsq_ref.arrays import RangeError
 from nsq_ref.cache.pages import Change, Page, Plain
 from nsq_ref.codec import Quantized, dequantize, quantize
-from nsq_ref.dtypes import DTYPES
+from nsq_ref.dtypes import DTYPES, Array, Float32
 from nsq_ref.scheme import Field, Scheme
-
-__all__ = ["Sequence", "Side", "StoredTokens"]
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 
 
 class StoredTokens(NamedTuple):
@@ -66,16 +61,9 @@ class StoredTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """What all sequences of the keys, or of the values, of a cache have in common.
+    """What all sequences of the keys, or of the values, of a cache have in common."""
 
-    Parameters
-    ----------
-    scheme : Scheme
-        With a block size.
-    kv_heads, head_dim : int
-    """
-
-    scheme: Scheme
+    scheme: Scheme  # with a block size
     kv_heads: int
     head_dim: int
 

@@ -6,16 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.arrays import RangeError, as_integers
 from nsq_ref.cache.pages import Change
 from nsq_ref.cache.sequence import Sequence, Side, StoredTokens
-from nsq_ref.dtypes import FLOAT_DTYPES
-
-__all__ = ["Row", "Sides", "State", "StoredRow"]
-
-Array = npt.NDArray[Any]
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 
 
 class StoredRow(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from nsq_ref.cli.options import JsonOption, file_name, key_value_schemes, label,
 from nsq_ref.cli.output import print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from nsq_ref import Quantized
+    from nsq_ref import Quantized, Scheme
 
 Backend = Literal["numba", "numpy", "oracle"]
 BackendOption = Annotated[Backend, typer.Option(help="All give the same bytes; oracle is slow.")]
@@ -48,19 +48,10 @@ def info(
             rows = _describe(files.load(file))
         else:
             rows = [
-                {
-                    "name": name,
-                    "shape": list(array.shape),
-                    "dtype": array.dtype.name,
-                    "scheme": None,
-                    "scheme_name": None,
-                    "bits_per_element": 8.0 * array.itemsize,
-                    "bytes": array.nbytes,
-                    "float16_bytes": 2 * array.size,
-                    "collapsed_tokens": None,
-                }
+                _row(name, array.shape, array.dtype.name, None, 8.0 * array.itemsize,
+                     array.nbytes, array.size, None)
                 for name, array in files.read_arrays(file).items()
-            ]
+            ]  # fmt: skip
         advance()
     _show_arrays(file, rows, as_json)
 
@@ -154,19 +145,27 @@ def _require_output(source: Path, output: Path) -> None:
 
 def _describe(arrays: Mapping[str, Quantized]) -> list[dict[str, Any]]:
     return [
-        {
-            "name": name,
-            "shape": list(quantized.shape),
-            "dtype": quantized.dtype.name,
-            "scheme": quantized.scheme.to_dict(),
-            "scheme_name": label(quantized.scheme),
-            "bits_per_element": quantized.bits_per_element,
-            "bytes": quantized.nbytes,
-            "float16_bytes": 2 * math.prod(quantized.shape),
-            "collapsed_tokens": quantized.collapsed_tokens,
-        }
-        for name, quantized in arrays.items()
-    ]
+        _row(name, one.shape, one.dtype.name, one.scheme, one.bits_per_element, one.nbytes,
+             math.prod(one.shape), one.collapsed_tokens)
+        for name, one in arrays.items()
+    ]  # fmt: skip
+
+
+def _row(
+    name: str, shape: Sequence[int], dtype: str, scheme: Scheme | None, bits: float, size: int,
+    elements: int, collapsed: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "name": name,
+        "shape": list(shape),
+        "dtype": dtype,
+        "scheme": None if scheme is None else scheme.to_dict(),
+        "scheme_name": None if scheme is None else label(scheme),
+        "bits_per_element": bits,
+        "bytes": size,
+        "float16_bytes": 2 * elements,
+        "collapsed_tokens": collapsed,
+    }
 
 
 def _describe_cache(file: Path) -> list[dict[str, Any]]:
@@ -183,20 +182,12 @@ def _describe_cache(file: Path) -> list[dict[str, Any]]:
         sides = [getattr(row, side) for row in stored]
         size = sum(one.nbytes for one in sides)
         elements = int(cache.lengths.sum()) * cache.kv_heads * channels
-        rows.append(
-            {
-                "name": side,
-                "shape": [cache.batch, cache.kv_heads, len(cache), channels],
-                "dtype": "-" if cache.dtype is None else cache.dtype.name,
-                "scheme": scheme.to_dict(),
-                "scheme_name": label(scheme),
-                "bits_per_element": 8 * size / elements if elements else 0.0,
-                "bytes": size,
-                "float16_bytes": 2 * elements,
-                "collapsed_tokens": sum(int(one.collapsed.sum()) for one in sides),
-                "lengths": cache.lengths.tolist(),
-            }
-        )
+        shape = cache.batch, cache.kv_heads, len(cache), channels
+        dtype = "-" if cache.dtype is None else cache.dtype.name
+        bits = 8 * size / elements if elements else 0.0
+        collapsed = sum(int(one.collapsed.sum()) for one in sides)
+        row = _row(side, shape, dtype, scheme, bits, size, elements, collapsed)
+        rows.append({**row, "lengths": cache.lengths.tolist()})
     return rows
 
 

@@ -263,16 +263,9 @@ def _folder(directory: Path) -> tuple[Hello, Port]:
 
 
 def _judge(
-    hello: Hello,
-    answers: Port,
-    command: str,
-    schemes: list[str] | None,
-    only: str | None,
-    allow: list[str] | None,
-    partial: bool,
-    as_json: bool,
-    junit: Path | None,
-) -> NoReturn:
+    hello: Hello, answers: Port, command: str, schemes: list[str] | None, only: str | None,
+    allow: list[str] | None, partial: bool, as_json: bool, junit: Path | None,
+) -> NoReturn:  # fmt: skip
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 
@@ -349,7 +342,7 @@ def _dtypes(chosen: list[DtypeName] | None) -> list[InputDtype]:
 def _show_report(report: Report, as_json: bool, junit: Path | None) -> NoReturn:
     """Print the report, write it, and exit as it says."""
     from nsq_ref.conformance.report import as_json as to_json
-    from nsq_ref.conformance.report import as_junit, as_text, exit_code
+    from nsq_ref.conformance.report import as_junit, as_text
 
     if as_json:
         print_json(to_json(report))
@@ -359,4 +352,4 @@ def _show_report(report: Report, as_json: bool, junit: Path | None) -> NoReturn:
         from nsq_ref.files import atomic
 
         atomic.write([(junit, as_junit(report).encode())])
-    raise typer.Exit(exit_code(report))
+    raise typer.Exit(int(not report.conforms))

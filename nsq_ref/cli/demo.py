@@ -14,10 +14,10 @@ from nsq_ref.cli.options import JsonOption, file_name, given, side_of
 from nsq_ref.cli.output import print_table, progress, stages
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from matplotlib.figure import Figure
 
     from nsq_ref.comparison import CacheRoundTrip
+    from nsq_ref.dtypes import Array
 
 
 def demo(
@@ -96,7 +96,7 @@ def demo(
         typer.echo(f"\n{image}, demo.svg and demo.json hold the figure and all of it.")
 
 
-def _coded(file: Path) -> tuple[dict[str, CacheRoundTrip], npt.NDArray[Any]]:
+def _coded(file: Path) -> tuple[dict[str, CacheRoundTrip], Array]:
     """Code the arrays of a file by every scheme; return what that cost, and the keys by layer."""
     from nsq_ref.comparison import layered, round_trips
     from nsq_ref.files import read_arrays

@@ -13,7 +13,7 @@ from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeRepor
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.judge.diagnose import Judged, diagnose
 from nsq_ref.conformance.operations import (
-    INPUT_DTYPES,
+    CASE_DTYPES,
     NOT_IMPLEMENTED,
     OPERATIONS,
     Answer,
@@ -26,9 +26,6 @@ from nsq_ref.conformance.operations import (
 from nsq_ref.conformance.ports import Callables, Folder, Stream
 from nsq_ref.scheme import Scheme
 
-__all__ = ["DTYPES", "check", "run"]
-
-DTYPES = INPUT_DTYPES
 ASKED_AGAIN = 3  # cases of each operation
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +39,7 @@ def check(
     scheme: Scheme | str = "nsep+pchan4",
     seed: int = 0,
     latitudes: Sequence[str] = (),
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] = CASE_DTYPES,
     partial: bool = False,
 ) -> Report:
     """Check Python callables in this process, as ``nsq check`` does in one of their own.
@@ -113,7 +110,7 @@ def run(
     required: Sequence[Operation] | None = None,
     seed: int = 0,
     latitudes: Sequence[str] = (),
-    dtypes: Sequence[str] = DTYPES,
+    dtypes: Sequence[str] = CASE_DTYPES,
     partial: bool = False,
     refusals: bool = True,
     chosen: Sequence[str] | None = None,
@@ -167,9 +164,9 @@ def run(
     seed = as_integer("seed", seed, least=0)
     latitudes, dtypes = _names("latitudes", latitudes), _names("dtypes", dtypes)
     allowed = Latitudes.parse(latitudes)
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    unknown = [dtype for dtype in dtypes if dtype not in CASE_DTYPES]
     if unknown or not dtypes:
-        raise ValueError(f"dtypes={list(dtypes)} are not some of {', '.join(DTYPES)}")
+        raise ValueError(f"dtypes={list(dtypes)} are not some of {', '.join(CASE_DTYPES)}")
     asked_of = [name for name, _ in schemes if chosen is None or name in chosen]
     absent = set(chosen or ()) - set(asked_of)
     if absent:
@@ -204,7 +201,7 @@ def run(
     unclaimed: dict[Operation, list[str]] = defaultdict(list)
     if not refusals:
         notes.append("not asked: input that must be refused, as a graph cannot refuse")
-    if left_out := [dtype for dtype in DTYPES if dtype not in dtypes]:
+    if left_out := [dtype for dtype in CASE_DTYPES if dtype not in dtypes]:
         notes.append(f"not asked: {' and '.join(left_out)} input")
     if only is not None:
         notes.append(f"not asked: all cases but {only}")
@@ -271,14 +268,10 @@ def _asked_again(
 
 
 def _scheme_report(
-    name: str,
-    scheme: Scheme,
-    asked: Sequence[tuple[Case, Answer | Failure]],
-    again: Sequence[Finding],
-    latitudes: Latitudes,
-    required: Sequence[Operation],
+    name: str, scheme: Scheme, asked: Sequence[tuple[Case, Answer | Failure]],
+    again: Sequence[Finding], latitudes: Latitudes, required: Sequence[Operation],
     progress: Progress | None,
-) -> tuple[SchemeReport, list[Operation]]:
+) -> tuple[SchemeReport, list[Operation]]:  # fmt: skip
     judged: list[Judged] = []
     failures: list[tuple[Case, Failure]] = []
     missing: list[Case] = []

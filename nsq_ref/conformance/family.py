@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from nsq_ref.scheme import Scheme, as_scheme, scheme_names
 
-__all__ = ["FAMILY", "family_scheme", "scheme_named"]
-
 # Every named scheme has float16 scales and norms or least-squares gains; only streaming2 searches.
 VARIANTS = {
     "gain": Scheme(magnitude="gain"),
@@ -26,17 +24,7 @@ FAMILY: dict[str, Scheme] = {name: Scheme.named(name) for name in scheme_names()
 
 
 def scheme_named(name: str) -> Scheme:
-    """Return a scheme of the family.
-
-    Parameters
-    ----------
-    name : str
-        A name of `nsq_ref.scheme_names`, or one such as ``nsep+pchan4-gain``.
-
-    Raises
-    ------
-    ValueError
-        For any other name, pairs for keys and values included.
+    """Return a scheme of the family; ValueError for a name of none, as of a pair.
 
     Examples
     --------
@@ -55,12 +43,7 @@ def scheme_named(name: str) -> Scheme:
 
 
 def family_scheme(name: str, scheme: Scheme | str) -> Scheme:
-    """Take a scheme as everybody does, or the name of one of the family.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `nsq_ref.scheme.as_scheme`, and for an unknown name; ``name`` is the argument's.
+    """Take a scheme as `nsq_ref.scheme.as_scheme` does, or the name of one of the family.
 
     Examples
     --------

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import attention, packing, rounding, spec
-from nsq_ref.conformance.operations import Array
+from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.scheme import Scheme
 
 Parts = dict[str, Array]
@@ -25,7 +24,7 @@ APPEND, CROP = range(2)  # kinds of steps
 # --- whole arrays -------------------------------------------------------------------------------
 
 
-def split_sinks(x: Array, scheme: Scheme) -> tuple[Array, npt.NDArray[np.float32]]:
+def split_sinks(x: Array, scheme: Scheme) -> tuple[Array, Float32]:
     """Return the sinks as they are and the other tokens widened (rules K1, I1)."""
     sinks = min(scheme.sink_tokens, x.shape[-2])
     return x[..., :sinks, :], x[..., sinks:, :].astype(np.float32)
@@ -220,9 +219,7 @@ def stored(sequence: Sequence) -> Parts:
 # --- attention ----------------------------------------------------------------------------------
 
 
-def attend(
-    query: Array, keys: Array, values: Array, options: Mapping[str, Any]
-) -> npt.NDArray[np.float64]:
+def attend(query: Array, keys: Array, values: Array, options: Mapping[str, Any]) -> Float64:
     """Attend in float64 over decoded keys and values (rules A1, A2); one row, no batch axis."""
     attended = attention.attend(query[None], keys[None], values[None], **options)
     return np.asarray(attended.output[0], np.float64)

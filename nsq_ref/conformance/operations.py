@@ -9,26 +9,13 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
-__all__ = [
-    "OPERATIONS",
-    "Answer",
-    "Case",
-    "Failure",
-    "Port",
-    "attention_options",
-    "scheme_array",
-    "scheme_of",
-    "stored_side",
-]
-
-Array = npt.NDArray[Any]
 Operation = Literal["encode", "decode", "attend", "stream"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-INPUT_DTYPES = ("float32", "float16", "bfloat16")
+CASE_DTYPES = ("float32", "float16", "bfloat16")  # of x in a case
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer
 
 
@@ -77,18 +64,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A port that gave no answer.
-
-    Parameters
-    ----------
-    kind : str
-        ``"hang"``, ``"crash"``, ``"garbage"``, ``"out of bounds"`` or ``"missing"``.
-    message : str
-        What was seen, for the reader of the report.
-    """
+    """A port that gave no answer."""
 
     kind: FailureKind
-    message: str
+    message: str  # what was seen, for the reader of the report
 
 
 class TargetError(ValueError):
@@ -168,7 +147,7 @@ MOST_NUMBER = 2**31 - 1  # of a scheme
 
 # The number of a dtype, in frames, in schemes and in nsq.h.
 DTYPES: tuple[np.dtype[Any], ...] = (
-    *(FLOAT_DTYPES[name] for name in INPUT_DTYPES), np.dtype(np.uint8), np.dtype(np.int32),
+    *(FLOAT_DTYPES[name] for name in CASE_DTYPES), np.dtype(np.uint8), np.dtype(np.int32),
 )  # fmt: skip
 
 # The order of a scheme's numbers, and of the words that some of them stand for.
@@ -182,18 +161,13 @@ _WORDS: dict[str, tuple[Any, ...]] = {
     "block_size": (),
     "sink_tokens": (),
     "outlier_channels": (),
-    "scale_dtype": INPUT_DTYPES,
-    "norm_dtype": INPUT_DTYPES,
+    "scale_dtype": CASE_DTYPES,
+    "norm_dtype": CASE_DTYPES,
 }
 
 
 def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
-    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry.
-
-    Raises
-    ------
-    ValueError
-        For a number beyond int32.
+    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry, which are int32.
 
     Examples
     --------
@@ -215,11 +189,6 @@ def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
 
 def scheme_of(numbers: Array) -> Scheme:
     """Return the scheme of eleven numbers; the inverse of `scheme_array`.
-
-    Raises
-    ------
-    ValueError
-        For numbers that are no scheme.
 
     Examples
     --------

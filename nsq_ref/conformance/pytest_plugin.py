@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.operations import Answer, Case, Operation, Port
     from nsq_ref.scheme import Scheme
 
-__all__ = ["CaseItem"]
-
 TARGETS = ("encode", "decode", "attend", "stream")
 DTYPES = ("float32", "float16", "bfloat16")
 LEAST_TIMEOUT = 0.1  # seconds
@@ -166,18 +164,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class CaseItem(pytest.Item):
-    """One case as a test.
-
-    Parameters
-    ----------
-    number : int
-        Of the case in the run.
-    scheme : str
-        The name of the scheme.
-    case : Case
-    **node
-        What every item of pytest takes.
-    """
+    """One case as a test: its number in the run, and the name of its scheme."""
 
     def __init__(self, *, number: int, scheme: str, case: Case, **node: Any) -> None:
         super().__init__(**node)

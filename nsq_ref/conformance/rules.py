@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["RULES", "Rule"]
-
 
 class Rule(NamedTuple):
     """A rule of ``docs/spec.md``: its title, the section that holds it, and its chief words."""

@@ -10,11 +10,5 @@ from nsq_ref.files.errors import StorageError
 from nsq_ref.files.quantized import load, save
 
 __all__ = [
-    "StorageError",
-    "holds_cache",
-    "is_quantized",
-    "load",
-    "read_arrays",
-    "save",
-    "write_arrays",
-]
+    "StorageError", "holds_cache", "is_quantized", "load", "read_arrays", "save", "write_arrays",
+]  # fmt: skip

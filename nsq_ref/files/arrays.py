@@ -10,22 +10,17 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 from numpy.lib import format as npy
 
 from nsq_ref.arrays import as_float_array
-from nsq_ref.dtypes import INPUT_DTYPES
+from nsq_ref.dtypes import INPUT_DTYPES, Array
 from nsq_ref.files import kinds, tensors
+from nsq_ref.files.atomic import PathLike
 from nsq_ref.files.containers import CACHE_FORMAT, CACHE_MARK, METADATA_KEY, READERS
 from nsq_ref.files.errors import DAMAGED, StorageError, require_name
-
-__all__ = ["read_arrays", "write_arrays"]
-
-Array = npt.NDArray[Any]
-PathLike = str | os.PathLike[str]
 
 MOST_DEFLATE_RATIO = 1032  # what DEFLATE can reach; beyond it a zip lies about a member's size
 

@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Content", "require_writable", "write"]
-
 PathLike = str | os.PathLike[str]
 
 Content: TypeAlias = bytes | Callable[[Path], object]
@@ -86,16 +84,7 @@ def write(files: Iterable[tuple[PathLike, Content]], *, make_folders: bool = Fal
 def require_writable(*paths: PathLike, make_folders: bool = False) -> None:
     """Refuse at once what `write` would refuse after the work that makes the content.
 
-    Parameters
-    ----------
-    *paths : str or path
-    make_folders : bool
-        As for `write`.
-
-    Raises
-    ------
-    OSError
-        Where there is something else than a regular file, or no folder that can be written to.
+    That is where there is something else than a regular file, or no folder that can be written to.
 
     Examples
     --------

@@ -9,31 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Array
 from nsq_ref.files import tensors
+from nsq_ref.files.atomic import PathLike
 from nsq_ref.files.errors import DAMAGED, StorageError
 from nsq_ref.scheme import SPEC_VERSION
-
-__all__ = [
-    "CACHE_FORMAT",
-    "CACHE_MARK",
-    "FORMAT",
-    "METADATA_KEY",
-    "READERS",
-    "holds_cache",
-    "is_quantized",
-    "read_container",
-    "write_container",
-]
-
-Array = npt.NDArray[Any]
-PathLike = str | os.PathLike[str]
 
 FORMAT = "nsq-safetensors-1"
 CACHE_FORMAT = "nsq-cache-1"

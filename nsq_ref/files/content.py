@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import packing
 from nsq_ref.codec import undecodable
-from nsq_ref.dtypes import INPUT_DTYPES
+from nsq_ref.dtypes import INPUT_DTYPES, Array
 from nsq_ref.quantized import Quantized
-
-__all__ = ["require_content"]
-
-Array = npt.NDArray[Any]
 
 SLAB_CODES = 1 << 22
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["DAMAGED", "StorageError", "require_name"]
-
 DAMAGED = "the file was cut short or damaged, or is something else; copy it again or make it anew"
 
 

@@ -7,9 +7,7 @@ import os
 import zipfile
 from pathlib import Path
 
-__all__ = ["mistaken"]
-
-PathLike = str | os.PathLike[str]
+from nsq_ref.files.atomic import PathLike
 
 NPZ = "a NumPy .npz file of plain arrays"
 NPY = "a NumPy .npy file"
@@ -43,17 +41,7 @@ OTHERWISE = ("choose another file, or convert it", "")
 def mistaken(path: PathLike, expected: str) -> str | None:
     """Say what a file is if it is whole but of another kind than expected, and what takes it.
 
-    Parameters
-    ----------
-    path : str or path
-        A file that could not be read as what was expected.
-    expected : str
-        As the message shall say it, such as ``"a GGUF model"``.
-
-    Returns
-    -------
-    str or None
-        None where its first bytes do not tell, or tell that it is of that kind.
+    None where its first bytes do not tell, or tell that it is of that kind.
 
     Examples
     --------

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.files.atomic import PathLike
 from nsq_ref.files.containers import FORMAT, METADATA_KEY, read_container, write_container
 from nsq_ref.files.content import require_content
 from nsq_ref.files.errors import DAMAGED, StorageError, require_name
 from nsq_ref.quantized import Quantized
 from nsq_ref.scheme import Scheme
-
-__all__ = ["load", "save"]
-
-PathLike = str | os.PathLike[str]
 
 
 def save(path: PathLike, tensors: Mapping[str, Quantized]) -> None:

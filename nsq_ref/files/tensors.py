@@ -11,27 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy.typing as npt
-
+from nsq_ref.dtypes import Array
 from nsq_ref.files import atomic, kinds
+from nsq_ref.files.atomic import PathLike
 from nsq_ref.files.errors import DAMAGED, StorageError
-
-__all__ = ["FLOATS", "opened", "without_duplicates", "write"]
-
-PathLike = str | os.PathLike[str]
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # dtypes of arrays that are taken, in the library's words
 
 
-def write(
-    path: PathLike, arrays: Mapping[str, npt.NDArray[Any]], metadata: dict[str, str] | None
-) -> None:
-    """Write arrays, contiguous ones, and metadata.
-
-    Raises
-    ------
-    OSError
-        Where the file cannot be written; what was there before is untouched.
+def write(path: PathLike, arrays: Mapping[str, Array], metadata: dict[str, str] | None) -> None:
+    """Write arrays, contiguous ones, and metadata: whole or not at all.
 
     Examples
     --------

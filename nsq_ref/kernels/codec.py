@@ -13,14 +13,14 @@ sums that must be fast are sums of integers, which are exact in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import packing, rounding, spec
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import (
     INFINITY_BITS,
@@ -38,9 +38,6 @@ from nsq_ref.kernels.rows import (
 from nsq_ref.kernels.threads import in_shares
 from nsq_ref.scheme import Scheme
 
-Array = npt.NDArray[Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer
 SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it saves
 
@@ -50,9 +47,7 @@ MAGNITUDE_NORM, MAGNITUDE_GAIN, MAGNITUDE_LSQ = 0, 1, 2
 MAGNITUDES = {"norm": MAGNITUDE_NORM, "gain": MAGNITUDE_GAIN, "lsq": MAGNITUDE_LSQ}
 
 
-def jit(function: _Function) -> _Function:
-    """Compile what is called from Python."""
-    return compiled(function, keep=True, nogil=True, fastmath=False)
+jit = partial(compiled, keep=True, nogil=True, fastmath=False)  # what is called from Python
 
 
 @jit_row
@@ -76,17 +71,9 @@ def span_of_task(task: int, tokens: int, block_size: int) -> tuple[int, int, int
 
 @jit
 def measure(
-    first: int,
-    last: int,
-    x: Array,
-    sinks: int,
-    block_size: int,
-    separate_norm: bool,
-    with_extent: bool,
-    norm: Array,
-    low: Array,
-    high: Array,
-) -> None:
+    first: int, last: int, x: Array, sinks: int, block_size: int, separate_norm: bool,
+    with_extent: bool, norm: Array, low: Array, high: Array,
+) -> None:  # fmt: skip
     """Norms (N1; 1 without separation) and each channel's extent over the tokens of a task."""
     for task in range(first, last):
         n, _, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
@@ -113,16 +100,9 @@ def measure(
 
 @jit
 def token_extents(
-    first: int,
-    last: int,
-    x: Array,
-    sinks: int,
-    block_size: int,
-    norm: Array,
-    outlier_index: Array,
-    low: Array,
-    high: Array,
-) -> None:
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, outlier_index: Array,
+    low: Array, high: Array,
+) -> None:  # fmt: skip
     """Extent of each token over its coded channels, 0 where it has none."""
     coded = np.empty(x.shape[2], np.bool_)
     for task in range(first, last):
@@ -149,15 +129,9 @@ def token_extents(
 
 @jit
 def gather_outliers(
-    first: int,
-    last: int,
-    x: Array,
-    sinks: int,
-    block_size: int,
-    norm: Array,
-    outlier_index: Array,
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, outlier_index: Array,
     kept: Array,
-) -> None:
+) -> None:  # fmt: skip
     """Directions of the outlier channels (O1), before they are narrowed."""
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
@@ -169,20 +143,10 @@ def gather_outliers(
 
 @jit
 def squared_errors(
-    first: int,
-    last: int,
-    x: Array,
-    sinks: int,
-    block_size: int,
-    norm: Array,
-    scales: Array,
-    zeros: Array,
-    per_channel: bool,
-    low: np.float32,
-    high: np.float32,
-    outlier_index: Array,
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, scales: Array,
+    zeros: Array, per_channel: bool, low: np.float32, high: np.float32, outlier_index: Array,
     errors: Array,
-) -> None:
+) -> None:  # fmt: skip
     """Rule S4's sums for each candidate, in the order of the tokens or of the channels."""
     head_dim = x.shape[2]
     blocks = outlier_index.shape[1]
@@ -213,26 +177,11 @@ def squared_errors(
 
 @jit
 def encode_rows(
-    first: int,
-    last: int,
-    x: Array,
-    sinks: int,
-    block_size: int,
-    norm: Array,
-    magnitude: int,
-    scale: Array,
-    zero: Array,
-    low: np.float32,
-    high: np.float32,
-    per_channel: bool,
-    offset: np.float32,
-    bits: int,
-    outlier_index: Array,
-    outliers: Array,
-    packed: Array,
-    factor: Array,
-    collapsed: Array,
-) -> None:
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, magnitude: int,
+    scale: Array, zero: Array, low: np.float32, high: np.float32, per_channel: bool,
+    offset: np.float32, bits: int, outlier_index: Array, outliers: Array, packed: Array,
+    factor: Array, collapsed: Array,
+) -> None:  # fmt: skip
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3)."""
     head_dim = x.shape[2]
     scale_row = np.empty(head_dim, np.float32)
@@ -284,24 +233,11 @@ def encode_rows(
 
 @jit
 def decode_rows(
-    first: int,
-    last: int,
-    packed: Array,
-    sinks: int,
-    block_size: int,
-    factor: Array,
-    separate_norm: bool,
-    magnitude: int,
-    scale: Array,
-    zero: Array,
-    per_channel: bool,
-    offset: np.float32,
-    bits: int,
-    outlier_index: Array,
-    outliers: Array,
-    out: Array,
+    first: int, last: int, packed: Array, sinks: int, block_size: int, factor: Array,
+    separate_norm: bool, magnitude: int, scale: Array, zero: Array, per_channel: bool,
+    offset: np.float32, bits: int, outlier_index: Array, outliers: Array, out: Array,
     undecided: Array,
-) -> None:
+) -> None:  # fmt: skip
     """Rule D1; rows whose norm this arithmetic cannot tell are marked in ``undecided``."""
     head_dim = out.shape[2]
     scale_row = np.empty(head_dim, np.float32)

@@ -18,8 +18,6 @@ from numba.core import caching
 
 from nsq_ref.environment import CompilationWarning
 
-__all__ = ["compiled"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # What reading a damaged file may raise: so says the documentation of pickle.
@@ -33,17 +31,8 @@ INNER = {"nsq_ref", "numba", "concurrent", "threading"}  # not whoever called us
 def compiled(function: _Function, *, keep: bool = False, **options: Any) -> _Function:
     """Compile a function when it is first called; ``error_model`` makes division IEEE's.
 
-    Parameters
-    ----------
-    function : callable
-    keep : bool
-        Keep the result on disk, if there is a place. For what is called from Python.
-    options
-        As `numba.njit` takes them.
-
-    Returns
-    -------
-    callable
+    ``keep`` keeps the result on disk, if there is a place: for what is called from Python. Options
+    are those of `numba.njit`.
 
     Examples
     --------

@@ -7,16 +7,12 @@ can, decides it: one definition, no second exact path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Array
 from nsq_ref.kernels.compilation import compiled
-
-Array = npt.NDArray[Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Adding 1.5 * 2**52 units rounds a float64 below 2**51 units to a whole number of them, which the
 # low bits then hold.
@@ -25,10 +21,8 @@ MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to 
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
 INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 
-
-def jit_row(function: _Function) -> _Function:
-    """Compile what works on one row, where a call would cost more than the work."""
-    return compiled(function, fastmath=False, forceinline=True)
+# Compiles what works on one row, where a call would cost more than the work.
+jit_row = partial(compiled, fastmath=False, forceinline=True)
 
 
 @jit_row
@@ -192,15 +186,9 @@ def divisor_of(value: np.float32) -> np.float32:
 
 @jit_row
 def code_row(
-    rows: Array,
-    t: int,
-    norm: np.float32,
-    scale: Array,
-    zero: Array,
-    low: np.float32,
-    high: np.float32,
-    codes: Array,
-) -> None:
+    rows: Array, t: int, norm: np.float32, scale: Array, zero: Array, low: np.float32,
+    high: np.float32, codes: Array,
+) -> None:  # fmt: skip
     """Rules N2, Q1 and Q2; ``codes`` are float32."""
     divisor = divisor_of(norm)
     for j in range(rows.shape[1]):

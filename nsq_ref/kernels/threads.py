@@ -11,8 +11,6 @@ from typing import Any
 
 from nsq_ref.environment import in_default_environment
 
-__all__ = ["in_shares"]
-
 
 def in_shares(work: Callable[..., None], tasks: int, threads: int, *arguments: Any) -> None:
     """Call ``work(first, last, *arguments)`` for all of [0, ``tasks``), on at most ``threads``.

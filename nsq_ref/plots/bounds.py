@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from nsq_ref.arrays import as_real_array
+from nsq_ref.dtypes import Float64
 from nsq_ref.plots.style import STYLES, plain_ticks, styles
-
-Float64 = npt.NDArray[np.float64]
 
 
 def bound_against_measured(

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 from nsq_ref.arrays import as_float_array, as_integer
 from nsq_ref.codec import dequantize, quantize
+from nsq_ref.dtypes import Array, Float64
 from nsq_ref.plots.series import error_by_layer
 from nsq_ref.plots.style import STYLES, styles
 from nsq_ref.scheme import Scheme, as_scheme
@@ -48,7 +49,7 @@ def direction_histogram(axes: Axes, x: npt.ArrayLike, schemes: Sequence[str], ti
     middle = before.mean(axis=-2, keepdims=True)
     edges = np.linspace(-4, 4, 161).tolist()
 
-    def draw(elements: npt.NDArray[np.float64], **style: Any) -> None:
+    def draw(elements: Float64, **style: Any) -> None:
         drawn = np.clip((elements - middle) / spread, -4, 4).ravel()
         axes.hist(drawn, edges, density=True, **style)
 
@@ -155,7 +156,7 @@ def demo_figure(
     return figure
 
 
-def _directions(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _directions(x: Array) -> Float64:
     wide = x.astype(np.float64)
     norm = np.linalg.norm(wide, axis=-1, keepdims=True)
     return wide / np.where(norm == 0, 1, norm)

@@ -10,6 +10,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from nsq_ref.arrays import as_real_array
+from nsq_ref.dtypes import Float64
 from nsq_ref.metrics import relative_error
 from nsq_ref.plots.style import DIVERGING, SEQUENTIAL
 
@@ -153,7 +154,7 @@ def error_map(
     )
 
 
-def _matrix(name: str, values: npt.ArrayLike, axes_names: str) -> npt.NDArray[np.float64]:
+def _matrix(name: str, values: npt.ArrayLike, axes_names: str) -> Float64:
     matrix = as_real_array(name, values)
     if matrix.ndim != 2 or not matrix.size:
         raise ValueError(f"{name} has shape {list(matrix.shape)}; give [{axes_names}]")
@@ -161,7 +162,7 @@ def _matrix(name: str, values: npt.ArrayLike, axes_names: str) -> npt.NDArray[np
 
 
 def _token_channel_image(
-    axes: Axes, drawn: npt.NDArray[np.float64], title: str, norm: Normalize, colors: str
+    axes: Axes, drawn: Float64, title: str, norm: Normalize, colors: str
 ) -> AxesImage:
     image = axes.imshow(
         drawn, aspect="auto", origin="lower", cmap=colors, norm=norm, interpolation="nearest"

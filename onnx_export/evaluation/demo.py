@@ -129,7 +129,7 @@ def run_demo(
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> folder = tempfile.mkdtemp()
     >>> result = run_demo(gguf_path=tiny_gguf(folder), passages=2, prefill_length=20,
     ...                   continuation_length=8, cache_dir=folder)
@@ -152,12 +152,8 @@ def run_demo(
     decoder = Decoder.from_gguf(gguf_path, cache_dir=cache_dir, threads=threads, progress=progress)
     trips = round_trips()
     fidelity = measure_fidelity(
-        decoder,
-        tokens,
-        trips,
-        prefill_length=prefill_length,
-        continuation_length=continuation_length,
-        progress=progress,
-    )
+        decoder, tokens, trips, prefill_length=prefill_length,
+        continuation_length=continuation_length, progress=progress,
+    )  # fmt: skip
     _, keys, _ = decoder.forward(tokens[:1, :prefill_length], num_logits=0)
     return DemoResult(Path(gguf_path).name, trips, fidelity, keys)

@@ -226,7 +226,7 @@ def measure_fidelity(
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> folder = tempfile.mkdtemp()
     >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
     >>> passages = np.arange(60).reshape(2, 30)

@@ -15,14 +15,9 @@ from onnx_export.models.llama import GRAPH_VERSION, PLAIN, WEIGHTS, DecoderGraph
 from onnx_export.models.sources import default_cache_dir, file_sha256
 
 __all__ = [
-    "GRAPH_VERSION",
-    "WEIGHTS",
-    "DecoderConfig",
-    "Progress",
-    "build_onnx",
-    "cached_onnx",
+    "GRAPH_VERSION", "WEIGHTS", "DecoderConfig", "Progress", "build_onnx", "cached_onnx",
     "read_config",
-]
+]  # fmt: skip
 
 _MODEL = "model.onnx"
 _SUMS = "SHA256SUMS"

@@ -16,27 +16,13 @@ from numpy.typing import NDArray
 from onnx_export.models.gguf import GGUFFile
 
 # What the graph computes; any other setting of the architecture would be ignored silently.
-_KNOWN_KEYS = frozenset(
-    {
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "vocab_size",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "tensor_data_layout",
-    }
-)
+_KNOWN_KEYS = frozenset({
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,6 +197,23 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     return config
 
 
+def layer_shapes(
+    embedding: int, feed_forward: int, query: int, key: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight of a layer, by its name in a GGUF file."""
+    return {
+        "attn_norm": (embedding,),
+        "attn_q": (query, embedding),
+        "attn_k": (key, embedding),
+        "attn_v": (key, embedding),
+        "attn_output": (embedding, query),
+        "ffn_norm": (embedding,),
+        "ffn_gate": (feed_forward, embedding),
+        "ffn_up": (feed_forward, embedding),
+        "ffn_down": (embedding, feed_forward),
+    }
+
+
 def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
     """Raise `ValueError` unless the file holds exactly the tensors that the graph uses."""
     embedding, feed_forward = config.embedding_length, config.feed_forward_length
@@ -223,17 +226,7 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
         "output.weight": (config.vocab_size, embedding),
         "rope_freqs.weight": (config.head_dim // 2,),
     }
-    per_layer = {
-        "attn_norm": (embedding,),
-        "attn_q": (query, embedding),
-        "attn_k": (key, embedding),
-        "attn_v": (key, embedding),
-        "attn_output": (embedding, query),
-        "ffn_norm": (embedding,),
-        "ffn_gate": (feed_forward, embedding),
-        "ffn_up": (feed_forward, embedding),
-        "ffn_down": (embedding, feed_forward),
-    }
+    per_layer = layer_shapes(embedding, feed_forward, query, key)
     # A damaged layer count must end in an error, not in a list of a billion names.
     for layer in range(min(config.layers, len(file.tensors))):
         for name, shape in per_layer.items():

@@ -18,13 +18,8 @@ from onnx_export.models.sources import default_cache_dir, file_sha256
 from onnx_export.running import Generated, Model, Session
 
 __all__ = [
-    "Decoder",
-    "Generated",
-    "KeyValueCache",
-    "cached_onnx",
-    "default_cache_dir",
-    "file_sha256",
-]
+    "Decoder", "Generated", "KeyValueCache", "cached_onnx", "default_cache_dir", "file_sha256",
+]  # fmt: skip
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Keys and values, each float32 ``[layers, batch, kv_heads, tokens, head_dim]``."""
@@ -132,7 +127,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> keys, values = decoder.empty_cache()
@@ -178,7 +173,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> logits, keys, values = decoder.forward([[3, 1, 4, 1]])
@@ -242,7 +237,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> tokens, ended_by = decoder.generate([3, 1, 4], 5)
@@ -285,7 +280,7 @@ class Decoder:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> folder = tempfile.mkdtemp()
         >>> decoder = Decoder.from_gguf(tiny_gguf(folder), cache_dir=folder)
         >>> len(list(decoder.stream([3] * 500, 100)))

@@ -47,21 +47,11 @@ _Header = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a GGUF file, for any thread.
+    """Where a tensor lies in a GGUF file, for any thread."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Row-major shape: a linear layer's weight is ``(out_features, in_features)``.
-    tensor_type : gguf.GGMLQuantizationType
-        How the elements are stored.
-    start, stop : int
-        Byte range in the file.
-    """
-
-    shape: tuple[int, ...]
-    tensor_type: gguf.GGMLQuantizationType
-    start: int
+    shape: tuple[int, ...]  # row-major: a linear layer's weight is (out_features, in_features)
+    tensor_type: gguf.GGMLQuantizationType  # how the elements are stored
+    start: int  # bytes of the file
     stop: int
 
 

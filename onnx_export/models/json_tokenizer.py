@@ -107,7 +107,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer | _OfGGUF:
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> tokenizer = read_tokenizer(tiny_gguf(tempfile.mkdtemp()))
     >>> tokenizer.decode(tokenizer.encode("the end")), tokenizer.stop_tokens
     ('the end', (0,))
@@ -124,7 +124,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> list(tokenizer_files(Tokenizer(tiny_gguf(tempfile.mkdtemp()))))
     ['tokenizer.json', 'generation_config.json']
     """

@@ -14,16 +14,9 @@ from nsq_ref.arrays import as_integer
 from onnx_export.models.tokenizer import Tokenizer
 
 ADDRESSES = (
-    "1801-jefferson",
-    "1863-lincoln",
-    "1941-roosevelt",
-    "2002-bush",
-    "1791-washington",
-    "1913-wilson",
-    "1985-reagan",
-    "1793-washington",
-    "1964-johnson",
-)
+    "1801-jefferson", "1863-lincoln", "1941-roosevelt", "2002-bush", "1791-washington",
+    "1913-wilson", "1985-reagan", "1793-washington", "1964-johnson",
+)  # fmt: skip
 """Names of the addresses; neighbours are far apart in time, so that any few of them differ."""
 
 REPORTING_START = 2 * 641
@@ -90,7 +83,7 @@ def passages(tokenizer: Tokenizer, length: int, count: int, *, start: int = 0) -
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> tokenizer = Tokenizer(tiny_gguf(tempfile.mkdtemp()))
     >>> tokenizer.decode(passages(tokenizer, 24, 2)[1])
     'Fellow-Citizens of the Sena'

@@ -70,7 +70,7 @@ class Tokenizer:
     Examples
     --------
     >>> import tempfile
-    >>> from onnx_export.testing import tiny_gguf
+    >>> from onnx_export.models.tiny import tiny_gguf
     >>> tokenizer = Tokenizer(tiny_gguf(tempfile.mkdtemp()))
     >>> tokenizer.encode("on the 4th")
     array([112, 111, 259,  33,  53, 257])
@@ -146,7 +146,7 @@ class Tokenizer:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).encode("<|endoftext|> the")
         array([  0, 259])
         """
@@ -179,7 +179,7 @@ class Tokenizer:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).decode([259, 0])
         ' the<|endoftext|>'
         """
@@ -197,7 +197,7 @@ class Tokenizer:
         Examples
         --------
         >>> import tempfile
-        >>> from onnx_export.testing import tiny_gguf
+        >>> from onnx_export.models.tiny import tiny_gguf
         >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).to_json()[:1]
         '{'
         """

@@ -54,7 +54,7 @@ class Session:
 
     Examples
     --------
-    >>> from onnx_export.testing import tiny_onnx
+    >>> from onnx_export.models.tiny import tiny_onnx
     >>> session = Session(tiny_onnx())
     >>> session.generate([3, 1, 4], 2)
     [Generated(tokens=array([...]), ended_by='max_new_tokens')]
@@ -121,7 +121,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx(), batch=2)
         >>> session.forward([[3, 1, 4], [1, 5, 9]]).shape
         (2, 1, 260)
@@ -172,7 +172,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx(), capacity=20)
         >>> (text,) = session.generate([3] * 19, 5, sampling=Sampling(0.7, top_p=0.9, seed=1))
         >>> text.tokens.shape, text.ended_by
@@ -203,7 +203,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> len(list(session.stream([3, 1, 4], 5)))
         5
@@ -230,7 +230,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx(), batch=2)
         >>> [tokens.shape for tokens in session.steps([[3, 1], [4, 1]], 3)]
         [(2,), (2,), (2,)]
@@ -270,7 +270,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> first = session.generate([3, 1, 4, 1], 5)[0].tokens
         >>> session.crop(3)
@@ -297,7 +297,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> _ = session.forward([3, 1, 4])
         >>> session.fork([0, 0, 0]).lengths
@@ -321,7 +321,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> _ = session.forward([3, 1, 4])
         >>> path = session.model.path.with_name("state.safetensors")
@@ -356,7 +356,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> _ = session.forward([3, 1, 4])
         >>> session.tensors()["past_key_values.0.key"].shape
@@ -376,7 +376,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> _ = session.forward([3, 1, 4])
         >>> other = Session(session.model)
@@ -391,7 +391,7 @@ class Session:
 
         Examples
         --------
-        >>> from onnx_export.testing import tiny_onnx
+        >>> from onnx_export.models.tiny import tiny_onnx
         >>> session = Session(tiny_onnx())
         >>> _ = session.forward([3] * 100)
         >>> print(session.memory())

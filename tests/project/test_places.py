@@ -229,7 +229,7 @@ MODULES = [
     "onnx_export.operators.attention_models", "onnx_export.operators.codec",
     "onnx_export.operators.codec_models", "onnx_export.operators.domain",
     "onnx_export.operators.nodes", "onnx_export.operators.rounding",
-    "onnx_export.operators.schema", "onnx_export.testing",
+    "onnx_export.operators.schema", "onnx_export.models.tiny",
 ]  # fmt: skip
 
 

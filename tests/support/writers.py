@@ -27,7 +27,7 @@ import numpy as np
 
 from nsq_ref import KVCache, cli
 from onnx_export.models.built import cached_onnx
-from onnx_export.testing import tiny_gguf
+from onnx_export.models.tiny import tiny_gguf
 
 PORT = f"{Path(__file__).parents[1] / 'ports' / 'functions.py'}:encode"
 

@@ -19,7 +19,7 @@ from nsq_ref.conformance.cases.decode import decode_cases
 from nsq_ref.conformance.cases.encode import encode_cases
 from nsq_ref.conformance.cases.stream import stream_cases
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import INPUT_DTYPES, OPERATIONS, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
 
@@ -34,7 +34,7 @@ def cases(
     scheme: Scheme | str,
     operations: Sequence[str] = OPERATIONS,
     seed: int = 0,
-    dtypes: Sequence[str] = INPUT_DTYPES,
+    dtypes: Sequence[str] = CASE_DTYPES,
 ) -> list[Case]:
     """Return the cases of one scheme.
 
@@ -79,12 +79,7 @@ def cases(
 
 
 def require_size(scheme: Scheme) -> None:
-    """Raise for a scheme that no cases are made for.
-
-    Raises
-    ------
-    ValueError
-        Where it has more sinks, outliers or tokens in a block.
+    """Refuse a scheme with more sinks, outliers or tokens in a block than cases are made for.
 
     Examples
     --------

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.pools import Draw
-from nsq_ref.conformance.operations import Array, Case, scheme_array
+from nsq_ref.conformance.operations import Case, scheme_array
+from nsq_ref.dtypes import Array, Float32
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
 
 
 def attend_cases(scheme: Scheme, seed: int) -> Iterator[Case]:

@@ -13,7 +13,8 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.pools import POOL, Draw, differences, stored_blocks
 from nsq_ref.conformance.mistakes import arithmetic as wrong
-from nsq_ref.conformance.operations import Array, Case
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
 
 # Families whose encoded cases are decoded, too.

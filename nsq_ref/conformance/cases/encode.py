@@ -16,8 +16,8 @@ from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
 from nsq_ref.conformance.cases.ties import exact_ties, factor_midpoints, norm_midpoints
 from nsq_ref.conformance.mistakes.arithmetic import FLOAT32_SUMS, in_order
-from nsq_ref.conformance.operations import Array, Case
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 FLOAT16, BFLOAT16 = FLOAT_DTYPES["float16"], FLOAT_DTYPES["bfloat16"]
@@ -308,15 +308,11 @@ def _scale_ranges(scheme: Scheme, draw: Draw) -> Iterator[_Also]:
 
 
 def _in_front(x: Array, scheme: Scheme) -> Array:
-    """Put channels in front that hold the norm of each token, or are its outlier channels.
-
-    The first token makes them outlier channels. In the others the first holds a norm of 1, so that
-    small values behind them are their own directions.
-    """
+    """Put channels in front that hold the norm of each token, or are its outlier channels."""
     count = max(scheme.outlier_channels, int(scheme.separate_norm))
     wide = np.zeros((len(x) + 1, count + x.shape[1]))
-    wide[0, :count] = 1
-    wide[1:, 0] = 1
+    wide[0, :count] = 1  # makes them outlier channels
+    wide[1:, 0] = 1  # a norm of 1: small values behind it are their own directions
     wide[1:, count:] = x
     return wide
 

@@ -15,11 +15,8 @@ import numpy.typing as npt
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.mistakes import arithmetic as wrong
 from nsq_ref.conformance.mistakes.arithmetic import Sum, divisor
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
 
 
 class Step(NamedTuple):
@@ -139,14 +136,6 @@ def _unnarrowed_scale(step: Step) -> Array:
     return np.rint((step.direction - zero) / divisor(span / _levels(step)))
 
 
-def _unnarrowed_zero(step: Step) -> Array:
-    return np.rint((step.direction - step.low) / divisor(step.scale))
-
-
-def _with_epsilon(direction: Array, scale: Array, zero: Array) -> Array:
-    return np.asarray((direction - zero) / (divisor(scale) + np.float32(1e-8)))
-
-
 def _levels(step: Step) -> np.float32:
     levels: np.float32 = np.float32(step.scheme.code_range[1])
     return levels
@@ -237,13 +226,12 @@ def _factor_summed(total: Sum, dtype: type[np.floating[Any]]) -> Encoder:
     return Encoder(factor=factor, concerns=_normed)
 
 
-def _factor_by_reciprocal(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    return np.asarray(norm * (np.float32(1) / divisor(rounding.norm(y))))
-
-
-def _factor_of_directions(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
-    """Least squares on the direction, times the norm: a rounding more."""
-    return np.asarray(norm * rounding.least_squares_gain(spec.direction_of(x, norm), y))
+def _factor(magnitude: str, factor: Callable[[Float32, Float32, Float32], Array]) -> Encoder:
+    """M2 or M3 with another factor of x, y and norm."""
+    return Encoder(
+        factor=lambda x, y, norm, scheme: factor(x, y, norm),
+        concerns=lambda scheme: scheme.magnitude == magnitude,
+    )
 
 
 _RECIPROCAL_OF_NORM = _dividing_by_norm(wrong.direction_by_reciprocal)
@@ -270,8 +258,13 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
         _dividing(wrong.double_quotient),
         Encoder(code=_double_throughout),
     ),
-    "unnarrowed-scale": (Encoder(code=_unnarrowed_scale), Encoder(code=_unnarrowed_zero)),
-    "scale-epsilon": (_dividing(_with_epsilon),),
+    "unnarrowed-scale": (
+        Encoder(code=_unnarrowed_scale),
+        Encoder(code=lambda step: np.rint((step.direction - step.low) / divisor(step.scale))),
+    ),
+    "scale-epsilon": (
+        _dividing(lambda d, scale, zero: (d - zero) / (divisor(scale) + np.float32(1e-8))),
+    ),
     "scale-narrowing": (
         _dividing_range(lambda step, span: span * (np.float32(1) / _levels(step))),
         _dividing_range(_beyond_ties),
@@ -290,8 +283,12 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
     "factor-narrowing": (
         _factor_summed(wrong.in_order, np.float64),
         *(_factor_summed(total, np.float32) for total in wrong.FLOAT32_SUMS),
-        Encoder(factor=_factor_by_reciprocal, concerns=lambda scheme: scheme.magnitude == "gain"),
-        Encoder(factor=_factor_of_directions, concerns=lambda scheme: scheme.magnitude == "lsq"),
+        _factor("gain", lambda x, y, norm: norm * (np.float32(1) / divisor(rounding.norm(y)))),
+        # Least squares on the direction, times the norm: a rounding more.
+        _factor(
+            "lsq",
+            lambda x, y, norm: norm * rounding.least_squares_gain(spec.direction_of(x, norm), y),
+        ),
     ),
     "narrow-range": (
         _changing_scale(lambda scale: np.maximum(scale, scale.dtype.type(0))),

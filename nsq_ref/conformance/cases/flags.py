@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-__all__ = ["FLAGS", "Flag"]
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(NamedTuple):
     """Why cases exist.
-
-    Parameters
-    ----------
-    rule : str
-        The id of the rule that they are about.
-    bug_type : str
-        The kind of mistake that they find, for programs that group results.
-    description : str
-        One or two sentences for the implementer.
 
     Examples
     --------
@@ -26,9 +14,9 @@ class Flag:
     'N2'
     """
 
-    rule: str
-    bug_type: str
-    description: str
+    rule: str  # the id of the rule that they are about
+    bug_type: str  # the kind of mistake that they find, for programs that group results
+    description: str  # one or two sentences for the implementer
 
 
 FLAGS: dict[str, Flag] = {

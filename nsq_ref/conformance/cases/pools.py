@@ -16,12 +16,8 @@ import numpy.typing as npt
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import Encoder
 from nsq_ref.conformance.mistakes.arithmetic import in_order
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 POOL = 1024  # blocks
 FLOAT16 = FLOAT_DTYPES["float16"]
@@ -45,13 +41,8 @@ FORMATS = {
 class Draw:
     """Random numbers that every platform and every version of NumPy draws alike.
 
-    They come from the raw words of `numpy.random.PCG64`, not from NumPy's distributions.
-
-    Parameters
-    ----------
-    seed : int
-    name : str
-        Of what is drawn: other names have other numbers.
+    They come from the raw words of `numpy.random.PCG64`, not from NumPy's distributions. Other
+    names, of what is drawn, have other numbers.
 
     Examples
     --------
@@ -150,16 +141,9 @@ def near_ties(
     The extremes of each scale are drawn, so that scales and ties follow; what a direction needs to
     have length 1 goes into channels of its own, which are the outlier channels where there are any.
 
-    Parameters
-    ----------
-    scheme : Scheme
-    draw : Draw
-    scale_ties : bool
-        Whether scales, zeros and outliers lie next to ties of their dtypes as well.
-    exponent : int
-        Norms, or values where no norm is separated, are about two to this power.
-    shrink : int
-        Makes scales smaller by that power of two; where channels share a scale, it adds channels.
+    With ``scale_ties``, scales, zeros and outliers lie next to ties of their dtypes as well. Norms,
+    or values where no norm is separated, are about two to the power of ``exponent``. ``shrink``
+    makes scales smaller by that power of two; where channels share a scale, it adds channels.
     """
     by_channel, search = scheme.axis == "channel", scheme.scale_rule == "search"
     symmetric, kept = scheme.symmetric, scheme.outlier_channels

@@ -14,8 +14,8 @@ from nsq_ref import spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.encode import refusal
 from nsq_ref.conformance.cases.pools import Draw
-from nsq_ref.conformance.operations import Array, Case
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 FLOAT16, BFLOAT16, FLOAT32 = (FLOAT_DTYPES[name] for name in ("float16", "bfloat16", "float32"))

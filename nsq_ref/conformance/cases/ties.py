@@ -10,17 +10,13 @@ from math import isqrt
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, Draw, telling
 from nsq_ref.conformance.mistakes.arithmetic import in_order
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32
 from nsq_ref.scheme import Scheme
-
-Float32 = npt.NDArray[np.float32]
 
 # --- quotients ----------------------------------------------------------------------------------
 

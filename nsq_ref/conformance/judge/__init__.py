@@ -39,19 +39,8 @@ def judge(
 ) -> Verdict:
     """Judge what a port returned for a case.
 
-    Parameters
-    ----------
-    case : Case
-    answer : Answer
-        Done or refused; what a port does not implement is nothing to judge.
-    latitudes : Latitudes, optional
-        None are allowed by default.
-    reference : Reference, optional
-        The specification by default.
-
-    Returns
-    -------
-    Verdict
+    The answer is done or refused: what a port does not implement is nothing to judge. By default no
+    latitude is allowed, and the reference is the specification.
 
     Examples
     --------

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from nsq_ref.dtypes import Array
 
 
 def bits_of(array: Array) -> Array:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.conformance.judge.arrays import ordered, place_of, text_of
 from nsq_ref.conformance.judge.stages import Judging
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Field
-
-Array = npt.NDArray[Any]
 
 
 class JudgingDecode(Judging):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nsq_ref.conformance.findings import Diagnosis, Finding
 from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
-from nsq_ref.conformance.operations import OPERATIONS, Answer, Case
+from nsq_ref.conformance.operations import OPERATIONS, Answer, Case, Operation
 from nsq_ref.environment import in_default_environment
-
-__all__ = ["Judged", "diagnose"]
 
 ORDER = tuple(STAGES)
 UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
@@ -37,20 +36,10 @@ def diagnose(
     latitudes: Latitudes,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Diagnosis]:
-    """Explain all findings of a run over one scheme.
+    """Explain all findings of a run over one scheme, the first wrong stage first.
 
-    Parameters
-    ----------
-    judged : sequence of Judged
-        All answers, the right ones too: a mistake must not be seen where it would show.
-    latitudes : Latitudes
-    progress : callable, optional
-        Told what is done, how many steps are done and how many there are.
-
-    Returns
-    -------
-    list of Diagnosis
-        The first wrong stage first; each finding belongs to one of them.
+    Takes all answers, the right ones too: a mistake must not be seen where it would show. Each
+    finding belongs to one diagnosis; ``progress`` is told as `check.run` tells it.
 
     Examples
     --------
@@ -62,7 +51,7 @@ def diagnose(
     for operation in OPERATIONS:
         answers = [one for one in judged if one.case.operation == operation]
         if any(one.findings for one in answers):
-            _Search(answers, latitudes, known, found, progress).run()
+            _Search(operation, answers, latitudes, known, found, progress).run()
     # What is wrong on plain data comes first: input that is taken or refused by way of it follows.
     unexplained = sorted(
         (one for one in found.values() if not one.mistake),
@@ -77,20 +66,16 @@ def _reference(*mistakes: str) -> Reference:
     return Reference([MISTAKES[name] for name in mistakes])
 
 
+@dataclass
 class _Search:
     """The diagnosis of one operation."""
 
-    def __init__(
-        self,
-        answers: Sequence[Judged],
-        latitudes: Latitudes,
-        known: list[Mistake],
-        found: dict[str, Diagnosis],
-        progress: Callable[[str, int, int], None] | None,
-    ) -> None:
-        self.answers, self.latitudes, self.progress = answers, latitudes, progress
-        self.known, self.found = known, found
-        self.operation = answers[0].case.operation
+    operation: Operation
+    answers: Sequence[Judged]
+    latitudes: Latitudes
+    known: list[Mistake]
+    found: dict[str, Diagnosis]
+    progress: Callable[[str, int, int], None] | None
 
     def run(self) -> None:
         for stage in UNEXPLAINABLE:
@@ -98,7 +83,8 @@ class _Search:
         findings = [f for one in self.answers for f in one.findings]
         mistakes = [m for m in self.known if self.operation in m.operations]
         if mistakes:  # what another operation has shown explains its part here
-            left = self._under(mistakes)
+            reference = _reference(*(m.name for m in mistakes))
+            left = [f for one in self.answers for f in self._findings(one, reference)]
             for mistake in mistakes:
                 self._explain(mistake, findings, left, ())
             findings = left
@@ -116,10 +102,6 @@ class _Search:
             mistakes.append(mistake)
             self.known.append(mistake)
             findings = left
-
-    def _under(self, mistakes: Sequence[Mistake]) -> list[Finding]:
-        reference = _reference(*(m.name for m in mistakes))
-        return [f for one in self.answers for f in self._findings(one, reference)]
 
     def _findings(self, one: Judged, reference: Reference) -> Sequence[Finding]:
         kept = [f for f in one.findings if f.stage in UNEXPLAINABLE]
@@ -170,12 +152,9 @@ class _Search:
         return mistake, left, alike
 
     def _explain(
-        self,
-        mistake: Mistake,
-        findings: Sequence[Finding],
-        left: Sequence[Finding],
+        self, mistake: Mistake, findings: Sequence[Finding], left: Sequence[Finding],
         alike: tuple[str, ...],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Record a mistake, with the findings that it makes vanish."""
         remaining = {(id(f.case), f.stage) for f in left}
         gone = [f for f in findings if (id(f.case), f.stage) not in remaining]

@@ -17,8 +17,7 @@ from nsq_ref.conformance.judge.arrays import (
     text_of,
 )
 from nsq_ref.conformance.judge.stages import Judging, MeaninglessError
-from nsq_ref.conformance.operations import Array
-from nsq_ref.dtypes import FLOAT_DTYPES
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Field
 
 

@@ -16,13 +16,7 @@ LATITUDES = {
 
 @dataclass(frozen=True)
 class Latitudes:
-    """What may differ from the specification; nothing by default.
-
-    Parameters
-    ----------
-    norm_ulp, tie_ulp, gain_folding : int
-        Steps of float32; see `LATITUDES`.
-    flush_subnormals : bool
+    """What may differ from the specification, in steps of float32: see `LATITUDES`.
 
     Examples
     --------
@@ -37,13 +31,7 @@ class Latitudes:
 
     @classmethod
     def parse(cls, names: list[str] | tuple[str, ...]) -> Latitudes:
-        """Read names such as ``norm-ulp=1`` and ``gain-folding=2ulp``.
-
-        Raises
-        ------
-        ValueError
-            For a name that is not in `LATITUDES` or comes twice, and for a wrong or missing number.
-        """
+        """Read names such as ``norm-ulp=1`` and ``gain-folding=2ulp``; ValueError for others."""
         values: dict[str, Any] = {}
         for text in names:
             name, equals, number = text.partition("=")

@@ -14,7 +14,8 @@ from nsq_ref.conformance.findings import Explained, Finding
 from nsq_ref.conformance.judge.arrays import bits_of, first_of, is_subnormal, text_of
 from nsq_ref.conformance.judge.latitudes import Latitudes
 from nsq_ref.conformance.mistakes.reference import Reference
-from nsq_ref.conformance.operations import REFUSED, Answer, Array, Case
+from nsq_ref.conformance.operations import REFUSED, Answer, Case
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Field, Scheme
 
 # What each stage compares, in the order in which an implementer writes and mends them.
@@ -75,21 +76,11 @@ def default_rule(stage: str, scheme: Scheme) -> str:
 
 @dataclass
 class Verdict:
-    """What the judge makes of one answer.
+    """What the judge makes of one answer."""
 
-    Parameters
-    ----------
-    findings : list of Finding
-        The wrong stages, the first one first.
-    explained : list of Explained
-        Differences that a latitude allows.
-    stages : list of str
-        The stages that were judged.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    explained: list[Explained] = field(default_factory=list)
-    stages: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # wrong stages, the first one first
+    explained: list[Explained] = field(default_factory=list)  # what a latitude allows
+    stages: list[str] = field(default_factory=list)  # those that were judged
 
 
 class MeaninglessError(Exception):
@@ -100,13 +91,6 @@ class Judging:
     """One answer while it is judged; the stages append to the verdict.
 
     Each operation has a subclass, which names its stages and the rules of what it can find.
-
-    Parameters
-    ----------
-    case : Case
-    answer : Answer
-    latitudes : Latitudes
-    reference : Reference
     """
 
     def __init__(
@@ -218,14 +202,9 @@ class Judging:
         self.verdict.findings.append(finding)
 
     def _compare(
-        self,
-        stage: str,
-        got: Array,
-        expected: Array,
-        allowed: Mapping[str, Array] | None = None,
-        shown: Callable[[tuple[int, ...]], Iterator[tuple[str, str]]] | None = None,
-        what: str = "",
-    ) -> None:
+        self, stage: str, got: Array, expected: Array, allowed: Mapping[str, Array] | None = None,
+        shown: Callable[[tuple[int, ...]], Iterator[tuple[str, str]]] | None = None, what: str = "",
+    ) -> None:  # fmt: skip
         """Compare bits; where a latitude allows a difference, keep a witness."""
         self.verdict.stages.append(stage)
         wrong = bits_of(got) != bits_of(expected)

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import FLOAT_DTYPES
 
-Array = npt.NDArray[Any]
 Sum = Callable[[Array, Array], Array]
 
 

@@ -1,7 +1,4 @@
-"""How a mistake is put into the specification, and what many mistakes are made of.
-
-A `Change` makes the wrong function from the right one and the reference that it is to belong to.
-"""
+"""How a mistake is put into the specification, and what many mistakes are made of."""
 
 from __future__ import annotations
 

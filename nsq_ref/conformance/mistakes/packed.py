@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,8 @@ def _highest_first(packed: Any, scheme: Scheme, head_dim: int) -> Any:
     return packed
 
 
-def _high_row_first(packed: Any, scheme: Scheme, head_dim: int) -> Any:
-    return np.roll(packed, row_bytes(head_dim, 1), axis=-1) if scheme.bits == 3 else packed
-
-
-def _low_row_first(packed: Any, scheme: Scheme, head_dim: int) -> Any:
-    return np.roll(packed, -row_bytes(head_dim, 1), axis=-1) if scheme.bits == 3 else packed
+def _high_row_moved(way: int, packed: Any, scheme: Scheme, head_dim: int) -> Any:
+    return np.roll(packed, way * row_bytes(head_dim, 1), -1) if scheme.bits == 3 else packed
 
 
 def _channels_in(order: Function) -> dict[str, Change]:
@@ -173,7 +170,7 @@ PACKED = [
         CODED, _run_of_three()),
     Mistake("high bits before low bits", "P1",
         "the row of high bits comes before the row of low bits",
-        CODED, _bytes_with(_high_row_first, _low_row_first)),
+        CODED, _bytes_with(partial(_high_row_moved, 1), partial(_high_row_moved, -1))),
     Mistake("padding with zero bits", "P1",
         "the padding of the last byte is zero bits; it is code 0, whose bits are not zero",
         ENCODE, {"packing.pack": after(_zero_padding)}),

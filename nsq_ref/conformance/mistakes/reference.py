@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from types import CodeType, ModuleType
 from typing import Any
 
-__all__ = ["Mistake", "Reference"]
-
 MODULES = {
     "rounding": "nsq_ref.rounding",
     "packing": "nsq_ref.packing",
@@ -22,45 +20,24 @@ MODULES = {
 }
 
 Change = Callable[[Callable[..., Any], "Reference"], Any]
+"""Makes the wrong function from the right one and the reference whose function it is to be."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One decision taken wrongly, as implementers are known to take it.
+    """One decision taken wrongly, as implementers are known to take it."""
 
-    Parameters
-    ----------
-    name : str
-        Short, unique.
-    rule : str
-        The id of the rule that it breaks.
-    says : str
-        What the report tells the implementer; behind "12 wrong codes in 3 cases: " or the like.
-    operations : tuple of str
-        Those in which it can show.
-    changes : mapping of str to callable
-        ``"module.function"`` to what makes the wrong function from the right one and the
-        reference whose function it is to be.
-    factor_rules : mapping of str to str, optional
-        Magnitude of a scheme to the rule that is broken there instead, where stored factors are
-        the first that is wrong.
-    """
-
-    name: str
-    rule: str
-    says: str
-    operations: tuple[str, ...]
-    changes: Mapping[str, Change]
+    name: str  # unique
+    rule: str  # the id of the rule that it breaks
+    says: str  # what a report tells the implementer, behind "12 wrong codes in 3 cases: "
+    operations: tuple[str, ...]  # those in which it can show
+    changes: Mapping[str, Change]  # by "module.function"
+    # By the magnitude of a scheme, the rule that is broken where stored factors are wrong first.
     factor_rules: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reference:
-    """The modules of the specification, in a copy of their own, with mistakes in them.
-
-    Parameters
-    ----------
-    mistakes : sequence of Mistake
-        None for the specification as it is.
+    """The modules of the specification, in a copy of their own, with mistakes in them, if any.
 
     Examples
     --------

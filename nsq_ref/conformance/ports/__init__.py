@@ -19,18 +19,6 @@ from nsq_ref.conformance.ports.stream import Stream
 from nsq_ref.conformance.ports.targets import open_port, target_kind
 
 __all__ = [
-    "HEADER_FILE",
-    "Callables",
-    "Folder",
-    "Hello",
-    "Process",
-    "Stream",
-    "hello_frame",
-    "open_port",
-    "read_hello",
-    "reply_of",
-    "request_of",
-    "target_kind",
-    "write_files",
-    "write_requests",
-]
+    "HEADER_FILE", "Callables", "Folder", "Hello", "Process", "Stream", "hello_frame", "open_port",
+    "read_hello", "reply_of", "request_of", "target_kind", "write_files", "write_requests",
+]  # fmt: skip

@@ -22,11 +22,6 @@ def _file_name(number: int) -> str:
 def write_files(directory: str | Path, header: Frame, cases: Iterable[Case]) -> None:
     """Write the frames of a run as files: ``header.nsq`` and ``00000.nsq`` onwards, all or none.
 
-    Raises
-    ------
-    OSError
-        Where the directory cannot be made or written to.
-
     Examples
     --------
     >>> import os, tempfile
@@ -58,17 +53,7 @@ def _as_bytes(frame: Frame) -> bytes:
 class Folder(Port):
     """Answers that lie in a directory, each as a file with the name of its request.
 
-    Nothing changes one, so that threads may share it.
-
-    Parameters
-    ----------
-    name : str
-    directory : str or path
-
-    Raises
-    ------
-    ValueError
-        Where there is no such directory.
+    Nothing changes one, so that threads may share it. ValueError where there is no such directory.
 
     Examples
     --------

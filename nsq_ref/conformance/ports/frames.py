@@ -12,18 +12,13 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from nsq_ref.conformance.operations import DTYPES, Array, scheme_array, scheme_of
+from nsq_ref.conformance.operations import DTYPES, scheme_array, scheme_of
+from nsq_ref.dtypes import Array
 
 __all__ = [
-    "DTYPES",
-    "Frame",
-    "FrameError",
-    "Frames",
-    "read_frame",
-    "scheme_array",
-    "scheme_of",
+    "DTYPES", "Frame", "FrameError", "Frames", "read_frame", "scheme_array", "scheme_of",
     "write_frame",
-]
+]  # fmt: skip
 
 Frame = dict[str, Array]
 
@@ -52,16 +47,7 @@ class _Readable(Protocol):
 def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
     """Write named arrays as one frame.
 
-    Parameters
-    ----------
-    stream : binary file
-    frame : mapping of str to array
-        float32, float16, bfloat16, uint8 or int32, of at most four axes.
-
-    Raises
-    ------
-    ValueError
-        For a name or an array that a frame cannot hold.
+    They are of `DTYPES` and have at most four axes; ValueError for what a frame cannot hold.
 
     Examples
     --------
@@ -89,21 +75,7 @@ def write_frame(stream: BinaryIO, frame: Mapping[str, Array]) -> None:
 
 
 def read_frame(stream: _Readable) -> Frame | None:
-    """Read one frame.
-
-    Parameters
-    ----------
-    stream : binary file
-
-    Returns
-    -------
-    dict of str to array, or None
-        None at the end of the stream.
-
-    Raises
-    ------
-    FrameError
-        For anything but a whole frame.
+    """Read one frame; None at the end of the stream, FrameError for anything but a whole frame.
 
     Examples
     --------
@@ -159,10 +131,6 @@ def read_frame(stream: _Readable) -> Frame | None:
 
 class Frames:
     """The frames of a stream, found again behind whatever else is written between them.
-
-    Parameters
-    ----------
-    stream : binary file
 
     Examples
     --------

@@ -22,7 +22,6 @@ from nsq_ref.conformance.operations import (
     NOT_IMPLEMENTED,
     REFUSED,
     Answer,
-    Array,
     Case,
     Failure,
     Port,
@@ -31,6 +30,7 @@ from nsq_ref.conformance.operations import (
     stored_side,
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES, MOST_BYTES
+from nsq_ref.dtypes import Array
 
 _RESULTS = {"decode": "x_hat", "attend": "output"}  # operations that return one array
 

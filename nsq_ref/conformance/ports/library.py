@@ -19,7 +19,6 @@ from nsq_ref.conformance.operations import (
     OPERATIONS,
     REFUSED,
     Answer,
-    Array,
     Case,
     Failure,
     Port,
@@ -28,6 +27,7 @@ from nsq_ref.conformance.operations import (
     stored_side,
 )
 from nsq_ref.conformance.ports.frames import Frame
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Field, Scheme
 
 ALIGNMENT = 64
@@ -47,16 +47,8 @@ _HOW = np.dtype([
 class Library(Port):
     """A shared library that implements ``nsq.h``.
 
-    Every buffer that it gets lies between guards, so that writing beyond it is noticed.
-
-    Parameters
-    ----------
-    path : str
-
-    Raises
-    ------
-    TargetError
-        Where it cannot be loaded, or has none of the functions.
+    Every buffer that it gets lies between guards, so that writing beyond it is noticed. TargetError
+    where it cannot be loaded, or has none of the functions.
 
     Examples
     --------
@@ -235,21 +227,8 @@ def stream_layout(
 ) -> dict[str, Field]:
     """Return what is stored for a row at the end of a stream (rules K1, B1, C1).
 
-    Parameters
-    ----------
-    scheme : Scheme
-        With a block size.
-    steps : int array, shape [steps, 1 + rows]
-        0 for append or 1 for crop, and a number for each row.
-    row : int
-    head_dim : int
-    dtype : numpy dtype
-        Of the input.
-
-    Returns
-    -------
-    dict of str to Field
-        The parts of the sealed blocks, the sinks where the scheme has them, and the tail.
+    That is the parts of the sealed blocks, the sinks where the scheme has them, and the tail; the
+    steps are those of `model.stream`, the dtype that of the input.
 
     Examples
     --------

@@ -12,7 +12,6 @@ from nsq_ref.conformance.operations import (
     FAILED,
     OPERATIONS,
     Answer,
-    Array,
     Case,
     Failure,
     FailureKind,
@@ -21,6 +20,7 @@ from nsq_ref.conformance.operations import (
     scheme_of,
 )
 from nsq_ref.conformance.ports.frames import Frame, read_frame, write_frame
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme
 
 PROTOCOL = 1
@@ -46,15 +46,6 @@ def hello_frame(
 ) -> Frame:
     """Return the frame that begins a run; a port copies it to its output.
 
-    Parameters
-    ----------
-    seed : int
-    schemes : iterable of (str, Scheme)
-        Names and schemes.
-    operations : iterable of str
-    dtypes : iterable of str
-        Of the inputs.
-
     Examples
     --------
     >>> frame = hello_frame(7, [("pchan4", Scheme.named("pchan4"))], ["encode"], ["float32"])
@@ -75,10 +66,7 @@ def hello_frame(
 def read_hello(stream: BinaryIO) -> Hello:
     """Read the frame that begins a run.
 
-    Raises
-    ------
-    ValueError
-        For anything else, and for a run of another version of the specification or the protocol.
+    ValueError for anything else, and for a run of another version of specification or protocol.
 
     Examples
     --------

@@ -18,7 +18,6 @@ from nsq_ref.conformance.operations import (
     NOT_IMPLEMENTED,
     REFUSED,
     Answer,
-    Array,
     Case,
     Failure,
     Operation,
@@ -26,6 +25,7 @@ from nsq_ref.conformance.operations import (
     TargetError,
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES
+from nsq_ref.dtypes import Array
 
 _ONNX_DTYPES = {
     "tensor(float)": DTYPES[0],
@@ -55,18 +55,8 @@ class Model(Port):
     """An ONNX model whose inputs and outputs have the names of a case's arrays.
 
     A model is made for one scheme and, mostly, one dtype: cases of others it does not implement.
-
-    Parameters
-    ----------
-    path : str
-    operation : str
-    custom_ops : str or None
-        A library of operators.
-
-    Raises
-    ------
-    TargetError
-        Where it cannot be loaded, or an input or output has a name that no array of a case has.
+    TargetError where it cannot be loaded, even with the operators of the library ``custom_ops``, or
+    an input or output has a name that no array of a case has.
 
     Examples
     --------

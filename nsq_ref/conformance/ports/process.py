@@ -44,27 +44,11 @@ class Process(Port):
 
     For one thread at a time: questions and answers share two pipes.
 
-    Parameters
-    ----------
-    name : str
-    argv : sequence of str
-        The program and its arguments.
-    timeout : float
-        Seconds for an answer.
-    header : frame, optional
-        The first frame, `hello_frame`, which the program copies to its output when it is ready.
-    start_timeout : float
-        Seconds until it does.
-
-    Raises
-    ------
-    ValueError
-        Where the program cannot be started.
-
-    Notes
-    -----
-    After a failure the program is killed, together with the processes that it started, and started
-    again for the next case. After three failures of an operation its cases are no longer asked.
+    The program, ``argv``, copies the first frame, ``header``, to its output when it is ready, for
+    which it has ``start_timeout`` seconds; ValueError where it cannot be started. After a failure,
+    such as no answer in ``timeout`` seconds, it is killed, together with the processes that it
+    started, and started again for the next case. After three failures of an operation its cases
+    are no longer asked.
 
     Examples
     --------
@@ -162,12 +146,9 @@ class _Program:
     def __init__(self, argv: Sequence[str]) -> None:
         # A session of its own, so that the processes that it starts can be killed with it.
         self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
-        )
+        )  # fmt: skip
         self._words = b""
         self._given_up = False
         self._patience = ENDING_SECONDS

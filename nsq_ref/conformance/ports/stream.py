@@ -18,13 +18,7 @@ class Stream(Port):
     another answer to a case, one to a case that was not asked or whose turn is over, and what is no
     frame. The cases that follow are judged as if it were not there.
 
-    For one thread: it is read from its beginning to its end.
-
-    Parameters
-    ----------
-    name : str
-    stream : binary file
-        Behind the header, which `read_hello` reads.
+    For one thread: ``stream``, behind the header, which `read_hello` reads, is read to its end.
 
     Examples
     --------

@@ -31,29 +31,12 @@ def open_port(
 ) -> Port:
     """Start what is to be checked, in a process of its own.
 
-    Parameters
-    ----------
-    encode, decode, attend, stream : str, optional
-        What does each of the operations: a Python function (``package.module:function`` or
-        ``path/to/file.py:function``, see `Callables`), a shared library that implements
-        ``nsq.h`` (``.so``, ``.dylib``, ``.dll``), or an ONNX model. A library given as
-        ``encode`` does also those of the others that are left out. A program, which can only be
-        given as ``encode`` and alone, does all of them.
-    custom_ops : str, optional
-        A library of operators for ONNX Runtime.
-    timeout : float
-        Seconds for an answer.
-    header : frame, optional
-        `hello_frame` of the run.
-
-    Returns
-    -------
-    Port
-
-    Raises
-    ------
-    ValueError
-        For what does not exist, cannot be loaded, or makes no sense together.
+    Each operation is done by a Python function (``package.module:function`` or
+    ``path/to/file.py:function``, see `Callables`), a shared library that implements ``nsq.h``
+    (``.so``, ``.dylib``, ``.dll``), or an ONNX model, whose operators ``custom_ops`` may bring. A
+    library given as ``encode`` does also those of the others that are left out. A program, which
+    can only be given as ``encode`` and alone, does all of them. ValueError for what does not exist,
+    cannot be loaded, or makes no sense together; ``timeout`` and ``header`` are those of `Process`.
 
     Examples
     --------

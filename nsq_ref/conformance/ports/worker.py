@@ -30,8 +30,6 @@ from nsq_ref.conformance.ports.messages import case_of, reply_of, text_array
 from nsq_ref.conformance.ports.onnx_model import Model
 from nsq_ref.conformance.ports.targets import target_kind
 
-__all__ = ["Library", "Model", "TargetError", "main", "serve"]
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer the requests on standard input until it ends; return the exit code."""

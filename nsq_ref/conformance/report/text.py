@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.findings import Diagnosis, Explained, Finding, Report, SchemeReport
@@ -21,6 +20,7 @@ from nsq_ref.conformance.report.words import (
     printable,
 )
 from nsq_ref.conformance.rules import RULES
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import SPEC_VERSION
 
 STYLES = {"bad": "1;31", "good": "1;32", "head": "1"}  # numbers of ANSI escapes
@@ -72,19 +72,10 @@ def as_text(report: Report, width: int = 100, color: bool = False) -> str:
     return _render(_report_lines(report), width, color) + "\n"
 
 
-def finding_text(finding: Finding, command: str = "", width: int = 100) -> str:
+def finding_text(finding: Finding, command: str = "") -> str:
     """Return one finding for people: rule, stage, index, what led to it, got and expected.
 
-    Parameters
-    ----------
-    finding : Finding
-    command : str
-        That shows just this case.
-    width : int
-
-    Returns
-    -------
-    str
+    ``command``, if it is given, shows just this case.
 
     Examples
     --------
@@ -103,10 +94,10 @@ def finding_text(finding: Finding, command: str = "", width: int = 100) -> str:
     lines = [*_rule_lines(finding.rule), *_finding_lines(finding)]
     if command:
         lines.append(Line(command, 2, whole=True))
-    return _render(lines, width, color=False)
+    return _render(lines)
 
 
-def _render(lines: Iterable[Line], width: int, color: bool) -> str:
+def _render(lines: Iterable[Line], width: int = 100, color: bool = False) -> str:
     rendered: list[str] = []
     for line in lines:
         text = printable(line.text).replace("\n", " ")
@@ -418,7 +409,7 @@ def _input_lines(case: Case) -> Iterator[Line]:
         yield from (Line(row, 4, whole=True) for row in _rows(array))
 
 
-def _rows(array: npt.NDArray[Any]) -> Iterator[str]:
+def _rows(array: Array) -> Iterator[str]:
     """Yield the elements, a line a row; floats as the hexadecimal digits of their bits."""
     rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)
     wide = 2 * array.itemsize

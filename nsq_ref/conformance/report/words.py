@@ -85,17 +85,6 @@ def axes_of(finding: Finding) -> tuple[str, ...]:
     return (*LEADING[leading], *last)
 
 
-def exit_code(report: Report) -> int:
-    """Return 0 if the port conforms, else 1.
-
-    Examples
-    --------
-    >>> exit_code(Report("./libmine.so", 0, (), []))
-    1
-    """
-    return 0 if report.conforms else 1
-
-
 def checked_in(report: Report, operation: str) -> int:
     """Return how many cases of an operation the verdict rests on, of those that a port claims."""
     return sum(checked_of(one, operation) for one in report.schemes)

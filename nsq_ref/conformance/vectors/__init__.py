@@ -8,14 +8,6 @@ from nsq_ref.conformance.vectors.reading import FOLDER, Vector, load, names
 from nsq_ref.conformance.vectors.writing import SCHEMES, content, files, manifest, write
 
 __all__ = [
-    "FOLDER",
-    "SCHEMES",
-    "Vector",
-    "content",
-    "export",
-    "files",
-    "load",
-    "manifest",
-    "names",
+    "FOLDER", "SCHEMES", "Vector", "content", "export", "files", "load", "manifest", "names",
     "write",
-]
+]  # fmt: skip

@@ -13,10 +13,9 @@ import numpy as np
 
 from nsq_ref import attention, oracle
 from nsq_ref.codec import Quantized
-from nsq_ref.conformance.operations import Array, Case, attention_options, stored_side
+from nsq_ref.conformance.operations import Case, attention_options, stored_side
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
-
-__all__ = ["Exact", "answer"]
 
 Arrays = dict[str, Array]
 
@@ -26,34 +25,15 @@ CROP = 1  # the kind of a step
 
 
 class Exact(NamedTuple):
-    """The exact answer to a case.
+    """The exact answer to a case."""
 
-    Parameters
-    ----------
-    refused_by : tuple of str
-        The rules that refuse the case, any of which may be reported; then there are no arrays.
-    expected : dict of str to array
-        What a port returns.
-    intermediates : dict of str to array
-        What leads there, stage by stage; `docs/vectors.md` lists them.
-    """
-
-    refused_by: tuple[str, ...]
-    expected: Arrays
-    intermediates: Arrays
+    refused_by: tuple[str, ...]  # rules, any of which may be reported; then there are no arrays
+    expected: Arrays  # what a port returns
+    intermediates: Arrays  # what leads there, stage by stage; `docs/vectors.md` lists them
 
 
 def answer(case: Case) -> Exact:
-    """Return the exact answer to a case.
-
-    Parameters
-    ----------
-    case : Case
-
-    Raises
-    ------
-    ValueError
-        Where the case says that a rule refuses it and the oracle does not find so, or the reverse.
+    """Return the exact answer to a case; ValueError where it is wrong about its refusal.
 
     Examples
     --------
@@ -202,15 +182,9 @@ def attended(case: Case) -> Exact:
 
 
 def exact_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    *,
-    scale: float,
-    causal: bool,
-    softcap: float | None,
+    query: Array, keys: Array, values: Array, *, scale: float, causal: bool, softcap: float | None,
     sliding_window: int | None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """Return output and weights in 60 digits, rounded to float64: the same on every machine."""
     group = len(query) // len(keys)
     queries, tokens = query.shape[1], keys.shape[1]

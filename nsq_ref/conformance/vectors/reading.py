@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.operations import Array, Case
-from nsq_ref.dtypes import DTYPES
+from nsq_ref.conformance.operations import Case
+from nsq_ref.dtypes import DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 FORMAT_VERSION = 1
@@ -76,21 +76,12 @@ def load(name: str) -> list[Vector]:
         raise ValueError(f"name={name!r} is not one of {', '.join(names())}")
     file = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     scheme = Scheme.from_dict({k: v for k, v in file["scheme"].items() if k != "name"})
-    return [
-        Vector(
-            Case(
-                case["id"],
-                file["operation"],
-                scheme,
-                tuple(case["flags"]),
-                _arrays(case["inputs"]),
-                case["refusedBy"],
-            ),
-            _arrays(case["expected"]),
-            _arrays(case["intermediates"]),
-        )
-        for case in file["cases"]
-    ]
+    vectors = []
+    for one in file["cases"]:
+        flags, inputs = tuple(one["flags"]), _arrays(one["inputs"])
+        case = Case(one["id"], file["operation"], scheme, flags, inputs, one["refusedBy"])
+        vectors.append(Vector(case, _arrays(one["expected"]), _arrays(one["intermediates"])))
+    return vectors
 
 
 def _arrays(objects: Mapping[str, Any]) -> dict[str, Array]:

@@ -15,9 +15,10 @@ from safetensors.numpy import save
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import OPERATIONS, Array, Case, Operation
+from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
 from nsq_ref.conformance.vectors.exact import answer
 from nsq_ref.conformance.vectors.reading import FOLDER, FORMAT_VERSION
+from nsq_ref.dtypes import Array
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, Scheme
 

@@ -12,8 +12,8 @@ import pytest
 
 from nsq_ref import KVCache, Scheme, cli, files, quantize
 from nsq_ref.files import kinds
+from onnx_export.models.tiny import tiny_gguf
 from onnx_export.operators import quantize_model, save_models
-from onnx_export.testing import tiny_gguf
 
 KEYS = np.random.default_rng(0).standard_normal((2, 20, 8), dtype=np.float32)
 VERBS = {

@@ -16,8 +16,8 @@ from onnx_export.evaluation.fidelity import measure_fidelity
 from onnx_export.models.built import cached_onnx
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.tiny import tiny_gguf
 from onnx_export.models.tokenizer import Tokenizer
-from onnx_export.testing import tiny_gguf
 from tests.support.command import refused
 from tests.support.llama_oracle import TinyModel, write_gguf
 
@@ -83,7 +83,7 @@ def test_the_command_says_it_too(tmp_path: Path) -> None:
 
 
 def tiny_with(folder: Path, **changes: object) -> Path:
-    """Write the tiny model of `onnx_export.testing` with other metadata of its tokenizer."""
+    """Write the tiny model of `onnx_export.models.tiny` with other metadata of its tokenizer."""
     reader = GGUFFile(tiny_gguf(folder))
     keys = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in reader.metadata.items()}
     keys |= {f"tokenizer.ggml.{name}": value for name, value in changes.items()}

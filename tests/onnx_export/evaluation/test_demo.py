@@ -15,8 +15,8 @@ from nsq_ref.comparison import DEMO_SCHEMES, round_trips
 from onnx_export.evaluation.fidelity import measure_fidelity
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.texts import REPORTING_START, passages
+from onnx_export.models.tiny import tiny_gguf
 from onnx_export.models.tokenizer import Tokenizer
-from onnx_export.testing import tiny_gguf
 from tests.support.command import ROOT, Done, nsq, process
 
 

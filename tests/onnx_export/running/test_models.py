@@ -9,8 +9,8 @@ import onnx
 import pytest
 
 from onnx_export.models.built import cached_onnx
+from onnx_export.models.tiny import tiny_gguf
 from onnx_export.running import Model, Session
-from onnx_export.testing import tiny_gguf
 from tests.support import lookup_decoder
 from tests.support.lookup_decoder import changed_metadata
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from onnx_export.models.json_tokenizer import JsonTokenizer, read_tokenizer
+from onnx_export.models.tiny import tiny_gguf
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.running import Sampling, Session
 from onnx_export.running.text import pieces
-from onnx_export.testing import tiny_gguf
 from tests.support.command import nsq, refused, said
 
 

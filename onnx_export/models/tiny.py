@@ -12,6 +12,7 @@ from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from onnx_export.models.attention_forms import AttentionForm
 from onnx_export.models.built import build_onnx
+from onnx_export.models.config import layer_shapes
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.llama import PLAIN
 from onnx_export.models.tokenizer import byte_symbols
@@ -24,17 +25,7 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     """Write a llama GGUF file with random weights and a byte-level tokenizer.
 
     It has 2 layers, 4 query heads over 2 key-value heads, ``head_dim`` 8, a vocabulary of 260 and a
-    context of 512 tokens.
-
-    Parameters
-    ----------
-    directory : str or os.PathLike
-        An existing directory.
-
-    Returns
-    -------
-    pathlib.Path
-        ``tiny.gguf`` in that directory.
+    context of 512 tokens. Returns ``tiny.gguf`` in that directory.
 
     Examples
     --------
@@ -93,18 +84,9 @@ def _write_tiny(path: Path) -> None:
         "token_embd": (len(tokens), embedding),
         "output_norm": (embedding,),
     }
+    own = layer_shapes(embedding, feed_forward, query, key)
     for layer in range(2):
-        shapes |= {
-            f"blk.{layer}.attn_norm": (embedding,),
-            f"blk.{layer}.attn_q": (query, embedding),
-            f"blk.{layer}.attn_k": (key, embedding),
-            f"blk.{layer}.attn_v": (key, embedding),
-            f"blk.{layer}.attn_output": (embedding, query),
-            f"blk.{layer}.ffn_norm": (embedding,),
-            f"blk.{layer}.ffn_gate": (feed_forward, embedding),
-            f"blk.{layer}.ffn_up": (feed_forward, embedding),
-            f"blk.{layer}.ffn_down": (embedding, feed_forward),
-        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0

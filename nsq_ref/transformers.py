@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-
 from nsq_ref.arrays import as_array, as_integer
 from nsq_ref.cache import KVCache, attending
 from nsq_ref.cache.arguments import as_sides
@@ -32,6 +31,8 @@ with extra("transformers", "nsq_ref.transformers"):
 __all__ = ["NsqCache", "NsqLayer", "attention"]
 
 Tensor = Any  # torch.Tensor, where torch is installed
+
+Schemes = tuple[Scheme, Scheme]
 
 MOST_QUERIES = 16  # tokens of one pass for which reading codes is quicker than decoding them all
 
@@ -78,7 +79,7 @@ class NsqCache(Cache):
     >>> cache = NsqCache(config, policy={0: None})
     >>> prompt = torch.arange(300)[None] % 64
     >>> tokens = model.generate(
-    ...     prompt, past_key_values=cache, max_new_tokens=5, attention_mask=torch.ones_like(prompt)
+    ...     prompt, cache=cache, max_new_tokens=5, attention_mask=torch.ones_like(prompt)
     ... )
     >>> cache.get_seq_length(), cache.layers[1].kv_cache
     (304, KVCache(lengths=[304], kv_heads=1, head_dim=16, bits_per_element=...
@@ -100,17 +101,21 @@ class NsqCache(Cache):
             )
         usual = _schemes(key, value, block_size)
         layers = DynamicCache(config=config).layers
-        if not any(type(layer) is DynamicLayer for layer in layers):
+        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
             raise ValueError("config has no layer of full attention, so none to quantize")
-        padding = None if attention_mask is None else _padding(attention_mask)
-        for index, schemes in _chosen(policy, len(layers), usual, block_size).items():
-            if type(layers[index]) is DynamicLayer:
-                layers[index] = layers[index] if schemes is None else NsqLayer(schemes, padding)
-            elif schemes not in (None, usual):
+        chosen = _chosen(policy, len(layers), block_size)
+        for index, schemes in chosen.items():
+            if schemes is not None and index not in full:
                 raise ValueError(
                     f"policy[{index}] is for a layer that is no full attention, and keeps "
                     f"transformers' own {type(layers[index]).__name__}; leave it out, or give None"
                 )
+        padding = None if attention_mask is None else _padding(attention_mask)
+        for index in full:
+            schemes = chosen.get(index, usual)
+            if schemes is not None:
+                layers[index] = NsqLayer(schemes, padding)
         super().__init__(layers=layers)
 
     @property
@@ -139,15 +144,13 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(
-        self, schemes: tuple[Scheme, Scheme], padding: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, schemes: Schemes, padding: Sequence[int] | None = None) -> None:
         super().__init__()
         self.schemes, self.padding = schemes, padding
         self.reset()
 
     def __repr__(self) -> str:
-        return f"NsqLayer({self.kv_cache or self.schemes})"
+        return f"NsqLayer({self.schemes if self.kv_cache is None else self.kv_cache})"
 
     def reset(self) -> None:
         """Drop all tokens; the padding is that of the start again."""
@@ -157,8 +160,8 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
         self._leads: list[int] = []  # those of each row that are padding
         self._last: _Pass | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the cache for keys and values of these shapes."""
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> KVCache:
+        """Return the cache for keys and values of these shapes, still empty."""
         batch, kv_heads, _, head_dim = key_states.shape
         padding = [0] * batch if self.padding is None else self.padding
         if batch % len(padding):
@@ -166,11 +169,9 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
                 f"attention_mask of NsqCache has {len(padding)} rows and the model runs {batch}; "
                 "give that of this prompt"
             )
-        key, value = self.schemes
-        value_head_dim = value_states.shape[-1]
-        self.kv_cache = KVCache(batch, kv_heads, head_dim, key, value, value_head_dim=value_head_dim)
         self._leads = [lead for lead in padding for _ in range(batch // len(padding))]
-        self.is_initialized = True
+        value_head_dim = value_states.shape[3]
+        return KVCache(batch, kv_heads, head_dim, *self.schemes, value_head_dim=value_head_dim)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -190,19 +191,22 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
                     "torch.no_grad(), or train it without a cache"
                 )
             if x.device.type != "cpu":
-                raise ValueError(f"{name} is on {x.device}; NsqCache runs on the CPU, model.to('cpu')")
-        if self.kv_cache is None:
-            self.lazy_initialization(key_states, value_states)
+                raise ValueError(
+                    f"{name} is on {x.device}; NsqCache runs on the CPU, model.to('cpu')"
+                )
+        cache = self.kv_cache
+        if cache is None:
+            cache = self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
-        this = _Pass(self.kv_cache.fork(), self._length, key_states, value_states)
+        this = _Pass(cache.fork(), self._length, key_states, value_states)
         skips = [min(max(lead - self._length, 0), tokens) for lead in self._leads]
-        self.kv_cache.append(
-            *(_left_aligned(x, skips) for x in (key_states, value_states)),
-            [tokens - skip for skip in skips],
-        )
+        keys, values = (_left_aligned(x, skips) for x in (key_states, value_states))
+        cache.append(keys, values, [tokens - skip for skip in skips])
+        self.kv_cache, self.is_initialized = cache, True
         self._length += tokens
         # Kept so that `crop` can take tokens back that a block was sealed with.
-        self._last = this if tokens <= max(scheme.block_size or 1 for scheme in self.schemes) else None
+        most = max(scheme.block_size or 1 for scheme in self.schemes)
+        self._last = this if tokens <= most else None
         if not this.start:
             return key_states, value_states
         decode = functools.cache(this.decoded)
@@ -223,11 +227,16 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
     get_max_cache_shape = get_max_length  # its name before
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Keep the first tokens only: a negative number says how many to drop, a positive one to keep.
+        """Keep the first tokens only.
 
-        If they all came with the last pass, and that was no longer than a block, the layer is as if
-        it had brought the others only. So tokens that assisted decoding rejects leave no trace.
+        If all that go came with the last pass, and that was no longer than a block, the layer is as
+        if it had brought the others only. So tokens that assisted decoding rejects leave no trace.
         Otherwise tokens of a block that was sealed return as their decoded values (C1).
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            If negative, how many to drop; if positive, as in older versions, how many to keep.
         """
         count = as_integer("tokens_to_remove", tokens_to_remove)
         length = max(self._length + count, 0) if count <= 0 else min(count, self._length)
@@ -275,7 +284,8 @@ class _Pass(NamedTuple):
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, padding that is not stored as zeros."""
-        return tuple(map(self._joined, self.before.dequantize(), (self.keys, self.values)))
+        keys, values = self.before.dequantize()
+        return self._joined(keys, self.keys), self._joined(values, self.values)
 
     def _joined(self, stored: Any, new: Tensor) -> Tensor:
         """Put what is stored, each row up to ``start``, before what is new."""
@@ -287,6 +297,12 @@ class _Pass(NamedTuple):
             joined[row, :, self.start - length : self.start] = past
         joined[:, :, self.start :] = new
         return joined
+
+    def attended(self, query: Tensor, **options: Any) -> Tensor:
+        """Return the output of `attention`, read from what is stored."""
+        cache, new = self.before, (self.keys, self.values)
+        output = attending.attend(cache._sides, cache._now, query, None, False, new, **options)
+        return torch.from_numpy(output).to(query.dtype).transpose(1, 2).contiguous()
 
     @property
     def sealed(self) -> bool:
@@ -311,7 +327,7 @@ class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
     """Keys, or values, of a pass: decoded when something computes with them, and not before."""
 
     @staticmethod
-    def __new__(cls, source: _Pass, side: int, _: Any) -> Stored:
+    def __new__(cls, source: _Pass, side: int, _: Any) -> Any:
         new = (source.keys, source.values)[side]
         shape = list(new.shape)
         shape[2] += source.start
@@ -327,9 +343,7 @@ class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
         return self._decode()[self._side]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Stored, Stored.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -382,17 +396,14 @@ def attention(
     if isinstance(key, Stored) and isinstance(value, Stored) and queries <= MOST_QUERIES:
         source = key.source
         if source.sealed and source.is_causal(attention_mask, queries) and not module.training:
-            cache, new = source.before, (source.keys, source.values)
-            output = attending.attend(
-                cache._sides, cache._now, query, None, False, new, scale=scaling, softcap=softcap
-            )
-            return torch.from_numpy(output).to(query.dtype).transpose(1, 2).contiguous(), None
+            return source.attended(query, scale=scaling, softcap=softcap), None
     key, value = (x.plain() if isinstance(x, Stored) else x for x in (key, value))
     if softcap is not None:
         return _capped(query, key, value, attention_mask, scaling, dropout, softcap), None
-    return sdpa_attention_forward(
+    output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
+    return output, None
 
 
 def _capped(
@@ -427,18 +438,16 @@ AttentionMaskInterface.register("nsq", sdpa_mask)
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def _schemes(key: Any, value: Any, block_size: int | None) -> tuple[Scheme, Scheme]:
+def _schemes(key: Any, value: Any, block_size: int | None) -> Schemes:
     """Take schemes as `KVCache` does."""
-    return tuple(side.scheme for side in as_sides(1, 1, None, key, value, block_size))
+    sides = as_sides(1, 1, None, key, value, block_size)
+    return sides.keys.scheme, sides.values.scheme
 
 
-def _chosen(
-    policy: Any, layers: int, usual: tuple[Scheme, Scheme], block_size: int | None
-) -> dict[int, tuple[Scheme, Scheme] | None]:
-    """Return the schemes of every layer."""
-    chosen: dict[int, tuple[Scheme, Scheme] | None] = dict.fromkeys(range(layers), usual)
+def _chosen(policy: Any, layers: int, block_size: int | None) -> dict[int, Schemes | None]:
+    """Return the schemes of the layers that a policy names."""
     if policy is None:
-        return chosen
+        return {}
     if isinstance(policy, Mapping):
         entries = list(policy.items())
     elif isinstance(policy, Sequence) and not isinstance(policy, str):
@@ -447,25 +456,26 @@ def _chosen(
         entries = list(enumerate(policy))
     else:
         raise TypeError(f"policy={policy!r:.80} is no mapping of layers, and no sequence")
-    for index, entry in entries:
-        number = as_integer("a layer of policy", index, least=0, most=layers - 1)
-        chosen[number] = None if entry is None else _pair(number, entry, block_size)
+    chosen: dict[int, Schemes | None] = {}
+    for layer, entry in entries:
+        index = as_integer("a layer of policy", layer, least=0, most=layers - 1)
+        chosen[index] = None if entry is None else _pair(index, entry, block_size)
     return chosen
 
 
-def _pair(index: int, entry: Any, block_size: int | None) -> tuple[Scheme, Scheme]:
+def _pair(index: int, entry: Any, block_size: int | None) -> Schemes:
     """Take the schemes of one layer."""
-    if isinstance(entry, str):
-        entry = Scheme.named(entry)
-    if not isinstance(entry, tuple | list) or len(entry) != 2 or None in entry:
-        raise TypeError(
-            f"policy[{index}]={entry!r:.80} is no pair of schemes (key, value); None leaves the "
-            "layer in floating point"
-        )
     try:
-        return _schemes(*entry, block_size)
+        if isinstance(entry, str):
+            entry = Scheme.named(entry)
+        if isinstance(entry, tuple | list) and len(entry) == 2 and None not in entry:
+            return _schemes(entry[0], entry[1], block_size)
     except (TypeError, ValueError) as error:
         raise type(error)(f"policy[{index}]: {error}") from None
+    raise TypeError(
+        f"policy[{index}]={entry!r:.80} is no pair of schemes (key, value); None leaves the layer "
+        "in floating point"
+    )
 
 
 def _padding(attention_mask: Any) -> list[int]:

@@ -194,19 +194,21 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
                 raise ValueError(
                     f"{name} is on {x.device}; NsqCache runs on the CPU, model.to('cpu')"
                 )
-        cache = self.kv_cache
-        if cache is None:
-            cache = self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[2]
-        this = _Pass(cache.fork(), self._length, key_states, value_states)
-        skips = [min(max(lead - self._length, 0), tokens) for lead in self._leads]
-        keys, values = (_left_aligned(x, skips) for x in (key_states, value_states))
-        cache.append(keys, values, [tokens - skip for skip in skips])
-        self.kv_cache, self.is_initialized = cache, True
-        self._length += tokens
-        # Kept so that `crop` can take tokens back that a block was sealed with.
-        most = max(scheme.block_size or 1 for scheme in self.schemes)
-        self._last = this if tokens <= most else None
+        before = self.kv_cache
+        if before is None:
+            before = self.lazy_initialization(key_states, value_states)
+        this = _Pass(before, self._length, key_states, value_states)
+        # The last block is kept, so that `crop` can take back tokens that a block was sealed with.
+        recent = this.last(max(scheme.block_size or 1 for scheme in self.schemes))
+        older = recent.start - this.start
+        if older:
+            keys, values = key_states[:, :, :older], value_states[:, :, :older]
+            recent = recent._replace(
+                before=_Pass(before, this.start, keys, values).after(self._leads)
+            )
+        self.kv_cache, self._last = recent.after(self._leads), recent
+        self.is_initialized = True
+        self._length += key_states.shape[2]
         if not this.start:
             return key_states, value_states
         decode = functools.cache(this.decoded)
@@ -229,8 +231,8 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first tokens only.
 
-        If all that go came with the last pass, and that was no longer than a block, the layer is as
-        if it had brought the others only. So tokens that assisted decoding rejects leave no trace.
+        If all that go came with the last pass, and are no more than a block, the layer is as if it
+        had brought the others only: so tokens that assisted decoding rejects leave no trace.
         Otherwise tokens of a block that was sealed return as their decoded values (C1).
 
         Parameters
@@ -244,10 +246,11 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
             return
         last, self._last = self._last, None
         if last is None or length < last.start:
+            self.kv_cache = self.kv_cache.fork()
             self.kv_cache.crop([max(length - lead, 0) for lead in self._leads])
             self._length = length
             return
-        self.kv_cache, self._length = last.before.fork(), last.start
+        self.kv_cache, self._length = last.before, last.start
         if more := length - last.start:
             self.update(last.keys[:, :, :more], last.values[:, :, :more])
 
@@ -258,7 +261,7 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Replace the rows by these; any may recur or be left out."""
         if self.kv_cache is not None:
-            self.kv_cache.reorder(indices)
+            self.kv_cache = self.kv_cache.fork(indices)
             self._leads = [self._leads[row] for row in indices]
             self._last = None
 
@@ -281,6 +284,23 @@ class _Pass(NamedTuple):
     start: int  # positions before it
     keys: Tensor
     values: Tensor
+
+    def last(self, most: int) -> _Pass:
+        """Return the pass of its last tokens, which hold no memory of the others."""
+        older = self.keys.shape[2] - most
+        if older <= 0:
+            return self
+        keys, values = (x[:, :, older:].clone() for x in (self.keys, self.values))
+        return _Pass(self.before, self.start + older, keys, values)
+
+    def after(self, leads: Sequence[int]) -> KVCache:
+        """Return a cache with all tokens but those of the first positions of each row."""
+        tokens = self.keys.shape[2]
+        skips = [min(max(lead - self.start, 0), tokens) for lead in leads]
+        keys, values = (_left_aligned(x, skips) for x in (self.keys, self.values))
+        cache = self.before.fork()
+        cache.append(keys, values, [tokens - skip for skip in skips])
+        return cache
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, padding that is not stored as zeros."""

@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "lookup": {"prompt_lookup_num_tokens": 4},
 }
 LEADS = [0, 11, 3]
+MIXED = [9, 1, 17, 4, 1, 1, 17]  # tokens a pass
 attentions = pytest.mark.parametrize("attention", ["sdpa", "nsq"])
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -74,9 +75,12 @@ def stepwise(model: Any, cache: Any, ids: Any, steps: list[int], mask: Any = Non
 # --- nothing is sealed --------------------------------------------------------------------------
 
 
-@families
-@attentions
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "attention", "mode"),
+    [(family, "nsq", mode) for family in FAMILIES for mode in ("greedy", "beams")]
+    + [(family, "sdpa", mode) for family in ("qwen3", "gemma2") for mode in MODES]
+    + [("llama", "nsq", "sampling"), ("llama", "nsq", "lookup")],
+)
 def test_a_dynamic_cache_while_nothing_is_sealed(family: str, attention: str, mode: str) -> None:
     """K1 B1: every bit of the logits, so all tokens."""
     model, ids = decoder(family, attention), prompt(1 if mode == "lookup" else 2)
@@ -114,7 +118,7 @@ def test_padding_while_nothing_is_sealed(attention: str, told: bool) -> None:
 
 
 @families
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["sampling", "beams", "lookup"])
 def test_generate_is_that_of_the_reconstruction(family: str, mode: str) -> None:
     """Decoded keys and values are those of `quantize` on the same blocks, bit for bit: so is all
     that follows, with beams that fork and with drafts that are rejected."""
@@ -159,9 +163,12 @@ def test_padding_is_that_of_the_reconstruction(attention: str, told: bool, mode:
     assert (found[1] - expected[1]).abs().max() <= 2e-4 * expected[1].abs().max()
 
 
-@families
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [[30, *[1] * 20], [1] * 50, [9, 1, 17, 4, 1, 1, 17]])
+@pytest.mark.parametrize(
+    ("family", "dtype", "steps"),
+    [(family, torch.float32, MIXED) for family in FAMILIES]
+    + [(family, torch.bfloat16, MIXED) for family in ("qwen3", "gemma2")]
+    + [("llama", torch.bfloat16, [30, *[1] * 20]), ("gemma3", torch.float32, [1] * 50)],
+)
 def test_attention_to_what_is_stored(family: str, dtype: Any, steps: list[int]) -> None:
     """A3: logits of both attentions, in single tokens, chunks that are read and chunks decoded."""
     ids = prompt(2, 50)
@@ -171,9 +178,12 @@ def test_attention_to_what_is_stored(family: str, dtype: Any, steps: list[int]) 
     dense = stepwise(model, DynamicCache(config=model.config), ids, steps)
     assert torch.equal(decoded, expected)
     stored = stepwise(decoder(family, "nsq", dtype), NsqCache(model.config, KEY, VALUE), ids, steps)
-    tolerance = (1e-4 if dtype == torch.float32 else 0.04) * expected.abs().max()
-    assert (stored - expected).abs().max() <= tolerance
-    assert (dense - expected).abs().max() > 2 * tolerance  # so it can tell
+    off, effect = (stored - expected).abs().float(), (dense - expected).abs().float()
+    if dtype == torch.float32:
+        assert off.max() <= 1e-4 * expected.abs().max()
+        assert effect.max() > 1e-2 * expected.abs().max()  # so it can tell
+    else:  # every layer rounds, and codes differ where keys do
+        assert off.mean() <= 0.1 * effect.mean()
 
 
 def test_few_queries_decode_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ nb_merge_streams = True
 nb_render_markdown_format = "myst"
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["torch", "transformers"]  # large, and needed by one page only
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
 default_role = "py:obj"
 napoleon_google_docstring = False

@@ -87,7 +87,7 @@ def read_real_text(tokens: int) -> AttentionInputs:
 
 
 def likelihoods(
-    decoder: Decoder, passages: NDArray[np.int64], trips: Mapping[str, CacheRoundTrip]
+    decoder: Decoder, passages: npt.NDArray[np.int64], trips: Mapping[str, CacheRoundTrip]
 ) -> dict[str, TransformFidelity]:
     """Return what schemes cost in likelihood, by docs/fidelity.md: 512 tokens, then 128.
 

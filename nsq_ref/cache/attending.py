@@ -8,7 +8,7 @@ import numpy as np
 
 from nsq_ref import attention
 from nsq_ref.arrays import as_float_array, as_integers
-from nsq_ref.cache.arguments import finite
+from nsq_ref.cache.arguments import as_tokens, finite
 from nsq_ref.cache.state import Sides, State
 from nsq_ref.dtypes import Float32
 
@@ -19,19 +19,32 @@ def attend(
     query: Any,
     query_lengths: Any,
     return_weights: bool,
+    ahead: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> Float32 | tuple[Float32, Float32]:
-    """Attend as `KVCache.attend` does; ``options`` are those of `attention.attend_quantized`."""
-    query, counts = _queries(sides, state.lengths, query, query_lengths)
+    """Attend as `KVCache.attend` does; ``options`` are those of `attention.attend_quantized`.
+
+    ``ahead`` are keys and values that follow those of the cache and are attended to as they are, as
+    they would be if none of them filled a block.
+    """
+    lengths, more = state.lengths, 0
+    if ahead is not None:
+        keys, values, _ = as_tokens(sides, len(lengths), state.dtype, *ahead, None)
+        more = keys.shape[2]
+        lengths = [length + more for length in lengths]
+    query, counts = _queries(sides, lengths, query, query_lengths)
     output = np.zeros((*query.shape[:3], sides.values.head_dim), np.float32)
     weights = None
     if return_weights:
-        weights = np.zeros((*query.shape[:3], max(state.lengths)), np.float32)
+        weights = np.zeros((*query.shape[:3], max(lengths)), np.float32)
     for index, (row, count) in enumerate(zip(state.rows, counts, strict=True)):
         if not count:
             continue
+        pieces = row.keys.pieces(), row.values.pieces()
+        if more:
+            pieces = [*pieces[0], keys[index]], [*pieces[1], values[index]]
         attended, row_weights = attention.attend_quantized(
-            query[index, :, :count], row.keys.pieces(), row.values.pieces(),
+            query[index, :, :count], *pieces,
             sides.keys.scheme, sides.values.scheme, value_head_dim=sides.values.head_dim,
             weights=return_weights, **options,
         )  # fmt: skip

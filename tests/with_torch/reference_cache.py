@@ -1,0 +1,60 @@
+"""What an `NsqCache` shall hold, by way of dense tokens and of `nsq_ref.quantize` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+import nsq_ref as nsq
+
+
+def reconstructed(x: Any, scheme: nsq.Scheme) -> Any:
+    """``x[kv_heads, T, D]`` with every full block behind the sinks as it decodes."""
+    size, sinks = scheme.block_size or 1, scheme.sink_tokens
+    full = max(x.shape[1] - sinks, 0) // size * size
+    result = x.clone()
+    if full:
+        blocks = nsq.quantize(x[:, sinks : sinks + full], replace(scheme, sink_tokens=0))
+        result[:, sinks : sinks + full] = torch.from_numpy(nsq.dequantize(blocks))
+    return result
+
+
+class ReferenceLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
+    """A layer of a `DynamicCache` that shows what came before a pass as the codec gives it back."""
+
+    def __init__(
+        self, key: nsq.Scheme, value: nsq.Scheme, leads: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.schemes, self.leads = (key, value), leads
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> Any:
+        past = self.get_seq_length()
+        dense = super().update(key_states, value_states)
+        if not past:
+            return dense
+        both = zip(dense, self.schemes, strict=True)
+        return tuple(self.shown(x, scheme, past) for x, scheme in both)
+
+    def shown(self, x: Any, scheme: nsq.Scheme, past: int) -> Any:
+        """The first ``past`` positions as they are stored, padding as zeros if it is not."""
+        result, leads = x.clone(), self.leads or [0]
+        for row in range(len(x)):
+            lead = leads[row * len(leads) // len(x)]
+            result[row, :, :lead] = 0
+            result[row, :, lead:past] = reconstructed(x[row, :, lead:past], scheme)
+        return result
+
+
+def reference_cache(
+    config: Any, key: nsq.Scheme, value: nsq.Scheme, leads: Sequence[int] | None = None
+) -> Any:
+    layers = [
+        ReferenceLayer(key, value, leads) if type(layer) is DynamicLayer else layer
+        for layer in DynamicCache(config=config).layers
+    ]
+    return Cache(layers=layers)

@@ -1,0 +1,281 @@
+"""`model.generate` with an `NsqCache`: tokens and logits, family by family."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import nsq_ref as nsq
+import nsq_ref.transformers
+from nsq_ref.transformers import NsqCache, NsqLayer
+from tests.support.tiny_decoders import CACHE, FAMILIES, decoder, prompt
+from tests.with_torch.reference_cache import reference_cache
+
+KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
+VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 4},
+}
+LEADS = [0, 11, 3]
+MIXED = [9, 1, 17, 4, 1, 1, 17]  # tokens a pass
+attentions = pytest.mark.parametrize("attention", ["sdpa", "nsq"])
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Models so small gain nothing from more, and lose where others work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generated(model: Any, ids: Any, cache: Any, new: int = 20, **options: Any) -> Any:
+    """Tokens and logits of ``generate``, whatever mode, always of the same seed."""
+    torch.manual_seed(5)
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
+    made = model.generate(
+        ids, max_new_tokens=new, pad_token_id=0, eos_token_id=-1,
+        return_dict_in_generate=True, output_logits=True, **{CACHE: cache}, **options,
+    )  # fmt: skip
+    return made.sequences, torch.stack(made.logits)
+
+
+def padded(rows: int = 3) -> tuple[Any, Any]:
+    ids = prompt(rows)
+    mask = torch.ones_like(ids)
+    for row, lead in enumerate(LEADS):
+        mask[row, :lead] = 0
+    return ids * mask, mask
+
+
+def stepwise(model: Any, cache: Any, ids: Any, steps: list[int], mask: Any = None) -> Any:
+    """Logits of the tokens in passes of so many."""
+    logits, at = [], 0
+    with torch.no_grad():
+        for step in steps:
+            seen = None if mask is None else mask[:, : at + step]
+            chunk = ids[:, at : at + step]
+            logits.append(model(chunk, **{CACHE: cache}, attention_mask=seen).logits)
+            at += step
+    return torch.cat(logits, 1)
+
+
+# --- nothing is sealed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "mode"),
+    [(family, "nsq", mode) for family in FAMILIES for mode in ("greedy", "beams")]
+    + [(family, "sdpa", mode) for family in ("qwen3", "gemma2") for mode in MODES]
+    + [("llama", "nsq", "sampling"), ("llama", "nsq", "lookup")],
+)
+def test_a_dynamic_cache_while_nothing_is_sealed(family: str, attention: str, mode: str) -> None:
+    """K1 B1: every bit of the logits, so all tokens."""
+    model, ids = decoder(family, attention), prompt(1 if mode == "lookup" else 2)
+    expected = generated(model, ids, DynamicCache(config=model.config), **MODES[mode])
+    cache = NsqCache(model.config)
+    found = generated(model, ids, cache, **MODES[mode])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert cache.get_seq_length() == 30 + 19
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_half_precision_while_nothing_is_sealed(family: str, dtype: Any) -> None:
+    model, ids = decoder(family, "nsq", dtype), prompt(2)
+    expected = generated(model, ids, DynamicCache(config=model.config))
+    cache = NsqCache(model.config)
+    assert torch.equal(generated(model, ids, cache)[0], expected[0])
+    kept = cache.layers[1].kv_cache
+    assert kept.dtype.name == str(dtype).removeprefix("torch.")
+
+
+@attentions
+@pytest.mark.parametrize("told", [False, True])
+def test_padding_while_nothing_is_sealed(attention: str, told: bool) -> None:
+    model, (ids, mask) = decoder("qwen3", attention), padded()
+    expected = generated(model, ids, DynamicCache(config=model.config), attention_mask=mask)
+    cache = NsqCache(model.config, attention_mask=mask if told else None)
+    found = generated(model, ids, cache, attention_mask=mask)
+    assert torch.equal(found[0], expected[0])
+    lengths = [49 - lead for lead in LEADS] if told else [49] * 3
+    assert cache.layers[0].kv_cache.lengths.tolist() == lengths
+
+
+# --- sealed: the codec's own reconstruction -----------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("mode", ["sampling", "beams", "lookup"])
+def test_generate_is_that_of_the_reconstruction(family: str, mode: str) -> None:
+    """Decoded keys and values are those of `quantize` on the same blocks, bit for bit: so is all
+    that follows, with beams that fork and with drafts that are rejected."""
+    model, ids = decoder(family), prompt(1 if mode == "lookup" else 2)
+    ids[:, 15:] = ids[:, :15]  # something to look up
+    expected = generated(model, ids, reference_cache(model.config, KEY, VALUE), **MODES[mode])
+    found = generated(model, ids, NsqCache(model.config, KEY, VALUE), **MODES[mode])
+    dense = generated(model, ids, DynamicCache(config=model.config), **MODES[mode])
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[1].shape != dense[1].shape or not torch.equal(found[1], dense[1])
+
+
+@attentions
+def test_an_assistant_is_that_of_the_reconstruction(attention: str) -> None:
+    """The assistant's own cache is transformers', the model's is ours; many drafts are rejected."""
+    model, assistant = decoder("llama", attention), decoder("llama", "sdpa", seed=0)
+    with torch.no_grad():
+        assistant.lm_head.weight += 0.03 * torch.randn_like(assistant.lm_head.weight)
+    ids = prompt()
+    expected = generated(
+        model, ids, reference_cache(model.config, KEY, VALUE), assistant_model=assistant, new=40
+    )
+    cache = NsqCache(model.config, KEY, VALUE)
+    found = generated(model, ids, cache, assistant_model=assistant, new=40)
+    assert torch.equal(found[0], expected[0])
+    if attention == "sdpa":
+        assert torch.equal(found[1], expected[1])
+    assert cache.layers[0].kv_cache.lengths.tolist() == [found[0].shape[1] - 1]
+
+
+@attentions
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_padding_is_that_of_the_reconstruction(attention: str, told: bool, mode: str) -> None:
+    model, (ids, mask) = decoder("qwen2", attention), padded()
+    reference = reference_cache(model.config, KEY, VALUE, LEADS if told else None)
+    expected = generated(model, ids, reference, attention_mask=mask, **MODES[mode])
+    cache = NsqCache(model.config, KEY, VALUE, attention_mask=mask if told else None)
+    found = generated(model, ids, cache, attention_mask=mask, **MODES[mode])
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] - expected[1]).abs().max() <= 2e-4 * expected[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "steps"),
+    [(family, torch.float32, MIXED) for family in FAMILIES]
+    + [(family, torch.bfloat16, MIXED) for family in ("qwen3", "gemma2")]
+    + [("llama", torch.bfloat16, [30, *[1] * 20]), ("gemma3", torch.float32, [1] * 50)],
+)
+def test_attention_to_what_is_stored(family: str, dtype: Any, steps: list[int]) -> None:
+    """A3: logits of both attentions, in single tokens, chunks that are read and chunks decoded."""
+    ids = prompt(2, 50)
+    model = decoder(family, "sdpa", dtype)
+    expected = stepwise(model, reference_cache(model.config, KEY, VALUE), ids, steps)
+    decoded = stepwise(model, NsqCache(model.config, KEY, VALUE), ids, steps)
+    dense = stepwise(model, DynamicCache(config=model.config), ids, steps)
+    assert torch.equal(decoded, expected)
+    stored = stepwise(decoder(family, "nsq", dtype), NsqCache(model.config, KEY, VALUE), ids, steps)
+    off, effect = (stored - expected).abs().float(), (dense - expected).abs().float()
+    if dtype == torch.float32:
+        assert off.max() <= 1e-4 * expected.abs().max()
+        assert effect.max() > 1e-2 * expected.abs().max()  # so it can tell
+    else:  # every layer rounds, and codes differ where keys do
+        assert off.mean() <= 0.1 * effect.mean()
+
+
+def test_few_queries_decode_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = decoder("gemma2", "nsq"), padded()
+    cache = NsqCache(model.config, KEY, VALUE, attention_mask=mask)
+    stepwise(model, cache, ids, [30], mask)
+    monkeypatch.delattr(nsq.KVCache, "dequantize")
+    more = torch.cat([mask, torch.ones(3, 40, dtype=mask.dtype)], 1)
+    with torch.no_grad():
+        model(prompt(3, 5), **{CACHE: cache}, attention_mask=more[:, :35])
+        model(prompt(3, 1), **{CACHE: cache}, attention_mask=more[:, :36])
+        with pytest.raises(AttributeError, match="dequantize"):
+            model(prompt(3, 17), **{CACHE: cache}, attention_mask=more[:, :53])
+
+
+def test_another_mask_is_obeyed() -> None:
+    """What a stored cache cannot show, some tokens hidden, goes the other way."""
+    ids = prompt(1, 40)
+    mask = torch.ones(1, 1, 1, 41, dtype=torch.bool)
+    mask[..., 20:25] = False
+    logits = []
+    for attention in ("sdpa", "nsq"):
+        model = decoder("llama", attention)
+        cache = NsqCache(model.config, KEY, VALUE)
+        stepwise(model, cache, ids, [40])
+        with torch.no_grad():
+            logits.append(model(ids[:, :1], **{CACHE: cache}, attention_mask=mask).logits)
+    assert torch.equal(*logits)
+
+
+def test_capped_scores_are_those_of_transformers() -> None:
+    ids, mask = padded()
+    both = []
+    for attention in ("eager", "nsq"):
+        model = decoder("gemma2", attention)
+        both.append(stepwise(model, DynamicCache(config=model.config), ids, [30], mask))
+    for row, lead in enumerate(LEADS):
+        torch.testing.assert_close(*(x[row, lead:] for x in both), atol=1e-4, rtol=1e-4)
+
+
+# --- prompts that are used again ----------------------------------------------------------------
+
+
+def test_a_prefix_is_used_again() -> None:
+    model, ids = decoder("llama"), prompt(1, 40)
+    prefix = NsqCache(model.config, KEY, VALUE)
+    stepwise(model, prefix, ids, [32])
+    bytes_before = prefix.layers[1].kv_cache.stored().keys.arrays["packed"].tobytes()
+    several = [generated(model, ids, copy.deepcopy(prefix)) for _ in range(2)]
+    fresh = NsqCache(model.config, KEY, VALUE)
+    stepwise(model, fresh, ids, [32])
+    assert torch.equal(several[0][1], generated(model, ids, fresh)[1])
+    assert torch.equal(several[0][1], several[1][1])
+    assert prefix.layers[1].kv_cache.stored().keys.arrays["packed"].tobytes() == bytes_before
+
+
+def test_reset() -> None:
+    model, (ids, mask) = decoder("gemma3"), padded()
+    cache = NsqCache(model.config, KEY, VALUE, attention_mask=mask)
+    first = generated(model, ids, cache, attention_mask=mask, num_beams=2)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes, cache.is_initialized) == (0, 0, False)
+    second = generated(model, ids, cache, attention_mask=mask, num_beams=2)
+    assert torch.equal(first[1], second[1])
+
+
+def test_layers_by_policy() -> None:
+    model, ids = decoder("llama"), prompt(2)
+    cache = NsqCache(model.config, KEY, VALUE, policy={0: None})
+    found = generated(model, ids, cache)
+    assert [isinstance(layer, NsqLayer) for layer in cache.layers] == [False, True]
+    assert cache.layers[1].schemes == (KEY, VALUE)
+    reference = reference_cache(model.config, KEY, VALUE)
+    reference.layers[0] = DynamicCache(config=model.config).layers[0]
+    assert torch.equal(found[1], generated(model, ids, reference)[1])
+    dense = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
+    assert cache.nbytes == dense + cache.layers[1].kv_cache.nbytes < 2 * dense
+
+
+# --- examples that are run ----------------------------------------------------------------------
+
+
+def test_examples_of_the_module() -> None:
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.testmod(nsq_ref.transformers, optionflags=flags)
+    assert result.attempted > 5
+    assert not result.failed
+
+
+def test_the_tutorial() -> None:
+    page = Path(__file__).parents[2] / "docs" / "tutorials" / "transformers.md"
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.testfile(str(page), module_relative=False, optionflags=flags)
+    assert result.attempted > 10
+    assert not result.failed

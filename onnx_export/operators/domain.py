@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
 
 from nsq_ref.extras import extra
 from onnx_export.operators.attention import attention
 from onnx_export.operators.codec import dequantize, quantize
+from onnx_export.operators.nodes import all_nodes
 from onnx_export.operators.schema import DOMAIN, OPERATORS, OPSET
 
 with extra("onnx", __name__):
@@ -75,18 +75,10 @@ def check_nodes(model: onnx.ModelProto) -> None:
     ValueError: Quantize that makes packed: attribute bitz is unknown; did you mean bits?
     """
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
-        for node in _all_nodes(nodes):
+        for node in all_nodes(nodes):
             if node.domain == DOMAIN and (problem := _problem(node)):
                 made = next(filter(None, node.output), "nothing")
                 raise ValueError(f"{node.op_type} that makes {made}: {problem}")
-
-
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(graph.node)
 
 
 def _problem(node: onnx.NodeProto) -> str | None:

@@ -81,21 +81,22 @@ class Scattered:
         self._has_norm = add.attribute(f"{side}_separate_norm", "int")
         self._has_zero = add("Sub", 1, add.attribute(f"{side}_symmetric", "int"))
         _append(add, layout, new, self._has_norm, self._has_zero)
-        self._few = self._as_integers(add)
+        self._direct = self._as_coded(add)
 
     def products(self, add: Nodes, query: str) -> str:
         """Multiply query[B, kv_heads, rows, D] with every key: [B, kv_heads, rows, positions]."""
         layout = self._layout
 
         def coded(add: Nodes) -> str:
-            packed, scale, norm = self._sealed(add, "packed", "scale", "norm")
-            found = packed_products.scores(add, layout.side, packed, scale, query)
+            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+            zero = self._shift(add, scale, zero)
+            found = packed_products.scores(add, layout.side, packed, scale, zero, query)
             return self._with_norm(add, found, norm)
 
         def decoded(add: Nodes) -> str:
             return _against(add, query, self._decoded(add))
 
-        few = add("And", self._few, _has_few_rows(add, query))
+        few = add("And", self._direct, _has_few_rows(add, query))
         sealed = add.choose(
             add("Greater", self._most_sealed, 0),
             lambda add: add.choose(few, coded, decoded),
@@ -138,9 +139,10 @@ class Scattered:
             return add.choose(self._aligned, lambda _: some, only)
 
         def coded(add: Nodes) -> str:
-            packed, scale, norm = self._sealed(add, "packed", "scale", "norm")
+            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+            zero = self._shift(add, scale, zero)
             factors = self._with_norm(add, own(add), norm)
-            return packed_products.outputs(add, layout.side, packed, scale, factors)
+            return packed_products.outputs(add, layout.side, packed, scale, zero, factors)
 
         def decoded(add: Nodes) -> str:
             return add("MatMul", own(add), self._decoded(add))
@@ -149,7 +151,7 @@ class Scattered:
             shape = add("Concat", add("Shape", weights, end=3), [1], axis=0)
             return add("Expand", np.float32(0), shape)
 
-        few = add("And", self._few, _has_few_rows(add, weights))
+        few = add("And", self._direct, _has_few_rows(add, weights))
         sealed = add.choose(
             add("Greater", self._most_sealed, 0),
             lambda add: add.choose(few, coded, decoded),
@@ -180,16 +182,23 @@ class Scattered:
         plain = add("MatMul", add("Concat", from_sinks, from_tail, axis=3), values)
         return add("Add", sealed, plain)
 
-    def _as_integers(self, add: Nodes) -> str:
-        """Tell whether `packed_products` has the scheme; attributes say nearly all of it."""
+    def _as_coded(self, add: Nodes) -> str:
+        """Tell whether directions are their codes times scales: then nothing need be decoded."""
         side = self._layout.side
-        symmetric = add.cast(add.attribute(f"{side}_symmetric", "int"), "bool")
         channel, *_ = add.is_one_of(f"{side}_axis", ["channel", "token"])
         is_norm, *_ = add.is_one_of(f"{side}_magnitude", ["norm", "gain", "lsq"])
         direct = add("Or", add("Equal", self._has_norm, 0), add("Not", is_norm))
-        known = add("And", add("And", symmetric, channel), direct)
-        terms = add("Max", self._head_dim, add("Squeeze", self._layout.block))
-        return add("And", known, add("LessOrEqual", terms, packed_products.MOST_TERMS))
+        fits = add("LessOrEqual", self._layout.block, packed_products.LARGEST_BLOCK)
+        return add("And", add("And", channel, direct), add("Squeeze", fits))
+
+    def _shift(self, add: Nodes, scale: str, zero: str) -> str:
+        """Return the zero, which a symmetric scheme has in the middle of its codes."""
+        half = packed_products.half_of_codes(add, self._layout.side)
+        return add.choose(
+            add("Equal", self._has_zero, 1),
+            lambda _: zero,
+            lambda add: add("Mul", scale, add("Neg", half)),
+        )
 
     def _with_norm(self, add: Nodes, numbers: str, norm: str) -> str:
         """Multiply [B, kv_heads, rows, tokens] with the factors of tokens, if there are such."""
@@ -283,7 +292,7 @@ def _append(add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str) 
     side = layout.side
     tail, packed, scale = (layout.past(part) for part in ("tail", "packed", "scale"))
     norm_dtype = Reference(f"{side}_norm_dtype", "int")
-    first = add("Squeeze", add("Slice", packed, [0], [1], [3]), [3])
+    first = add("Squeeze", add("Slice", add("Slice", packed, [0], [0], [2]), [0], [1], [3]), [3])
 
     def known(part: str, like: str, has: str) -> str:
         """Return an input that may be absent: a tensor without tokens then."""

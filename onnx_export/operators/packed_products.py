@@ -1,17 +1,22 @@
-"""Products with stored codes, as integers: nothing but bytes is ever made of them.
+"""Products with stored codes, field by field of their bytes: no key or value is decoded.
 
-A score is ``sum_j f_j c_j`` with ``f_j = scale_j q_j``, and an output ``sum_t w_t c_t`` times a
-scale, over the codes c of one block around the middle of their range. So f and w are written as
-three digits of one byte, to 23 bits of the largest of them, and MatMulInteger multiplies these with
-the fields of the packed bytes, which are masked and never shifted. All of that is exact but for the
-rounding of f and w, which moves a sum of n terms by at most ``1.03 n 2^-24 max|f| max|c|``; rule A3
-allows ``(n + 16) 2^-24 sum |f_j| (|c_j| + 2^(bits - 1))``, which is more for up to 512 terms.
-Digits have an offset of 128 and no sign: bytes times signed bytes saturate on older processors.
+With ``y = code * scale + zero``, a score is ``factor_t (sum_j f_j code_tj + sum_j q_j zero_j)``,
+where ``f_j = q_j scale_j``, and an output ``sum_t w_t code_tj`` times a scale, and zeros. So
+scales, zeros and factors are multiplied with queries, weights and sums, of which there are few.
+Fields are masked and never shifted: what their place is worth is in what they are multiplied with.
+
+Where rule A3 allows it, the products are those of integers. f and w are written in four digits of
+one byte, to 28 bits of the largest of them, and multiplied with bytes in MatMulInteger: exact, but
+for that rounding, which moves a sum of n terms by at most ``1.01 n 2^-29 max|f| max(code)``. A3
+allows ``(n + 16) 2^-24`` times the sum of ``|f_j| code_j + |q_j zero_j|``, and the second half of
+it is known without a look at the tokens: an eighth of it must do. Digits have an offset and no
+sign, as products of bytes with signed ones saturate on older processors. Otherwise, which takes
+zeros near 0 where it matters, fields become float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +25,15 @@ from onnx_export.operators.cache_layout import LARGEST_INDEX
 from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.rounding import where_zero
 
-__all__ = ["MOST_TERMS", "outputs", "scores"]
+__all__ = ["LARGEST_BLOCK", "half_of_codes", "outputs", "scores"]
 
-MOST_TERMS = 512  # that rule A3 allows for
-BASE = 254.0  # of digits from -127 to 127, with a sign for each
-LARGEST = 127 * BASE**2 + 127 * BASE + 127
-PLACES = np.float32([BASE**2, BASE, 1])
-VALUES = (PLACES / np.float32(LARGEST)).astype(np.float32)  # of a digit, beside the largest number
-MIDDLE = np.uint8(128)
+LARGEST_BLOCK = 4096  # tokens: A3 knows 512 terms of a sum at most, and an eighth of that must do
+PLACES = np.float32([128**3, 128**2, 128, 1])
+LARGEST = np.float32(127 * 128**3)
+VALUES = PLACES / LARGEST  # of digits, beside the largest number
+MIDDLE = np.uint8(128)  # stands for a digit of 0
+ALLOWED = np.float32(4)
+POWERS = 2.0 ** np.arange(8, dtype=np.float32)
 
 
 class _Section(NamedTuple):
@@ -35,7 +41,6 @@ class _Section(NamedTuple):
 
     width: int
     weight: int  # of the fields in a code
-    middle: int  # of the fields
 
     @property
     def fields(self) -> int:
@@ -44,31 +49,27 @@ class _Section(NamedTuple):
     def mask(self, field: int) -> np.uint8:
         return np.uint8((2**self.width - 1) << self.width * field)
 
-    def offset(self, *fields: int) -> np.uint8:
-        """Return what a byte has in the middle of the range, of these fields alone."""
-        return np.uint8(sum(self.middle << self.width * field for field in fields))
-
     def value(self, field: int) -> np.float32:
         """Return what one unit of a byte is worth in a code, taken as a part of this field."""
         return np.float32(self.weight / 2 ** (self.width * field))
 
 
 SECTIONS = {
-    2: [_Section(2, 1, 2)],
-    3: [_Section(2, 1, 0), _Section(1, 4, 1)],
-    4: [_Section(4, 1, 8)],
-    8: [_Section(8, 1, 128)],
+    2: [_Section(2, 1)],
+    3: [_Section(2, 1), _Section(1, 4)],
+    4: [_Section(4, 1)],
+    8: [_Section(8, 1)],
 }
 
 
-def scores(add: Nodes, side: str, packed: str, scale: str, query: str) -> str:
-    """Multiply queries with coded keys of a symmetric scheme, but for their factors.
+def scores(add: Nodes, side: str, packed: str, scale: str, zero: str, query: str) -> str:
+    """Multiply queries with coded keys, but for their factors.
 
     Parameters
     ----------
     add : Nodes
     side : {"key", "value"}
-    packed, scale : str
+    packed, scale, zero : str
         Tensors uint8 [B, kv_heads, n, block_size, row_bytes] and float32 [B, kv_heads, n, D].
     query : str
         Tensor float32 [B, kv_heads, rows, D].
@@ -80,56 +81,77 @@ def scores(add: Nodes, side: str, packed: str, scale: str, query: str) -> str:
 
     Examples
     --------
-    >>> scores(Nodes(), "key", "packed", "scale", "query").startswith("Reshape")
+    >>> scores(Nodes(), "key", "packed", "scale", "zero", "query").startswith("Reshape")
     True
     """
-    folded = add("Mul", add("Unsqueeze", scale, [3]), add("Unsqueeze", query, [2]))
-    by_channel = add("Transpose", folded, perm=[0, 1, 2, 4, 3])
-    digits, largest = _digits(add, by_channel, over=3, along=4)
     channels = add("Shape", scale, start=3)
-    # Adds up the digits of a row.
-    row = add("Range", 0, add("Squeeze", add("Shape", query, start=2, end=3)), 1)
-    one = add.cast(add("Equal", add("Unsqueeze", row, [1]), row), "float32")
-    together = add("Mul", one, VALUES[:, None, None])
-    together = add("Reshape", together, add("Concat", [-1], add("Shape", one, end=1), axis=0))
+    folded = add("Mul", add("Unsqueeze", scale, [3]), add("Unsqueeze", query, [2]))
+    largest = _largest(add, folded, 4)  # [B, kv_heads, n, rows, 1]
 
-    def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
-        fields, last = section.fields, section.fields - 1
-        missing = add("Sub", add("Mul", row_bytes, fields), channels)
-        pads = add("Concat", [0], missing, axis=0)
-        whole = add("Pad", digits, pads, MIDDLE, [3])
-        of_field = [add("Slice", whole, [i], [LARGEST_INDEX], [3], [fields]) for i in range(fields)]
-        products = add.cast(
-            add("MatMulInteger", part, of_field[last], section.offset(*range(fields)), MIDDLE),
-            "float32",
-        )
-        sums = [add("MatMul", products, add("Mul", together, section.value(last)))]
-        # The last field is what the others leave of a byte: no mask for it.
-        for i in range(last):
-            field = add("BitwiseAnd", part, section.mask(i))
-            both = add("Concat", of_field[i], of_field[last], axis=4)
-            products = add("MatMulInteger", field, both, section.offset(i), MIDDLE)
-            ends = [
-                add("Mul", together, section.value(i)),
-                add("Mul", together, -section.value(last)),
-            ]
-            sums.append(add("MatMul", add.cast(products, "float32"), add("Concat", *ends, axis=0)))
-        return _total(add, sums)
+    def of_fields(
+        add: Nodes, section: _Section, x: str, axis: int, row_bytes: str, nothing: object
+    ) -> list[str]:
+        """Return what belongs to each field: channels are an axis of x."""
+        missing = add("Sub", add("Mul", row_bytes, section.fields), channels)
+        whole = add("Pad", x, add("Concat", [0], missing, axis=0), nothing, [axis])
+        return [
+            add("Slice", whole, [i], [LARGEST_INDEX], [axis], [section.fields])
+            for i in range(section.fields)
+        ]
 
-    total = _by_bits(add, side, packed, channels, of_section)
-    by_row = add("Transpose", total, perm=[0, 1, 4, 2, 3])
-    scaled = add("Mul", by_row, add("Transpose", largest, perm=[0, 1, 4, 2, 3]))
-    return add("Reshape", scaled, [0, 0, 0, -1])
+    def floats(add: Nodes) -> str:
+        def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
+            own = of_fields(add, section, folded, 4, row_bytes, np.float32(0))
+            sums = []
+            for i, field in enumerate(_fields(add, section, part)):
+                numbers = add("Transpose", add.cast(field, "float32"), perm=[0, 1, 2, 4, 3])
+                sums.append(add("MatMul", add("Mul", own[i], section.value(i)), numbers))
+            return _total(add, sums)
+
+        total = _by_bits(add, side, packed, channels, of_section)
+        return add("Transpose", total, perm=[0, 1, 3, 2, 4])
+
+    def integers(add: Nodes) -> str:
+        relative = add("Transpose", _relative(add, folded, largest), perm=[0, 1, 2, 4, 3])
+        digits = _digits(add, relative, along=4)
+        # Adds up the digits of a row of the query.
+        row = add("Range", 0, add("Squeeze", add("Shape", query, start=2, end=3)), 1)
+        same = add.cast(add("Equal", add("Unsqueeze", row, [1]), row), "float32")
+        one = add("Mul", same, VALUES[:, None, None])
+        one = add("Reshape", one, add("Concat", [-1], add("Shape", same, end=1), axis=0))
+
+        def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
+            own = of_fields(add, section, digits, 3, row_bytes, MIDDLE)
+            values = [add("Mul", one, section.value(i)) for i in range(section.fields)]
+            fields = _fields(add, section, part, whole=True)
+            if section.fields == 2:
+                own[0] = add("Concat", *own, axis=4)
+                values[0] = add("Concat", values[0], add("Neg", values[1]), axis=0)
+            sums = []
+            for field, of_field, value in zip(fields, own, values, strict=True):
+                products = add("MatMulInteger", field, of_field, "", MIDDLE)
+                sums.append(add("MatMul", add.cast(products, "float32"), value))
+            return _total(add, sums)
+
+        total = _by_bits(add, side, packed, channels, of_section)
+        by_row = add("Transpose", total, perm=[0, 1, 4, 2, 3])
+        return add("Mul", by_row, add("Transpose", largest, perm=[0, 1, 3, 2, 4]))
+
+    sizes = add("MatMul", add("Abs", query), add("Transpose", add("Abs", zero), perm=[0, 1, 3, 2]))
+    swing = add("Squeeze", add("Transpose", largest, perm=[0, 1, 3, 2, 4]), [4])
+    found = add.choose(_allowed(add, side, sizes, swing), integers, floats)
+    shift = add("MatMul", query, add("Transpose", zero, perm=[0, 1, 3, 2]))
+    return add("Reshape", add("Add", found, add("Unsqueeze", shift, [4])), [0, 0, 0, -1])
 
 
-def outputs(add: Nodes, side: str, packed: str, scale: str, weights: str) -> str:
-    """Add coded values of a symmetric scheme up, by weights that have their factors.
+def outputs(add: Nodes, side: str, packed: str, scale: str, zero: str, weights: str) -> str:
+    """Add coded values up, by weights that have their factors.
 
     Parameters
     ----------
     add : Nodes
     side : {"key", "value"}
-    packed, scale : str
+    packed, scale, zero : str
         Tensors uint8 [B, kv_heads, n, block_size, row_bytes] and float32 [B, kv_heads, n, D].
     weights : str
         Tensor float32 [B, kv_heads, rows, n * block_size].
@@ -141,35 +163,106 @@ def outputs(add: Nodes, side: str, packed: str, scale: str, weights: str) -> str
 
     Examples
     --------
-    >>> outputs(Nodes(), "value", "packed", "scale", "weights").startswith("ReduceSum")
+    >>> outputs(Nodes(), "value", "packed", "scale", "zero", "weights").startswith("Add")
     True
     """
-    shape = add("Concat", [0, 0, 0], add("Shape", packed, start=2, end=4), axis=0)
-    by_block = add("Transpose", add("Reshape", weights, shape), perm=[0, 1, 3, 2, 4])
-    digits, largest = _digits(add, by_block, over=4, along=3)
     channels = add("Shape", scale, start=3)
     rows = add("Shape", weights, start=2, end=3)
+    shape = add("Concat", [0, 0, 0], add("Shape", packed, start=2, end=4), axis=0)
+    by_row = add("Reshape", weights, shape)
+    by_block = add("Transpose", by_row, perm=[0, 1, 3, 2, 4])
+    largest = _largest(add, by_block, 4)  # [B, kv_heads, n, rows, 1]
 
-    def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
-        fields, last = section.fields, section.fields - 1
-        left = add("MatMulInteger", digits, part, MIDDLE, section.offset(*range(fields)))
-        found = []
-        for i in range(last):
-            field = add("BitwiseAnd", part, section.mask(i))
-            found.append(add("MatMulInteger", digits, field, MIDDLE, section.offset(i)))
-            left = add("Sub", left, found[i])
-        sums = []
-        for i, one in enumerate([*found, left]):
-            by_digit = add("Reshape", add.cast(one, "float32"), [0, 0, 0, len(PLACES), -1])
-            added = add("MatMul", (VALUES * section.value(i))[None], by_digit)
-            shape = add("Concat", [0, 0, 0], rows, row_bytes, [1], axis=0)
-            sums.append(add("Reshape", added, shape))
-        every = add("Reshape", add("Concat", *sums, axis=5), [0, 0, 0, 0, -1])
+    def joined(add: Nodes, found: Sequence[str]) -> str:
+        """Bring the sums of each field in the order of channels."""
+        each = [add("Unsqueeze", one, [5]) for one in found]
+        every = add("Reshape", add("Concat", *each, axis=5), [0, 0, 0, 0, -1])
         return add("Slice", every, [0], channels, [4])
 
-    total = _by_bits(add, side, packed, channels, of_section)
-    scaled = add("Mul", add("Mul", total, largest), add("Unsqueeze", scale, [3]))
-    return add("ReduceSum", scaled, [2], keepdims=0)
+    def floats(add: Nodes) -> str:
+        def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
+            sums = []
+            for i, field in enumerate(_fields(add, section, part)):
+                found = add("MatMul", by_block, add.cast(field, "float32"))
+                sums.append(add("Mul", found, section.value(i)))
+            return joined(add, sums)
+
+        return _by_bits(add, side, packed, channels, of_section)
+
+    def integers(add: Nodes) -> str:
+        digits = _digits(add, _relative(add, by_block, largest), along=3)
+
+        def of_section(add: Nodes, section: _Section, part: str, row_bytes: str) -> str:
+            fields = _fields(add, section, part, whole=True)
+            products = [add("MatMulInteger", digits, field, MIDDLE) for field in fields]
+            if section.fields == 2:
+                products[1] = add("Sub", products[1], products[0])
+            sums = []
+            for i, one in enumerate(products):
+                by_digit = add("Reshape", add.cast(one, "float32"), [0, 0, 0, len(PLACES), -1])
+                added = add("MatMul", (VALUES * section.value(i))[None], by_digit)
+                shape = add("Concat", [0, 0, 0], rows, row_bytes, axis=0)
+                sums.append(add("Reshape", added, shape))
+            return joined(add, sums)
+
+        return add("Mul", _by_bits(add, side, packed, channels, of_section), largest)
+
+    # What is allowed of a sum over blocks, and what they need, [B, kv_heads, rows, D].
+    sizes = add("MatMul", add("ReduceSum", add("Abs", by_row), [4], keepdims=0), add("Abs", zero))
+    most = add("Squeeze", add("Transpose", largest, perm=[0, 1, 3, 2, 4]), [4])
+    swing = add("MatMul", most, add("Abs", scale))
+    found = add.choose(_allowed(add, side, sizes, swing), integers, floats)
+    total = add("ReduceSum", add("Mul", found, add("Unsqueeze", scale, [3])), [2], keepdims=0)
+    return add("Add", total, add("MatMul", add("ReduceSum", by_row, [4], keepdims=0), zero))
+
+
+def half_of_codes(add: Nodes, side: str) -> str:
+    """Return half the number of codes of a scheme, a float32 scalar.
+
+    Examples
+    --------
+    >>> half_of_codes(Nodes(), "key").startswith("Gather")
+    True
+    """
+    return add("Gather", POWERS, add("Sub", add.attribute(f"{side}_bits", "int"), 1))
+
+
+def _allowed(add: Nodes, side: str, sizes: str, swing: str) -> str:
+    """Tell whether integers are exact enough everywhere."""
+    half = half_of_codes(add, side)
+    largest_code = add("Sub", add("Add", half, half), np.float32(1))
+    spare = add("Sub", add("Mul", sizes, ALLOWED), add("Mul", swing, largest_code))
+    return add("GreaterOrEqual", add("ReduceMin", spare, keepdims=0), np.float32(0))
+
+
+def _largest(add: Nodes, x: str, axis: int) -> str:
+    """Return the largest size along an axis; not a finite one where some number is not."""
+    known = add("Mul", add("ReduceSum", x, [axis]), np.float32(0))
+    return add("Add", add("ReduceMax", add("Abs", x), [axis]), known)
+
+
+def _relative(add: Nodes, x: str, largest: str) -> str:
+    return add("Div", x, where_zero(add, largest, np.float32(1)))
+
+
+def _digits(add: Nodes, relative: str, along: int) -> str:
+    """Write numbers of -1 to 1 in digits of a byte, those of one place behind those of another."""
+    rest = add("Round", add("Mul", relative, LARGEST))
+    digits = []
+    for place in PLACES[:-1]:
+        digits.append(add("QuantizeLinear", rest, place, MIDDLE))
+        rest = add("Sub", rest, add("DequantizeLinear", digits[-1], place, MIDDLE))
+    digits.append(add("QuantizeLinear", rest, PLACES[-1], MIDDLE))
+    return add("Concat", *digits, axis=along)
+
+
+def _fields(add: Nodes, section: _Section, part: str, whole: bool = False) -> list[str]:
+    """Return fields, in their places; of two the second is the ``whole`` byte, if so wanted."""
+    if section.fields == 1:
+        return [part]
+    masked = section.fields - (whole and section.fields == 2)
+    fields = [add("BitwiseAnd", part, section.mask(i)) for i in range(masked)]
+    return [*fields, part][: section.fields]
 
 
 def _by_bits(
@@ -179,7 +272,7 @@ def _by_bits(
     channels: str,
     of_section: Callable[[Nodes, _Section, str, str], str],
 ) -> str:
-    """Sum over the sections of a row, whichever they are: of a part of all bytes, so many a row."""
+    """Sum over the sections of a row: each is given its bytes, and how many a row has."""
 
     def sections(add: Nodes, bits: int) -> str:
         sums, start = [], add.constant([0])
@@ -187,46 +280,27 @@ def _by_bits(
             fields = section.fields
             row_bytes = add("Div", add("Add", channels, fields - 1), fields)
             end = add("Add", start, row_bytes)
-            one = len(SECTIONS[bits]) == 1
-            part = packed if one else add("Slice", packed, start, end, [4])
+            alone = len(SECTIONS[bits]) == 1
+            part = packed if alone else add("Slice", packed, start, end, [4])
             sums.append(of_section(add, section, part, row_bytes))
             start = end
         return _total(add, sums)
 
     known = add.attribute(f"{side}_bits", "int")
 
-    def from_there(add: Nodes, kinds: list[int]) -> str:
+    def one_of(add: Nodes, kinds: Sequence[int]) -> str:
         first, *others = kinds
         if not others:
             return sections(add, first)
+        is_first = add("Equal", known, first)
         return add.choose(
-            add("Equal", known, first),
-            lambda add: sections(add, first),
-            lambda add: from_there(add, others),
+            is_first, lambda add: sections(add, first), lambda add: one_of(add, others)
         )
 
-    return from_there(add, [4, 3, 2, 8])
+    return one_of(add, [4, 3, 2, 8])
 
 
-def _digits(add: Nodes, x: str, over: int, along: int) -> tuple[str, str]:
-    """Write numbers in digits of a byte, those of one place behind those of another.
-
-    Returns the digits, and the largest size over an axis, which a digit's value is relative to.
-    """
-    # Where a number is not finite, neither is the largest one.
-    known = add("Mul", add("ReduceSum", x, [over]), np.float32(0))
-    largest = add("Add", add("ReduceMax", add("Abs", x), [over]), known)
-    relative = add("Div", x, where_zero(add, largest, np.float32(1)))
-    rest = add("Round", add("Mul", relative, np.float32(LARGEST)))
-    digits = []
-    for place in PLACES[:-1]:
-        digits.append(add("QuantizeLinear", rest, place, MIDDLE))
-        rest = add("Sub", rest, add("DequantizeLinear", digits[-1], place, MIDDLE))
-    digits.append(add("QuantizeLinear", rest, PLACES[-1], MIDDLE))
-    return add("Concat", *digits, axis=along), largest
-
-
-def _total(add: Nodes, terms: list[str]) -> str:
+def _total(add: Nodes, terms: Sequence[str]) -> str:
     total, *others = terms
     for one in others:
         total = add("Add", total, one)

@@ -28,7 +28,7 @@ from onnx_export.operators.rounding import where_zero
 __all__ = ["LARGEST_BLOCK", "half_of_codes", "outputs", "scores"]
 
 LARGEST_BLOCK = 4096  # tokens: A3 knows 512 terms of a sum at most, and an eighth of that must do
-PLACES = np.float32([128**3, 128**2, 128, 1])
+PLACES = np.array([128**3, 128**2, 128, 1], np.float32)
 LARGEST = np.float32(127 * 128**3)
 VALUES = PLACES / LARGEST  # of digits, beside the largest number
 MIDDLE = np.uint8(128)  # stands for a digit of 0
@@ -47,11 +47,11 @@ class _Section(NamedTuple):
         return 8 // self.width
 
     def mask(self, field: int) -> np.uint8:
-        return np.uint8((2**self.width - 1) << self.width * field)
+        return np.uint8(((1 << self.width) - 1) << self.width * field)
 
     def value(self, field: int) -> np.float32:
         """Return what one unit of a byte is worth in a code, taken as a part of this field."""
-        return np.float32(self.weight / 2 ** (self.width * field))
+        return np.float32(self.weight / (1 << self.width * field))
 
 
 SECTIONS = {

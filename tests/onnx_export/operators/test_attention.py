@@ -34,6 +34,10 @@ FUNCTION: dict[str, dict[str, Any]] = {
     "optimised": {},
     "as it is": {"optimised": False},
     "onnx.reference": {"reference": True},
+    "scattered": {"opset": 24},
+    "scattered in place": {"opset": 24, "in_place": True},
+    "scattered as it is": {"opset": 24, "optimised": False, "in_place": True},
+    "scattered in onnx.reference": {"opset": 24, "reference": True},
 }
 
 
@@ -145,7 +149,7 @@ def test_formula(config: Config, seed: int) -> None:
 
 @pytest.mark.parametrize("how", FUNCTION)
 @given(data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=14)
 def test_function(how: str, data: st.DataObject) -> None:
     """A1 A2 A3 B1 B2 K1: standard operators, in onnxruntime and in onnx.reference."""
     follow(data.draw(runs()), **FUNCTION[how])
@@ -153,7 +157,7 @@ def test_function(how: str, data: st.DataObject) -> None:
 
 def test_function_is_valid() -> None:
     """onnx.checker has nothing to say, at the oldest and at a later opset."""
-    for opset in (21, 23):
+    for opset in (21, 23, 24):
         onnx.checker.check_model(model(Config(), functions(opset), opset), full_check=True)
 
 

@@ -73,6 +73,7 @@ benchmark: $(VENV)/benchmark.done
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.bodies
 	$(BIN)/python -m benchmarks.combs
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.start

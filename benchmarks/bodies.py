@@ -111,8 +111,9 @@ def body_step(
 ) -> Step:
     """Bind a model that carries its functions; the cache in place, if they can do that."""
     scheme = replace(nsq.Scheme.named(scheme_name), block_size=BLOCK_SIZE)
-    shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
-    model = attention_model(scheme, scheme, opset=opset, **shape)
+    model = attention_model(
+        scheme, scheme, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, opset=opset
+    )
     feeds = {**new, "past_lengths": np.full(1, past, np.int64)}
     results = {"output": np.zeros_like(new["query"]), "present_lengths": np.zeros(1, np.int64)}
     for name, array in cache.items():

@@ -47,11 +47,13 @@ class _Section(NamedTuple):
         return 8 // self.width
 
     def mask(self, field: int) -> np.uint8:
-        return np.uint8(((1 << self.width) - 1) << self.width * field)
+        mask: np.uint8 = np.uint8(((1 << self.width) - 1) << self.width * field)
+        return mask
 
     def value(self, field: int) -> np.float32:
         """Return what one unit of a byte is worth in a code, taken as a part of this field."""
-        return np.float32(self.weight / (1 << self.width * field))
+        value: np.float32 = np.float32(self.weight / (1 << self.width * field))
+        return value
 
 
 SECTIONS = {

@@ -6,19 +6,36 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from hypothesis import given, settings
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from nsq_ref import Scheme
 from onnx_export.operators import functions
 from onnx_export.operators.nodes import all_nodes
+from tests.onnx_export.operators.test_attention import follow, runs
 from tests.support.onnx_attention import Config, Expected, Runner, check, make_inputs
 
 IN_PLACE: dict[str, Any] = {"opset": 24, "in_place": True}
+HOW: dict[str, dict[str, Any]] = {
+    "copied": {"opset": 24},
+    "in place": IN_PLACE,
+    "in place, as it is": {**IN_PLACE, "optimised": False},
+    "onnx.reference": {"opset": 24, "reference": True},
+}
 CODED = Scheme(block_size=4, magnitude="gain", symmetric=False, sink_tokens=1)
+
+
+@pytest.mark.parametrize("how", HOW)
+@given(data=st.data())
+@settings(max_examples=14)
+def test_any_run(how: str, data: st.DataObject) -> None:
+    """A1 A2 A3 B1 B2 K1: whatever there is of schemes, options and lengths."""
+    follow(data.draw(runs()), **HOW[how])
 
 
 def behind(runner: Runner) -> Iterator[tuple[str, npt.NDArray[Any]]]:

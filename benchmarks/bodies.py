@@ -1,7 +1,7 @@
 """The function body of nsq.Attention, which needs no library, beside GroupQueryAttention float32.
 
 Run as ``python -m benchmarks.bodies [--json FILE]``. A decode step appends a token and attends;
-ratios are taken round by round. The body of opset 24 needs ONNX Runtime 1.25.
+ratios are taken round by round. The body of opset 24 needs ONNX Runtime 1.26.
 """
 
 from __future__ import annotations

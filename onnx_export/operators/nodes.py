@@ -331,7 +331,7 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     >>> add = Nodes()
     >>> chosen = add.choose("late", lambda add: add("Neg", "x"), lambda _: "x")
     >>> [node.op_type for node in all_nodes(add.nodes)]
-    ['If', 'Neg', 'Identity', 'Identity']
+    ['If', 'Identity', 'Neg', 'Identity']
     """
     for node in nodes:
         yield node

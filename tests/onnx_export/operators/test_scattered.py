@@ -76,8 +76,8 @@ def test_what_is_behind_the_length_stays_the_callers(dtype: Any) -> None:
 
 
 def test_an_error_leaves_the_past_as_it_was() -> None:
-    """B1. Nothing is written in place before lengths are known to fit, of keys and of values."""
-    config = Config(key=CODED, value=replace(CODED, block_size=8), capacity=8)
+    """B1. Nothing is written in place before lengths are known to fit: here keys have more room."""
+    config = Config(key=replace(CODED, block_size=8), value=CODED, capacity=8)
     runner, expected = Runner(config, 2, **IN_PLACE), Expected(config, 2)
     rng = np.random.default_rng(0)
     check(runner, expected, make_inputs(config, rng, expected.cache.lengths, 12, [12, 1]))

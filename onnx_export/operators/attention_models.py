@@ -198,7 +198,8 @@ def attention_model(
     dtype : {"float32", "float16"}
         Of query, keys, values and output.
     opset : int
-        Of the standard operators in the function bodies, at least 21.
+        Of the standard operators in the function bodies, at least 21. From 24 on they append in
+        place and are much faster, in ONNX Runtime 1.26 and later.
     **options
         ``inputs``, ``scale``, ``causal``, ``softcap``, ``sliding_window``, ``rotary_interleaved``
         and ``smooth_softmax``, as `attention_node` takes them.

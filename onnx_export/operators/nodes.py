@@ -175,12 +175,13 @@ class Nodes:
         condition: str,
         then: Callable[[Nodes], str],
         otherwise: Callable[[Nodes], str],
-        dtype: str = "float32",
+        dtype: str | None = "float32",
     ) -> str:
         """Add an If, by a boolean scalar: only the branch that is chosen is computed.
 
         Each branch adds its nodes to the builder that it is given, and returns the name of its
         result, which may be a tensor of the graph around it. Returns the name of what was chosen.
+        A dtype of None is whatever the runtime finds it to be.
 
         Examples
         --------
@@ -195,7 +196,7 @@ class Nodes:
         condition: str,
         then: Callable[[Nodes], Sequence[str]],
         otherwise: Callable[[Nodes], Sequence[str]],
-        dtypes: Sequence[str],
+        dtypes: Sequence[str | None],
     ) -> list[str]:
         """Add an If, as `choose`, with several results.
 
@@ -210,7 +211,10 @@ class Nodes:
             branch = Nodes(f"{kind}_{name[:4]}_")
             # A result of a branch must be made in it.
             results = [branch("Identity", one) for one in fill(branch)]
-            made = _infos({r: (dtype, None) for r, dtype in zip(results, dtypes, strict=True)})
+            made = [
+                onnx.ValueInfoProto(name=result) if dtype is None else _info(result, dtype, None)
+                for result, dtype in zip(results, dtypes, strict=True)
+            ]
             branches[name] = helper.make_graph(branch.nodes, name, [], made)
         outputs = [f"{kind}_{i}" for i in range(len(dtypes))]
         self.several("If", [condition], outputs, **branches)
@@ -368,15 +372,16 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _infos(tensors: Tensors) -> list[onnx.ValueInfoProto]:
-    return [
-        helper.make_tensor_value_info(name, ELEMENTS[dtype], axes)
-        for name, (dtype, axes) in tensors.items()
-    ]
+    return [_info(name, dtype, axes) for name, (dtype, axes) in tensors.items()]
+
+
+def _info(name: str, dtype: str, axes: Sequence[str | int] | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ELEMENTS[dtype], axes)
 
 
 def _opsets(nodes: Sequence[onnx.NodeProto], opset: int) -> list[onnx.OperatorSetIdProto]:
     """Return the versions of the standard operators, and of the other domains that nodes are of."""
     versions = {"": opset}
-    for node in nodes:
+    for node in all_nodes(nodes):
         versions.setdefault(node.domain, VERSION if node.domain == DOMAIN else 1)
     return [helper.make_opsetid(domain, version) for domain, version in versions.items()]

@@ -31,7 +31,7 @@ SCHEME = Scheme(block_size=4)
 FLOAT = TensorProto.FLOAT
 
 
-@pytest.mark.parametrize("opset", [21, 22])
+@pytest.mark.parametrize("opset", [21, 22, 24])
 def test_later_opsets(opset: int) -> None:
     """The functions run in models of later opsets, whose own functions they then are."""
     x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)

@@ -38,6 +38,7 @@ class Buffers:
     def __init__(self, model: Model, batch: int, capacity: int) -> None:
         self.layout, self._in_place = model.layout, model.in_place
         self.tensors = [tensor for tensor in model.layout.tensors if not tensor.grows]
+        self.schemes = {one for pair in model.layout.schemes if pair is not None for one in pair}
         self.arrays = self._made(batch, capacity)
         self._values = {name: as_value(array) for name, array in self.arrays.items()}
         self._others = self._values
@@ -160,11 +161,17 @@ def overwritten_tails(
     buffers: Buffers, before: Sequence[int], after: Sequence[int]
 ) -> Iterator[Array]:
     """Yield what a step overwrites of the past: tails that it seals, where new tokens take over."""
+    overwritten: dict[Scheme, list[int]] = {}  # tokens of each row, by the scheme: layers share it
+    for scheme in buffers.schemes:
+        cuts = [(scheme.cut(old), scheme.cut(new)) for old, new in zip(before, after, strict=True)]
+        overwritten[scheme] = [
+            min(was.tail, now.tail) if was.sealed != now.sealed else 0 for was, now in cuts
+        ]
+    if not any(any(counts) for counts in overwritten.values()):
+        return
     for tensor in buffers.tensors:
-        scheme = scheme_of(buffers.layout, tensor)
-        if scheme is None or tensor.part is None or not tensor.part.endswith("_tail"):
-            continue
-        for row, (old, new) in enumerate(zip(before, after, strict=True)):
-            was, now = scheme.cut(old), scheme.cut(new)
-            if was.sealed != now.sealed and (common := min(was.tail, now.tail)):
-                yield buffers.arrays[tensor.past][row][:, :common]
+        own = scheme_of(buffers.layout, tensor)
+        if own is not None and tensor.part is not None and tensor.part.endswith("_tail"):
+            for row, count in enumerate(overwritten[own]):
+                if count:
+                    yield buffers.arrays[tensor.past][row][:, :count]

@@ -109,7 +109,7 @@ class Model:
         # Function bodies may read a past after they wrote its present.
         self.in_place = library or not quantized
 
-    @property
+    @cached_property
     def padding(self) -> Literal["left", "right"] | None:
         """Where rows that are shorter than others have padding; None if they cannot be shorter."""
         roles = self.layout.roles

@@ -142,13 +142,16 @@ class Sampling:
         scores = as_real_array("logits", logits)
         greatest = float(scores.max())
         _require_finite(greatest)
-        tokens = np.arange(len(scores))
+        tokens = None
         if self.top_k is not None and self.top_k < len(scores):
             tokens = np.flatnonzero(scores >= np.partition(scores, -self.top_k)[-self.top_k])
-        weights = np.exp((scores[tokens] - greatest) / self.temperature)
+            scores = scores[tokens]
+        weights = np.exp((scores - greatest) / self.temperature)
         if self.top_p is not None:
             kept = _nucleus(weights, self.top_p)
-            tokens, weights = tokens[kept], weights[kept]
+            tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+        if tokens is None:
+            tokens = np.arange(len(scores))
         return tokens, weights / weights.sum()
 
 

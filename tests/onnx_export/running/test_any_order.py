@@ -174,7 +174,7 @@ def test_an_exception_between_run_and_result_changes_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("onnxruntime.IOBinding.get_outputs", interrupted)
+        patch.setattr("onnxruntime.IOBinding.get_outputs_as_ortvaluevector", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.forward([7, 8, 9, 10, 11])
     require_equal(session, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ __all__ = ["Piece", "PreparedPiece", "attend_quantized", "prepare"]
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
+FLOATS = tuple(FLOAT_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # for kernels
 SCORE_BYTES = 1 << 26  # queries are taken in chunks whose scores need no more
 MOST = float(np.finfo(np.float32).max)
 
@@ -59,6 +61,11 @@ class PreparedPiece:
     source: Array | spec.Block
     arrays: tuple[Array, ...]
     form: Form | None
+
+    @functools.cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """All tokens as kernels take them."""
+        return _arguments(self.arrays, self.form)
 
 
 Piece = Array | spec.Block | PreparedPiece
@@ -120,14 +127,13 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
         scheme.separate_norm and scheme.magnitude == "norm",
     )
     # What the scheme does not store may be anything.
-    none = np.zeros((kv_heads, tokens, 0), np.float32)
     arrays = (
         block.codes,
-        block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32),
+        (block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32))[..., None],
         block.scale,
-        np.zeros_like(block.scale) if scheme.symmetric else block.zero,
-        block.outlier_index if scheme.outlier_channels else none,
-        block.outliers if scheme.outlier_channels else none,
+        block.zero[:, :, :0] if scheme.symmetric else block.zero,
+        block.outlier_index if scheme.outlier_channels else block.outlier_index[:, :, :0],
+        block.outliers if scheme.outlier_channels else block.outliers[:, :, :0],
     )
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, form)
 
@@ -268,35 +274,50 @@ class _Span(NamedTuple):
     column: int
 
     def read(self, heads: slice) -> tuple[Any, ...]:
-        """Return what kernels take between queries, or weights, and what they write.
-
-        Floats are widened, arrays made contiguous and codes read-only: Numba compiles once.
-        """
+        """Return what kernels take between queries, or weights, and what they write."""
         piece, first, last, column = self
         if piece.form is None:  # unquantized: outliers in all channels
-            tokens = _widened(piece.arrays[0][heads, first:last])
+            tokens = piece.arrays[0][heads, first:last]
             count, size, head_dim = tokens.shape
-            codes, ones = np.empty((count, size, 0), np.uint8), np.ones((count, size), np.float32)
-            scale = np.ones((count, 1, head_dim), np.float32)
+            ones = np.ones((count, size + head_dim), np.float32)
             index = np.tile(np.arange(head_dim, dtype=np.int32), (count, 1, 1))
             form = Form(size, 8, np.float32(0), True, False)
-            return _read_only(codes), ones, scale, scale, index, tokens, *form, 0, column
-        codes, norm, scale, zero, index, outliers = piece.arrays
+            parts = (
+                np.empty((count, size, 0), np.uint8), ones[:, :size, None], ones[:, None, size:],
+                ones[:, None, :0], index, tokens,
+            )  # fmt: skip
+            return *_arguments(parts, form), 0, column
+        if (heads.stop - heads.start, first, last) == (piece.kv_heads, 0, piece.tokens):
+            return *piece.arguments, 0, column
+        codes, factor, scale, zero, index, outliers = piece.arrays
         size = piece.form.block_size
         blocks = slice(first // size, -(-last // size))
         some = slice(blocks.start * size, last)
         scales = blocks if piece.form.per_channel else some
-        return (
-            _read_only(codes[heads, some]),
-            _widened(norm[heads, some]),
-            _widened(scale[heads, scales]),
-            _widened(zero[heads, scales]),
-            np.array(index[heads, blocks], np.int32, order="C"),
-            _widened(outliers[heads, some]),
-            *piece.form,
-            first - some.start,
-            column,
-        )
+        parts = (
+            codes[heads, some], factor[heads, some], scale[heads, scales], zero[heads, scales],
+            index[heads, blocks], outliers[heads, some],
+        )  # fmt: skip
+        return *_arguments(parts, piece.form), first - some.start, column
+
+
+def _arguments(parts: tuple[Array, ...], form: Form) -> tuple[Any, ...]:
+    """Return arrays as kernels take them: Numba compiles once.
+
+    Heads lie one behind the other, all is contiguous and read-only, and floats are given as bits.
+    """
+    codes, factor, scale, zero, index, outliers = parts
+    floats = (factor, scale, zero, outliers)
+    kinds = tuple(FLOATS.index(part.dtype) for part in (factor, scale, outliers))
+    factor, scale, zero, outliers = (_joined(part).view(np.uint16) for part in floats)
+    return _joined(codes), factor, scale, zero, _joined(index), outliers, kinds, *form
+
+
+def _joined(part: Array) -> Array:
+    """Join the first two axes."""
+    joined = np.ascontiguousarray(part).reshape(-1 if part.size else part.shape[0] * part.shape[1], part.shape[2])
+    joined.flags.writeable = False
+    return joined
 
 
 def _spans(pieces: Sequence[PreparedPiece], low: int, high: int) -> list[_Span]:
@@ -324,16 +345,6 @@ def _work(
         start = i * kv_heads
         heads = slice(max(first - start, 0), min(last - start, kv_heads))
         kernel(given[heads], *spans[i].read(heads), out[i][heads])
-
-
-def _widened(part: Array) -> Float32:
-    return np.array(part, np.float32, order="C")
-
-
-def _read_only(codes: Array) -> Array:
-    view: Array = np.ascontiguousarray(codes).view()
-    view.flags.writeable = False
-    return view
 
 
 def _softmax(

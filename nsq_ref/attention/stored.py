@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
 FLOATS = tuple(FLOAT_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # for kernels
+NO_SUMS = np.empty((0, 0, 0))
 SCORE_BYTES = 1 << 26  # queries are taken in chunks whose scores need no more
 MOST = float(np.finfo(np.float32).max)
 
@@ -242,8 +243,8 @@ def attend_quantized(
         seen = scores[:, :, : high - low]
         products = count * kv_heads * (high - low)
         spans = _spans(key_pieces, low, high)
-        each, tasks = [scores] * len(spans), len(spans) * kv_heads
-        kernels.run(_work, tasks, products * head_dim, kernels.score, spans, some, each)
+        tasks = len(spans) * kv_heads
+        kernels.run(_work, tasks, products * head_dim, kernels.visit, spans, some, scores, None)
         mask = None
         if stop - start > 1:
             visible = visible_tokens(tokens, query_tokens, causal, window, start, stop, low, high)
@@ -253,7 +254,7 @@ def attend_quantized(
             shown[:, start:stop, :, low:high] = seen.reshape(kv_heads, -1, group, high - low)
         spans = _spans(value_pieces, low, high)
         parts, tasks = np.zeros((len(spans), kv_heads, count, value_dim)), len(spans) * kv_heads
-        kernels.run(_work, tasks, products * value_dim, kernels.add, spans, scores, parts)
+        kernels.run(_work, tasks, products * value_dim, kernels.visit, spans, some, scores, parts)
         total = parts.sum(axis=0).reshape(kv_heads, stop - start, group, value_dim)
         output[:, start:stop] = np.clip(total, -MOST, MOST)
     return (
@@ -310,12 +311,13 @@ def _arguments(parts: tuple[Array, ...], form: Form) -> tuple[Any, ...]:
     floats = (factor, scale, zero, outliers)
     kinds = tuple(FLOATS.index(part.dtype) for part in (factor, scale, outliers))
     factor, scale, zero, outliers = (_joined(part).view(np.uint16) for part in floats)
-    return _joined(codes), factor, scale, zero, _joined(index), outliers, kinds, *form
+    return _joined(codes), factor.reshape(1, -1), scale, zero, _joined(index), outliers, kinds, *form
 
 
 def _joined(part: Array) -> Array:
     """Join the first two axes."""
-    joined = np.ascontiguousarray(part).reshape(-1 if part.size else part.shape[0] * part.shape[1], part.shape[2])
+    heads, rows, columns = part.shape
+    joined = np.ascontiguousarray(part).reshape(heads * rows, columns)
     joined.flags.writeable = False
     return joined
 
@@ -336,15 +338,20 @@ def _work(
     last: int,
     kernel: Callable[..., None],
     spans: Sequence[_Span],
-    given: Float32,
-    out: Sequence[Array],
+    query: Float32,
+    scores: Float32,
+    parts: Array | None,
 ) -> None:
-    """Let a kernel do tasks [first, last), each a head of a span, whose result is in ``out``."""
-    kv_heads = len(given)
+    """Let a kernel do tasks [first, last), each a head of a span, whose sums are one of ``parts``.
+
+    Without ``parts`` scores are written.
+    """
+    kv_heads = len(query)
     for i in range(first // kv_heads, -(-last // kv_heads)):
         start = i * kv_heads
         heads = slice(max(first - start, 0), min(last - start, kv_heads))
-        kernel(given[heads], *spans[i].read(heads), out[i][heads])
+        out = NO_SUMS if parts is None else parts[i, heads]
+        kernel(query[heads], scores[heads], out, *spans[i].read(heads))
 
 
 def _softmax(

@@ -17,6 +17,7 @@ in float64. A run is added up in float32, runs in float64.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import fill_scale_row, unpack_row
 from nsq_ref.kernels.threads import in_shares
 
-__all__ = ["add", "run", "score"]
+__all__ = ["run", "visit"]
 
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,6 +38,7 @@ RUN = 128  # most tokens of a panel; even
 SERIAL_PRODUCTS = 1 << 22  # below this, starting a thread costs more than it saves
 LEAST, MOST_SQUARE = np.float32(2.0**-90), np.float32(2.0**120)  # squared lengths float32 can tell
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # how floats are stored
+LOW, HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)  # halves of a float32
 MOST = float(np.finfo(np.float32).max)
 
 
@@ -58,6 +60,38 @@ def jit_exact(function: _Function) -> _Function:
 def jit_square(function: _Function) -> _Function:
     """Compile sums that may be reordered, of terms that round as they are written."""
     return compiled(function, forceinline=True, fastmath={"reassoc"})
+
+
+# --- floats --------------------------------------------------------------------------------------
+
+
+@jit_exact
+def widened(units: Array, kind: int) -> Array:
+    """Floats that are given in units of 16 bits, as Numba knows neither float16 nor bfloat16."""
+    rows, columns = units.shape
+    if kind == FLOAT32:
+        columns //= 2
+    wide = np.empty((rows, columns), np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            if kind == FLOAT32:
+                high = np.uint32(units[i, 2 * j + HIGH]) << np.uint32(16)
+                wide[i, j] = np.uint32(high | units[i, 2 * j + LOW]).view(np.float32)
+            elif kind == BFLOAT16:
+                wide[i, j] = np.uint32(np.uint32(units[i, j]) << np.uint32(16)).view(np.float32)
+            else:
+                wide[i, j] = float16_of(np.uint32(units[i, j]))
+    return wide
+
+
+@jit_exact
+def float16_of(bits: np.uint32) -> np.float32:
+    """The value that these bits mean."""
+    magnitude = np.uint32(bits & np.uint32(0x7FFF))
+    special = np.uint32(0x70000000) if magnitude >= 0x7C00 else np.uint32(0)  # infinite, or NaN
+    sign = np.uint32(bits & np.uint32(0x8000)) << np.uint32(16)
+    shifted = np.uint32(sign | (magnitude << np.uint32(13)) | special)
+    return shifted.view(np.float32) * np.float32(2.0**112)
 
 
 # --- a run of tokens -----------------------------------------------------------------------------
@@ -95,8 +129,8 @@ def set_channels(
     level: Array,
 ) -> None:  # fmt: skip
     """Slopes and levels of a block."""
-    slope[:] = 1
-    level[:] = 0
+    for j in range(slope.shape[0]):
+        slope[j], level[j] = 1, 0
     if per_channel:
         fill_scale_row(scale, block, slope)
         if zero.shape[1]:
@@ -113,7 +147,7 @@ def set_gains(
 ) -> None:  # fmt: skip
     """The stored factor of each token; with M1 over the length of its direction."""
     for k in range(count):
-        gain[k] = factor[t + k, 0]
+        gain[k] = factor[0, t + k]
     if renormalize:
         set_squares(panel, count, slope, level, square)
         for k in range(count):
@@ -135,32 +169,6 @@ def set_squares(panel: Array, count: int, slope: Array, level: Array, square: Ar
             y = panel[k, j] * slope[j] + level[j]
             total += y * y
         square[k] = total
-
-
-@jit_exact
-def read_run(
-    h: int, t: int, first: int, tokens: int, packed: Array, factor: Array, scale: Array,
-    zero: Array, index: Array, outliers: Array, block_size: int, bits: int, offset: np.float32,
-    per_channel: bool, renormalize: bool, codes: Array, panel: Array, slope: Array, level: Array,
-    square: Array, gain: Array,
-) -> tuple[int, bool]:  # fmt: skip
-    """Read a run of head ``h``, from token ``t`` on, into ``panel`` and ``gain``.
-
-    Returns how many tokens it has, and whether slopes and levels are new: it is the first, or the
-    first of its block.
-    """
-    block = h * (-(-tokens // block_size)) + t // block_size
-    count = min(RUN, block_size - t % block_size, tokens - t)
-    at = h * tokens + t
-    set_panel(
-        at, count, slope.shape[0], block, packed, scale, zero, index, outliers, bits, offset,
-        per_channel, codes, panel,
-    )  # fmt: skip
-    begins = t == first or t % block_size == 0
-    if begins:
-        set_channels(block, scale, zero, index, per_channel, slope, level)
-    set_gains(at, count, factor, renormalize, panel, slope, level, square, gain)
-    return count, begins
 
 
 # --- sums over channels, and over tokens ---------------------------------------------------------
@@ -219,7 +227,9 @@ def scale_products(dot: Array, r: int, constant: Array, gain: Array, out: Array)
 def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
     """Set ``total[rows, D]`` to the tokens of a panel, times their weights of each row."""
     rows, head_dim = total.shape
-    total[:] = 0
+    for r in range(rows):
+        for j in range(head_dim):
+            total[r, j] = 0
     together, pairs = rows // 4 * 4, count // 2 * 2
     for k in range(0, pairs, 2):
         for r in range(0, together, 4):
@@ -246,149 +256,127 @@ def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
 
 @jit_exact
 def plain_score(
-    query: Array, panel: Array, k: int, slope: Array, level: Array, gain: float
+    query: Array, h: int, r: int, panel: Array, k: int, slope: Array, level: Array, gain: float
 ) -> float:
     """One product; what float32 cannot hold becomes the largest that it can."""
     total = 0.0
-    for j in range(query.shape[0]):
+    for j in range(query.shape[2]):
         y = np.float64(slope[j]) * np.float64(panel[k, j]) + np.float64(level[j])
-        total += np.float64(query[j]) * y
+        total += np.float64(query[h, r, j]) * y
     return min(max(gain * total, -MOST), MOST)
 
 
 @jit_exact
 def plain_add(
-    weights: Array, gain: Array, panel: Array, slope: Array, level: Array, out: Array
-) -> None:
-    """Add the tokens of a run, times weights and gains, to ``out[D]``."""
-    for k in range(weights.shape[0]):
-        for j in range(slope.shape[0]):
+    weights: Array, h: int, r: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
+    level: Array, out: Array,
+) -> None:  # fmt: skip
+    """Add the tokens of a run, times weights and gains, to one row of ``out``."""
+    for k in range(count):
+        weight = np.float64(weights[h, r, at + k]) * gain[k]
+        for j in range(out.shape[2]):
             y = np.float64(slope[j]) * np.float64(panel[k, j]) + np.float64(level[j])
-            out[j] += np.float64(weights[k]) * gain[k] * y
-
-
-# --- floats --------------------------------------------------------------------------------------
-
-
-@jit_exact
-def widened(bits: Array, kind: int) -> Array:
-    """Floats that are given in units of 16 bits, as Numba knows neither float16 nor bfloat16."""
-    units = 2 if kind == FLOAT32 else 1
-    wide = np.empty((bits.shape[0], bits.shape[1] // units), np.float32)
-    flat, units16 = wide.reshape(-1), bits.reshape(-1)
-    if kind == FLOAT32:
-        halves = flat.view(np.uint16)
-        for i in range(halves.shape[0]):
-            halves[i] = units16[i]
-    elif kind == BFLOAT16:
-        for i in range(flat.shape[0]):
-            flat[i] = np.uint32(np.uint32(units16[i]) << np.uint32(16)).view(np.float32)
-    else:
-        for i in range(flat.shape[0]):
-            flat[i] = float16_of(units16[i])
-    return wide
-
-
-@jit_exact
-def float16_of(bits: np.uint16) -> np.float32:
-    """The value that these bits mean."""
-    magnitude = np.uint32(np.uint32(bits) & np.uint32(0x7FFF))
-    special = np.uint32(0x70000000) if magnitude >= 0x7C00 else np.uint32(0)  # infinite, or NaN
-    sign = np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16)
-    shifted = np.uint32(sign | (magnitude << np.uint32(13)) | special)
-    return shifted.view(np.float32) * np.float32(2.0**112)
-
-
-# --- all tokens of a piece -----------------------------------------------------------------------
-# Both take some heads of a piece, one behind the other: ``packed[heads * T, row_bytes]`` and what
-# belongs to it. They work on the tokens of each head from ``first`` on, which is in column
-# ``column`` of scores and weights.
-
-
-@jit
-def score(
-    query: Array, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
-    outliers: Array, kinds: tuple[int, int, int], block_size: int, bits: int, offset: np.float32, per_channel: bool,
-    renormalize: bool, first: int, column: int, scores: Array,
-) -> None:  # fmt: skip
-    """Write the products of ``query[heads, rows, D]`` into ``scores[heads, rows, columns]``."""
-    heads, rows, head_dim = query.shape
-    tokens = packed.shape[0] // heads
-    shape = (RUN, -(-head_dim // 8) * 8)  # rows of packed codes are whole bytes
-    codes, panel = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
-    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-    gain, square, constant = np.empty(RUN), np.empty(RUN), np.empty(rows, np.float32)
-    folded, dot = np.empty((rows, head_dim), np.float32), np.empty((rows, RUN), np.float32)
-    factors, scales = widened(factor, kinds[0]), widened(scale, kinds[1])
-    zeros, kept = widened(zero, kinds[1]), widened(outliers, kinds[2])
-    for h in range(heads):
-        t = first
-        while t < tokens:
-            count, begins = read_run(
-                h, t, first, tokens, packed, factors, scales, zeros, index, kept, block_size,
-                bits, offset, per_channel, renormalize, codes, panel, slope, level, square, gain,
-            )  # fmt: skip
-            if begins:
-                fold(query, h, slope, level, folded, constant)
-            multiply(folded, panel, count, dot)
-            for r in range(rows):
-                at = column + t - first
-                written = scores[h, r, at : at + count]
-                scale_products(dot, r, constant, gain, written)
-                if not np.isfinite(sum_of(written, count)):
-                    for k in range(count):
-                        if not np.isfinite(written[k]):
-                            written[k] = plain_score(query[h, r], panel, k, slope, level, gain[k])
-            t += count
-
-
-@jit
-def add(
-    weights: Array, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
-    outliers: Array, kinds: tuple[int, int, int], block_size: int, bits: int, offset: np.float32, per_channel: bool,
-    renormalize: bool, first: int, column: int, out: Array,
-) -> None:  # fmt: skip
-    """Add values times ``weights[heads, rows, columns]`` to ``out[heads, rows, D]``."""
-    heads, rows, head_dim = out.shape
-    tokens = packed.shape[0] // heads
-    shape = (RUN, -(-head_dim // 8) * 8)  # rows of packed codes are whole bytes
-    codes, panel = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
-    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-    gain, square, weight = np.empty(RUN), np.empty(RUN), np.empty((rows, RUN), np.float32)
-    total = np.empty((rows, head_dim), np.float32)
-    factors, scales = widened(factor, kinds[0]), widened(scale, kinds[1])
-    zeros, kept = widened(zero, kinds[1]), widened(outliers, kinds[2])
-    for h in range(heads):
-        t = first
-        while t < tokens:
-            count, _ = read_run(
-                h, t, first, tokens, packed, factors, scales, zeros, index, kept, block_size,
-                bits, offset, per_channel, renormalize, codes, panel, slope, level, square, gain,
-            )  # fmt: skip
-            at = column + t - first
-            for r in range(rows):
-                given = weights[h, r, at : at + count]
-                for k in range(count):
-                    weight[r, k] = np.float32(np.float64(given[k]) * gain[k])
-            add_weighted(weight, panel, count, total)
-            for r in range(rows):
-                gained = sum_of(weight[r], count)
-                if np.isfinite(gained) and np.isfinite(sum_of(total[r], head_dim)):
-                    for j in range(head_dim):
-                        coded = np.float64(slope[j]) * np.float64(total[r, j])
-                        out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
-                else:
-                    plain_add(weights[h, r, at : at + count], gain, panel, slope, level, out[h, r])
-            t += count
+            out[h, r, j] += weight * y
 
 
 @jit_sum
-def sum_of(values: Array, count: int) -> np.float32:
-    """The first ``count``, added up."""
+def sum_of(values: Array) -> np.float32:
+    """All of them, added up."""
     total = np.float32(0)
-    for i in range(count):
+    for i in range(values.shape[0]):
         total += values[i]
     return total
+
+
+# --- all tokens of a piece -----------------------------------------------------------------------
+
+
+@jit
+def visit(
+    query: Array, scores: Array, out: Array, packed: Array, factor: Array, scale: Array,
+    zero: Array, index: Array, outliers: Array, kinds: tuple[int, int, int], block_size: int,
+    bits: int, offset: np.float32, per_channel: bool, renormalize: bool, first: int, column: int,
+) -> None:  # fmt: skip
+    """Take the tokens of a piece, for some heads, from token ``first`` of each on.
+
+    Write their products with ``query[heads, rows, D]`` into ``scores[heads, rows, columns]``, the
+    first into column ``column``; or, if there is an ``out[heads, rows, D]``, add them to it, the
+    scores being their weights. Heads lie one behind the other: ``packed[heads * T, row_bytes]``,
+    and so on.
+    """
+    heads, rows = scores.shape[:2]
+    adds = out.shape[0] > 0
+    head_dim = out.shape[2] if adds else query.shape[2]
+    tokens = packed.shape[0] // heads
+    blocks = -(-tokens // block_size)
+    factors, scales = widened(factor, kinds[0]), widened(scale, kinds[1])
+    zeros, kept = widened(zero, kinds[1]), widened(outliers, kinds[2])
+    shape = (RUN, -(-head_dim // 8) * 8)  # rows of packed codes are whole bytes
+    codes, panel = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+    square, gain = np.empty(RUN), np.empty(RUN)
+    product, total = np.empty((rows, RUN), np.float32), np.empty((rows, head_dim), np.float32)
+    constant = np.empty(rows, np.float32)
+    for h in range(heads):
+        t = first
+        while t < tokens:
+            count = min(RUN, block_size - t % block_size, tokens - t)
+            block, token, at = h * blocks + t // block_size, h * tokens + t, column + t - first
+            set_panel(
+                token, count, head_dim, block, packed, scales, zeros, index, kept, bits, offset,
+                per_channel, codes, panel,
+            )  # fmt: skip
+            begins = t == first or t % block_size == 0
+            if begins:
+                set_channels(block, scales, zeros, index, per_channel, slope, level)
+            set_gains(token, count, factors, renormalize, panel, slope, level, square, gain)
+            if adds:
+                add(scores, h, at, count, gain, panel, slope, level, product, total, out)
+            else:
+                if begins:
+                    fold(query, h, slope, level, total, constant)
+                score(
+                    query, h, at, count, gain, panel, slope, level, total, constant, product,
+                    scores,
+                )  # fmt: skip
+            t += count
+
+
+@jit_exact
+def score(
+    query: Array, h: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
+    level: Array, folded: Array, constant: Array, product: Array, scores: Array,
+) -> None:  # fmt: skip
+    """Write the scores of a run."""
+    multiply(folded, panel, count, product)
+    for r in range(scores.shape[1]):
+        written = scores[h, r, at : at + count]
+        scale_products(product, r, constant, gain, written)
+        if not np.isfinite(sum_of(written)):
+            for k in range(count):
+                if not np.isfinite(written[k]):
+                    written[k] = plain_score(query, h, r, panel, k, slope, level, gain[k])
+
+
+@jit_exact
+def add(
+    weights: Array, h: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
+    level: Array, weight: Array, total: Array, out: Array,
+) -> None:  # fmt: skip
+    """Add the tokens of a run, times their weights."""
+    for r in range(weights.shape[1]):
+        given = weights[h, r, at : at + count]
+        for k in range(count):
+            weight[r, k] = np.float32(np.float64(given[k]) * gain[k])
+    add_weighted(weight, panel, count, total)
+    for r in range(weights.shape[1]):
+        gained = sum_of(weight[r, :count])
+        if np.isfinite(gained) and np.isfinite(sum_of(total[r])):
+            for j in range(out.shape[2]):
+                coded = np.float64(slope[j]) * np.float64(total[r, j])
+                out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
+        else:
+            plain_add(weights, h, r, at, count, gain, panel, slope, level, out)
 
 
 def run(work: Callable[..., None], tasks: int, products: int, *arguments: Any) -> None:

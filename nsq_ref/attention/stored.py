@@ -64,8 +64,10 @@ class PreparedPiece:
     form: Form | None
 
     @functools.cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """All tokens as kernels take them."""
+    def arguments(self) -> tuple[Any, ...] | None:
+        """All blocks as kernels take them, if they can be taken where they are."""
+        if self.form is None or not all(part.flags.c_contiguous for part in self.arrays):
+            return None
         return _arguments(self.arrays, self.form)
 
 
@@ -128,13 +130,15 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
         scheme.separate_norm and scheme.magnitude == "norm",
     )
     # What the scheme does not store may be anything.
+    factor = block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32)
+    none = np.zeros((kv_heads, tokens, 0), np.float32)
     arrays = (
         block.codes,
-        (block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32))[..., None],
+        factor[..., None],
         block.scale,
-        block.zero[:, :, :0] if scheme.symmetric else block.zero,
-        block.outlier_index if scheme.outlier_channels else block.outlier_index[:, :, :0],
-        block.outliers if scheme.outlier_channels else block.outliers[:, :, :0],
+        block.scale[:, :, :0] if scheme.symmetric else block.zero,
+        block.outlier_index if scheme.outlier_channels else none.astype(np.int32),
+        block.outliers if scheme.outlier_channels else none,
     )
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, form)
 
@@ -288,7 +292,8 @@ class _Span(NamedTuple):
                 ones[:, None, :0], index, tokens,
             )  # fmt: skip
             return *_arguments(parts, form), 0, column
-        if (heads.stop - heads.start, first, last) == (piece.kv_heads, 0, piece.tokens):
+        whole = (heads.stop - heads.start, first, last) == (piece.kv_heads, 0, piece.tokens)
+        if whole and piece.arguments is not None:
             return *piece.arguments, 0, column
         codes, factor, scale, zero, index, outliers = piece.arrays
         size = piece.form.block_size
@@ -311,7 +316,8 @@ def _arguments(parts: tuple[Array, ...], form: Form) -> tuple[Any, ...]:
     floats = (factor, scale, zero, outliers)
     kinds = tuple(FLOATS.index(part.dtype) for part in (factor, scale, outliers))
     factor, scale, zero, outliers = (_joined(part).view(np.uint16) for part in floats)
-    return _joined(codes), factor.reshape(1, -1), scale, zero, _joined(index), outliers, kinds, *form
+    factor = factor.reshape(1, -1)
+    return _joined(codes), factor, scale, zero, _joined(index), outliers, kinds, *form
 
 
 def _joined(part: Array) -> Array:

@@ -34,7 +34,7 @@ __all__ = ["run", "visit"]
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-RUN = 128  # most tokens of a panel; even
+RUN = 128  # most tokens of a panel, which then fits a core's own cache; even
 SERIAL_PRODUCTS = 1 << 22  # below this, starting a thread costs more than it saves
 LEAST, MOST_SQUARE = np.float32(2.0**-90), np.float32(2.0**120)  # squared lengths float32 can tell
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # how floats are stored
@@ -95,7 +95,8 @@ def float16_of(bits: np.uint32) -> np.float32:
 
 
 # --- a run of tokens -----------------------------------------------------------------------------
-# Inside loops arrays are indexed, not sliced: a slice counts references, which waits for memory.
+# Rows are indexed, not sliced, as slices and calls count references to arrays: little for a run,
+# much for a token.
 
 
 @jit_exact
@@ -175,9 +176,7 @@ def set_squares(panel: Array, count: int, slope: Array, level: Array, square: Ar
 
 
 @jit_sum
-def fold(
-    query: Array, h: int, slope: Array, level: Array, folded: Array, constant: Array
-) -> None:
+def fold(query: Array, h: int, slope: Array, level: Array, folded: Array, constant: Array) -> None:
     """Queries of a head times slopes, and what levels add to each of their products."""
     for r in range(query.shape[1]):
         total = np.float32(0)
@@ -233,10 +232,11 @@ def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
     together, pairs = rows // 4 * 4, count // 2 * 2
     for k in range(0, pairs, 2):
         for r in range(0, together, 4):
+            m = k + 1
             a, b, c, d = weight[r, k], weight[r + 1, k], weight[r + 2, k], weight[r + 3, k]
-            e, f, g, h = weight[r, k + 1], weight[r + 1, k + 1], weight[r + 2, k + 1], weight[r + 3, k + 1]
+            e, f, g, h = weight[r, m], weight[r + 1, m], weight[r + 2, m], weight[r + 3, m]
             for j in range(head_dim):
-                x, y = panel[k, j], panel[k + 1, j]
+                x, y = panel[k, j], panel[m, j]
                 total[r, j] += a * x + e * y
                 total[r + 1, j] += b * x + f * y
                 total[r + 2, j] += c * x + g * y
@@ -315,8 +315,9 @@ def visit(
     codes, panel = np.empty(shape, np.uint8), np.empty(shape, np.float32)
     slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
     square, gain = np.empty(RUN), np.empty(RUN)
-    product, total = np.empty((rows, RUN), np.float32), np.empty((rows, head_dim), np.float32)
-    constant = np.empty(rows, np.float32)
+    product, constant = np.empty((rows, RUN), np.float32), np.empty(rows, np.float32)
+    folded = np.empty((rows, head_dim), np.float32)
+    weight, total = np.empty((rows, RUN), np.float32), np.empty((rows, head_dim), np.float32)
     for h in range(heads):
         t = first
         while t < tokens:
@@ -331,12 +332,12 @@ def visit(
                 set_channels(block, scales, zeros, index, per_channel, slope, level)
             set_gains(token, count, factors, renormalize, panel, slope, level, square, gain)
             if adds:
-                add(scores, h, at, count, gain, panel, slope, level, product, total, out)
+                add(scores, h, at, count, gain, panel, slope, level, weight, total, out)
             else:
                 if begins:
-                    fold(query, h, slope, level, total, constant)
+                    fold(query, h, slope, level, folded, constant)
                 score(
-                    query, h, at, count, gain, panel, slope, level, total, constant, product,
+                    query, h, at, count, gain, panel, slope, level, folded, constant, product,
                     scores,
                 )  # fmt: skip
             t += count

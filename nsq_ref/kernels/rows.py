@@ -152,9 +152,7 @@ def pack_row(codes: Array, head_dim: int, bits: int, out: Array, t: int) -> None
 
 
 @jit_row
-def unpack_row(
-    packed: Array, t: int, head_dim: int, bits: int, codes: Array, at: int
-) -> None:
+def unpack_row(packed: Array, t: int, head_dim: int, bits: int, codes: Array, at: int) -> None:
     """The inverse of `pack_row`, into ``codes[at]``; the offset stays added."""
     if bits == 8:
         for j in range(head_dim):

@@ -143,14 +143,17 @@ def set_channels(
 
 @jit_exact
 def set_gains(
-    t: int, count: int, factor: Array, renormalize: bool, panel: Array, slope: Array,
+    t: int, count: int, factor: Array, renormalize: bool, levels: bool, panel: Array, slope: Array,
     level: Array, square: Array, gain: Array,
 ) -> None:  # fmt: skip
     """The stored factor of each token; with M1 over the length of its direction."""
     for k in range(count):
         gain[k] = factor[0, t + k]
     if renormalize:
-        set_squares(panel, count, slope, level, square)
+        if levels:
+            set_squares(panel, count, slope, level, square)
+        else:
+            set_squares_without_level(panel, count, slope, square)
         for k in range(count):
             if not LEAST < square[k] < MOST_SQUARE:
                 square[k] = 0
@@ -168,6 +171,17 @@ def set_squares(panel: Array, count: int, slope: Array, level: Array, square: Ar
         total = np.float32(0)
         for j in range(slope.shape[0]):
             y = panel[k, j] * slope[j] + level[j]
+            total += y * y
+        square[k] = total
+
+
+@jit_sum
+def set_squares_without_level(panel: Array, count: int, slope: Array, square: Array) -> None:
+    """The same where all levels are 0: what may be fused is no part of a direction."""
+    for k in range(count):
+        total = np.float32(0)
+        for j in range(slope.shape[0]):
+            y = panel[k, j] * slope[j]
             total += y * y
         square[k] = total
 
@@ -226,9 +240,7 @@ def scale_products(dot: Array, r: int, constant: Array, gain: Array, out: Array)
 def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
     """Set ``total[rows, D]`` to the tokens of a panel, times their weights of each row."""
     rows, head_dim = total.shape
-    for r in range(rows):
-        for j in range(head_dim):
-            total[r, j] = 0
+    total[:] = 0
     together, pairs = rows // 4 * 4, count // 2 * 2
     for k in range(0, pairs, 2):
         for r in range(0, together, 4):
@@ -309,6 +321,7 @@ def visit(
     head_dim = out.shape[2] if adds else query.shape[2]
     tokens = packed.shape[0] // heads
     blocks = -(-tokens // block_size)
+    levels = per_channel and zero.shape[1] > 0  # else they are all 0
     factors, scales = widened(factor, kinds[0]), widened(scale, kinds[1])
     zeros, kept = widened(zero, kinds[1]), widened(outliers, kinds[2])
     shape = (RUN, -(-head_dim // 8) * 8)  # rows of packed codes are whole bytes
@@ -330,7 +343,7 @@ def visit(
             begins = t == first or t % block_size == 0
             if begins:
                 set_channels(block, scales, zeros, index, per_channel, slope, level)
-            set_gains(token, count, factors, renormalize, panel, slope, level, square, gain)
+            set_gains(token, count, factors, renormalize, levels, panel, slope, level, square, gain)
             if adds:
                 add(scores, h, at, count, gain, panel, slope, level, weight, total, out)
             else:

@@ -40,6 +40,9 @@ LEAST, MOST_SQUARE = np.float32(2.0**-90), np.float32(2.0**120)  # squared lengt
 FLOAT32, FLOAT16, BFLOAT16 = range(3)  # how floats are stored
 LOW, HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)  # halves of a float32
 MOST = float(np.finfo(np.float32).max)
+# Of what only kernels call: in line, as a call counts references to arrays, and, to compile less,
+# not to be called from Python.
+WITHIN = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def jit(function: _Function) -> _Function:
@@ -49,17 +52,17 @@ def jit(function: _Function) -> _Function:
 
 def jit_sum(function: _Function) -> _Function:
     """Compile sums that may be reordered and fused."""
-    return compiled(function, forceinline=True, fastmath={"reassoc", "contract"})
+    return compiled(function, **WITHIN, fastmath={"reassoc", "contract"})
 
 
 def jit_exact(function: _Function) -> _Function:
     """Compile what rounds as it is written."""
-    return compiled(function, forceinline=True, fastmath=False)
+    return compiled(function, **WITHIN, fastmath=False)
 
 
 def jit_square(function: _Function) -> _Function:
     """Compile sums that may be reordered, of terms that round as they are written."""
-    return compiled(function, forceinline=True, fastmath={"reassoc"})
+    return compiled(function, **WITHIN, fastmath={"reassoc"})
 
 
 # --- floats --------------------------------------------------------------------------------------
@@ -240,7 +243,9 @@ def scale_products(dot: Array, r: int, constant: Array, gain: Array, out: Array)
 def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
     """Set ``total[rows, D]`` to the tokens of a panel, times their weights of each row."""
     rows, head_dim = total.shape
-    total[:] = 0
+    for r in range(rows):
+        for j in range(head_dim):
+            total[r, j] = 0
     together, pairs = rows // 4 * 4, count // 2 * 2
     for k in range(0, pairs, 2):
         for r in range(0, together, 4):
@@ -344,53 +349,33 @@ def visit(
             if begins:
                 set_channels(block, scales, zeros, index, per_channel, slope, level)
             set_gains(token, count, factors, renormalize, levels, panel, slope, level, square, gain)
-            if adds:
-                add(scores, h, at, count, gain, panel, slope, level, weight, total, out)
-            else:
+            if not adds:
                 if begins:
                     fold(query, h, slope, level, folded, constant)
-                score(
-                    query, h, at, count, gain, panel, slope, level, folded, constant, product,
-                    scores,
-                )  # fmt: skip
+                multiply(folded, panel, count, product)
+                for r in range(rows):
+                    written = scores[h, r, at : at + count]
+                    scale_products(product, r, constant, gain, written)
+                    if not np.isfinite(sum_of(written)):
+                        for k in range(count):
+                            if not np.isfinite(written[k]):
+                                y = plain_score(query, h, r, panel, k, slope, level, gain[k])
+                                written[k] = y
+            else:
+                for r in range(rows):
+                    given = scores[h, r, at : at + count]
+                    for k in range(count):
+                        weight[r, k] = np.float32(np.float64(given[k]) * gain[k])
+                add_weighted(weight, panel, count, total)
+                for r in range(rows):
+                    gained = sum_of(weight[r, :count])
+                    if np.isfinite(gained) and np.isfinite(sum_of(total[r])):
+                        for j in range(head_dim):
+                            coded = np.float64(slope[j]) * np.float64(total[r, j])
+                            out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
+                    else:
+                        plain_add(scores, h, r, at, count, gain, panel, slope, level, out)
             t += count
-
-
-@jit_exact
-def score(
-    query: Array, h: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
-    level: Array, folded: Array, constant: Array, product: Array, scores: Array,
-) -> None:  # fmt: skip
-    """Write the scores of a run."""
-    multiply(folded, panel, count, product)
-    for r in range(scores.shape[1]):
-        written = scores[h, r, at : at + count]
-        scale_products(product, r, constant, gain, written)
-        if not np.isfinite(sum_of(written)):
-            for k in range(count):
-                if not np.isfinite(written[k]):
-                    written[k] = plain_score(query, h, r, panel, k, slope, level, gain[k])
-
-
-@jit_exact
-def add(
-    weights: Array, h: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
-    level: Array, weight: Array, total: Array, out: Array,
-) -> None:  # fmt: skip
-    """Add the tokens of a run, times their weights."""
-    for r in range(weights.shape[1]):
-        given = weights[h, r, at : at + count]
-        for k in range(count):
-            weight[r, k] = np.float32(np.float64(given[k]) * gain[k])
-    add_weighted(weight, panel, count, total)
-    for r in range(weights.shape[1]):
-        gained = sum_of(weight[r, :count])
-        if np.isfinite(gained) and np.isfinite(sum_of(total[r])):
-            for j in range(out.shape[2]):
-                coded = np.float64(slope[j]) * np.float64(total[r, j])
-                out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
-        else:
-            plain_add(weights, h, r, at, count, gain, panel, slope, level, out)
 
 
 def run(work: Callable[..., None], tasks: int, products: int, *arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ __all__ = ["Piece", "PreparedPiece", "attend_quantized", "prepare"]
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
 
+FLOATS = tuple(FLOAT_DTYPES[name] for name in ("float32", "float16", "bfloat16"))  # for kernels
+NO_SUMS = np.empty((0, 0, 0))
 SCORE_BYTES = 1 << 26  # queries are taken in chunks whose scores need no more
 MOST = float(np.finfo(np.float32).max)
 
@@ -59,6 +62,13 @@ class PreparedPiece:
     source: Array | spec.Block
     arrays: tuple[Array, ...]
     form: Form | None
+
+    @functools.cached_property
+    def arguments(self) -> tuple[Any, ...] | None:
+        """All blocks as kernels take them, if they can be taken where they are."""
+        if self.form is None or not all(part.flags.c_contiguous for part in self.arrays):
+            return None
+        return _arguments(self.arrays, self.form)
 
 
 Piece = Array | spec.Block | PreparedPiece
@@ -120,13 +130,14 @@ def prepare(source: Piece, scheme: Scheme | str, head_dim: int) -> PreparedPiece
         scheme.separate_norm and scheme.magnitude == "norm",
     )
     # What the scheme does not store may be anything.
+    factor = block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32)
     none = np.zeros((kv_heads, tokens, 0), np.float32)
     arrays = (
         block.codes,
-        block.norm if scheme.separate_norm else np.ones((kv_heads, tokens), np.float32),
+        factor[..., None],
         block.scale,
-        np.zeros_like(block.scale) if scheme.symmetric else block.zero,
-        block.outlier_index if scheme.outlier_channels else none,
+        block.scale[:, :, :0] if scheme.symmetric else block.zero,
+        block.outlier_index if scheme.outlier_channels else none.astype(np.int32),
         block.outliers if scheme.outlier_channels else none,
     )
     return PreparedPiece(kv_heads, tokens, head_dim, source, arrays, form)
@@ -236,8 +247,8 @@ def attend_quantized(
         seen = scores[:, :, : high - low]
         products = count * kv_heads * (high - low)
         spans = _spans(key_pieces, low, high)
-        each, tasks = [scores] * len(spans), len(spans) * kv_heads
-        kernels.run(_work, tasks, products * head_dim, kernels.score, spans, some, each)
+        tasks = len(spans) * kv_heads
+        kernels.run(_work, tasks, products * head_dim, kernels.visit, spans, some, scores, None)
         mask = None
         if stop - start > 1:
             visible = visible_tokens(tokens, query_tokens, causal, window, start, stop, low, high)
@@ -247,7 +258,7 @@ def attend_quantized(
             shown[:, start:stop, :, low:high] = seen.reshape(kv_heads, -1, group, high - low)
         spans = _spans(value_pieces, low, high)
         parts, tasks = np.zeros((len(spans), kv_heads, count, value_dim)), len(spans) * kv_heads
-        kernels.run(_work, tasks, products * value_dim, kernels.add, spans, scores, parts)
+        kernels.run(_work, tasks, products * value_dim, kernels.visit, spans, some, scores, parts)
         total = parts.sum(axis=0).reshape(kv_heads, stop - start, group, value_dim)
         output[:, start:stop] = np.clip(total, -MOST, MOST)
     return (
@@ -268,35 +279,53 @@ class _Span(NamedTuple):
     column: int
 
     def read(self, heads: slice) -> tuple[Any, ...]:
-        """Return what kernels take between queries, or weights, and what they write.
-
-        Floats are widened, arrays made contiguous and codes read-only: Numba compiles once.
-        """
+        """Return what kernels take between queries, or weights, and what they write."""
         piece, first, last, column = self
         if piece.form is None:  # unquantized: outliers in all channels
-            tokens = _widened(piece.arrays[0][heads, first:last])
+            tokens = piece.arrays[0][heads, first:last]
             count, size, head_dim = tokens.shape
-            codes, ones = np.empty((count, size, 0), np.uint8), np.ones((count, size), np.float32)
-            scale = np.ones((count, 1, head_dim), np.float32)
+            ones = np.ones((count, size + head_dim), np.float32)
             index = np.tile(np.arange(head_dim, dtype=np.int32), (count, 1, 1))
             form = Form(size, 8, np.float32(0), True, False)
-            return _read_only(codes), ones, scale, scale, index, tokens, *form, 0, column
-        codes, norm, scale, zero, index, outliers = piece.arrays
+            parts = (
+                np.empty((count, size, 0), np.uint8), ones[:, :size, None], ones[:, None, size:],
+                ones[:, None, :0], index, tokens,
+            )  # fmt: skip
+            return *_arguments(parts, form), 0, column
+        whole = (heads.stop - heads.start, first, last) == (piece.kv_heads, 0, piece.tokens)
+        if whole and piece.arguments is not None:
+            return *piece.arguments, 0, column
+        codes, factor, scale, zero, index, outliers = piece.arrays
         size = piece.form.block_size
         blocks = slice(first // size, -(-last // size))
         some = slice(blocks.start * size, last)
         scales = blocks if piece.form.per_channel else some
-        return (
-            _read_only(codes[heads, some]),
-            _widened(norm[heads, some]),
-            _widened(scale[heads, scales]),
-            _widened(zero[heads, scales]),
-            np.array(index[heads, blocks], np.int32, order="C"),
-            _widened(outliers[heads, some]),
-            *piece.form,
-            first - some.start,
-            column,
-        )
+        parts = (
+            codes[heads, some], factor[heads, some], scale[heads, scales], zero[heads, scales],
+            index[heads, blocks], outliers[heads, some],
+        )  # fmt: skip
+        return *_arguments(parts, piece.form), first - some.start, column
+
+
+def _arguments(parts: tuple[Array, ...], form: Form) -> tuple[Any, ...]:
+    """Return arrays as kernels take them: Numba compiles once.
+
+    Heads lie one behind the other, all is contiguous and read-only, and floats are given as bits.
+    """
+    codes, factor, scale, zero, index, outliers = parts
+    floats = (factor, scale, zero, outliers)
+    kinds = tuple(FLOATS.index(part.dtype) for part in (factor, scale, outliers))
+    factor, scale, zero, outliers = (_joined(part).view(np.uint16) for part in floats)
+    factor = factor.reshape(1, -1)
+    return _joined(codes), factor, scale, zero, _joined(index), outliers, kinds, *form
+
+
+def _joined(part: Array) -> Array:
+    """Join the first two axes."""
+    heads, rows, columns = part.shape
+    joined = np.ascontiguousarray(part).reshape(heads * rows, columns)
+    joined.flags.writeable = False
+    return joined
 
 
 def _spans(pieces: Sequence[PreparedPiece], low: int, high: int) -> list[_Span]:
@@ -315,25 +344,20 @@ def _work(
     last: int,
     kernel: Callable[..., None],
     spans: Sequence[_Span],
-    given: Float32,
-    out: Sequence[Array],
+    query: Float32,
+    scores: Float32,
+    parts: Array | None,
 ) -> None:
-    """Let a kernel do tasks [first, last), each a head of a span, whose result is in ``out``."""
-    kv_heads = len(given)
+    """Let a kernel do tasks [first, last), each a head of a span, whose sums are one of ``parts``.
+
+    Without ``parts`` scores are written.
+    """
+    kv_heads = len(query)
     for i in range(first // kv_heads, -(-last // kv_heads)):
         start = i * kv_heads
         heads = slice(max(first - start, 0), min(last - start, kv_heads))
-        kernel(given[heads], *spans[i].read(heads), out[i][heads])
-
-
-def _widened(part: Array) -> Float32:
-    return np.array(part, np.float32, order="C")
-
-
-def _read_only(codes: Array) -> Array:
-    view: Array = np.ascontiguousarray(codes).view()
-    view.flags.writeable = False
-    return view
+        out = NO_SUMS if parts is None else parts[i, heads]
+        kernel(query[heads], scores[heads], out, *spans[i].read(heads))
 
 
 def _softmax(

@@ -17,6 +17,7 @@ in float64. A run is added up in float32, runs in float64.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,15 +29,20 @@ from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import fill_scale_row, unpack_row
 from nsq_ref.kernels.threads import in_shares
 
-__all__ = ["add", "run", "score"]
+__all__ = ["run", "visit"]
 
 Array = npt.NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-RUN = 64  # most tokens of a panel; even
+RUN = 128  # most tokens of a panel, which then fits a core's own cache; even
 SERIAL_PRODUCTS = 1 << 22  # below this, starting a thread costs more than it saves
 LEAST, MOST_SQUARE = np.float32(2.0**-90), np.float32(2.0**120)  # squared lengths float32 can tell
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # how floats are stored
+LOW, HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)  # halves of a float32
 MOST = float(np.finfo(np.float32).max)
+# Of what only kernels call: in line, as a call counts references to arrays, and, to compile less,
+# not to be called from Python.
+WITHIN = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def jit(function: _Function) -> _Function:
@@ -46,51 +52,79 @@ def jit(function: _Function) -> _Function:
 
 def jit_sum(function: _Function) -> _Function:
     """Compile sums that may be reordered and fused."""
-    return compiled(function, fastmath={"reassoc", "contract"})
+    return compiled(function, **WITHIN, fastmath={"reassoc", "contract"})
 
 
 def jit_exact(function: _Function) -> _Function:
     """Compile what rounds as it is written."""
-    return compiled(function, fastmath=False)
+    return compiled(function, **WITHIN, fastmath=False)
 
 
 def jit_square(function: _Function) -> _Function:
     """Compile sums that may be reordered, of terms that round as they are written."""
-    return compiled(function, fastmath={"reassoc"})
+    return compiled(function, **WITHIN, fastmath={"reassoc"})
 
 
-# --- a run of tokens -----------------------------------------------------------------------------
+# --- floats --------------------------------------------------------------------------------------
 
 
 @jit_exact
-def unpack_run(first: int, count: int, packed: Array, head_dim: int, bits: int, row: Array) -> None:
-    """Codes of ``count`` tokens (P1), one behind the other."""
-    for k in range(count):  # a row may reach into the next, which is yet to come
-        unpack_row(packed, first + k, head_dim, bits, row[k * head_dim :])
+def widened(units: Array, kind: int) -> Array:
+    """Floats that are given in units of 16 bits, as Numba knows neither float16 nor bfloat16."""
+    rows, columns = units.shape
+    if kind == FLOAT32:
+        columns //= 2
+    wide = np.empty((rows, columns), np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            if kind == FLOAT32:
+                high = np.uint32(units[i, 2 * j + HIGH]) << np.uint32(16)
+                wide[i, j] = np.uint32(high | units[i, 2 * j + LOW]).view(np.float32)
+            elif kind == BFLOAT16:
+                wide[i, j] = np.uint32(np.uint32(units[i, j]) << np.uint32(16)).view(np.float32)
+            else:
+                wide[i, j] = float16_of(np.uint32(units[i, j]))
+    return wide
+
+
+@jit_exact
+def float16_of(bits: np.uint32) -> np.float32:
+    """The value that these bits mean."""
+    magnitude = np.uint32(bits & np.uint32(0x7FFF))
+    special = np.uint32(0x70000000) if magnitude >= 0x7C00 else np.uint32(0)  # infinite, or NaN
+    sign = np.uint32(bits & np.uint32(0x8000)) << np.uint32(16)
+    shifted = np.uint32(sign | (magnitude << np.uint32(13)) | special)
+    return shifted.view(np.float32) * np.float32(2.0**112)
+
+
+# --- a run of tokens -----------------------------------------------------------------------------
+# Rows are indexed, not sliced, as slices and calls count references to arrays: little for a run,
+# much for a token.
 
 
 @jit_exact
 def set_panel(
-    first: int, packed: Array, scale: Array, zero: Array, index: Array, outliers: Array, bits: int,
-    offset: np.float32, per_channel: bool, row: Array, flat: Array, panel: Array,
+    t: int, count: int, head_dim: int, block: int, packed: Array, scale: Array, zero: Array,
+    index: Array, outliers: Array, bits: int, offset: np.float32, per_channel: bool, codes: Array,
+    panel: Array,
 ) -> None:  # fmt: skip
-    """Fill ``panel[n, D]`` with tokens from ``first`` on, ``index`` being their outlier channels.
-
-    ``flat`` is the same memory: one long loop is quicker than a short one for each token.
-    """
-    count, head_dim = panel.shape
+    """Fill ``panel[:count]`` with tokens from ``t`` on; ``codes`` has the same shape."""
     if packed.shape[1]:
-        unpack_run(first, count, packed, head_dim, bits, row)
-        for i in range(count * head_dim):
-            flat[i] = np.float32(row[i]) - offset
+        for k in range(count):
+            unpack_row(packed, t + k, head_dim, bits, codes, k)
+        # One long loop is quicker than a short one for each token.
+        flat, flat_codes = panel.reshape(-1), codes.reshape(-1)
+        for i in range(count * panel.shape[1]):
+            flat[i] = np.float32(flat_codes[i]) - offset
         if not per_channel:
             for k in range(count):
-                step, base = scale[first + k, 0], zero[first + k, 0]
+                step = scale[t + k, 0]
+                base = zero[t + k, 0] if zero.shape[1] else np.float32(0)
                 for j in range(head_dim):
                     panel[k, j] = panel[k, j] * step + base
     for k in range(count):
-        for i in range(index.shape[0]):
-            panel[k, index[i]] = outliers[first + k, i]
+        for i in range(index.shape[1]):
+            panel[k, index[block, i]] = outliers[t + k, i]
 
 
 @jit_exact
@@ -99,78 +133,73 @@ def set_channels(
     level: Array,
 ) -> None:  # fmt: skip
     """Slopes and levels of a block."""
-    slope[:] = 1
-    level[:] = 0
+    for j in range(slope.shape[0]):
+        slope[j], level[j] = 1, 0
     if per_channel:
         fill_scale_row(scale, block, slope)
-        fill_scale_row(zero, block, level)
-        for j in index:
+        if zero.shape[1]:
+            fill_scale_row(zero, block, level)
+        for i in range(index.shape[1]):
+            j = index[block, i]
             slope[j], level[j] = 1, 0
 
 
 @jit_exact
 def set_gains(
-    first: int, factor: Array, renormalize: bool, panel: Array, slope: Array, level: Array,
-    gain: Array,
+    t: int, count: int, factor: Array, renormalize: bool, levels: bool, panel: Array, slope: Array,
+    level: Array, square: Array, gain: Array,
 ) -> None:  # fmt: skip
     """The stored factor of each token; with M1 over the length of its direction."""
-    for k in range(panel.shape[0]):
-        gain[k] = factor[first + k]
-        if renormalize:
-            square = np.float64(squared_length(panel, k, slope, level))
-            if not LEAST < square < MOST_SQUARE:
-                square = 0.0
-                for j in range(panel.shape[1]):
+    for k in range(count):
+        gain[k] = factor[0, t + k]
+    if renormalize:
+        if levels:
+            set_squares(panel, count, slope, level, square)
+        else:
+            set_squares_without_level(panel, count, slope, square)
+        for k in range(count):
+            if not LEAST < square[k] < MOST_SQUARE:
+                square[k] = 0
+                for j in range(slope.shape[0]):
                     y = np.float64(panel[k, j] * slope[j] + level[j])
-                    square += y * y
-            gain[k] = gain[k] / np.sqrt(square) if square > 0 else 0.0
+                    square[k] += y * y
+        for k in range(count):
+            gain[k] = gain[k] / np.sqrt(square[k]) if square[k] > 0 else 0.0
 
 
 @jit_square
-def squared_length(panel: Array, k: int, slope: Array, level: Array) -> np.float32:
-    """Squares of a direction that is rounded as D1 says, so that what cancels there does here."""
-    total = np.float32(0)
-    for j in range(panel.shape[1]):
-        y = panel[k, j] * slope[j] + level[j]
-        total += y * y
-    return total
+def set_squares(panel: Array, count: int, slope: Array, level: Array, square: Array) -> None:
+    """Squares of directions that are rounded as D1 says, so that what cancels there does here."""
+    for k in range(count):
+        total = np.float32(0)
+        for j in range(slope.shape[0]):
+            y = panel[k, j] * slope[j] + level[j]
+            total += y * y
+        square[k] = total
 
 
-@jit_exact
-def read_run(
-    t: int, first: int, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
-    outliers: Array, block_size: int, bits: int, offset: np.float32, per_channel: bool,
-    renormalize: bool, row: Array, flat: Array, slope: Array, level: Array, gains: Array,
-) -> tuple[int, bool]:  # fmt: skip
-    """Read a run of one head, from token ``t`` on, into ``flat`` and ``gains``.
-
-    Returns how many tokens it has, and whether slopes and levels are new: it is the first, or the
-    first of its block.
-    """
-    block = t // block_size
-    count = min(RUN, (block + 1) * block_size - t, packed.shape[0] - t)
-    panel = flat.reshape(RUN, slope.shape[0])[:count]
-    set_panel(
-        t, packed, scale, zero, index[block], outliers, bits, offset, per_channel, row, flat, panel
-    )
-    begins = t == first or t % block_size == 0
-    if begins:
-        set_channels(block, scale, zero, index[block], per_channel, slope, level)
-    set_gains(t, factor, renormalize, panel, slope, level, gains[:count])
-    return count, begins
+@jit_sum
+def set_squares_without_level(panel: Array, count: int, slope: Array, square: Array) -> None:
+    """The same where all levels are 0: what may be fused is no part of a direction."""
+    for k in range(count):
+        total = np.float32(0)
+        for j in range(slope.shape[0]):
+            y = panel[k, j] * slope[j]
+            total += y * y
+        square[k] = total
 
 
 # --- sums over channels, and over tokens ---------------------------------------------------------
 
 
 @jit_sum
-def fold(query: Array, slope: Array, level: Array, folded: Array, constant: Array) -> None:
-    """Queries times slopes, and what levels add to each of their products."""
-    for r in range(query.shape[0]):
+def fold(query: Array, h: int, slope: Array, level: Array, folded: Array, constant: Array) -> None:
+    """Queries of a head times slopes, and what levels add to each of their products."""
+    for r in range(query.shape[1]):
         total = np.float32(0)
-        for j in range(query.shape[1]):
-            folded[r, j] = query[r, j] * slope[j]
-            total += query[r, j] * level[j]
+        for j in range(query.shape[2]):
+            folded[r, j] = query[h, r, j] * slope[j]
+            total += query[h, r, j] * level[j]
         constant[r] = total
 
 
@@ -204,25 +233,39 @@ def multiply(query: Array, panel: Array, count: int, dot: Array) -> None:
 
 
 @jit_sum
-def scale_products(dot: Array, constant: np.float32, gain: Array, out: Array) -> None:
+def scale_products(dot: Array, r: int, constant: Array, gain: Array, out: Array) -> None:
     """Scores of one row of queries with the tokens of a run."""
     for k in range(out.shape[0]):
-        out[k] = np.float32(gain[k] * np.float64(dot[k] + constant))
+        out[k] = np.float32(gain[k] * np.float64(dot[r, k] + constant[r]))
 
 
 @jit_sum
-def add_weighted(weight: Array, panel: Array, total: Array) -> None:
-    """Add all tokens of a panel, times their weights, to ``total[D]``."""
-    together = panel.shape[0] // 4 * 4
-    for k in range(0, together, 4):
-        a, b, c, d = weight[k], weight[k + 1], weight[k + 2], weight[k + 3]
-        for j in range(panel.shape[1]):
-            total[j] += (
-                a * panel[k, j] + b * panel[k + 1, j] + c * panel[k + 2, j] + d * panel[k + 3, j]
-            )
-    for k in range(together, panel.shape[0]):
-        for j in range(panel.shape[1]):
-            total[j] += weight[k] * panel[k, j]
+def add_weighted(weight: Array, panel: Array, count: int, total: Array) -> None:
+    """Set ``total[rows, D]`` to the tokens of a panel, times their weights of each row."""
+    rows, head_dim = total.shape
+    for r in range(rows):
+        for j in range(head_dim):
+            total[r, j] = 0
+    together, pairs = rows // 4 * 4, count // 2 * 2
+    for k in range(0, pairs, 2):
+        for r in range(0, together, 4):
+            m = k + 1
+            a, b, c, d = weight[r, k], weight[r + 1, k], weight[r + 2, k], weight[r + 3, k]
+            e, f, g, h = weight[r, m], weight[r + 1, m], weight[r + 2, m], weight[r + 3, m]
+            for j in range(head_dim):
+                x, y = panel[k, j], panel[m, j]
+                total[r, j] += a * x + e * y
+                total[r + 1, j] += b * x + f * y
+                total[r + 2, j] += c * x + g * y
+                total[r + 3, j] += d * x + h * y
+        for r in range(together, rows):
+            a, e = weight[r, k], weight[r, k + 1]
+            for j in range(head_dim):
+                total[r, j] += a * panel[k, j] + e * panel[k + 1, j]
+    for k in range(pairs, count):
+        for r in range(rows):
+            for j in range(head_dim):
+                total[r, j] += weight[r, k] * panel[k, j]
 
 
 # --- what left float32, in float64 ---------------------------------------------------------------
@@ -230,111 +273,109 @@ def add_weighted(weight: Array, panel: Array, total: Array) -> None:
 
 @jit_exact
 def plain_score(
-    query: Array, panel: Array, k: int, slope: Array, level: Array, gain: float
+    query: Array, h: int, r: int, panel: Array, k: int, slope: Array, level: Array, gain: float
 ) -> float:
     """One product; what float32 cannot hold becomes the largest that it can."""
     total = 0.0
-    for j in range(query.shape[0]):
+    for j in range(query.shape[2]):
         y = np.float64(slope[j]) * np.float64(panel[k, j]) + np.float64(level[j])
-        total += np.float64(query[j]) * y
+        total += np.float64(query[h, r, j]) * y
     return min(max(gain * total, -MOST), MOST)
 
 
 @jit_exact
 def plain_add(
-    weights: Array, gain: Array, panel: Array, slope: Array, level: Array, out: Array
-) -> None:
-    """Add the tokens of a run, times weights and gains, to ``out[D]``."""
-    for k in range(panel.shape[0]):
-        for j in range(panel.shape[1]):
+    weights: Array, h: int, r: int, at: int, count: int, gain: Array, panel: Array, slope: Array,
+    level: Array, out: Array,
+) -> None:  # fmt: skip
+    """Add the tokens of a run, times weights and gains, to one row of ``out``."""
+    for k in range(count):
+        weight = np.float64(weights[h, r, at + k]) * gain[k]
+        for j in range(out.shape[2]):
             y = np.float64(slope[j]) * np.float64(panel[k, j]) + np.float64(level[j])
-            out[j] += np.float64(weights[k]) * gain[k] * y
-
-
-# --- all tokens of a piece -----------------------------------------------------------------------
-# Both take some heads of a piece, ``packed[heads, T, row_bytes]`` and what belongs to them. They
-# work on its tokens from ``first`` on, which is in column ``column`` of scores and weights.
-
-
-@jit
-def score(
-    query: Array, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
-    outliers: Array, block_size: int, bits: int, offset: np.float32, per_channel: bool,
-    renormalize: bool, first: int, column: int, scores: Array,
-) -> None:  # fmt: skip
-    """Write the products of ``query[heads, rows, D]`` into ``scores[heads, rows, columns]``."""
-    rows, head_dim = query.shape[1:]
-    row, flat = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros(RUN * head_dim, np.float32)
-    panels = flat.reshape(RUN, head_dim)
-    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-    gains, constant = np.empty(RUN), np.empty(rows, np.float32)
-    folded, dot = np.empty((rows, head_dim), np.float32), np.empty((rows, RUN), np.float32)
-    for h in range(packed.shape[0]):
-        t = first
-        while t < packed.shape[1]:
-            count, begins = read_run(
-                t, first, packed[h], factor[h], scale[h], zero[h], index[h], outliers[h],
-                block_size, bits, offset, per_channel, renormalize, row, flat, slope, level, gains,
-            )  # fmt: skip
-            panel, gain = panels[:count], gains[:count]
-            if begins:
-                fold(query[h], slope, level, folded, constant)
-            multiply(folded, panels, count, dot)
-            at = column + t - first
-            for r in range(rows):
-                written = scores[h, r, at : at + count]
-                scale_products(dot[r], constant[r], gain, written)
-                if not np.isfinite(sum_of(written)):
-                    for k in range(count):
-                        if not np.isfinite(written[k]):
-                            written[k] = plain_score(query[h, r], panel, k, slope, level, gain[k])
-            t += count
-
-
-@jit
-def add(
-    weights: Array, packed: Array, factor: Array, scale: Array, zero: Array, index: Array,
-    outliers: Array, block_size: int, bits: int, offset: np.float32, per_channel: bool,
-    renormalize: bool, first: int, column: int, out: Array,
-) -> None:  # fmt: skip
-    """Add values times ``weights[heads, rows, columns]`` to ``out[heads, rows, D]``."""
-    rows, head_dim = out.shape[1:]
-    row, flat = np.zeros(RUN * head_dim + 7, np.uint8), np.zeros(RUN * head_dim, np.float32)
-    panels = flat.reshape(RUN, head_dim)
-    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-    gains, weight = np.empty(RUN), np.empty(RUN, np.float32)
-    total = np.empty(head_dim, np.float32)
-    for h in range(packed.shape[0]):
-        t = first
-        while t < packed.shape[1]:
-            count, _ = read_run(
-                t, first, packed[h], factor[h], scale[h], zero[h], index[h], outliers[h],
-                block_size, bits, offset, per_channel, renormalize, row, flat, slope, level, gains,
-            )  # fmt: skip
-            panel, gain = panels[:count], gains[:count]
-            for r in range(rows):
-                given = weights[h, r, column + t - first : column + t - first + count]
-                for k in range(count):
-                    weight[k] = np.float32(np.float64(given[k]) * gain[k])
-                total[:] = 0
-                add_weighted(weight, panel, total)
-                gained = sum_of(weight[:count])
-                if np.isfinite(gained) and np.isfinite(sum_of(total)):
-                    for j in range(head_dim):
-                        coded = np.float64(slope[j]) * np.float64(total[j])
-                        out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
-                else:
-                    plain_add(given, gain, panel, slope, level, out[h, r])
-            t += count
+            out[h, r, j] += weight * y
 
 
 @jit_sum
 def sum_of(values: Array) -> np.float32:
     """All of them, added up."""
     total = np.float32(0)
-    for value in values:
-        total += value
+    for i in range(values.shape[0]):
+        total += values[i]
     return total
+
+
+# --- all tokens of a piece -----------------------------------------------------------------------
+
+
+@jit
+def visit(
+    query: Array, scores: Array, out: Array, packed: Array, factor: Array, scale: Array,
+    zero: Array, index: Array, outliers: Array, kinds: tuple[int, int, int], block_size: int,
+    bits: int, offset: np.float32, per_channel: bool, renormalize: bool, first: int, column: int,
+) -> None:  # fmt: skip
+    """Take the tokens of a piece, for some heads, from token ``first`` of each on.
+
+    Write their products with ``query[heads, rows, D]`` into ``scores[heads, rows, columns]``, the
+    first into column ``column``; or, if there is an ``out[heads, rows, D]``, add them to it, the
+    scores being their weights. Heads lie one behind the other: ``packed[heads * T, row_bytes]``,
+    and so on.
+    """
+    heads, rows = scores.shape[:2]
+    adds = out.shape[0] > 0
+    head_dim = out.shape[2] if adds else query.shape[2]
+    tokens = packed.shape[0] // heads
+    blocks = -(-tokens // block_size)
+    levels = per_channel and zero.shape[1] > 0  # else they are all 0
+    factors, scales = widened(factor, kinds[0]), widened(scale, kinds[1])
+    zeros, kept = widened(zero, kinds[1]), widened(outliers, kinds[2])
+    shape = (RUN, -(-head_dim // 8) * 8)  # rows of packed codes are whole bytes
+    codes, panel = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    slope, level = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
+    square, gain = np.empty(RUN), np.empty(RUN)
+    product, constant = np.empty((rows, RUN), np.float32), np.empty(rows, np.float32)
+    folded = np.empty((rows, head_dim), np.float32)
+    weight, total = np.empty((rows, RUN), np.float32), np.empty((rows, head_dim), np.float32)
+    for h in range(heads):
+        t = first
+        while t < tokens:
+            count = min(RUN, block_size - t % block_size, tokens - t)
+            block, token, at = h * blocks + t // block_size, h * tokens + t, column + t - first
+            set_panel(
+                token, count, head_dim, block, packed, scales, zeros, index, kept, bits, offset,
+                per_channel, codes, panel,
+            )  # fmt: skip
+            begins = t == first or t % block_size == 0
+            if begins:
+                set_channels(block, scales, zeros, index, per_channel, slope, level)
+            set_gains(token, count, factors, renormalize, levels, panel, slope, level, square, gain)
+            if not adds:
+                if begins:
+                    fold(query, h, slope, level, folded, constant)
+                multiply(folded, panel, count, product)
+                for r in range(rows):
+                    written = scores[h, r, at : at + count]
+                    scale_products(product, r, constant, gain, written)
+                    if not np.isfinite(sum_of(written)):
+                        for k in range(count):
+                            if not np.isfinite(written[k]):
+                                y = plain_score(query, h, r, panel, k, slope, level, gain[k])
+                                written[k] = y
+            else:
+                for r in range(rows):
+                    given = scores[h, r, at : at + count]
+                    for k in range(count):
+                        weight[r, k] = np.float32(np.float64(given[k]) * gain[k])
+                add_weighted(weight, panel, count, total)
+                for r in range(rows):
+                    gained = sum_of(weight[r, :count])
+                    if np.isfinite(gained) and np.isfinite(sum_of(total[r])):
+                        for j in range(head_dim):
+                            coded = np.float64(slope[j]) * np.float64(total[r, j])
+                            out[h, r, j] += coded + np.float64(level[j]) * np.float64(gained)
+                    else:
+                        plain_add(scores, h, r, at, count, gain, panel, slope, level, out)
+            t += count
 
 
 def run(work: Callable[..., None], tasks: int, products: int, *arguments: Any) -> None:

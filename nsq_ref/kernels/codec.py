@@ -244,7 +244,7 @@ def decode_rows(
     zero_row = np.empty(head_dim, np.float32)
     y = np.empty((1, head_dim), np.float32)
     y_bits = y.view(np.int32)
-    codes = np.empty((head_dim + 7) // 8 * 8, np.uint8)
+    codes = np.empty((1, (head_dim + 7) // 8 * 8), np.uint8)
     for task in range(first, last):
         n, block, start, stop = span_of_task(task, packed.shape[1], block_size)
         packed_rows, out_rows = packed[n], out[n, sinks:]
@@ -253,9 +253,9 @@ def decode_rows(
                 at = block if per_channel else t
                 fill_scale_row(scale[n], at, scale_row)
                 fill_scale_row(zero[n], at, zero_row)
-            unpack_row(packed_rows, t, head_dim, bits, codes)
+            unpack_row(packed_rows, t, head_dim, bits, codes, 0)
             for j in range(head_dim):
-                y[0, j] = (np.float32(codes[j]) - offset) * scale_row[j] + zero_row[j]
+                y[0, j] = (np.float32(codes[0, j]) - offset) * scale_row[j] + zero_row[j]
             for k in range(outliers.shape[2]):
                 y[0, outlier_index[n, block, k]] = outliers[n, t, k]
             token_factor = factor[n, t]

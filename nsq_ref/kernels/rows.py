@@ -146,25 +146,25 @@ def pack_row(codes: Array, head_dim: int, bits: int, out: Array, t: int) -> None
 
 
 @jit_row
-def unpack_row(packed: Array, t: int, head_dim: int, bits: int, codes: Array) -> None:
-    """The inverse of `pack_row`; the offset stays added."""
+def unpack_row(packed: Array, t: int, head_dim: int, bits: int, codes: Array, at: int) -> None:
+    """The inverse of `pack_row`, into ``codes[at]``; the offset stays added."""
     if bits == 8:
         for j in range(head_dim):
-            codes[j] = packed[t, j]
+            codes[at, j] = packed[t, j]
     elif bits == 4:
         for i in range((head_dim + 1) // 2):
-            codes[2 * i] = packed[t, i] & np.uint8(15)
-            codes[2 * i + 1] = packed[t, i] >> np.uint8(4)
+            codes[at, 2 * i] = packed[t, i] & np.uint8(15)
+            codes[at, 2 * i + 1] = packed[t, i] >> np.uint8(4)
     else:
         quads = (head_dim + 3) // 4
         for i in range(quads):
             for k in range(4):
-                codes[4 * i + k] = (packed[t, i] >> np.uint8(2 * k)) & np.uint8(3)
+                codes[at, 4 * i + k] = (packed[t, i] >> np.uint8(2 * k)) & np.uint8(3)
         if bits == 3:
             for i in range((head_dim + 7) // 8):
                 for k in range(8):
                     bit = (packed[t, quads + i] >> np.uint8(k)) & np.uint8(1)
-                    codes[8 * i + k] |= bit << np.uint8(2)
+                    codes[at, 8 * i + k] |= bit << np.uint8(2)
 
 
 @jit_row

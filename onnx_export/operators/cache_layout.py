@@ -37,16 +37,17 @@ VERSION = 1
 PARTS = tuple(f"{side}_{part}" for side in ("key", "value") for part in CACHE_PARTS)
 
 ROLES = (
-    "input_ids", "attention_mask", "position_ids", "past_lengths", "new_lengths", "num_logits",
-    "logits", "present_lengths",
+    "input_ids", "attention_mask", "position_ids", "past_lengths", "new_lengths", "total_lengths",
+    "num_logits", "logits", "present_lengths",
 )  # fmt: skip
 """What inputs and outputs are for: int64 ``[batch, sequence]``, ``[batch, past + sequence]``,
-``[batch, sequence]``, ``[batch]``, ``[batch]``, a scalar; float ``[batch, scored, vocab_size]``,
+``[batch, sequence]``, three times ``[batch]``, a scalar; float ``[batch, scored, vocab_size]``,
 int64 ``[batch]``. A model need not have all.
 
-``new_lengths`` says how many of the sequence each row has, from 0 on; the rest is padding on the
-right, of which the cache keeps nothing. Without it, and without ``past_lengths``, a row is padded
-on the left, where ``attention_mask`` is 0, or on the right if the layout says so."""
+``new_lengths`` says how many of the sequence each row has, from 0 on, and ``total_lengths`` how
+many there are with those of ``past_lengths``; the rest is padding on the right, of which the cache
+keeps nothing. Without one of the two, and without ``past_lengths``, a row is padded on the left,
+where ``attention_mask`` is 0, or on the right if the layout says so."""
 
 
 class CacheTensor(NamedTuple):

@@ -340,6 +340,9 @@ class _Edit:
         for found in self.plan.found:
             if (past := found.lengths.past) is not None and past.is_graph_input():
                 roles.setdefault("past_lengths", past.name or "")
+            total = found.lengths.total
+            if total is not None and total.is_graph_input() and not found.lengths.total_offset:
+                roles.setdefault("total_lengths", total.name or "")
         outputs = [one.name for one in self.proto.graph.output]
         if "logits" in outputs:
             roles.setdefault("logits", "logits")

@@ -86,6 +86,7 @@ def step(
         "position_ids": np.maximum(before[:, None] + places - offset, 0),
         "past_lengths": before,
         "new_lengths": counts,
+        "total_lengths": after,
         "num_logits": np.array(wanted),
     }
     feeds = {

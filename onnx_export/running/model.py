@@ -114,7 +114,8 @@ class Model:
         """Where rows that are shorter than others have padding; None if they cannot be shorter."""
         roles = self.layout.roles
         grows = any(tensor.grows for tensor in self.layout.tensors)
-        if ("new_lengths" in roles or self.layout.right_padding) and not grows:
+        counted = self._counts_rows or self.layout.right_padding
+        if counted and not grows:
             return "right"
         if "attention_mask" in roles and "past_lengths" not in roles:
             return "left"
@@ -123,8 +124,15 @@ class Model:
     @property
     def skips_rows(self) -> bool:
         """Whether a row may take part in a step without a token of its own."""
-        needed = {"right": "new_lengths", "left": "position_ids", None: None}[self.padding]
-        return needed in self.layout.roles
+        if self.padding == "right":
+            return self._counts_rows
+        return self.padding == "left" and "position_ids" in self.layout.roles
+
+    @property
+    def _counts_rows(self) -> bool:
+        """Whether the model is told how many of the new tokens each row has."""
+        roles = self.layout.roles
+        return "new_lengths" in roles or {"past_lengths", "total_lengths"} <= set(roles)
 
     @cached_property
     def vocab_size(self) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nsq_ref.scheme import KeyValueSchemes
 
-__all__ = ["Attention", "Change", "Report"]
+__all__ = ["Attention", "Change", "RewriteReport"]
 
 
 class Attention(NamedTuple):
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class RewriteReport:
     """What `rewrite` did.
 
     Attributes
@@ -67,7 +67,7 @@ class Report:
 
     Examples
     --------
-    >>> Report((Attention(None, "a", "Attention", None, "it has no past"),)).complete
+    >>> RewriteReport((Attention(None, "a", "Attention", None, "it has no past"),)).complete
     False
     """
 

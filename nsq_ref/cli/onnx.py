@@ -87,7 +87,7 @@ def codec(
 @app.command()
 def build(
     context: typer.Context,
-    gguf: Annotated[Path, typer.Argument(help="A model of the Llama or Qwen2 family.")],
+    gguf: Annotated[Path, typer.Argument(help="A model of the Llama, Qwen2 or Qwen3 family.")],
     output: Annotated[Path, typer.Argument(metavar="DIR", callback=file_name, help="A folder.")],
     *,
     attention: Annotated[

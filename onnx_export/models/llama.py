@@ -128,12 +128,21 @@ class DecoderGraph(Graph):
         block, config = f"blk.{layer}.", self._config
         # Of queries and keys GGUF files of Llama have the channels in another order.
         interleaved = config.architecture == "llama"
-        new = (
-            self._linear(x, f"{block}attn_q", config.heads if interleaved else None),
-            self._linear(x, f"{block}attn_k", config.kv_heads if interleaved else None),
-            self._linear(x, f"{block}attn_v"),
-        )
+        query = self._linear(x, f"{block}attn_q", config.heads if interleaved else None)
+        key = self._linear(x, f"{block}attn_k", config.kv_heads if interleaved else None)
+        if config.norms_heads:
+            query = self._head_norm(query, f"{block}attn_q_norm", config.heads)
+            key = self._head_norm(key, f"{block}attn_k_norm", config.kv_heads)
+        new = (query, key, self._linear(x, f"{block}attn_v"))
         return self._linear(self._form.attend(self, config, layer, new), f"{block}attn_output")
+
+    def _head_norm(self, flat: str, name: str, heads: int) -> str:
+        """RMSNorm of every head of ``[batch, sequence, heads * head_dim]``, before it rotates."""
+        head_dim = self._config.head_dim
+        split = self.ints(0, 0, heads, head_dim)
+        x = self.add("Reshape", flat, split, name=f"{name}.split")
+        merged = self.ints(0, 0, heads * head_dim)
+        return self.add("Reshape", self._rms_norm(x, name), merged, name=f"{name}.merged")
 
     def _feed_forward(self, layer: int, x: str) -> str:
         """SwiGLU layer: ``down(silu(gate(x)) * up(x))``."""

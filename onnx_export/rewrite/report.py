@@ -14,6 +14,8 @@ __all__ = ["Attention", "Change", "RewriteReport"]
 class Attention(NamedTuple):
     """One attention of the model, and what became of it.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     layer : int or None
@@ -37,6 +39,8 @@ class Attention(NamedTuple):
 class Change(NamedTuple):
     """Another node that reads something else than before.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     node, what : str
@@ -49,6 +53,8 @@ class Change(NamedTuple):
 @dataclass(frozen=True)
 class RewriteReport:
     """What `rewrite` did.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------

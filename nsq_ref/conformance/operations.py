@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from nsq_ref.conformance.recipes import Recipe
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
@@ -40,6 +41,8 @@ class Case:
         for none). ``stream``: ``x [rows, T, D]``, ``steps [steps, 1 + rows]``, ``row``.
     refused_by : str or None
         The rule by which the port must refuse it.
+    recipe : Recipe or None
+        How ``x`` was made, where it is large: files hold the recipe in its place.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Case:
     flags: tuple[str, ...]
     inputs: Mapping[str, Array]
     refused_by: str | None = None
+    recipe: Recipe | None = None
 
     def __repr__(self) -> str:
         return f"Case({self.operation} {self.id})"

@@ -6,17 +6,21 @@ of a pool of near-ties on which a wrong encoder gives other bytes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
+from nsq_ref.conformance.cases.halves import narrow_ties
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
+from nsq_ref.conformance.cases.tiles import channel_tiles, sequences, tile_edges
 from nsq_ref.conformance.cases.ties import exact_ties, factor_midpoints, norm_midpoints
 from nsq_ref.conformance.mistakes.arithmetic import FLOAT32_SUMS, in_order
-from nsq_ref.conformance.operations import Case
+from nsq_ref.conformance.operations import CASE_DTYPES, Case
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
@@ -36,6 +40,17 @@ Family = Callable[[Scheme, Draw], Iterator["Array | _Also"]]
 _FAMILIES: dict[str, Family] = {}
 _WITH_OWN_SINKS = ("not-finite", "sinks")
 
+# Cases of narrow inputs are numbered from here; those of float32 input go before them.
+FIRST = {"float32": 0, "float16": 100, "bfloat16": 200}
+NARROW = ("float16", "bfloat16")
+# Families whose inputs are asked in narrow dtypes too.
+_TWINS = (
+    "zero-token", "zero-channel", "negative-zero", "block-boundary", "sinks", "padding",
+    "exact-tie", "tiny-norm", "subnormal-norm", "norm-narrowing", "norm-overflow", "scale-range",
+    "scale-overflow", "decoded-overflow", "narrow-range", "collapse", "outlier-channels", "search",
+    "norm-epsilon", "scale-epsilon", "largest-half", "sequences",
+)  # fmt: skip
+
 
 def _family(flag: str) -> Callable[[Family], Family]:
     def register(function: Family) -> Family:
@@ -53,12 +68,46 @@ def encode_cases(scheme: Scheme, seed: int) -> Iterator[Case]:
     >>> next(encode_cases(Scheme(), 0))
     Case(encode ordinary/0)
     """
+    twins: list[Case] = []
     for flag, family in _FAMILIES.items():
         for number, made in enumerate(family(scheme, Draw(seed, flag))):
             x, flags = (made.x, (flag, made.flag)) if isinstance(made, _Also) else (made, (flag,))
             x = x.astype(np.float32) if x.dtype == np.float64 else x
             x = x if flag in _WITH_OWN_SINKS else _with_sinks(x, scheme)
-            yield Case(f"{flag}/{number}", "encode", scheme, flags, {"x": x}, refusal(x, scheme))
+            case = Case(f"{flag}/{number}", "encode", scheme, flags, {"x": x}, refusal(x, scheme))
+            twins += [case] if flag in _TWINS and x.dtype == np.float32 else []
+            yield case
+    for flag, recipes in (("tile-edge", tile_edges), ("channel-tile", channel_tiles)):
+        for number, recipe in enumerate(recipes(scheme, Draw(seed, flag))):
+            for first, dtype in zip(FIRST.values(), CASE_DTYPES, strict=True):
+                if number < 2 or dtype == "float32":
+                    inputs, name = {"x": recipe.make(dtype)}, f"{flag}/{first + number}"
+                    yield Case(name, "encode", scheme, (flag,), inputs, None, recipe)
+    for dtype in NARROW:
+        numbers: dict[str, Iterator[int]] = defaultdict(lambda dtype=dtype: count(FIRST[dtype]))
+        for flag, x in narrow_ties(scheme, Draw(seed, f"ties in {dtype}"), dtype):
+            x = _with_sinks(x, scheme)
+            name = f"{flag}/{next(numbers[flag])}"
+            yield Case(name, "encode", scheme, (flag,), {"x": x}, refusal(x, scheme))
+        for case in twins:
+            for x in _narrowed(case, dtype):
+                name = f"{case.flags[0]}/{next(numbers[case.flags[0]])}"
+                yield Case(name, "encode", scheme, case.flags, {"x": x}, refusal(x, scheme))
+
+
+def _narrowed(case: Case, dtype: str) -> Iterator[Array]:
+    """Yield the input of a case in a narrow dtype, where that holds it and it is no other then."""
+    kind = FLOAT_DTYPES[dtype]
+    x = case.inputs["x"]
+    narrow = x.astype(kind)
+    if case.refused_by != "I2" and not np.isfinite(narrow).all():
+        return
+    if case.flags[0] != "exact-tie":
+        yield narrow
+    elif case.id == "exact-tie/0" and (narrow.astype(np.float32) == x).all():
+        yield narrow
+        for end in (np.inf, -np.inf):
+            yield np.where(narrow == 0, narrow, np.nextafter(narrow, kind.type(end)))
 
 
 def _with_sinks(x: Array, scheme: Scheme) -> Array:
@@ -425,3 +474,37 @@ def _searches(scheme: Scheme, draw: Draw) -> Iterator[Array]:
         x = draw.bell(12, 4)
         x[5] = 0
         yield x * np.float32(x > 0)
+
+
+# --- added after the first release of vectors, at the end so that all ids stay ------------------
+
+_FAMILIES["sequences"] = sequences
+
+
+@_family("subnormal-norm")
+def _subnormal_norms(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Tokens whose norms, or elements, are subnormal in float32, float16 or bfloat16."""
+    if scheme.separate_norm:
+        for exponent, most in ((-149, 2**16), (-149, 40), (-133, 2**8), (-24, 2**10)):
+            x = np.rint(draw.uniform(-most, most, 5, 6))
+            x[2, 3:] = 0
+            x[3, 1:] = most  # a token of another length, or the norms would not show
+            yield np.ldexp(x, exponent)
+    x = draw.bell(4, 6).astype(np.float64)
+    x[1:, 1] = np.ldexp(np.array([3, -5, 7]), -24)  # subnormal elements among others
+    x[1:, 4] = np.ldexp(np.array([-3, 5, 9]), -133)
+    yield x
+
+
+@_family("largest-half")
+def _largest_halves(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """The largest float16, its neighbours, and a norm or a scale that is just held."""
+    below, beyond = 65472.0, 65519.0
+    for value in (65504.0, below, beyond, 65280.0):
+        x = np.zeros((5, 4 + scheme.outlier_channels))
+        x[0, 0], x[1, 1], x[2, 2], x[3, -1] = value, -value, value, value
+        x[4] = 1
+        yield x
+    yield np.full((3, 4 + scheme.outlier_channels), 65504.0)
+    x = draw.bell(4, 5 + scheme.outlier_channels).astype(np.float64)
+    yield np.float64(65504 / 4) * np.clip(x, -1, 1)

@@ -146,4 +146,17 @@ FLAGS: dict[str, Flag] = {
         "Rows of different lengths, some a thousand times as large: no row changes another."),
     "padding": Flag("P1", "Packing",
         "Rows whose last byte is partial: it is padded with code 0, and rows share no byte."),
+    "tile-edge": Flag("S1", "Tiles",
+        "Each channel has a lone extreme, first, last, or at the edge of a tile of 16 to 2048 "
+        "tokens: a maximum that loses a tile, or part of one, shows."),
+    "channel-tile": Flag("N1", "Tiles",
+        "Each token has a lone large channel, first, last, or at the edge of a tile of 32 to 512 "
+        "channels, and a head size that is no power of two."),
+    "sequences": Flag("B2", "Shape",
+        "Many sequences of several blocks, the last a short one, and none at all: each block of "
+        "each sequence has its own scales."),
+    "subnormal-norm": Flag("N1", "Range",
+        "Tokens whose norms or elements are subnormal; they are coded like any other."),
+    "largest-half": Flag("M4", "Range",
+        "The largest float16 and its neighbours, in tokens whose norm or scale is just held."),
 }  # fmt: skip

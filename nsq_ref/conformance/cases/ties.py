@@ -126,13 +126,13 @@ def _around_midpoint(root: int, exponent: int) -> Array:
 
     ``root`` is odd and has 25 bits, so that it is half way between two float32.
     """
-    exact = [float(value) for value in _squares_of(root * root, 2**24)]
+    exact = [float(value) for value in squares_of(root * root, 2**24)]
     less = [*exact[:-1], 1 - 2.0**-24]
     rows = np.array([[*exact, 0.0], [*exact, 2.0**-6], [*less, 0.0]])
     return np.asarray(np.ldexp(rows, exponent - 24))
 
 
-def _squares_of(number: int, most: int) -> list[int]:
+def squares_of(number: int, most: int) -> list[int]:
     """Return powers of two, `most` at most, whose squares add up to a number, descending."""
     roots: list[int] = []
     for bit in range(number.bit_length() - 1, -1, -1):
@@ -162,7 +162,7 @@ def _coded_midpoints(scheme: Scheme, draw: Draw) -> Float32 | None:
             row = [] if by_channel else ends
             row += [int(root * (zero + tie * scale)) for tie in ties.tolist()]
             rest = root * root - sum(value * value for value in row)
-            squares = [float(value) for value in _squares_of(rest, root // 4)]
+            squares = [float(value) for value in squares_of(rest, root // 4)]
             if sign > 0:
                 squares.append(2.0**-6)
             elif rest % 2:

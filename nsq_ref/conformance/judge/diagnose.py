@@ -61,7 +61,7 @@ def diagnose(
 
 
 @functools.lru_cache(maxsize=512)
-def _reference(*mistakes: str) -> Reference:
+def reference_with(*mistakes: str) -> Reference:
     """Make a reference once: every scheme of a run needs those of the single mistakes."""
     return Reference([MISTAKES[name] for name in mistakes])
 
@@ -83,7 +83,7 @@ class _Search:
         findings = [f for one in self.answers for f in one.findings]
         mistakes = [m for m in self.known if self.operation in m.operations]
         if mistakes:  # what another operation has shown explains its part here
-            reference = _reference(*(m.name for m in mistakes))
+            reference = reference_with(*(m.name for m in mistakes))
             left = [f for one in self.answers for f in self._findings(one, reference)]
             for mistake in mistakes:
                 self._explain(mistake, findings, left, ())
@@ -126,7 +126,7 @@ class _Search:
         for number, mistake in enumerate(candidates):
             if self.progress:
                 self.progress("looking for the mistake", number, len(candidates))
-            reference = _reference(*(m.name for m in (*mistakes, mistake)))
+            reference = reference_with(*(m.name for m in (*mistakes, mistake)))
             found: dict[int, Sequence[Finding]] = {}
             still = 0
             for one in failing:

@@ -1,0 +1,302 @@
+"""Ties in float16 and bfloat16 inputs, whose few bits leave no near-tie to chance.
+
+A norm is a sum of many squares, so that it can be tuned where no element can: channels behind the
+others, each a thousandth of the one before, bring it to within an ulp of what makes a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nsq_ref import rounding, spec
+from nsq_ref.conformance.cases.encoders import Encoder, wrong_encoders
+from nsq_ref.conformance.cases.pools import FORMATS, Draw, midpoint, telling
+from nsq_ref.conformance.cases.ties import squares_of
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
+from nsq_ref.scheme import Scheme
+
+BLOCKS = 256  # of a pool
+MANY = 4096  # of a pool of which few are taken
+NORM = 64.0  # about which norms lie, so that small channels are not subnormal in float16
+
+CODES = (
+    "half-even", "reciprocal-of-scale", "merged-division", "double-precision-quotient",
+    "unnarrowed-scale", "reciprocal-of-norm", "norm-before-narrowing", "norm-accumulation",
+)  # fmt: skip
+SCALES = ("scale-narrowing", "outlier-narrowing")
+FACTORS = ("factor-narrowing",)
+FLAGS = (*CODES, *SCALES, *FACTORS)
+
+
+def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Array]]:
+    """Yield flags and inputs of a narrow dtype that wrong encoders of the flag code otherwise."""
+    kind = FLOAT_DTYPES[dtype]
+    pools = {
+        "codes": tuned_ties(scheme, draw, dtype),
+        "scales": tuned_ties(scheme, draw, dtype, scale_ties=True),
+    }
+    if scheme.separate_norm:
+        pools["factors"] = factor_ties(scheme, draw, dtype)
+    for x in midpoints(scheme, draw, dtype):
+        yield "norm-midpoint", x
+    for flag in FLAGS:
+        encoders = wrong_encoders(flag, scheme)
+        if flag == "outlier-narrowing" and not (scheme.outlier_channels and scheme.separate_norm):
+            continue
+        names = ["factors"] if flag in FACTORS else ["scales"] if flag in SCALES else ["codes"]
+        if flag == "norm-accumulation":
+            names.append("factors")
+        for pool in (pools[name] for name in names if name in pools):
+            for x in telling(pool, scheme, encoders, most=1):
+                yield flag, x.astype(kind)
+
+
+def rounded(value: Any, dtype: str) -> Float64:
+    """Return the numbers of a dtype nearest to float64, as float64."""
+    return np.asarray(
+        np.asarray(value, np.float64).astype(np.float32).astype(FLOAT_DTYPES[dtype]), np.float64
+    )
+
+
+def cut_off(value: Float64, dtype: str) -> Float64:
+    """Return the largest numbers of the dtype's precision that are no larger than positive ones."""
+    mantissa, exponent = np.frexp(value)
+    precision = FORMATS[dtype].precision
+    return np.asarray(np.ldexp(np.floor(np.ldexp(mantissa, precision)), exponent - precision))
+
+
+def filled(row: Float64, norm: Float64, bulk: int, dtype: str) -> Float64:
+    """Return channels that bring rows ``[..., D]`` to norms ``[...]``, nearly: first equal ones."""
+    rest = np.maximum(norm**2 - np.sum(row * row, axis=-1), 0)
+    each = cut_off(np.sqrt(rest / max(bulk, 1)), dtype)
+    channels = [each] * bulk
+    rest = np.maximum(rest - bulk * each * each, 0)
+    for _ in range(3 if dtype == "float16" else 5):
+        one = rounded(cut_off(np.sqrt(rest), dtype), dtype)
+        rest = np.maximum(rest - one * one, 0)
+        channels.append(one)
+    return np.stack(channels, axis=-1)
+
+
+def tuned_ties(scheme: Scheme, draw: Draw, dtype: str, *, scale_ties: bool = False) -> Float32:
+    """Return blocks of a narrow dtype with quotients within an ulp of ties.
+
+    With ``scale_ties``, scales and zeros too lie next to ties of their dtype.
+    """
+    if not scheme.separate_norm:
+        return _plain_ties(scheme, draw, dtype)
+    if scheme.axis == "token":
+        return _ties_of_tokens(scheme, draw, dtype)
+    return _ties_of_channels(scheme, draw, dtype, scale_ties)
+
+
+def _bulk(scheme: Scheme) -> int:
+    """How many channels hold most of a norm: the outlier channels, where there are any."""
+    return scheme.outlier_channels or (1 if scheme.axis == "channel" else 6)
+
+
+def _widest(scheme: Scheme) -> float:
+    """How large a coded direction may be: less than those of outlier channels, if there are any."""
+    kept = scheme.outlier_channels
+    return 0.6 / np.sqrt(kept) if kept else 0.4
+
+
+def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) -> Float32:
+    """Tune a norm so that one channel of the token is next to a tie of the channel's scale."""
+    tokens, coded, bulk = min(scheme.block_size or 6, 6), 4, _bulk(scheme)
+    ends, widest = 1 + (not scheme.symmetric), _widest(scheme)
+    levels, stored = scheme.code_range[1], FLOAT_DTYPES[scheme.scale_dtype]
+    rows: list[Float64] = []
+    zero = np.zeros((BLOCKS, coded))
+    steps = draw.integers(-1, 2, tokens, BLOCKS) * 2.0**-24
+    for end in range(min(ends, tokens)):  # the least values first, as zeros come of them
+        least = end == 0 and not scheme.symmetric
+        wanted = draw.uniform(0.5 * widest, widest, BLOCKS, coded)
+        row = rounded(NORM * wanted, dtype)
+        row *= -1.0 if least else 1.0
+        norm = NORM * draw.uniform(0.9, 1.1, BLOCKS)
+        if scale_ties:  # of the first channel
+            value = np.abs(row[:, 0]) / norm
+            if least:
+                tie = midpoint(value, stored)
+            else:
+                tie = zero[:, 0] + levels * midpoint((value - zero[:, 0]) / levels, stored)
+            norm = np.abs(row[:, 0]) / tie * (1 + steps[end])
+        rows.append(np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1))
+        direction = row / rounding.norm(rows[-1].astype(np.float32)).astype(np.float64)[:, None]
+        if least:
+            zero = rounding.narrow(direction.astype(np.float32), stored).astype(np.float64)
+        else:
+            high = direction
+    if tokens < ends:
+        high = np.zeros((BLOCKS, coded))
+    span = (high - zero).astype(np.float32) / np.float32(levels)
+    scale = np.maximum(rounding.narrow(span, stored).astype(np.float64), 2.0**-20)
+    for t in range(len(rows), tokens):
+        inner = draw.uniform(0.1, 0.9, BLOCKS, coded)
+        row = rounded(NORM * (zero + inner * levels * scale), dtype)
+        if scheme.symmetric:
+            row *= draw.signs(BLOCKS, coded)
+        least_code, most = scheme.code_range
+        tie = draw.integers(least_code, most, BLOCKS) + 0.5
+        target = zero[:, 0] + tie * scale[:, 0]
+        row[:, 0] = rounded(NORM * target, dtype)
+        safe = np.where(np.abs(target) < 2.0**-6, np.inf, target)
+        norm = np.where(np.isinf(safe), NORM, row[:, 0] / safe)
+        norm = np.clip(norm, NORM / 1.1, NORM * 1.1) * (1 + steps[t])
+        rows.append(np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1))
+    return np.stack(rows, axis=1).astype(np.float32)
+
+
+def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
+    """Tune norms so that all channels of a token, odd multiples of half a step, are ties."""
+    tokens, coded = min(scheme.block_size or 6, 6), 5
+    least_code, levels = scheme.code_range
+    widest, bulk = _widest(scheme), _bulk(scheme)
+    precision = FORMATS[dtype].precision
+    # A step is 2 m: of the extremes, and of ties between them, every value fits the dtype.
+    most = max(2 ** (precision - 1) // levels, 1)
+    m = draw.integers(max(most // 2, 1), most + 1, BLOCKS, tokens).astype(np.float64)
+    zeros = np.zeros((BLOCKS, tokens))
+    if not scheme.symmetric:
+        zeros = -draw.integers(1, levels, BLOCKS, tokens).astype(np.float64)
+    ties = draw.integers(least_code, levels, BLOCKS, tokens, coded) + 0.5
+    row = (2 * m * zeros)[..., None] + 2 * m[..., None] * ties
+    row[..., 0] = 2 * m * (zeros + levels)
+    if not scheme.symmetric:
+        row[..., 1] = 2 * m * zeros
+    largest = np.max(np.abs(row), axis=-1)
+    wanted = largest / (widest * draw.uniform(0.9, 1.1, BLOCKS, tokens))
+    step = 2 * m / wanted
+    stored = FLOAT_DTYPES[scheme.scale_dtype]
+    # A zero that is a whole number of steps is exact if a step has few bits.
+    few = "bfloat16" if not scheme.symmetric or stored.name == "bfloat16" else "float16"
+    scale = rounded(step, few)
+    norm = 2 * m / scale * (1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-24)
+    exponent = np.round(np.log2(NORM / norm)).astype(np.int64)
+    row, norm = np.ldexp(row, exponent[..., None]), np.ldexp(norm, exponent)
+    row = rounded(row, dtype)
+    return np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1).astype(np.float32)
+
+
+def _plain_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
+    """Return values that are odd multiples of half a scale, or nearest to such: no norm helps."""
+    tokens, coded, kept = min(scheme.block_size or 6, 6), 5, scheme.outlier_channels
+    least_code, levels = scheme.code_range
+    stored = FLOAT_DTYPES[scheme.scale_dtype]
+    own = (1, coded) if scheme.axis == "channel" else (tokens, 1)
+    high = rounded(draw.uniform(1, 4, BLOCKS, *own), dtype)
+    most = max(2 ** (FORMATS[dtype].precision - 1) // levels, 1)
+    step = draw.integers(1, most + 1, BLOCKS, *own) * 2.0
+    whole = draw.integers(0, 2, BLOCKS, 1, 1) > 0
+    zeros = np.zeros(high.shape)
+    if not scheme.symmetric:
+        zeros = -draw.integers(0, levels, BLOCKS, *own).astype(np.float64)
+    high = np.where(whole, np.ldexp(step * (levels + zeros), -6), high)
+    low = -high if scheme.symmetric else np.where(whole, np.ldexp(step * zeros, -6),
+        rounded(high - draw.uniform(1, 6, BLOCKS, *own), dtype))  # fmt: skip
+    low, high = rounded(low, dtype), rounded(high, dtype)
+    scale, zero = (
+        part.astype(np.float64)
+        for part in spec.range_scale(low.astype(np.float32), high.astype(np.float32), scheme)
+    )
+    ties = draw.integers(least_code, levels, BLOCKS, tokens, coded) + 0.5
+    x = np.clip(rounded(zero + ties * scale, dtype), low, high)
+    members = x if scheme.axis == "channel" else x.swapaxes(1, 2)
+    ends = [high] if scheme.symmetric else [high, low]
+    for i, end in enumerate(ends[: members.shape[1]]):
+        members[:, i] = end[:, 0] if scheme.axis == "channel" else end[..., 0]
+    if kept:
+        front = rounded(draw.uniform(16, 64, BLOCKS, tokens, kept), dtype)
+        x = np.concatenate([front, x], axis=-1)
+    return x.astype(np.float32)
+
+
+def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
+    """Return the blocks of many whose stored factors are nearest to ties, or to be rounded twice."""
+    tokens = min(scheme.block_size or 5, 5)
+    if scheme.magnitude == "norm":  # which can be tuned
+        row = rounded(NORM / 4 * draw.bell(BLOCKS, tokens, 4), dtype)
+        norm = midpoint(draw.uniform(NORM, 1.9 * NORM, BLOCKS, tokens), _stored(scheme))
+        norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
+        return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
+    x: Float32 = (draw.bell(MANY, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
+    x = x.astype(np.float32)
+    if scheme.norm_dtype == "float32":
+        return x[:BLOCKS]
+    factor = np.abs(_factor(x, scheme))
+    kind = _stored(scheme)
+    off = np.abs(factor - rounding.narrow(factor.astype(np.float32), kind).astype(np.float64))
+    ulp = np.ldexp(1.0, np.frexp(factor)[1] - FORMATS[scheme.norm_dtype].precision)
+    nearest = np.min(np.abs(off / ulp - 0.5), axis=-1)
+    return np.asarray(x[np.argsort(nearest, kind="stable")[:BLOCKS]])
+
+
+def _stored(scheme: Scheme) -> np.dtype[Any]:
+    """The dtype next to whose ties factors are put: of float32 itself, that of half the bits."""
+    return FLOAT_DTYPES[scheme.norm_dtype if scheme.norm_dtype != "float32" else "float16"]
+
+
+def _factor(x: Float32, scheme: Scheme) -> Float64:
+    codes, _, scale, zero, outliers = Encoder()(x, scheme)
+    norm = rounding.norm(x)
+    index = spec.outlier_channels(spec.direction_of(x, norm), scheme)
+    y = spec.dequantized_direction(codes, scale, zero, index, outliers)
+    return np.asarray(spec.factor(x, y, norm, scheme).astype(np.float64))
+
+
+# --- midpoints ----------------------------------------------------------------------------------
+
+
+def midpoints(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Array]:
+    """Yield norms half way between two float32, and off it by less than float64 can see.
+
+    Elements are powers of two, which every dtype holds.
+    """
+    if not scheme.separate_norm:
+        return
+    kind = FLOAT_DTYPES[dtype]
+    below = 1 - 2.0 ** -FORMATS[dtype].precision  # in place of a 1
+    step = 2 ** (24 - FORMATS[scheme.norm_dtype].precision)
+    for root in (2**24 + step + 1, 2**24 + 3 * step - 1) if step > 1 else (2**24 + 1, 2**24 + 3):
+        exact = [float(value) for value in squares_of(root * root, 2**24)]
+        rows = [[*exact, 0.0], [*exact, 2.0**-6], [*exact[:-1], below, 0.0]]
+        yield np.ldexp(np.array(rows), 6 - 24).astype(kind)
+    pool = _coded_midpoints(scheme, draw, dtype, below)
+    if pool is not None:
+        for x in telling(pool, scheme, wrong_encoders("norm-midpoint", scheme)):
+            yield x.astype(kind)
+
+
+def _coded_midpoints(scheme: Scheme, draw: Draw, dtype: str, below: float) -> Float32 | None:
+    """Return blocks whose norms float64 gets wrong, and with each a quotient next to a tie."""
+    if scheme.axis == "token" or scheme.outlier_channels or (scheme.block_size or 4) < 4:
+        return None
+    low, high = np.array([[0.0 if scheme.symmetric else -0.375], [0.5]], np.float32)
+    scale, zero = (float(part[0]) for part in spec.range_scale(low, high, scheme))
+    blocks, width = [], 72
+    for _ in range(BLOCKS):
+        rows: list[list[float]] = []
+        for sign in (1, -1):
+            tie = zero + (float(draw.integers(*scheme.code_range, 1)[0]) + 0.5) * scale
+            value = tie * float(draw.uniform(1.1, 1.9, 1)[0]) * 2**24
+            value = float(np.copysign(cut_off(np.abs(np.float64(value)), dtype), value))
+            root = int(value / tie) // 2 * 2 + 1 if tie else 2**24 + 1
+            rest = root * root - int(value) ** 2
+            squares = [float(one) for one in squares_of(rest, 2**23)]
+            if sign > 0:
+                squares.append(2.0**-6)
+            elif rest % 2:
+                squares[-1] = below
+            rows.append([0.0] * int(draw.integers(0, 4, 1)[0]) + [value])
+            rows[-1] += [0.0] * (4 - len(rows[-1])) + squares
+        rows.insert(0, [0.5 * 2**24] * 4)
+        if not scheme.symmetric:
+            rows.insert(0, [v * 2**24 for v in (-0.375, -0.375, 0.75, 0.375, 0.125)])
+        if max(map(len, rows)) <= width:
+            blocks.append(np.array([[*row, *[0.0] * (width - len(row))] for row in rows]))
+    x = np.ldexp(np.array(blocks), 6 - 24)
+    return rounded(x, dtype).astype(np.float32)

@@ -15,6 +15,9 @@ from nsq_ref.dtypes import Array, Float32
 from nsq_ref.scheme import Scheme
 
 
+LONG = 300  # tokens: more than two blocks of 128, and no whole number of tiles
+
+
 def attend_cases(scheme: Scheme, seed: int) -> Iterator[Case]:
     """Yield the cases of the operation ``"attend"``."""
     numbers: dict[str, Iterator[int]] = defaultdict(count)
@@ -92,3 +95,34 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
         yield "block-boundary", query, keys, values * grown, scheme, {}
     query, keys, values = drawn(2, 3, 1, 6, 8, 4)  # a cap after the mask would let masked ones in
     yield "softcap", query * np.float32(4), keys, values, scheme, {"softcap": 2.0}
+    for query, keys, values, options in _long(sinks, draw):
+        yield "long-attention", query, keys, values, scheme, options
+
+
+def _long(
+    sinks: int, draw: Draw
+) -> Iterator[tuple[Float32, Float32, Float32, dict[str, float]]]:
+    """Yield queries that weigh tokens of all tiles and blocks, and what the weights are to miss."""
+    tokens, head_dim, value_dim = sinks + LONG, 8, 4
+    at = np.arange(tokens)
+    value = draw.bell(2, tokens, value_dim) * np.ldexp(np.float32(1), at // 64)[:, None]
+    one = np.zeros(head_dim, np.float32)
+    one[0] = 4
+
+    def along(weight: Float32, noise: float = 0.25) -> Float32:
+        """Keys of which the first channel makes the scores, and the others hardly."""
+        keys: Float32 = draw.bell(2, tokens, head_dim) * np.float32(noise)
+        keys[..., 0] = weight
+        return keys
+
+    query = draw.bell(4, 3, head_dim) * np.float32(0.125) + one
+    comb = along(np.where(at % 17 == 3, 4, -2).astype(np.float32))
+    yield query, comb, value, {}
+    yield query, along((at / 64).astype(np.float32)), value, {"softcap": 4.0}  # the maximum grows
+    yield query, along((-at / 64).astype(np.float32)), value, {"causal": 0}
+    tails = draw.bell(2, tokens, head_dim)
+    yield query, tails * tails * tails, value, {"sliding_window": 200}
+    yield query, draw.bell(2, tokens, head_dim) + 6, value + 100, {"scale": 0.0625}  # offsets
+    for place in (15, 16, 63, 64, 127, 128, 255, 256, tokens - 2, tokens - 1):  # nearly one-hot
+        keys = along(np.where(at == place, 12, -2).astype(np.float32))
+        yield query[:2, :1], keys[:1], value[:1], {"causal": float(place % 2)}

@@ -14,7 +14,7 @@ from nsq_ref.conformance import model
 from nsq_ref.conformance.cases.pools import POOL, Draw, differences, stored_blocks
 from nsq_ref.conformance.mistakes import arithmetic as wrong
 from nsq_ref.conformance.operations import Case
-from nsq_ref.dtypes import Array
+from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 # Families whose encoded cases are decoded, too.
@@ -28,8 +28,10 @@ _DECODED = (
 def decode_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator[Case]:
     """Yield the cases of the operation ``"decode"``; some are cases of encode that are decoded."""
     for case in encoded:
+        x = case.inputs["x"]
+        if x.dtype != np.float32 and not scheme.sink_tokens and case.flags[0] != "input-dtype":
+            continue  # what is stored has no trace of the input's dtype
         if case.refused_by is None and case.flags[0] in _DECODED:
-            x = case.inputs["x"]
             inputs = {**model.encode(x, scheme), "shape": np.array(x.shape, np.int32)}
             yield replace(case, operation="decode", inputs=inputs)
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(100))  # behind encoded cases
@@ -38,7 +40,11 @@ def decode_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
         sinks = np.resize(np.array([[0.5, -3, 7]], np.float32), (scheme.sink_tokens, head_dim))
         inputs = model.parts_of(sinks, block, scheme)
         inputs["shape"] = np.array([len(sinks) + len(block.codes), head_dim], np.int32)
-        yield Case(f"{flag}/{next(numbers[flag])}", "decode", scheme, (flag,), inputs)
+        number = next(numbers[flag])
+        yield Case(f"{flag}/{number}", "decode", scheme, (flag,), inputs)
+        for further, dtype in ((100, "float16"), (200, "bfloat16")) if len(sinks) else ():
+            other = {**inputs, "sinks": sinks.astype(FLOAT_DTYPES[dtype])}
+            yield Case(f"{flag}/{number + further}", "decode", scheme, (flag,), other)
 
 
 Dequantize = Callable[[Array, Array, Array], Array]

@@ -157,6 +157,13 @@ FLAGS: dict[str, Flag] = {
         "each sequence has its own scales."),
     "subnormal-norm": Flag("N1", "Range",
         "Tokens whose norms or elements are subnormal; they are coded like any other."),
+    "long-attention": Flag("A1", "Tiles",
+        "About 300 tokens over the borders of tiles and blocks: weights like a comb, growing and "
+        "falling scores, heavy tails, constant offsets, and nearly all weight on one token."),
+    "sinks-in-pieces": Flag("K1", "Sinks", "Sinks that come in several appends, empty ones too."),
+    "refused-step": Flag("I2", "Validation",
+        "An append that must be refused: NaN or infinity in a sink, a block or the tail, or a norm "
+        "beyond its dtype in a block that is sealed."),
     "largest-half": Flag("M4", "Range",
         "The largest float16 and its neighbours, in tokens whose norm or scale is just held."),
 }  # fmt: skip

@@ -223,7 +223,8 @@ def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
         norm = midpoint(draw.uniform(NORM, 1.9 * NORM, BLOCKS, tokens), _stored(scheme))
         norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
         return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
-    x: Float32 = (draw.bell(MANY, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
+    many = MANY if scheme.scale_rule == "range" else BLOCKS  # a search takes long
+    x: Float32 = (draw.bell(many, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
     x = x.astype(np.float32)
     if scheme.norm_dtype == "float32":
         return x[:BLOCKS]
@@ -278,7 +279,7 @@ def _coded_midpoints(scheme: Scheme, draw: Draw, dtype: str, below: float) -> Fl
     low, high = np.array([[0.0 if scheme.symmetric else -0.375], [0.5]], np.float32)
     scale, zero = (float(part[0]) for part in spec.range_scale(low, high, scheme))
     blocks, width = [], 72
-    for _ in range(BLOCKS):
+    for _ in range(48):
         rows: list[list[float]] = []
         for sign in (1, -1):
             tie = zero + (float(draw.integers(*scheme.code_range, 1)[0]) + 0.5) * scale

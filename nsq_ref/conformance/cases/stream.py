@@ -37,7 +37,7 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
         x = source.inputs["x"]
         streamed = source.flags[0] in _STREAMED and source.refused_by is None
         if tokens > 64:  # one of each will do
-            streamed &= source.id.endswith("/0")
+            streamed &= source.id.split("/")[1] in ("0", "100", "200")
         if streamed and len(x) <= tokens and tokens * x.shape[-1] <= 1300:
             padded = np.zeros((1, tokens, x.shape[-1]), x.dtype)  # zero tokens fill the block
             padded[0, : len(x)] = x
@@ -57,6 +57,29 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
             x = np.concatenate([np.ones((sinks, head_dim), FLOAT16), block])[None]
         inputs = _stream_inputs(x, steps, row)
         yield Case(f"{flag}/{next(numbers[flag])}", "stream", scheme, (flag,), inputs)
+    for number, (x, rule) in enumerate(_refused(scheme, draw, size, head_dim)):
+        inputs = _stream_inputs(x, [(0, sinks), (0, x.shape[1] - sinks)], 0)
+        yield Case(f"refused-step/{number}", "stream", scheme, ("refused-step",), inputs, rule)
+
+
+def _refused(
+    scheme: Scheme, draw: Draw, size: int, head_dim: int
+) -> Iterator[tuple[Array, str]]:
+    """Yield rows of one sequence with what must be refused, and the rule that says so."""
+    sinks = scheme.sink_tokens
+    tokens = sinks + size + (size + 1) // 2
+    for value, place, dtype in (
+        (np.nan, 0, FLOAT32), (np.inf, sinks + size // 2, FLOAT16), (np.nan, tokens - 1, BFLOAT16),
+        (-np.inf, tokens - 1, FLOAT32),
+    ):  # fmt: skip
+        x = draw.bell(1, tokens, head_dim).astype(dtype)
+        x[0, place, -1] = value
+        yield x, "I2"
+    x = draw.bell(1, tokens, head_dim)
+    x[0, sinks + size // 2] = 3e38
+    rule = refusal(x[0, sinks : sinks + size], replace(scheme, sink_tokens=0))
+    if rule is not None:
+        yield x, rule
 
 
 _Steps = Sequence[tuple[int, ...]]  # ``(kind, number of row 0, number of row 1, ...)``
@@ -114,6 +137,23 @@ def _histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int,
     yield "ragged-batch", FLOAT32, 1, ragged + cropped
     if size > 1:
         yield "crop-saturation", FLOAT16, 0, [(0, sinks + size), (1, sinks + size - 1)]
+    for dtype in (FLOAT32, FLOAT16, BFLOAT16):
+        yield "sinks-in-pieces", dtype, 0, [(0, 0), *[(0, 1)] * (sinks + 1), (0, 0), (0, size)]
+        yield "sinks-in-pieces", dtype, 0, [(0, 1), (0, sinks + size), (1, 0), (0, 1), (0, whole)]
+        if size > 2:
+            last = sinks + 2 * size + 1  # the second token of the third block
+            steps = [(0, sinks + 3 * size), (1, last), (0, 1), (1, last - 1), (0, 2 * size)]
+            yield "crop-block", dtype, 0, steps
+            yield "crop-block", dtype, 0, [(0, whole), (1, sinks + size - 1), (1, sinks + 2), (0, size)]
+            steps = [(0, sinks + 2 * size - 1), (1, sinks + size + 1), (0, size)]
+            yield "crop-tail", dtype, 0, steps
+    for dtype in (FLOAT16, BFLOAT16):
+        yield "stream-append", dtype, 0, [(0, sinks + size - 1), (0, 2), (0, size)]
+        yield "crop-start", dtype, 0, [(0, sinks + size), (1, 0), (0, sinks + size)]
+        yield "crop-edge", dtype, 0, [(0, whole), (1, sinks + size), (0, size)]
+        if size > 1:
+            steps = [(0, whole), (1, sinks + size), (0, size - 1), (1, inside - 1), (0, size)]
+            yield "crop-edge", dtype, 0, steps
 
 
 def _decoded_beyond_float16(scheme: Scheme, draw: Draw, size: int, head_dim: int) -> Array | None:

@@ -15,12 +15,13 @@ from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.packed import PACKED
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.mistakes.scales import NARROWING, RANGES
+from nsq_ref.conformance.mistakes.tiles import TILES
 
 __all__ = ["MISTAKES", "Mistake", "Reference"]
 
 # In the order of computation: of mistakes that explain equally much, a diagnosis names the first.
 _ALL = (
     *NORMS, *DIRECTIONS, *RANGES, *NARROWING, *CODES, *PACKED, *FACTORS, *OUTLIERS, *BLOCKS,
-    *CACHES, *DECODING, *ATTENTION,
+    *CACHES, *DECODING, *ATTENTION, *TILES,
 )  # fmt: skip
 MISTAKES = {mistake.name: mistake for mistake in _ALL}

@@ -136,6 +136,17 @@ def fused(left: Array, right: Array) -> Array:
     return total
 
 
+def compensated(left: Array, right: Array) -> Array:
+    """Add one product after the other and carry what each sum lost (Kahan)."""
+    total = lost = np.zeros(left.shape[:-1], left.dtype)
+    for j in range(left.shape[-1]):
+        term = left[..., j] * right[..., j] - lost
+        larger = total + term
+        lost = (larger - total) - term
+        total = larger
+    return total
+
+
 FLOAT32_SUMS: tuple[Sum, ...] = (in_order, in_halves, in_eight_lanes, fused)
 
 
@@ -226,6 +237,13 @@ def toward_zero(narrowed: Any, value: Any, dtype: Any) -> Any:
     with np.errstate(invalid="ignore"):
         beyond = np.abs(wide) > np.abs(np.asarray(value, np.float64))
     return np.where(beyond, np.nextafter(narrowed, dtype.type(0)), narrowed).astype(dtype)
+
+
+def upward(narrowed: Any, value: Any, dtype: Any) -> Any:
+    """Narrow to the next number that is no smaller."""
+    with np.errstate(invalid="ignore"):
+        below = narrowed.astype(np.float64) < np.asarray(value, np.float64)
+    return np.where(below, np.nextafter(narrowed, dtype.type(np.inf)), narrowed).astype(dtype)
 
 
 def half_away_narrowed(narrowed: Any, value: Any, dtype: Any) -> Any:

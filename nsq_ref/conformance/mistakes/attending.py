@@ -8,6 +8,7 @@ import numpy as np
 
 from nsq_ref.conformance.mistakes.changes import ATTEND, Function, around, place
 from nsq_ref.conformance.mistakes.reference import Change
+from nsq_ref.conformance.mistakes.tiles import first_ones, whole_tiles
 
 _formula = place("model.attend", "A1", ATTEND)
 _mask = place("model.attend", "A2", ATTEND)
@@ -64,7 +65,96 @@ def _positions_from_zero(
     return np.concatenate(outputs, axis=1)
 
 
+def scores(query: Any, keys: Any, options: Any) -> Any:
+    """Return the scores of all queries and keys, minus infinity where a key is not seen."""
+    heads, queries = query.shape[:2]
+    tokens = keys.shape[1]
+    spread = np.repeat(keys, heads // len(keys), axis=0).astype(np.float64)
+    found = options["scale"] * (query @ spread.swapaxes(-1, -2))
+    if cap := options["softcap"]:
+        found = cap * np.tanh(found / cap)
+    if options["causal"]:
+        behind = tokens - queries + np.arange(queries)[:, None] - np.arange(tokens)
+        window = options["sliding_window"] or tokens
+        found = np.where((behind >= 0) & (behind < window), found, -np.inf)
+    return found
+
+
+def _weighted(weights: Function) -> Change:
+    """Sum values by other weights ``weights(scores)``."""
+
+    def attend(original: Function, query: Any, keys: Any, values: Any, options: Any) -> Any:
+        with np.errstate(all="ignore"):
+            p = weights(scores(query, keys, options))
+            spread = np.repeat(values, len(query) // len(values), axis=0).astype(np.float64)
+            return p @ spread
+
+    return around(attend)
+
+
+def _powers(s: Any) -> Any:
+    return np.exp(s - np.max(s, axis=-1, keepdims=True))
+
+
+def _kept(kept: Function) -> Change:
+    """Let later keys have no weight."""
+
+    def weights(s: Any) -> Any:
+        p = _powers(np.where(np.arange(s.shape[-1]) < kept(s.shape[-1]), s, -np.inf))
+        return np.nan_to_num(p / p.sum(axis=-1, keepdims=True))
+
+    return _weighted(weights)
+
+
+def _summed_over(most: int) -> Change:
+    """Divide by the sum over the first keys."""
+
+    def weights(s: Any) -> Any:
+        p = _powers(s)
+        total = p[..., :most].sum(axis=-1, keepdims=True)
+        return p / np.where(total == 0, np.inf, total)
+
+    return _weighted(weights)
+
+
+def _tiles_of(tile: int) -> Change:
+    """Take each tile's exponentials from the maximum so far, and leave earlier ones as they are."""
+
+    def weights(s: Any) -> Any:
+        tokens = s.shape[-1]
+        running = np.maximum.accumulate(s, axis=-1)
+        ends = np.minimum((np.arange(tokens) // tile + 1) * tile, tokens) - 1
+        p = np.where(s == -np.inf, 0, np.exp(s - running[..., ends]))
+        return p / p.sum(axis=-1, keepdims=True)
+
+    return _weighted(weights)
+
+
+def _without_maximum(s: Any) -> Any:
+    p = np.exp(s.astype(np.float32))
+    return (p / p.sum(axis=-1, keepdims=True)).astype(np.float64)
+
+
+def _in_half(s: Any) -> Any:
+    p = _powers(s).astype(np.float16).astype(np.float64)
+    return p / p.sum(axis=-1, keepdims=True)
+
+
 ATTENTION = [
+    *(_formula(f"keys past {n} ignored", f"keys past the first {n} have no weight",
+          _kept(first_ones(n))) for n in (16, 32, 64, 128, 256)),
+    *(_formula(f"last partial tile of {n} keys ignored",
+          f"keys behind whole tiles of {n} have no weight",
+          _kept(whole_tiles(n))) for n in (16, 32, 64, 128)),
+    *(_formula(f"softmax summed over {n} keys", f"weights are divided by the sum over the first {n}",
+          _summed_over(n)) for n in (16, 32, 64, 128, 256)),
+    *(_formula(f"tiles of {n} keys not rescaled",
+          f"sums over tiles of {n} keys are not rescaled when the maximum grows",
+          _tiles_of(n)) for n in (16, 32, 64, 128)),
+    _formula("maximum not subtracted", "exponentials overflow: subtract the maximum first",
+        _weighted(_without_maximum)),
+    _formula("weights in float16", "exponentials are float16; they are to be float32",
+        _weighted(_in_half)),
     _formula("scale left out", "products are not scaled",
         _option(scale=lambda scale, query, keys: 1.0)),
     _formula("scale without its root", "products are scaled by 1 / D, not by 1 / sqrt(D)",

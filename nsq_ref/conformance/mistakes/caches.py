@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,81 @@ def _truncated_survivors(
     return list(toward_zero(narrowed, decoded, sequence.dtype))
 
 
+def _remember_dropped(original: Function, sequence: Any, length: int) -> None:
+    """Keep the tokens that a crop drops from the tail."""
+    before = list(sequence.tail)
+    blocks = len(sequence.blocks)
+    original(sequence, length)
+    if len(sequence.blocks) == blocks:
+        sequence.dropped = before[len(sequence.tail) :]
+
+
+def _seal_with_dropped(original: Function, reference: Reference, sequence: Any) -> None:
+    x = np.stack(sequence.tail).astype(F32)
+    original(sequence)
+    dropped = vars(sequence).pop("dropped", None)
+    scheme = sequence.scheme
+    if dropped and scheme.axis == "channel" and not scheme.outlier_channels:
+        whole = np.concatenate([x, np.stack(dropped).astype(F32)])
+        wide = reference.spec.encode(whole, scheme)
+        sequence.blocks[-1] = _recoded(
+            reference, x, wide.scale, wide.zero, sequence.blocks[-1], scheme
+        )
+
+
+def _crop_twice(original: Function, sequence: Any, length: int) -> None:
+    held = len(sequence.sinks) + len(sequence.blocks) * sequence.block_size + len(sequence.tail)
+    original(sequence, max(2 * length - held, 0))
+
+
+def _crop_beside_the_tail(original: Function, sequence: Any, length: int) -> None:
+    after_sinks = max(length - len(sequence.sinks), 0)
+    tail = list(sequence.tail)
+    whole, rest = divmod(after_sinks, sequence.block_size)
+    edge = rest == 0 and 0 < whole < len(sequence.blocks)
+    original(sequence, length)
+    if edge:
+        sequence.tail = tail
+
+
+def _append_with_sinks_of_the_first(original: Function, sequence: Any, tokens: Any) -> None:
+    """Fill the sinks from the first tokens that come, and from no others."""
+    scheme = sequence.scheme
+    if len(tokens) and 0 < len(sequence.sinks) < scheme.sink_tokens:
+        sequence.scheme = replace(scheme, sink_tokens=len(sequence.sinks))
+        original(sequence, tokens)
+        sequence.scheme = scheme
+    else:
+        original(sequence, tokens)
+
+
+def _append_without_sinks_again(original: Function, sequence: Any, tokens: Any) -> None:
+    """Once there were sinks, take no more."""
+    scheme = sequence.scheme
+    if vars(sequence).get("filled"):
+        sequence.scheme = replace(scheme, sink_tokens=len(sequence.sinks))
+    original(sequence, tokens)
+    sequence.scheme = scheme
+    sequence.filled = len(sequence.sinks) == scheme.sink_tokens or vars(sequence).get("filled")
+
+
 CACHES = [
+    Mistake("dropped tokens in the range", "C1",
+        "tokens that a crop dropped still enter the scales of the block that is sealed next",
+        STREAM, {"model.crop": around(_remember_dropped),
+                 "model.seal": knowing_both(_seal_with_dropped)}),
+    Mistake("crop by twice the tokens", "C1",
+        "a crop drops twice the tokens, as if it counted unpacked bytes",
+        STREAM, {"model.crop": around(_crop_twice)}),
+    Mistake("tail kept by a crop to a block's end", "C1",
+        "a crop to the end of a block keeps the tail behind the blocks that it drops",
+        STREAM, {"model.crop": around(_crop_beside_the_tail)}),
+    Mistake("sinks from one append", "K1",
+        "sinks that come in several appends are not put together",
+        STREAM, {"model.append": around(_append_with_sinks_of_the_first)}),
+    Mistake("no sinks after a crop", "K1",
+        "a cache cropped to fewer tokens than sinks does not fill its sinks again",
+        STREAM, {"model.append": around(_append_without_sinks_again)}),
     Mistake("tail quantized early", "B1",
         "the tail went through the quantizer; it is kept as it came",
         STREAM, {"model.stored": knowing_both(_with_coded_tail)}),

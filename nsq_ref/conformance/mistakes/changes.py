@@ -18,6 +18,7 @@ DECODE = ("decode", "stream")
 CODED = (*ENCODE, "decode")
 STREAM = ("stream",)
 ATTEND = ("attend",)
+READ = ("decode", "attend")
 
 # The rule that is broken where a wrong narrowing shows in stored factors first.
 FACTOR_RULES = {"norm": "M1", "gain": "M2", "lsq": "M3"}

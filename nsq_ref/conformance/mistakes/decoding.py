@@ -12,6 +12,7 @@ from nsq_ref.conformance.mistakes.changes import (
     DECODE,
     F32,
     F64,
+    READ,
     Function,
     after,
     instead,
@@ -19,10 +20,13 @@ from nsq_ref.conformance.mistakes.changes import (
     place,
 )
 from nsq_ref.conformance.mistakes.reference import Change, Mistake, Reference
+from nsq_ref.conformance.mistakes.tiles import power_of_two, whole_tiles
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Scheme
 
 _decoded = place("spec.reconstruct", "D1", DECODE)
 _dequantized = place("spec.dequantize", "D1", DECODE)
+_read = place("spec.reconstruct", "D1", READ)
 
 
 def _with(function: Function) -> Change:
@@ -61,6 +65,33 @@ def _renormalized_gain(
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return original(y, norm, scheme)
     return norm.astype(F32)[..., None] * (y / _length(reference, y))
+
+
+def _integer_zero(codes: Any, scale: Any, zero: Any) -> Any:
+    wide = zero.astype(F32)
+    if np.all((wide == 0) & np.signbit(wide)):  # symmetric
+        return codes.astype(F32) * scale + wide
+    point = np.rint(wide / divisor(scale))
+    return (codes.astype(F32) + point) * scale
+
+
+def _decoded_in(dtype: str) -> Function:
+    """All of D1 in a narrow dtype, in which a factor times a direction may overflow."""
+    kind = FLOAT_DTYPES[dtype]
+
+    def reconstruct(
+        original: Function, reference: Reference, y: Any, norm: Any, scheme: Scheme
+    ) -> Any:
+        if scheme.separate_norm and scheme.magnitude == "norm":
+            y = y / _length(reference, y)
+        with np.errstate(all="ignore"):
+            return (norm.astype(kind)[..., None] * y.astype(kind)).astype(F32)
+
+    return reconstruct
+
+
+def _channels_kept(x_hat: Any, kept: int) -> Any:
+    return np.where(np.arange(x_hat.shape[-1]) < kept, x_hat, F32(0))
 
 
 DECODING = [
@@ -104,6 +135,21 @@ DECODING = [
                  "spec.reconstruct": after(wrong.flushed)}),
     _decoded("decoded values flushed", "subnormal decoded values are flushed to 0",
         after(wrong.flushed)),
+    _dequantized("integer zero point",
+        "zero is rounded to a whole number of scales; it is added as stored",
+        instead(lambda codes, scale, zero: _integer_zero(codes, scale.astype(F32), zero))),
+    *(_read(f"decoded values in {dtype}",
+          f"factors, directions and products are in {dtype}; all of D1 is float32",
+          knowing_both(_decoded_in(dtype))) for dtype in ("float16", "bfloat16")),
+    _read("second half of each token is zero", "the second half of the channels decodes to 0",
+        after(lambda x_hat, *_: _channels_kept(x_hat, (x_hat.shape[-1] + 1) // 2))),
+    _read("channels past a power of two are zero",
+        "channels past the largest power of two decode to 0",
+        after(lambda x_hat, *_: _channels_kept(x_hat, power_of_two(x_hat.shape[-1])))),
+    *(_read(f"last partial tile of {n} channels is zero",
+          f"channels behind whole tiles of {n} decode to 0",
+          after(lambda x_hat, *_, n=n: _channels_kept(x_hat, whole_tiles(n)(x_hat.shape[-1]))))
+      for n in (32, 64, 128)),
     place("spec.dequantized_direction", "D1", DECODE)("outliers left out",
         "outlier channels decode from their codes, not as stored",
         instead(lambda codes, scale, zero, index, outliers: (

@@ -13,6 +13,7 @@ from nsq_ref.conformance.mistakes.changes import (
     F32,
     F64,
     Function,
+    after,
     around,
     instead,
     knowing_both,
@@ -60,6 +61,11 @@ NORMS = [
         instead(lambda x: wrong.in_float64(x, x).astype(F32))),
     _norm("root of the mean square", "norms are roots of the mean square, not of the sum",
         instead(lambda x: np.sqrt(wrong.in_float64(x, x) / x.shape[-1]).astype(F32))),
+    _norm("norm summed in float32, compensated",
+        "norms agree with a compensated (Kahan) float32 sum of squares",
+        _root_of(wrong.compensated)),
+    _norm("subnormal norms flushed", "subnormal norms are 0, and their tokens coded as zero tokens",
+        after(wrong.flushed)),
 ]  # fmt: skip
 
 
@@ -96,6 +102,9 @@ def _without_zero_tokens(original: Function, direction: Any, coded: Any, scheme:
 DIRECTIONS = [
     _direction("reciprocal of the norm", "directions are x * (1 / norm), which rounds twice",
         instead(wrong.direction_by_reciprocal)),
+    _direction("reciprocal root", "directions are x * (1 / root), the root in float64",
+        instead(lambda x, norm: x * (1 / np.sqrt(divisor(wrong.in_float64(x, x)))).astype(F32)[
+            ..., None] if np.any(norm != 1) else x)),
     _direction("direction from the float64 norm",
         "directions are x over a float64 norm; it is to be rounded to float32 first",
         instead(_in_float64)),
@@ -122,6 +131,18 @@ DIRECTIONS = [
     place("spec.without_codes", "N2", ENCODE)("codes of a zero token",
         "zero tokens are coded like others; all their codes are to be 0",
         instead(lambda codes, coded, norm: np.where(coded, codes, 0).astype(np.int16))),
+    place("spec.without_codes", "N2", ENCODE)("zero test on the norm in float16",
+        "tokens whose norm is 0 in float16 are coded as zero tokens; test the float32 norm",
+        around(lambda original, codes, coded, norm: original(
+            codes, coded, norm.astype(np.float16).astype(F32)))),
+    place("model.split_sinks", "N1", ("encode",))("subnormal inputs flushed",
+        "subnormal float32 input is flushed to 0",
+        after(lambda split, x, scheme: (split[0], wrong.flushed(split[1])))),
+    place("model.split_sinks", "I1", ("encode",))("subnormal float16 inputs flushed",
+        "subnormal float16 input is flushed to 0",
+        after(lambda split, x, scheme: (
+            split[0], np.where(np.abs(split[1]) < 2.0**-14, F32(0), split[1])
+            if x.dtype == np.float16 else split[1]))),
     place("spec.extent", "N2", ENCODE)("zero tokens outside the range",
         "zero tokens do not count in minimum and maximum; their direction 0 does",
         around(_without_zero_tokens)),

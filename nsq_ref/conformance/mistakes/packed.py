@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.mistakes.changes import CODED, ENCODE, Function, after, around
+from nsq_ref.conformance.mistakes.changes import CODED, ENCODE, READ, Function, after, around
 from nsq_ref.conformance.mistakes.reference import Change, Mistake
 from nsq_ref.scheme import Scheme, row_bytes
 
@@ -142,6 +142,11 @@ def _zero_padding(packed: Any, codes: Any, scheme: Scheme) -> Any:
     return packed & np.packbits(kept, bitorder="little")
 
 
+def _masked(original: Function, packed: Any, scheme: Scheme, head_dim: int) -> Any:
+    codes, offset = original(packed, scheme, head_dim), np.int16(scheme.code_offset)
+    return (codes + offset & 3) - offset if scheme.bits == 4 else codes
+
+
 PACKED = [
     Mistake("highest bits first", "P1",
         "the order of the channels in each byte is turned round (nibbles swapped)",
@@ -171,6 +176,8 @@ PACKED = [
     Mistake("high bits before low bits", "P1",
         "the row of high bits comes before the row of low bits",
         CODED, _bytes_with(partial(_high_row_moved, 1), partial(_high_row_moved, -1))),
+    Mistake("mask of two bits", "P1", "4-bit codes are masked by 3, as if they had 2 bits",
+        READ, {"packing.unpack": around(_masked)}),
     Mistake("padding with zero bits", "P1",
         "the padding of the last byte is zero bits; it is code 0, whose bits are not zero",
         ENCODE, {"packing.pack": after(_zero_padding)}),

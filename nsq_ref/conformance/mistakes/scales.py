@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from nsq_ref.conformance.mistakes.arithmetic import flushed, half_away_narrowed, toward_zero
+from nsq_ref.conformance.mistakes.arithmetic import (
+    flushed,
+    half_away_narrowed,
+    toward_zero,
+    upward,
+)
 from nsq_ref.conformance.mistakes.changes import (
     ENCODE,
     F32,
@@ -87,6 +92,13 @@ RANGES = [
             False, lambda span, low, high, zero, scheme: high.astype(F64) - zero.astype(F64)),
                  "spec.scale_of": _from(
                      lambda span, scheme: (span / _levels(scheme)).astype(F32))}),
+    _scale("scale an ulp high", "scales are the next number of their dtype above the right one",
+        after(lambda scale, *_: np.where(
+            scale > 0, np.nextafter(scale, scale.dtype.type(np.inf)), scale))),
+    place("spec.extent", "S2", ENCODE)("range that includes zero",
+        "minimum and maximum are never above and below 0; take them as they are",
+        after(lambda extent, direction, coded, scheme: extent if scheme.symmetric else (
+            np.minimum(extent[0], F32(0)), np.maximum(extent[1], F32(0))))),
     _scale("negative scale forced to zero",
         "negative scales, where narrowing lifts zero above the maximum, are set to 0",
         after(lambda scale, *_: np.maximum(scale, scale.dtype.type(0))), "S2"),
@@ -175,6 +187,8 @@ NARROWING = [
         _narrowed_by(toward_zero), "S3"),
     _scale("scales narrowed with ties away from zero",
         "scales on a tie are narrowed away from zero", _narrowed_by(half_away_narrowed), "S3"),
+    _scale("scales narrowed up", "scales are narrowed upward, never below the quotient",
+        _narrowed_by(upward), "S3"),
     _scale("subnormal scales flushed", "subnormal scales are flushed to 0",
         _narrowed_by(flushed), "S3"),
     _everywhere("narrowing toward zero", "scales and factors are narrowed by truncation",

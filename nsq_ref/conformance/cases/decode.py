@@ -21,8 +21,10 @@ from nsq_ref.scheme import Scheme
 _DECODED = (
     "ordinary", "leading-axes", "zero-token", "zero-channel", "negative-zero", "block-boundary",
     "sinks", "padding", "tiny-norm", "norm-narrowing", "scale-range", "collapse",
-    "outlier-channels",
+    "outlier-channels", "sequences", "channel-tile",
 )  # fmt: skip
+_WIDEST = 512  # of a decoded case's channels
+
 
 
 def decode_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator[Case]:
@@ -31,7 +33,8 @@ def decode_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
         x = case.inputs["x"]
         if x.dtype != np.float32 and not scheme.sink_tokens and case.flags[0] != "input-dtype":
             continue  # what is stored has no trace of the input's dtype
-        if case.refused_by is None and case.flags[0] in _DECODED:
+        wide = x.shape[-1] > _WIDEST and case.flags[0] == "channel-tile"
+        if case.refused_by is None and case.flags[0] in _DECODED and not wide:
             inputs = {**model.encode(x, scheme), "shape": np.array(x.shape, np.int32)}
             yield replace(case, operation="decode", inputs=inputs)
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(100))  # behind encoded cases

@@ -479,6 +479,7 @@ def _searches(scheme: Scheme, draw: Draw) -> Iterator[Array]:
 # --- added after the first release of vectors, at the end so that all ids stay ------------------
 
 _FAMILIES["sequences"] = sequences
+_family_of_near_ties("range-precision", most=1, scale_ties=True)
 
 
 @_family("subnormal-norm")

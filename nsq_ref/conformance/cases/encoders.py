@@ -290,6 +290,15 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
             lambda x, y, norm: norm * rounding.least_squares_gain(spec.direction_of(x, norm), y),
         ),
     ),
+    "range-precision": (
+        _dividing_range(
+            lambda step, span: (
+                (step.high.astype(np.float64) - spec.range_zero(step.low, step.scheme))
+                / _levels(step)
+            ).astype(np.float32),
+            concerns=_asymmetric,
+        ),
+    ),
     "narrow-range": (
         _changing_scale(lambda scale: np.maximum(scale, scale.dtype.type(0))),
         _changing_scale(np.abs),

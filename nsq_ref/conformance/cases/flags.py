@@ -157,6 +157,8 @@ FLAGS: dict[str, Flag] = {
         "each sequence has its own scales."),
     "subnormal-norm": Flag("N1", "Range",
         "Tokens whose norms or elements are subnormal; they are coded like any other."),
+    "range-precision": Flag("S2", "Precision",
+        "Scales next to ties of their dtype, where max - zero in float64 gives another one."),
     "long-attention": Flag("A1", "Tiles",
         "About 300 tokens over the borders of tiles and blocks: weights like a comb, growing and "
         "falling scores, heavy tails, constant offsets, and nearly all weight on one token."),

@@ -26,9 +26,12 @@ CODES = (
     "half-even", "reciprocal-of-scale", "merged-division", "double-precision-quotient",
     "unnarrowed-scale", "reciprocal-of-norm", "norm-before-narrowing", "norm-accumulation",
 )  # fmt: skip
-SCALES = ("scale-narrowing", "outlier-narrowing")
-FACTORS = ("factor-narrowing",)
-FLAGS = (*CODES, *SCALES, *FACTORS)
+# The pool from which cases of a flag are picked.
+FLAGS = {
+    **dict.fromkeys(CODES, "codes"),
+    "scale-narrowing": "scales", "outlier-narrowing": "scales", "range-precision": "scales",
+    "factor-narrowing": "factors", "narrow-range": "ranges", "norm-epsilon": "tiny",
+}  # fmt: skip
 
 
 def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Array]]:
@@ -40,15 +43,16 @@ def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, A
     }
     if scheme.separate_norm:
         pools["factors"] = factor_ties(scheme, draw, dtype)
+        pools["tiny"] = _tiny(scheme, draw, dtype)
+        if scheme.axis == "channel" and not scheme.symmetric:
+            pools["ranges"] = _narrow_ranges(scheme, draw, dtype)
     for x in midpoints(scheme, draw, dtype):
         yield "norm-midpoint", x
-    for flag in FLAGS:
+    for flag, name in FLAGS.items():
         encoders = wrong_encoders(flag, scheme)
         if flag == "outlier-narrowing" and not (scheme.outlier_channels and scheme.separate_norm):
             continue
-        names = ["factors"] if flag in FACTORS else ["scales"] if flag in SCALES else ["codes"]
-        if flag == "norm-accumulation":
-            names.append("factors")
+        names = [name, "factors"] if flag == "norm-accumulation" else [name]
         for pool in (pools[name] for name in names if name in pools):
             for x in telling(pool, scheme, encoders, most=1):
                 yield flag, x.astype(kind)
@@ -89,7 +93,7 @@ def tuned_ties(scheme: Scheme, draw: Draw, dtype: str, *, scale_ties: bool = Fal
     if not scheme.separate_norm:
         return _plain_ties(scheme, draw, dtype)
     if scheme.axis == "token":
-        return _ties_of_tokens(scheme, draw, dtype)
+        return _ties_of_tokens(scheme, draw, dtype, scale_ties)
     return _ties_of_channels(scheme, draw, dtype, scale_ties)
 
 
@@ -151,8 +155,11 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
     return np.stack(rows, axis=1).astype(np.float32)
 
 
-def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
-    """Tune norms so that all channels of a token, odd multiples of half a step, are ties."""
+def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) -> Float32:
+    """Tune norms so that all channels of a token, odd multiples of half a step, are ties.
+
+    Or so that the scale is one.
+    """
     tokens, coded = min(scheme.block_size or 6, 6), 5
     least_code, levels = scheme.code_range
     widest, bulk = _widest(scheme), _bulk(scheme)
@@ -174,12 +181,33 @@ def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
     stored = FLOAT_DTYPES[scheme.scale_dtype]
     # A zero that is a whole number of steps is exact if a step has few bits.
     few = "bfloat16" if not scheme.symmetric or stored.name == "bfloat16" else "float16"
-    scale = rounded(step, few)
+    scale = midpoint(step, stored) if scale_ties else rounded(step, few)
     norm = 2 * m / scale * (1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-24)
     exponent = np.round(np.log2(NORM / norm)).astype(np.int64)
     row, norm = np.ldexp(row, exponent[..., None]), np.ldexp(norm, exponent)
     row = rounded(row, dtype)
     return np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1).astype(np.float32)
+
+
+def _narrow_ranges(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
+    """Return blocks whose channels are nearly constant: only norms differ, by ever less."""
+    tokens, coded, kept = min(scheme.block_size or 4, 4), 4, scheme.outlier_channels
+    row = rounded(NORM * draw.uniform(0.2, 0.4, BLOCKS, 1, coded), dtype)
+    row = np.broadcast_to(row * draw.signs(BLOCKS, 1, coded), (BLOCKS, tokens, coded))
+    spread = np.ldexp(1.0, draw.integers(-24, -5, BLOCKS, 1))
+    norm = NORM * (1 + spread * draw.uniform(0, 1, BLOCKS, tokens))
+    return np.concatenate([filled(row, norm, kept or 1, dtype), row], axis=-1).astype(np.float32)
+
+
+def _tiny(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
+    """Return many blocks of few of the smallest steps of float16, to which an epsilon is much."""
+    tokens = min(scheme.block_size or 6, 6)
+    many = MANY // 2 if scheme.scale_rule == "range" else BLOCKS
+    x = draw.integers(-24, 25, many, tokens, 6).astype(np.float64)
+    if scheme.outlier_channels:
+        front = draw.integers(25, 60, many, tokens, scheme.outlier_channels).astype(np.float64)
+        x = np.concatenate([front, x], axis=-1)
+    return np.ldexp(x, -24).astype(np.float32)
 
 
 def _plain_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
@@ -223,7 +251,7 @@ def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
         norm = midpoint(draw.uniform(NORM, 1.9 * NORM, BLOCKS, tokens), _stored(scheme))
         norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
         return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
-    many = MANY if scheme.scale_rule == "range" else BLOCKS  # a search takes long
+    many = (2 if dtype == "bfloat16" else 1) * MANY if scheme.scale_rule == "range" else BLOCKS  # a search takes long
     x: Float32 = (draw.bell(many, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
     x = x.astype(np.float32)
     if scheme.norm_dtype == "float32":

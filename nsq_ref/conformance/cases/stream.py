@@ -48,7 +48,9 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
     size, sinks = scheme.block_size, scheme.sink_tokens
     head_dim = 2 if size > 16 else 4
     numbers: dict[str, Iterator[int]] = defaultdict(count)
-    for flag, dtype, row, steps in _histories(sinks, size):
+    histories = [(one, head_dim) for one in _histories(sinks, size)]
+    histories += [(one, 4) for one in _later_histories(sinks, size)]
+    for (flag, dtype, row, steps), head_dim in histories:
         x = _rows(draw, steps, row, size, head_dim).astype(dtype)
         if flag == "crop-saturation":
             block = _decoded_beyond_float16(scheme, draw, size, head_dim)
@@ -137,6 +139,14 @@ def _histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int,
     yield "ragged-batch", FLOAT32, 1, ragged + cropped
     if size > 1:
         yield "crop-saturation", FLOAT16, 0, [(0, sinks + size), (1, sinks + size - 1)]
+
+
+def _later_histories(
+    sinks: int, size: int
+) -> Iterator[tuple[str, np.dtype[Any], int, _Steps]]:
+    """Yield what was added after the first release of vectors."""
+    inside = sinks + size + (size + 1) // 2
+    whole = sinks + 2 * size + 1
     for dtype in (FLOAT32, FLOAT16, BFLOAT16):
         yield "sinks-in-pieces", dtype, 0, [(0, 0), *[(0, 1)] * (sinks + 1), (0, 0), (0, size)]
         yield "sinks-in-pieces", dtype, 0, [(0, 1), (0, sinks + size), (1, 0), (0, 1), (0, whole)]
@@ -144,7 +154,8 @@ def _histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int,
             last = sinks + 2 * size + 1  # the second token of the third block
             steps = [(0, sinks + 3 * size), (1, last), (0, 1), (1, last - 1), (0, 2 * size)]
             yield "crop-block", dtype, 0, steps
-            yield "crop-block", dtype, 0, [(0, whole), (1, sinks + size - 1), (1, sinks + 2), (0, size)]
+            steps = [(0, whole), (1, sinks + size - 1), (1, sinks + 2), (0, size)]
+            yield "crop-block", dtype, 0, steps
             steps = [(0, sinks + 2 * size - 1), (1, sinks + size + 1), (0, size)]
             yield "crop-tail", dtype, 0, steps
     for dtype in (FLOAT16, BFLOAT16):

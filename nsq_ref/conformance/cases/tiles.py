@@ -120,12 +120,13 @@ def sequences(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     """Yield several sequences of several blocks, the last a short one, and no sequence at all."""
     size = scheme.block_size or 3
     tokens = 2 * size + (size + 1) // 2 if scheme.block_size else 3
+    width = 4 + scheme.outlier_channels
     for lead in ((3, 5), (9,), (2, 17)):
         blocks = -(-tokens // size)
-        spread = draw.uniform(0.125, 1, *lead, blocks, 4)
-        spread[..., 0] = 2  # so that the others' share of the norm is their own
-        yield draw.bell(*lead, tokens, 4) * np.repeat(spread, size, axis=-2)[..., :tokens, :]
-    yield np.zeros((0, tokens, 4))
+        spread = draw.uniform(0.125, 1, *lead, blocks, width)
+        spread[..., : width - 3] = 2  # so that the others' share of the norm is their own
+        yield draw.bell(*lead, tokens, width) * np.repeat(spread, size, axis=-2)[..., :tokens, :]
+    yield np.zeros((0, tokens, width))
     yield np.zeros((2, 0, 3, 5), np.float16)
 
 

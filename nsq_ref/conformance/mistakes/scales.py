@@ -120,7 +120,8 @@ def _remember_coded(original: Function, reference: Reference) -> Function:
     reference.coded = {}
 
     def extent(direction: Any, coded: Any, scheme: Scheme) -> Any:
-        reference.coded = {direction.tobytes(): coded, **dict([*reference.coded.items()][:64])}
+        key = direction.shape, direction.tobytes()
+        reference.coded = {key: coded, **dict([*reference.coded.items()][:64])}
         return original(direction, coded, scheme)
 
     return extent
@@ -129,7 +130,9 @@ def _remember_coded(original: Function, reference: Reference) -> Function:
 def _wide_scale(reference: Reference, direction: Any, scheme: Scheme) -> tuple[Any, Any]:
     """Return scale and zero of a block in float32, before they are narrowed."""
     wide = replace(scheme, scale_dtype="float32", scale_rule="range")
-    coded = reference.coded.get(direction.tobytes(), np.ones(direction.shape, bool))
+    coded = reference.coded.get(
+        (direction.shape, direction.tobytes()), np.ones(direction.shape, bool)
+    )
     low, high = reference.spec.extent(direction, coded, wide)
     scale, zero = reference.spec.range_scale(low, high, wide)
     return scale, zero

@@ -1,0 +1,236 @@
+"""Why no case can show a mistake in a scheme and a dtype of input: the proofs.
+
+A reason says for which mistakes and where it holds. Tests look for a counterexample to each of
+them: a case, or a drawn input, that shows the mistake all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from nsq_ref.conformance.mistakes import MISTAKES, TILES
+from nsq_ref.conformance.mistakes.caches import CACHES
+from nsq_ref.conformance.mistakes.factors import FACTORS
+from nsq_ref.conformance.mistakes.norms import NORMS
+from nsq_ref.conformance.mistakes.outliers import OUTLIERS
+from nsq_ref.conformance.mistakes.reference import Mistake
+from nsq_ref.scheme import Scheme
+
+
+class Reason(NamedTuple):
+    """Why nothing can show some mistakes."""
+
+    name: str
+    says: str
+    holds: Callable[[Scheme, str], bool]
+    mistakes: frozenset[str]
+
+
+def _changing(*functions: str) -> list[str]:
+    """The mistakes that are made in one of these functions, and in no other."""
+    return [name for name, one in MISTAKES.items() if set(one.changes) <= set(functions)]
+
+
+def _names(of: Iterable[Mistake]) -> list[str]:
+    return [one.name for one in of]
+
+
+def _starting(*starts: str, ending: str = "") -> list[str]:
+    return [name for name in MISTAKES if name.startswith(starts) and name.endswith(ending)]
+
+
+def _reason(
+    name: str, says: str, holds: Callable[[Scheme, str], bool], mistakes: Iterable[str]
+) -> Reason:
+    return Reason(name, says, holds, frozenset(mistakes))
+
+
+_OF_NORMS = _starting("norm at least", "norm narrowed to", "reciprocal of the norm", "epsilon")
+_OF_LENGTHS = [
+    name for name in _changing("spec.reconstruct")
+    if not name.startswith(("decoded values", "second half", "last partial", "channels past"))
+    and name != "gain renormalised"
+]  # fmt: skip
+_TILES = _names(TILES)
+
+
+def _factor(magnitude: str) -> list[str]:
+    rule = {"gain": "M2", "lsq": "M3"}[magnitude]
+    return [one.name for one in FACTORS if one.rule == rule]
+
+
+def _narrow(scheme: Scheme) -> bool:
+    return scheme.scale_dtype != "float32"
+
+
+def _tile_of(name: str) -> int:
+    """The number in the name of a mistake."""
+    return next(int(word) for word in name.split() if word.isdigit())
+
+
+# Input that must be refused: the rules that say so.
+REFUSALS = ("I2", "N1", "M4", "O1", "S5", "D3")
+
+
+def _takes(*rules: str) -> list[str]:
+    return [f"takes what {rule} refuses" for rule in rules]
+
+
+REASONS: tuple[Reason, ...] = (
+    _reason("no norm", "No norm is separated: it is 1, and 1 is stored nowhere (N1).",
+        lambda scheme, dtype: not scheme.separate_norm,
+        [*_names(NORMS), *_names(FACTORS), *_OF_LENGTHS, "reciprocal of the norm",
+         *_starting("norm narrowed to"), *_starting("norm at least"), "codes of a zero token",
+         "direction from the float64 norm", "reciprocal root", "zero test on the norm in float16",
+         *(name for name in _TILES if name.endswith("out of the norm")), "gain renormalised",
+         "epsilon 1e-12 added to the norm", "epsilon 1e-10 added to the norm",
+         "epsilon 1e-08 added to the norm"]),
+    _reason("symmetric", "A symmetric scheme has no zero, and 0 in a range changes no maximum.",
+        lambda scheme, dtype: scheme.symmetric,
+        [name for name, one in MISTAKES.items() if one.rule == "S2"] + [
+            "codes of a zero token", "zero tokens outside the range", "integer zero point",
+            "zero left out", "fused multiply-add", "zero divided apart",
+            "codes from the zero before narrowing"]),
+    _reason("asymmetric", "An asymmetric scheme takes both ends, and its codes have no sign.",
+        lambda scheme, dtype: not scheme.symmetric,
+        ["qmax one too large", "qmax a half too large", "maximum without sign",
+         "range from minimum to maximum", "most negative code allowed", "two's complement",
+         "offset one too small", "sign and magnitude", "padding with zero bits",
+         "scales that grow"]),
+    _reason("magnitude", "Another factor is stored than the one that is wrong (M1, M2, M3).",
+        lambda scheme, dtype: scheme.magnitude != "gain", _factor("gain")),
+    _reason("magnitude", "Another factor is stored than the one that is wrong (M1, M2, M3).",
+        lambda scheme, dtype: scheme.magnitude != "lsq", _factor("lsq")),
+    _reason("magnitude", "Another factor is stored than the one that is wrong (M1, M2, M3).",
+        lambda scheme, dtype: scheme.magnitude != "norm",
+        ["norm narrowed at once from float64", *_OF_LENGTHS]),
+    _reason("magnitude", "Another factor is stored than the one that is wrong (M1, M2, M3).",
+        lambda scheme, dtype: scheme.magnitude == "norm", ["gain renormalised"]),
+    _reason("no outliers", "There are no outlier channels (O1).",
+        lambda scheme, dtype: scheme.outlier_channels == 0,
+        [*_names(OUTLIERS), "outliers left out",
+         *(name for name in _TILES if name.endswith("out of the ranking"))]),
+    _reason("no cache", "Without a number of tokens a block there is no cache (B1).",
+        lambda scheme, dtype: scheme.block_size is None, _names(CACHES)),
+    _reason("one block", "A sequence is one block (B1).",
+        lambda scheme, dtype: scheme.block_size is None,
+        ["scales of the first block", "scales of the block before",
+         "blocks counted without the last, short one"]),
+    _reason("no sinks", "There are no sinks (K1).",
+        lambda scheme, dtype: scheme.sink_tokens == 0, ["sinks in the range"]),
+    _reason("one sink", "One sink comes in one piece (K1).",
+        lambda scheme, dtype: scheme.sink_tokens < 2, ["sinks from one append"]),
+    _reason("axis", "No minimum or maximum is over tokens.",
+        lambda scheme, dtype: scheme.axis == "token",
+        [name for name in _TILES
+         if "token" in name and name.endswith("out of the range")]
+        + ["scales of outlier channels", "scales shifted for later sequences",
+           "zero tokens outside the range",
+           *_starting("scales counted modulo", "sinks in the range")]),
+    _reason("axis", "No minimum or maximum is over channels.",
+        lambda scheme, dtype: scheme.axis == "channel",
+        [name for name in _TILES
+         if "channel" in name and name.endswith("out of the range")] + ["outliers in the range"]),
+    *(_reason("small blocks", "A block has no more tokens than are counted.",
+          lambda scheme, dtype, n=_tile_of(name): (scheme.block_size or n + 1) <= n, [name])
+      for name in _TILES if "token" in name and name.endswith(("the range", "the ranking"))
+      and any(word.isdigit() for word in name.split())),
+    _reason("bits", "Codes have another width (P1).",
+        lambda scheme, dtype: scheme.bits != 3,
+        ["3-bit codes one behind the other", "high bits before low bits"]),
+    _reason("bits", "Codes have another width (P1).",
+        lambda scheme, dtype: scheme.bits != 4, ["mask of two bits",
+                                                 "halves of the row in one byte"]),
+    _reason("bits", "Codes have another width (P1).",
+        lambda scheme, dtype: scheme.bits not in (2, 4), ["highest bits first"]),
+    _reason("whole bytes", "A code fills its byte, so that there is no padding (P1).",
+        lambda scheme, dtype: scheme.bits == 8, ["padding with zero bits", "rows that share bytes"]),
+    _reason("float16 norms", "Norms of float16 input that are not 0 are 2^-24 or more.",
+        lambda scheme, dtype: dtype == "float16",
+        ["subnormal norms flushed", "zero test on the norm in float16", "norm at least 1e-12",
+         "norm at least 1e-10", "norm at least 1e-08", "subnormal inputs flushed"]),
+    _reason("another input", "Only float16 input has such elements.",
+        lambda scheme, dtype: dtype != "float16", ["subnormal float16 inputs flushed"]),
+    _reason("scales too coarse",
+        "What is flushed is less than half the least scale: its codes are 0 all the same.",
+        lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",
+        ["subnormal inputs flushed"]),
+    _reason("least scale", "1e-8 is 0 in float16, the dtype of scales.",
+        lambda scheme, dtype: scheme.scale_dtype == "float16" and scheme.symmetric,
+        ["scale at least 1e-08"]),
+    _reason("short scales",
+        "A direction and (k + 1/2) times a scale of 11 bits are both float32: unless they are "
+        "equal, their quotient is no tie in float32 either (Q1).",
+        lambda scheme, dtype: _narrow(scheme), ["quotient in double precision"]),
+    _reason("short scales",
+        "A direction and (k + 1/2) times a scale of 11 bits are both float32: unless they are "
+        "equal, their quotient is no tie in float32 either (Q1).",
+        lambda scheme, dtype: _narrow(scheme) and scheme.symmetric,
+        ["difference and quotient in double precision"]),
+    _reason("short products", "The product of a code and a scale of 11 bits is exact (D1).",
+        lambda scheme, dtype: _narrow(scheme), ["fused multiply-add"]),
+    _reason("short products",
+        "y is a whole multiple of 2^-24 of 15 bits: float64 sums its squares well enough (D1).",
+        lambda scheme, dtype: scheme.scale_dtype == "float16", ["length in float64 alone"]),
+    _reason("quotients are small",
+        "A scale is at least two thirds of the quotient that it was narrowed from, or 0, so that "
+        "quotients stay below 1.5 qmax (S3).",
+        lambda scheme, dtype: scheme.symmetric and scheme.bits < 8, ["cast before the clamp"]),
+    _reason("nothing to narrow", "The tail has the dtype of decoded values (C1).",
+        lambda scheme, dtype: dtype == "float32",
+        ["tokens of a crop cut off", "tokens of a crop overflow"]),
+    _reason("nothing to narrow", "Decoded values are far below the largest bfloat16 (C1).",
+        lambda scheme, dtype: dtype == "bfloat16" and scheme.norm_dtype == "float16",
+        ["tokens of a crop overflow"]),
+    *(_reason("narrow already", "Directions are the input, which has that dtype.",
+          lambda scheme, dtype, narrow=narrow: not scheme.separate_norm and dtype == narrow,
+          [f"directions in {narrow}"]) for narrow in ("float16", "bfloat16")),
+    _reason("narrow already", "A maximum of the input has the dtype of scales.",
+        lambda scheme, dtype: not scheme.separate_norm and dtype == scheme.scale_dtype
+        and scheme.symmetric,
+        ["maximum narrowed before the division"]),
+    _reason("no tie",
+        "qmax times a tie of float16 has more bits than float16 input (S3).",
+        lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16"
+        and dtype == "float16",
+        ["scales narrowed with ties away from zero", "narrowing with ties away from zero"]),
+    _reason("no norm", "No norm is separated: it is 1, and 1 is stored nowhere (N1).",
+        lambda scheme, dtype: not scheme.separate_norm, _takes("N1", "M4")),
+    _reason("within range", "A norm of float16 input is far below the largest float32.",
+        lambda scheme, dtype: dtype == "float16", _takes("N1")),
+    _reason("within range", "A norm that is a float32 is one in this norm_dtype (M4).",
+        lambda scheme, dtype: scheme.norm_dtype == "float32"
+        or (scheme.norm_dtype == "bfloat16" and dtype == "float16"), _takes("M4")),
+    _reason("within range", "Directions lie in [-1, 1] (S5).",
+        lambda scheme, dtype: scheme.separate_norm, _takes("S5", "O1")),
+    _reason("within range", "float16 holds a quotient, a minimum or an outlier of float16 input.",
+        lambda scheme, dtype: dtype == "float16", _takes("S5", "O1")),
+    _reason("no outliers", "There are no outlier channels (O1).",
+        lambda scheme, dtype: scheme.outlier_channels == 0, _takes("O1")),
+    _reason("within range", "A decoded value is no larger than the stored norm (D3).",
+        lambda scheme, dtype: scheme.separate_norm and scheme.magnitude == "norm", _takes("D3")),
+    _reason("within range", "Products of a float16 and a float16 are far below the largest "
+        "float32 (D3).",
+        lambda scheme, dtype: scheme.norm_dtype == "float16" if scheme.separate_norm
+        else scheme.scale_dtype == "float16", _takes("D3")),
+    _reason("within range", "float16 input is far below the largest float32 (D3).",
+        lambda scheme, dtype: dtype == "float16", _takes("D3")),
+    _reason("large products",
+        "Products of codes and float16 scales are 0, or at least 2^-24 (D1).",
+        lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",
+        ["subnormals flushed in decode", "decoded values flushed"]),
+)  # fmt: skip
+
+
+def reason(mistake: Mistake | str, scheme: Scheme, dtype: str) -> Reason | None:
+    """Return why no input of a dtype can show a mistake in a scheme; None where one can.
+
+    Examples
+    --------
+    >>> reason("outliers by their mean", Scheme(), "float32").says
+    'There are no outlier channels (O1).'
+    >>> reason("half away from zero", Scheme(), "float32")
+    """
+    name = mistake if isinstance(mistake, str) else mistake.name
+    return next((one for one in REASONS if name in one.mistakes and one.holds(scheme, dtype)), None)

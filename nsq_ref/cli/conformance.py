@@ -19,7 +19,7 @@ from nsq_ref.cli.options import (
     file_name,
     given,
 )
-from nsq_ref.cli.output import on_terminal, print_json, stages
+from nsq_ref.cli.output import on_terminal, print_json, print_table, stages
 
 if TYPE_CHECKING:
     from nsq_ref import Scheme
@@ -120,6 +120,13 @@ def check(
     dtypes: DtypeOption = None,
     partial: PartialOption = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer.")] = 30.0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One case of a kind, for while you write.")
+    ] = False,
+    coverage: Annotated[
+        bool,
+        typer.Option("--coverage", help="Print which case shows which mistake; check nothing."),
+    ] = False,
     as_json: JsonOption = False,
     junit: JunitOption = None,
 ) -> None:
@@ -130,6 +137,12 @@ def check(
     from nsq_ref.conformance import ports
     from nsq_ref.conformance.check import run
 
+    if coverage:
+        about_coverage = ("coverage", "schemes", "changes", "every", "seed", "dtypes", "as_json")
+        for name, option in given(context).items():
+            if name not in about_coverage:
+                raise ValueError(f"{option} has no effect with --coverage; leave it out")
+        _show_coverage(_checked_schemes(schemes, every, changes), _dtypes(dtypes), seed, as_json)
     if directory is not None:
         about_answers = ("directory", "schemes", "only", "allow", "partial", "as_json", "junit")
         for name, option in given(context).items():
@@ -159,7 +172,7 @@ def check(
     command = ["nsq", "check", *([target] if target else [])]
     for name, value in (*targets.items(), ("custom-ops", custom_ops)):
         command += [f"--{name}", value] if value else []
-    command += _repeated(changes, allow, seed, dtypes, partial)
+    command += [*_repeated(changes, allow, seed, dtypes, partial), *(["--quick"] * quick)]
     asked_schemes = _checked_schemes(schemes, every, changes)
     port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
     try:
@@ -168,6 +181,7 @@ def check(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
                 refusals=kind != "model", only=only, command=shlex.join(command), progress=told,
+                quick=quick,
             )  # fmt: skip
     finally:
         port.close()
@@ -337,6 +351,26 @@ def _checked_schemes(
 
 def _dtypes(chosen: list[DtypeName] | None) -> list[InputDtype]:
     return [one.value for one in chosen or DtypeName]
+
+
+def _show_coverage(
+    schemes: list[tuple[str, Scheme]], dtypes: list[InputDtype], seed: int, as_json: bool
+) -> NoReturn:
+    """Print which case shows which mistake, and why none can where none does."""
+    from nsq_ref.conformance.coverage import coverage
+    from nsq_ref.conformance.report import coverage as shown
+
+    with stages() as told:
+        found = {name: coverage(one, dtypes, told, seed=seed) for name, one in schemes}
+    if as_json:
+        print_json(shown.coverage_as_json(found))
+    for name, cells in () if as_json else found.items():
+        print_table(shown.HEADS, list(shown.coverage_rows(cells)))
+        typer.echo("\nWhy nothing can show a mistake:")
+        print_table(("", ""), shown.coverage_reasons(cells))
+        typer.echo(f"\n{shown.coverage_summary(name, cells)}")
+    holes = sum(cell.is_hole for cells in found.values() for cell in cells)
+    raise typer.Exit(int(holes > 0))
 
 
 def _show_report(report: Report, as_json: bool, junit: Path | None) -> NoReturn:

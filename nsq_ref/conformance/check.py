@@ -41,6 +41,7 @@ def check(
     latitudes: Sequence[str] = (),
     dtypes: Sequence[str] = CASE_DTYPES,
     partial: bool = False,
+    quick: bool = False,
 ) -> Report:
     """Check Python callables in this process, as ``nsq check`` does in one of their own.
 
@@ -65,6 +66,8 @@ def check(
         Dtypes of the input.
     partial : bool
         Let pass what the port says it does not implement.
+    quick : bool
+        Ask one case of a kind, and none that must be looked for.
 
     Returns
     -------
@@ -98,7 +101,7 @@ def check(
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(
         port, [(name, chosen)], operations, seed=seed, latitudes=latitudes, dtypes=dtypes,
-        partial=partial,
+        partial=partial, quick=quick,
     )  # fmt: skip
 
 
@@ -117,6 +120,7 @@ def run(
     only: str | None = None,
     command: str = "",
     progress: Progress | None = None,
+    quick: bool = False,
 ) -> Report:
     """Ask a port all cases of some schemes, and judge it.
 
@@ -130,7 +134,7 @@ def run(
     required : sequence of str, optional
         Operations that the port must implement; all by default. Another one that it implements
         in no case is noted, not failed.
-    seed, latitudes, dtypes, partial
+    seed, latitudes, dtypes, partial, quick
         As `check` takes them.
     refusals : bool
         Ask what must be refused, too; an ONNX graph cannot refuse.
@@ -177,7 +181,8 @@ def run(
     for name, scheme in schemes:
         if len(questions) == len(asked_of):
             break
-        numbered = list(enumerate(cases(scheme, operations, seed, dtypes), number))
+        made = cases(scheme, operations, seed, dtypes, **({"quick": True} if quick else {}))
+        numbered = list(enumerate(made, number))
         number += len(numbered)
         if name not in asked_of:
             continue
@@ -203,6 +208,8 @@ def run(
         notes.append("not asked: input that must be refused, as a graph cannot refuse")
     if left_out := [dtype for dtype in CASE_DTYPES if dtype not in dtypes]:
         notes.append(f"not asked: {' and '.join(left_out)} input")
+    if quick:
+        notes.append("not asked: all but a case of a kind, as this was a quick run")
     if only is not None:
         notes.append(f"not asked: all cases but {only}")
     for name, scheme, selected in questions:

@@ -35,6 +35,8 @@ def cases(
     operations: Sequence[str] = OPERATIONS,
     seed: int = 0,
     dtypes: Sequence[str] = CASE_DTYPES,
+    *,
+    quick: bool = False,
 ) -> list[Case]:
     """Return the cases of one scheme.
 
@@ -47,6 +49,8 @@ def cases(
         Of what is drawn; what is computed is the same for all.
     dtypes : sequence of {"float32", "float16", "bfloat16"}
         Of the inputs. Cases of other dtypes are left out, and the others keep their ids.
+    quick : bool
+        Only the first case of a kind, and none that must be looked for.
 
     Returns
     -------
@@ -66,15 +70,17 @@ def cases(
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
-        encoded = list(encode_cases(scheme, seed))
+        encoded = list(encode_cases(scheme, seed, quick))
         if "encode" in operations:
             made += encoded
         if "decode" in operations:
-            made += decode_cases(encoded, scheme, seed)
+            made += decode_cases(encoded, scheme, seed, quick)
         if "attend" in operations:
             made += attend_cases(scheme, seed)
         if "stream" in operations:
             made += stream_cases(encoded, scheme, seed)
+    if quick:
+        made = list({(c.operation, c.flags[0], input_dtype(c)): c for c in made[::-1]}.values())[::-1]
     return [case for case in made if input_dtype(case) in (None, *dtypes)]
 
 

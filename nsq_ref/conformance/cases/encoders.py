@@ -310,6 +310,47 @@ WRONG_ENCODERS: dict[str, tuple[Encoder, ...]] = {
 }
 
 
+def _stored_away(step: Step) -> tuple[Array, Array]:
+    """Narrow scales on a tie away from zero."""
+    zero, dtype = spec.range_zero(step.low, step.scheme), FLOAT_DTYPES[step.scheme.scale_dtype]
+    wide = spec.range_span(step.low, step.high, zero, step.scheme) / _levels(step)
+    return wrong.half_away_narrowed(rounding.narrow(wide, dtype), wide, dtype), zero
+
+
+def _factor_away(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
+    """Narrow factors on a tie away from zero."""
+    wide, dtype = spec.factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype]
+    return np.asarray(
+        wrong.half_away_narrowed(rounding.narrow(wide, dtype), wide, dtype).astype(np.float32)
+    )
+
+
+def _adding_to_norm(epsilon: float) -> Encoder:
+    return _dividing_by_norm(lambda x, norm: x / (norm + np.float32(epsilon))[..., None])
+
+
+def _least_norm(least: float) -> Encoder:
+    return _dividing_by_norm(lambda x, norm: x / np.maximum(norm, np.float32(least))[..., None])
+
+
+def _adding_to_scale(epsilon: float) -> Encoder:
+    return _dividing(lambda d, scale, zero: (d - zero) / (divisor(scale) + np.float32(epsilon)))
+
+
+# What cases of narrow inputs are picked by besides: there, fewer blocks tell more than one mistake.
+FURTHER_ENCODERS: dict[str, tuple[Encoder, ...]] = {
+    "scale-narrowing": (Encoder(scale=_stored_away),),
+    "factor-narrowing": (Encoder(factor=_factor_away, concerns=_normed),),
+    "norm-epsilon": (
+        *(_adding_to_norm(epsilon) for epsilon in (1e-10, 1e-8)),
+        *(_least_norm(least) for least in (1e-7, 1e-6)),
+    ),
+    "scale-epsilon": (
+        *(_adding_to_scale(epsilon) for epsilon in (1e-12, 1e-10)),
+    ),
+}
+
+
 def wrong_encoders(flag: str, scheme: Scheme) -> list[Encoder]:
     """Return the encoders that the cases of a flag tell from the specification's.
 
@@ -319,3 +360,14 @@ def wrong_encoders(flag: str, scheme: Scheme) -> list[Encoder]:
     4
     """
     return [encoder for encoder in WRONG_ENCODERS[flag] if encoder.concerns(scheme)]
+
+
+def further_encoders(flag: str, scheme: Scheme) -> list[Encoder]:
+    """Return the encoders that cases of a flag and of narrow input tell besides.
+
+    Examples
+    --------
+    >>> len(further_encoders("scale-narrowing", Scheme()))
+    1
+    """
+    return [one for one in FURTHER_ENCODERS.get(flag, ()) if one.concerns(scheme)]

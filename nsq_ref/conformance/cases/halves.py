@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance.cases.encoders import Encoder, wrong_encoders
+from nsq_ref.conformance.cases.encoders import Encoder, further_encoders, wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, Draw, midpoint, telling
 from nsq_ref.conformance.cases.ties import squares_of
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
@@ -31,6 +31,7 @@ FLAGS = {
     **dict.fromkeys(CODES, "codes"),
     "scale-narrowing": "scales", "outlier-narrowing": "scales", "range-precision": "scales",
     "factor-narrowing": "factors", "narrow-range": "ranges", "norm-epsilon": "tiny",
+    "scale-epsilon": "small",
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, A
         "codes": tuned_ties(scheme, draw, dtype),
         "scales": tuned_ties(scheme, draw, dtype, scale_ties=True),
     }
+    pools["small"] = tuned_ties(scheme, draw, dtype, shrink=16)
     if scheme.separate_norm:
         pools["factors"] = factor_ties(scheme, draw, dtype)
         pools["tiny"] = _tiny(scheme, draw, dtype)
@@ -48,11 +50,17 @@ def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, A
             pools["ranges"] = _narrow_ranges(scheme, draw, dtype)
     for x in midpoints(scheme, draw, dtype):
         yield "norm-midpoint", x
+    for x in _small_scales(scheme, draw, dtype):
+        yield "scale-range", x.astype(kind)
+    if not scheme.separate_norm and scheme.symmetric:
+        for flag, x in _exhausted(scheme, dtype):
+            yield flag, x.astype(kind)
     for flag, name in FLAGS.items():
-        encoders = wrong_encoders(flag, scheme)
+        encoders = wrong_encoders(flag, scheme) + further_encoders(flag, scheme)
         if flag == "outlier-narrowing" and not (scheme.outlier_channels and scheme.separate_norm):
             continue
         names = [name, "factors"] if flag == "norm-accumulation" else [name]
+        names += ["codes"] if flag == "scale-epsilon" else []
         for pool in (pools[name] for name in names if name in pools):
             for x in telling(pool, scheme, encoders, most=1):
                 yield flag, x.astype(kind)
@@ -85,15 +93,18 @@ def filled(row: Float64, norm: Float64, bulk: int, dtype: str) -> Float64:
     return np.stack(channels, axis=-1)
 
 
-def tuned_ties(scheme: Scheme, draw: Draw, dtype: str, *, scale_ties: bool = False) -> Float32:
-    """Return blocks of a narrow dtype with quotients within an ulp of ties.
+def tuned_ties(
+    scheme: Scheme, draw: Draw, dtype: str, *, scale_ties: bool = False, shrink: int = 0
+) -> Float32:
+    """Return blocks of a dtype with quotients within an ulp of ties.
 
-    With ``scale_ties``, scales and zeros too lie next to ties of their dtype.
+    With ``scale_ties``, scales and zeros too lie next to ties of their dtype. ``shrink`` makes
+    scales smaller by that power of two, where other channels may hold the norm, and less elsewhere.
     """
     if not scheme.separate_norm:
         return _plain_ties(scheme, draw, dtype)
     if scheme.axis == "token":
-        return _ties_of_tokens(scheme, draw, dtype, scale_ties)
+        return _ties_of_tokens(scheme, draw, dtype, scale_ties, shrink)
     return _ties_of_channels(scheme, draw, dtype, scale_ties)
 
 
@@ -127,7 +138,9 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
             if least:
                 tie = midpoint(value, stored)
             else:
-                tie = zero[:, 0] + levels * midpoint((value - zero[:, 0]) / levels, stored)
+                tie = zero[:, 0] + levels * _tie(
+                    (value - zero[:, 0]) / levels, scheme, draw, BLOCKS
+                )
             norm = np.abs(row[:, 0]) / tie * (1 + steps[end])
         rows.append(np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1))
         direction = row / rounding.norm(rows[-1].astype(np.float32)).astype(np.float64)[:, None]
@@ -147,15 +160,39 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
         least_code, most = scheme.code_range
         tie = draw.integers(least_code, most, BLOCKS) + 0.5
         target = zero[:, 0] + tie * scale[:, 0]
-        row[:, 0] = rounded(NORM * target, dtype)
+        about = NORM * draw.uniform(0.9, 1.1, BLOCKS)  # a power of two would divide exactly
+        row[:, 0] = rounded(about * target, dtype)
         safe = np.where(np.abs(target) < 2.0**-6, np.inf, target)
         norm = np.where(np.isinf(safe), NORM, row[:, 0] / safe)
-        norm = np.clip(norm, NORM / 1.1, NORM * 1.1) * (1 + steps[t])
+        norm = np.clip(norm, NORM / 1.2, NORM * 1.2) * (1 + steps[t])
         rows.append(np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1))
     return np.stack(rows, axis=1).astype(np.float32)
 
 
-def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) -> Float32:
+def _tie(value: Float64, scheme: Scheme, draw: Draw, *shape: int) -> Float64:
+    """Return ties of the dtype of scales near values; of few that tell, one of those.
+
+    At 8 bits, a product with a reciprocal is another float32 next to few of all ties.
+    """
+    stored, levels = FLOAT_DTYPES[scheme.scale_dtype], np.float32(scheme.code_range[1])
+    if levels < 100 or scheme.scale_dtype == "float32":
+        return midpoint(value, stored)
+    precision = FORMATS[scheme.scale_dtype].precision
+    ties = 1 + (2 * np.arange(2 ** (precision - 1)) + 1) * 2.0**-precision
+    near = (levels * ties).astype(np.float32)[:, None].view(np.int32) + np.arange(-2, 3)
+    wide = near.astype(np.int32).view(np.float32)
+    right, wrong = wide / levels, wide * (np.float32(1) / levels)
+    tells = rounding.narrow(right, stored) != rounding.narrow(wrong, stored)
+    if not tells.any():
+        return midpoint(value, stored)
+    chosen = ties[tells.any(axis=1)]
+    exponent = np.frexp(value)[1] - 1
+    return np.asarray(np.ldexp(chosen[draw.integers(0, len(chosen), *shape)], exponent))
+
+
+def _ties_of_tokens(
+    scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool, shrink: int
+) -> Float32:
     """Tune norms so that all channels of a token, odd multiples of half a step, are ties.
 
     Or so that the scale is one.
@@ -176,14 +213,19 @@ def _ties_of_tokens(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) ->
     if not scheme.symmetric:
         row[..., 1] = 2 * m * zeros
     largest = np.max(np.abs(row), axis=-1)
-    wanted = largest / (widest * draw.uniform(0.9, 1.1, BLOCKS, tokens))
+    if shrink and not scheme.outlier_channels:  # many channels, as none may be much larger
+        bulk, widest, shrink = 64, 0.15, 0
+    wanted = largest / (np.ldexp(widest, -shrink) * draw.uniform(0.9, 1.1, BLOCKS, tokens))
     step = 2 * m / wanted
     stored = FLOAT_DTYPES[scheme.scale_dtype]
     # A zero that is a whole number of steps is exact if a step has few bits.
     few = "bfloat16" if not scheme.symmetric or stored.name == "bfloat16" else "float16"
-    scale = midpoint(step, stored) if scale_ties else rounded(step, few)
+    if scale_ties:
+        scale = _tie(step, scheme, draw, BLOCKS, tokens)
+    else:
+        scale = rounded(step, few)
     norm = 2 * m / scale * (1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-24)
-    exponent = np.round(np.log2(NORM / norm)).astype(np.int64)
+    exponent = np.round(np.log2(np.ldexp(NORM, shrink // 3) / norm)).astype(np.int64)
     row, norm = np.ldexp(row, exponent[..., None]), np.ldexp(norm, exponent)
     row = rounded(row, dtype)
     return np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1).astype(np.float32)
@@ -202,12 +244,55 @@ def _narrow_ranges(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
 def _tiny(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
     """Return many blocks of few of the smallest steps of float16, to which an epsilon is much."""
     tokens = min(scheme.block_size or 6, 6)
-    many = MANY // 2 if scheme.scale_rule == "range" else BLOCKS
-    x = draw.integers(-24, 25, many, tokens, 6).astype(np.float64)
+    many = MANY // 2 if scheme.scale_rule == "range" else MANY // 4
+    most = np.array([1, 2, 6, 24])[draw.integers(0, 4, many, tokens, 1)]
+    x = np.rint(most * draw.uniform(-1, 1, many, tokens, 6))
     if scheme.outlier_channels:
         front = draw.integers(25, 60, many, tokens, scheme.outlier_channels).astype(np.float64)
         x = np.concatenate([front, x], axis=-1)
     return np.ldexp(x, -24).astype(np.float32)
+
+
+def _small_scales(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Float64]:
+    """Yield channels of the smallest elements behind large ones, in their directions smaller yet."""
+    least = FORMATS[dtype].least
+    front = max(scheme.outlier_channels, int(scheme.separate_norm))
+    for top in (2.0**15, 2.0**4):
+        x = np.zeros((6, front + 8))
+        x[:, :front] = top
+        steps = draw.integers(-24, 25, 6, 8).astype(np.float64)
+        x[:, front:] = np.ldexp(steps, least + 3 * np.arange(8))
+        yield x
+
+
+def _exhausted(scheme: Scheme, dtype: str) -> Iterator[tuple[str, Float64]]:
+    """Yield what tells a reciprocal from a quotient, looked for among all numbers of a dtype."""
+    kind, levels = FLOAT_DTYPES[dtype], np.float32(scheme.code_range[1])
+    stored = FLOAT_DTYPES[scheme.scale_dtype]
+    every = np.arange(1, 2**15, dtype=np.uint16).view(kind).astype(np.float32)
+    every = every[np.isfinite(every) & (every < 2**15)]
+    right, wrong = every / levels, every * (np.float32(1) / levels)
+    tells = rounding.narrow(right, stored) != rounding.narrow(wrong, stored)
+    front = [1024.0] * scheme.outlier_channels
+    for most in every[tells][:2].tolist():
+        row = np.array([most, most / 2, most, -most / 4])
+        yield "scale-narrowing", _in_block(row, scheme, front)
+    found = 0
+    for most in every[(every >= 1) & (every < 2)][:: 1 if dtype == "bfloat16" else 37]:
+        scale = rounding.narrow(np.float32([most]) / levels, stored).astype(np.float32)
+        x = every[(every <= most) & (every >= scale / 4)]
+        apart = np.rint(x / scale) != np.rint(x * (np.float32(1) / scale))
+        if apart.any() and found < 2:
+            row = np.array([most, *x[apart][:4]], np.float64)
+            yield "reciprocal-of-scale", _in_block(row, scheme, front)
+            found += 1
+
+
+def _in_block(row: Float64, scheme: Scheme, front: list[float]) -> Float64:
+    """Return values that share a scale, behind outlier channels."""
+    x = row[None] if scheme.axis == "token" else row[:, None]
+    x = np.concatenate([np.tile(front, (len(x), 1)), x], axis=1) if front else x
+    return np.asarray(x, np.float64)
 
 
 def _plain_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
@@ -251,7 +336,7 @@ def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
         norm = midpoint(draw.uniform(NORM, 1.9 * NORM, BLOCKS, tokens), _stored(scheme))
         norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
         return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
-    many = (2 if dtype == "bfloat16" else 1) * MANY if scheme.scale_rule == "range" else BLOCKS  # a search takes long
+    many = 2 * MANY if scheme.scale_rule == "range" else MANY // 4  # a search takes long
     x: Float32 = (draw.bell(many, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
     x = x.astype(np.float32)
     if scheme.norm_dtype == "float32":

@@ -38,7 +38,7 @@ def tile_edges(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
         if scheme.outlier_channels:
             yield from _lone_outliers(scheme, draw, length, block, places)
             continue
-        width = len(places) + 1
+        width = max(len(places) + 1, 12)
         lone: list[tuple[int, ...]] = []
         for start in range(0, length, block):
             lone += _lone(start, [p for p in places if start + p < length], scheme)

@@ -216,6 +216,74 @@ REASONS: tuple[Reason, ...] = (
         else scheme.scale_dtype == "float16", _takes("D3")),
     _reason("within range", "float16 input is far below the largest float32 (D3).",
         lambda scheme, dtype: dtype == "float16", _takes("D3")),
+    _reason("one level", "At 2 bits qmax is 1, and dividing by 1 changes nothing (S1).",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric,
+        ["reciprocal of the number of levels", "maximum narrowed before the division"]),
+    _reason("one tie", "At 2 bits the ties are -1/2 and 1/2, and even is toward zero (Q1).",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric, ["half toward zero"]),
+    _reason("quotients are small",
+        "A scale is at least two thirds of the quotient that it was narrowed from, or 0: "
+        "quotients stay below 1.5 qmax, which at 2 bits is 1 when it is rounded (S3).",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric,
+        ["most negative code allowed"]),
+    _reason("scales are normal",
+        "A token's largest direction is 1 / sqrt(D) or more: up to 4096 channels its scale is a "
+        "normal float16, off by 2^-11 at most, and no sum with so small an epsilon differs.",
+        lambda scheme, dtype: scheme.separate_norm and scheme.axis == "token"
+        and scheme.outlier_channels == 0 and scheme.symmetric and scheme.scale_dtype == "float16",
+        ["subnormal scales flushed", "epsilon 1e-12 added to the scale", "cast before the clamp",
+         "most negative code allowed"]),
+    _reason("scales are normal",
+        "A token's largest direction is 1 / sqrt(D) or more: up to 4096 channels its scale is a "
+        "normal float16, off by 2^-11 at most, and no sum with so small an epsilon differs.",
+        lambda scheme, dtype: scheme.separate_norm and scheme.axis == "token" and scheme.bits < 8
+        and scheme.outlier_channels == 0 and scheme.symmetric and scheme.scale_dtype == "float16",
+        ["epsilon 1e-10 added to the scale"]),
+    _reason("two values",
+        "The scale is the maximum itself. A value is half of it, which is a tie however it is "
+        "divided, or off that by 2^-25 and by 2^-11 of it, more than the mistake moves.",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and not scheme.separate_norm
+        and scheme.scale_dtype == "float16" and dtype == "float16",
+        [*(f"epsilon {e} added to the norm" for e in ("1e-07", "1e-06", "1e-05")),
+         *(f"epsilon {e} added to the scale" for e in ("1e-12", "1e-10", "1e-08")),
+         "codes from the scale before narrowing", "scales narrowed toward zero",
+         "scales narrowed up", "narrowing toward zero"]),
+    _reason("two values",
+        "The scale is the maximum itself. A value is half of it, which is a tie however it is "
+        "divided, or off that by 2^-25 and by 2^-11 of it, more than the mistake moves.",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and not scheme.separate_norm
+        and scheme.scale_dtype == "float16" and dtype in ("float16", "bfloat16"),
+        ["reciprocal of the scale"]),
+    _reason("looked through",
+        "Measured: max / qmax and max * (1 / qmax) give one float16 for every float16, and at 3 "
+        "and 8 bits for every bfloat16.",
+        lambda scheme, dtype: scheme.symmetric and not scheme.separate_norm
+        and scheme.scale_dtype == "float16"
+        and (dtype == "float16" or (dtype == "bfloat16" and scheme.bits in (3, 8))),
+        ["reciprocal of the number of levels"]),
+    _reason("refused before", "What is so large makes an outlier beyond float16 first (O1).",
+        lambda scheme, dtype: scheme.outlier_channels > 0, _takes("S5")),
+    _reason("not narrowed", "float32 is stored as it is.",
+        lambda scheme, dtype: scheme.scale_dtype == "float32",
+        ["maximum narrowed before the division", *_starting("scales narrowed")]),
+    _reason("not narrowed", "float32 is stored as it is.",
+        lambda scheme, dtype: scheme.scale_dtype == scheme.norm_dtype == "float32",
+        ["narrowing toward zero", "narrowing with ties away from zero"]),
+    _reason("not narrowed", "float32 is stored as it is.",
+        lambda scheme, dtype: scheme.norm_dtype == "float32" and scheme.separate_norm,
+        [*_starting("factors narrowed")]),
+    _reason("nothing so small",
+        "Norms of float16 input are 2^-24 or more, directions 2^-49 or more: with the exponents "
+        "of float32, no scale and no factor is subnormal.",
+        lambda scheme, dtype: dtype == "float16" and scheme.separate_norm
+        and scheme.scale_dtype != "float16" and scheme.norm_dtype != "float16"
+        and scheme.symmetric,
+        ["subnormal scales flushed", "subnormals flushed", "most negative code allowed"]),
+    _reason("nothing so small",
+        "Norms of float16 input are 2^-24 or more, directions 2^-49 or more: with the exponents "
+        "of float32, no scale and no factor is subnormal.",
+        lambda scheme, dtype: dtype == "float16" and scheme.separate_norm
+        and scheme.norm_dtype != "float16", ["subnormal factors flushed"]),
     _reason("large products",
         "Products of codes and float16 scales are 0, or at least 2^-24 (D1).",
         lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",

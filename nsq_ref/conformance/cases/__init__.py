@@ -80,7 +80,8 @@ def cases(
         if "stream" in operations:
             made += stream_cases(encoded, scheme, seed)
     if quick:
-        made = list({(c.operation, c.flags[0], input_dtype(c)): c for c in made[::-1]}.values())[::-1]
+        kinds = {(case.operation, case.flags[0], input_dtype(case)): case for case in made[::-1]}
+        made = list(kinds.values())[::-1]
     return [case for case in made if input_dtype(case) in (None, *dtypes)]
 
 

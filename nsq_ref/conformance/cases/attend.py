@@ -14,7 +14,6 @@ from nsq_ref.conformance.operations import Case, scheme_array
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.scheme import Scheme
 
-
 LONG = 300  # tokens: more than two blocks of 128, and no whole number of tiles
 
 
@@ -99,9 +98,7 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
         yield "long-attention", query, keys, values, scheme, options
 
 
-def _long(
-    sinks: int, draw: Draw
-) -> Iterator[tuple[Float32, Float32, Float32, dict[str, float]]]:
+def _long(sinks: int, draw: Draw) -> Iterator[tuple[Float32, Float32, Float32, dict[str, float]]]:
     """Yield queries that weigh tokens of all tiles and blocks, and what the weights are to miss."""
     tokens, head_dim, value_dim = sinks + LONG, 8, 4
     at = np.arange(tokens)

@@ -26,7 +26,6 @@ _DECODED = (
 _WIDEST = 512  # of a decoded case's channels
 
 
-
 def decode_cases(
     encoded: Iterable[Case], scheme: Scheme, seed: int, quick: bool = False
 ) -> Iterator[Case]:
@@ -38,7 +37,11 @@ def decode_cases(
         wide = x.shape[-1] > _WIDEST and case.flags[0] == "channel-tile"
         if case.refused_by is None and case.flags[0] in _DECODED and not wide:
             inputs = {**model.encode(x, scheme), "shape": np.array(x.shape, np.int32)}
-            yield replace(case, operation="decode", inputs=inputs)
+            flag, number = case.id.split("/")
+            if scheme.sink_tokens and x.dtype != np.float32 and case.flags[0] != "input-dtype":
+                further = 900 if x.dtype == FLOAT_DTYPES["float16"] else 1800
+                case = replace(case, id=f"{flag}/{int(number) + further}")
+            yield replace(case, operation="decode", inputs=inputs, recipe=None)
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(100))  # behind encoded cases
     for flag, block in _synthetic(scheme, seed, quick):
         head_dim = block.codes.shape[-1]
@@ -47,7 +50,7 @@ def decode_cases(
         inputs["shape"] = np.array([len(sinks) + len(block.codes), head_dim], np.int32)
         number = next(numbers[flag])
         yield Case(f"{flag}/{number}", "decode", scheme, (flag,), inputs)
-        for further, dtype in ((100, "float16"), (200, "bfloat16")) if len(sinks) else ():
+        for further, dtype in ((1000, "float16"), (2000, "bfloat16")) if len(sinks) else ():
             other = {**inputs, "sinks": sinks.astype(FLOAT_DTYPES[dtype])}
             yield Case(f"{flag}/{number + further}", "decode", scheme, (flag,), other)
 

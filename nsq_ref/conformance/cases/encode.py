@@ -17,8 +17,8 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
 from nsq_ref.conformance.cases.halves import narrow_ties, tuned_ties
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling
-from nsq_ref.conformance.cases.tiles import channel_tiles, sequences, tile_edges
 from nsq_ref.conformance.cases.ties import exact_ties, factor_midpoints, norm_midpoints
+from nsq_ref.conformance.cases.tiles import channel_tiles, sequences, tile_edges
 from nsq_ref.conformance.mistakes.arithmetic import FLOAT32_SUMS, in_order
 from nsq_ref.conformance.operations import CASE_DTYPES, Case
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
@@ -89,12 +89,12 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
     for flag, recipes in (("tile-edge", tile_edges), ("channel-tile", channel_tiles)):
         for number, recipe in enumerate(recipes(scheme, Draw(seed, flag))):
             for first, dtype in zip(FIRST.values(), CASE_DTYPES, strict=True):
-                if number not in range(2, 6) or dtype == "float32":
+                if number not in (4, 5) or dtype == "float32":
                     inputs, name = {"x": recipe.make(dtype)}, f"{flag}/{first + number}"
                     yield Case(name, "encode", scheme, (flag,), inputs, None, recipe)
     for dtype in () if quick else NARROW:
         numbers: dict[str, Iterator[int]] = defaultdict(lambda dtype=dtype: count(FIRST[dtype]))
-        for flag, x in narrow_ties(scheme, Draw(seed, f"ties in {dtype}"), dtype):
+        for flag, x in narrow_ties(scheme, seed, dtype):
             x = _with_sinks(x, scheme)
             name = f"{flag}/{next(numbers[flag])}"
             yield Case(name, "encode", scheme, (flag,), {"x": x}, refusal(x, scheme))

@@ -345,9 +345,7 @@ FURTHER_ENCODERS: dict[str, tuple[Encoder, ...]] = {
         *(_adding_to_norm(epsilon) for epsilon in (1e-10, 1e-8)),
         *(_least_norm(least) for least in (1e-7, 1e-6)),
     ),
-    "scale-epsilon": (
-        *(_adding_to_scale(epsilon) for epsilon in (1e-12, 1e-10)),
-    ),
+    "scale-epsilon": (*(_adding_to_scale(epsilon) for epsilon in (1e-12, 1e-10)),),
 }
 
 

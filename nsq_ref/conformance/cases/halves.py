@@ -15,6 +15,7 @@ from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import Encoder, further_encoders, wrong_encoders
 from nsq_ref.conformance.cases.pools import FORMATS, Draw, midpoint, telling
 from nsq_ref.conformance.cases.ties import squares_of
+from nsq_ref.conformance.mistakes.arithmetic import divisor
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.scheme import Scheme
 
@@ -35,26 +36,31 @@ FLAGS = {
 }  # fmt: skip
 
 
-def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Array]]:
+def narrow_ties(scheme: Scheme, seed: int, dtype: str) -> Iterator[tuple[str, Array]]:
     """Yield flags and inputs of a narrow dtype that wrong encoders of the flag code otherwise."""
     kind = FLOAT_DTYPES[dtype]
+
+    def draw(name: str) -> Draw:
+        return Draw(seed, f"{name} in {dtype}")
+
     pools = {
-        "codes": tuned_ties(scheme, draw, dtype),
-        "scales": tuned_ties(scheme, draw, dtype, scale_ties=True),
+        "codes": tuned_ties(scheme, draw("codes"), dtype),
+        "scales": tuned_ties(scheme, draw("scales"), dtype, scale_ties=True),
+        "small": tuned_ties(scheme, draw("small"), dtype, shrink=16),
     }
-    pools["small"] = tuned_ties(scheme, draw, dtype, shrink=16)
     if scheme.separate_norm:
-        pools["factors"] = factor_ties(scheme, draw, dtype)
-        pools["tiny"] = _tiny(scheme, draw, dtype)
+        pools["factors"] = factor_ties(scheme, draw("factors"), dtype)
+        pools["tiny"] = _tiny(scheme, draw("tiny"), dtype)
         if scheme.axis == "channel" and not scheme.symmetric:
-            pools["ranges"] = _narrow_ranges(scheme, draw, dtype)
-    for x in midpoints(scheme, draw, dtype):
+            pools["ranges"] = _narrow_ranges(scheme, draw("ranges"), dtype)
+    for x in midpoints(scheme, draw("midpoints"), dtype):
         yield "norm-midpoint", x
-    for x in _small_scales(scheme, draw, dtype):
+    for x in _small_scales(scheme, draw("small scales"), dtype):
         yield "scale-range", x.astype(kind)
     if not scheme.separate_norm and scheme.symmetric:
         for flag, x in _exhausted(scheme, dtype):
             yield flag, x.astype(kind)
+    search = scheme.scale_rule == "search"
     for flag, name in FLAGS.items():
         encoders = wrong_encoders(flag, scheme) + further_encoders(flag, scheme)
         if flag == "outlier-narrowing" and not (scheme.outlier_channels and scheme.separate_norm):
@@ -62,7 +68,7 @@ def narrow_ties(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, A
         names = [name, "factors"] if flag == "norm-accumulation" else [name]
         names += ["codes"] if flag == "scale-epsilon" else []
         for pool in (pools[name] for name in names if name in pools):
-            for x in telling(pool, scheme, encoders, most=1):
+            for x in telling(pool, scheme, encoders, 1, same_scales=search):
                 yield flag, x.astype(kind)
 
 
@@ -121,26 +127,25 @@ def _widest(scheme: Scheme) -> float:
 
 def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) -> Float32:
     """Tune a norm so that one channel of the token is next to a tie of the channel's scale."""
+    count = BLOCKS if scheme.scale_rule == "range" else 4 * BLOCKS  # where it may be another one
     tokens, coded, bulk = min(scheme.block_size or 6, 6), 4, _bulk(scheme)
     ends, widest = 1 + (not scheme.symmetric), _widest(scheme)
     levels, stored = scheme.code_range[1], FLOAT_DTYPES[scheme.scale_dtype]
     rows: list[Float64] = []
-    zero = np.zeros((BLOCKS, coded))
-    steps = draw.integers(-1, 2, tokens, BLOCKS) * 2.0**-24
+    zero = np.zeros((count, coded))
+    steps = draw.integers(-1, 2, tokens + 16, count) * 2.0**-24
     for end in range(min(ends, tokens)):  # the least values first, as zeros come of them
         least = end == 0 and not scheme.symmetric
-        wanted = draw.uniform(0.5 * widest, widest, BLOCKS, coded)
+        wanted = draw.uniform(0.5 * widest, widest, count, coded)
         row = rounded(NORM * wanted, dtype)
         row *= -1.0 if least else 1.0
-        norm = NORM * draw.uniform(0.9, 1.1, BLOCKS)
+        norm = NORM * draw.uniform(0.9, 1.1, count)
         if scale_ties:  # of the first channel
             value = np.abs(row[:, 0]) / norm
             if least:
                 tie = midpoint(value, stored)
             else:
-                tie = zero[:, 0] + levels * _tie(
-                    (value - zero[:, 0]) / levels, scheme, draw, BLOCKS
-                )
+                tie = zero[:, 0] + levels * _tie((value - zero[:, 0]) / levels, scheme, draw, count)
             norm = np.abs(row[:, 0]) / tie * (1 + steps[end])
         rows.append(np.concatenate([filled(row, norm, bulk, dtype), row], axis=-1))
         direction = row / rounding.norm(rows[-1].astype(np.float32)).astype(np.float64)[:, None]
@@ -148,19 +153,27 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
             zero = rounding.narrow(direction.astype(np.float32), stored).astype(np.float64)
         else:
             high = direction
+    if scheme.scale_rule == "search" and len(rows) == ends:
+        rows *= 8  # or a shrunken range would have less error
+        tokens += 7 * ends if not scheme.block_size or scheme.block_size >= tokens + 14 else 0
     if tokens < ends:
-        high = np.zeros((BLOCKS, coded))
+        high = np.zeros((count, coded))
     span = (high - zero).astype(np.float32) / np.float32(levels)
     scale = np.maximum(rounding.narrow(span, stored).astype(np.float64), 2.0**-20)
     for t in range(len(rows), tokens):
-        inner = draw.uniform(0.1, 0.9, BLOCKS, coded)
+        inner = draw.uniform(0.1, 0.9, count, coded)
         row = rounded(NORM * (zero + inner * levels * scale), dtype)
         if scheme.symmetric:
-            row *= draw.signs(BLOCKS, coded)
+            row *= draw.signs(count, coded)
         least_code, most = scheme.code_range
-        tie = draw.integers(least_code, most, BLOCKS) + 0.5
+        tie = draw.integers(least_code, most, count) + 0.5
+        if (
+            scheme.scale_rule == "search" and t < tokens - 1
+        ):  # or another scale would have less error
+            tie += 0.5
         target = zero[:, 0] + tie * scale[:, 0]
-        about = NORM * draw.uniform(0.9, 1.1, BLOCKS)  # a power of two would divide exactly
+        about = NORM * draw.uniform(0.9, 1.1, count)  # a power of two would divide exactly
+        about = np.where(draw.integers(0, 2, count) == 0, NORM, about)
         row[:, 0] = rounded(about * target, dtype)
         safe = np.where(np.abs(target) < 2.0**-6, np.inf, target)
         norm = np.where(np.isinf(safe), NORM, row[:, 0] / safe)
@@ -186,7 +199,7 @@ def _tie(value: Float64, scheme: Scheme, draw: Draw, *shape: int) -> Float64:
     if not tells.any():
         return midpoint(value, stored)
     chosen = ties[tells.any(axis=1)]
-    exponent = np.frexp(value)[1] - 1
+    exponent = np.frexp(value)[1] - 1 - (scheme.axis == "token")
     return np.asarray(np.ldexp(chosen[draw.integers(0, len(chosen), *shape)], exponent))
 
 
@@ -213,8 +226,10 @@ def _ties_of_tokens(
     if not scheme.symmetric:
         row[..., 1] = 2 * m * zeros
     largest = np.max(np.abs(row), axis=-1)
-    if shrink and not scheme.outlier_channels:  # many channels, as none may be much larger
-        bulk, widest, shrink = 64, 0.15, 0
+    if scheme.outlier_channels:  # one of the fine channels is larger than what is shrunken
+        bulk -= shrink > 0
+    elif shrink or (scale_ties and scheme.bits == 8):  # many, as none may be much larger
+        bulk, widest, shrink = 64, 0.15 if shrink else 0.4, 0
     wanted = largest / (np.ldexp(widest, -shrink) * draw.uniform(0.9, 1.1, BLOCKS, tokens))
     step = 2 * m / wanted
     stored = FLOAT_DTYPES[scheme.scale_dtype]
@@ -244,7 +259,7 @@ def _narrow_ranges(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
 def _tiny(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
     """Return many blocks of few of the smallest steps of float16, to which an epsilon is much."""
     tokens = min(scheme.block_size or 6, 6)
-    many = MANY // 2 if scheme.scale_rule == "range" else MANY // 4
+    many = MANY // 2 if scheme.scale_rule == "range" else MANY if dtype == "float16" else BLOCKS
     most = np.array([1, 2, 6, 24])[draw.integers(0, 4, many, tokens, 1)]
     x = np.rint(most * draw.uniform(-1, 1, many, tokens, 6))
     if scheme.outlier_channels:
@@ -263,6 +278,10 @@ def _small_scales(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Float64]:
         steps = draw.integers(-24, 25, 6, 8).astype(np.float64)
         x[:, front:] = np.ldexp(steps, least + 3 * np.arange(8))
         yield x
+        few = np.clip(steps, -5, 4)  # of a scale of 10 / 7 least steps, which is rounded to 1
+        few[0, ::2] = -5
+        x[:, front:] = np.ldexp(few, least)
+        yield x
 
 
 def _exhausted(scheme: Scheme, dtype: str) -> Iterator[tuple[str, Float64]]:
@@ -278,7 +297,9 @@ def _exhausted(scheme: Scheme, dtype: str) -> Iterator[tuple[str, Float64]]:
         row = np.array([most, most / 2, most, -most / 4])
         yield "scale-narrowing", _in_block(row, scheme, front)
     found = 0
-    for most in every[(every >= 1) & (every < 2)][:: 1 if dtype == "bfloat16" else 37]:
+    some = every[(every >= 1) & (every < 2)][:: 1 if dtype == "bfloat16" else 37]
+    small = every[(every / levels >= 2.0**-23) & (every / levels < 2.0**-14)][::3]
+    for most in (*some, *(small if dtype == "bfloat16" else ())):
         scale = rounding.narrow(np.float32([most]) / levels, stored).astype(np.float32)
         x = every[(every <= most) & (every >= scale / 4)]
         apart = np.rint(x / scale) != np.rint(x * (np.float32(1) / scale))
@@ -336,17 +357,36 @@ def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
         norm = midpoint(draw.uniform(NORM, 1.9 * NORM, BLOCKS, tokens), _stored(scheme))
         norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
         return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
-    many = 2 * MANY if scheme.scale_rule == "range" else MANY // 4  # a search takes long
-    x: Float32 = (draw.bell(many, tokens, 8) * np.float32(2)).astype(FLOAT_DTYPES[dtype])
-    x = x.astype(np.float32)
+    kind = _stored(scheme)
+    x = draw.bell(2 * BLOCKS, tokens, 12) * np.float32(16)
+    x[..., 6:] *= np.float32([0.25, 0.09, 0.03, 0.01, 0.004, 0.0014])
+    x = rounded(x, dtype).astype(np.float32)
     if scheme.norm_dtype == "float32":
         return x[:BLOCKS]
-    factor = np.abs(_factor(x, scheme))
-    kind = _stored(scheme)
-    off = np.abs(factor - rounding.narrow(factor.astype(np.float32), kind).astype(np.float64))
+    steps = draw.integers(-2, 3, *x.shape[:2]) * 2.0**-26
+    for channel in range(6, 12):  # each moves a factor by what the one before leaves
+        factor, y = _factor(x, scheme)
+        factor = np.where(factor == 0, 1, factor)
+        narrow = rounding.narrow(factor.astype(np.float32), kind).astype(np.float64)
+        half = np.ldexp(0.5, np.frexp(narrow)[1] - FORMATS[scheme.norm_dtype].precision)
+        tie = (narrow + np.copysign(half, factor - narrow)) * (1 + steps)
+        wide = x.astype(np.float64)
+        squares = np.sum(y * y, axis=-1)
+        if scheme.magnitude == "lsq":
+            slope = y[..., channel] / divisor(squares)
+        else:
+            norm = np.sqrt(np.sum(wide * wide, axis=-1))
+            slope = wide[..., channel] / divisor(norm * np.sqrt(squares))
+        moved = (tie - factor) / divisor(slope)
+        most = 0.03 * np.max(np.abs(x[..., channel]), axis=-1, keepdims=True)
+        x[..., channel] = rounded(x[..., channel] + np.clip(moved, -most, most), dtype)
+    many = draw.bell(MANY if scheme.scale_rule == "range" else MANY // 4, tokens, 12)
+    many = rounded(many * np.float32(2), dtype).astype(np.float32)
+    factor = np.abs(_factor(many, scheme)[0])  # some lie on a tie by chance
+    narrow = rounding.narrow(factor.astype(np.float32), kind).astype(np.float64)
     ulp = np.ldexp(1.0, np.frexp(factor)[1] - FORMATS[scheme.norm_dtype].precision)
-    nearest = np.min(np.abs(off / ulp - 0.5), axis=-1)
-    return np.asarray(x[np.argsort(nearest, kind="stable")[:BLOCKS]])
+    nearest = np.min(np.abs(np.abs(factor - narrow) / ulp - 0.5), axis=-1)
+    return np.concatenate([x, many[np.argsort(nearest, kind="stable")[:BLOCKS]]])
 
 
 def _stored(scheme: Scheme) -> np.dtype[Any]:
@@ -354,12 +394,14 @@ def _stored(scheme: Scheme) -> np.dtype[Any]:
     return FLOAT_DTYPES[scheme.norm_dtype if scheme.norm_dtype != "float32" else "float16"]
 
 
-def _factor(x: Float32, scheme: Scheme) -> Float64:
+def _factor(x: Float32, scheme: Scheme) -> tuple[Float64, Float64]:
+    """Return factors, before they are narrowed, and dequantized directions."""
     codes, _, scale, zero, outliers = Encoder()(x, scheme)
     norm = rounding.norm(x)
     index = spec.outlier_channels(spec.direction_of(x, norm), scheme)
     y = spec.dequantized_direction(codes, scale, zero, index, outliers)
-    return np.asarray(spec.factor(x, y, norm, scheme).astype(np.float64))
+    factor = spec.factor(x, y, norm, scheme)
+    return factor.astype(np.float64), y.astype(np.float64)
 
 
 # --- midpoints ----------------------------------------------------------------------------------
@@ -392,7 +434,7 @@ def _coded_midpoints(scheme: Scheme, draw: Draw, dtype: str, below: float) -> Fl
     low, high = np.array([[0.0 if scheme.symmetric else -0.375], [0.5]], np.float32)
     scale, zero = (float(part[0]) for part in spec.range_scale(low, high, scheme))
     blocks, width = [], 72
-    for _ in range(48):
+    for _ in range(96):
         rows: list[list[float]] = []
         for sign in (1, -1):
             tie = zero + (float(draw.integers(*scheme.code_range, 1)[0]) + 0.5) * scale

@@ -94,16 +94,21 @@ def differences(some: Iterable[Array], others: Iterable[Array]) -> npt.NDArray[n
 
 
 def telling(
-    pool: Float32, scheme: Scheme, wrong: Iterable[Encoder], most: int = 2
-) -> Iterator[Float32]:
+    pool: Float32, scheme: Scheme, wrong: Iterable[Encoder], most: int = 2, *,
+    same_scales: bool = False,
+) -> Iterator[Float32]:  # fmt: skip
     """Yield the blocks of a pool on which wrong encoders differ most, at most some of each.
 
-    One block is enough where four elements differ.
+    One block is enough where four elements differ. With ``same_scales``, blocks of which an encoder
+    makes other scales do not count: where they are its choice, they tell nothing.
     """
     yielded: set[int] = set()
     right = Encoder()(pool, scheme)
     for encoder in wrong:
-        counts = differences(right, encoder(pool, scheme))
+        given = encoder(pool, scheme)
+        counts = differences(right, given)
+        if same_scales:
+            counts = np.where(differences(right[2:4], given[2:4]) == 0, counts, 0)
         order = np.argsort(-counts, kind="stable")[:most]
         found = 0
         for index in order[counts[order] > 0].tolist():

@@ -64,9 +64,7 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
         yield Case(f"refused-step/{number}", "stream", scheme, ("refused-step",), inputs, rule)
 
 
-def _refused(
-    scheme: Scheme, draw: Draw, size: int, head_dim: int
-) -> Iterator[tuple[Array, str]]:
+def _refused(scheme: Scheme, draw: Draw, size: int, head_dim: int) -> Iterator[tuple[Array, str]]:
     """Yield rows of one sequence with what must be refused, and the rule that says so."""
     sinks = scheme.sink_tokens
     tokens = sinks + size + (size + 1) // 2
@@ -141,9 +139,7 @@ def _histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int,
         yield "crop-saturation", FLOAT16, 0, [(0, sinks + size), (1, sinks + size - 1)]
 
 
-def _later_histories(
-    sinks: int, size: int
-) -> Iterator[tuple[str, np.dtype[Any], int, _Steps]]:
+def _later_histories(sinks: int, size: int) -> Iterator[tuple[str, np.dtype[Any], int, _Steps]]:
     """Yield what was added after the first release of vectors."""
     inside = sinks + size + (size + 1) // 2
     whole = sinks + 2 * size + 1
@@ -169,11 +165,13 @@ def _later_histories(
 
 def _decoded_beyond_float16(scheme: Scheme, draw: Draw, size: int, head_dim: int) -> Array | None:
     """Return a block of float16 that is accepted, and decodes to values beyond float16."""
-    for _ in range(8):
+    for number in range(8):
         x = 500 * draw.bell(1024, size, head_dim).astype(np.float64)
         x[:, 0] = 65504 * draw.uniform(-0.02, 0.02, 1024, head_dim)
         x[:, 0, 0] = 65504
         x[:, 0, 1] = 65504 * draw.uniform(-0.12, 0.12, 1024)
+        if number:  # the least direction, and so the rounding of the scale, is another each time
+            x[:, 1:, 0] *= draw.uniform(0.2, 1, 1024, 1)
         pool = x.astype(FLOAT16)
         decoded = spec.decode(spec.encode(pool.astype(np.float32), scheme), scheme)
         beyond = np.isfinite(decoded).all(axis=(1, 2))

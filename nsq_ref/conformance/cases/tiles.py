@@ -37,12 +37,16 @@ def tile_edges(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
             places = [0, length - 2, length - 1]
         if scheme.outlier_channels:
             yield from _lone_outliers(scheme, draw, length, block, places)
-            continue
-        width = max(len(places) + 1, 12)
+            if scheme.axis == "token":
+                continue
+        width = max(len(places) + 1, 12 if scheme.symmetric else 24)
         lone: list[tuple[int, ...]] = []
         for start in range(0, length, block):
             lone += _lone(start, [p for p in places if start + p < length], scheme)
         shifted = tuple((token + sinks, *rest) for token, *rest in lone)
+        for i in range(scheme.outlier_channels):  # channels of their own, or the others would be
+            shifted += ((sinks + 2 + i, width, OUTLIER),)
+            width += 1
         yield Recipe((sinks + length, width), _seed(draw), _sinks(scheme, width) + shifted)
 
 

@@ -265,7 +265,37 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.outlier_channels > 0, _takes("S5")),
     _reason("not narrowed", "float32 is stored as it is.",
         lambda scheme, dtype: scheme.scale_dtype == "float32",
-        ["maximum narrowed before the division", *_starting("scales narrowed")]),
+        ["maximum narrowed before the division", *_starting("scales narrowed"),
+         "codes from the scale before narrowing", "codes from the zero before narrowing",
+         "range from the unrounded minimum",
+         "negative scale forced to zero", "magnitude of a negative scale"]),
+    _reason("quotients are small",
+        "Zero is the minimum, and a scale at least two thirds of its quotient, or 0 (S3).",
+        lambda scheme, dtype: not scheme.symmetric and scheme.bits < 8
+        and scheme.scale_dtype == "float32", ["cast before the clamp"]),
+    _reason("encoder's choice",
+        "With the scale rule search a port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search" and scheme.block_size is None,
+        [name for name in _changing("spec.extent", "spec.scale_of", "spec.range_span")
+         if name not in ("negative scale forced to zero", "magnitude of a negative scale")]),
+    _reason("encoder's choice",
+        "With the scale rule search a port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search",
+        ["reciprocal of the number of levels", "range in double precision",
+         "range that includes zero", "negative scale forced to zero",
+         "magnitude of a negative scale", "scale at least 1e-08",
+         "scales narrowed with ties away from zero", "cast before the clamp",
+         *(f"last partial tile of {n} tokens out of the range" for n in (16, 32, 64)),
+         *_starting("sequences counted")]),
+    _reason("scale of 0", "The scale of an outlier channel is 0, and so are its codes (O1, Q1).",
+        lambda scheme, dtype: scheme.axis == "channel", ["codes of outlier channels"]),
+    _reason("nothing to narrow", "A decoded value is no larger than a norm, which float16 holds.",
+        lambda scheme, dtype: scheme.magnitude == "norm" and scheme.norm_dtype == "float16",
+        ["tokens of a crop overflow"]),
+    _reason("nothing so small", "Of tokens beside float16 sinks, no decoded value is subnormal.",
+        lambda scheme, dtype: dtype == "float16" and scheme.sink_tokens > 0
+        and scheme.symmetric and scheme.norm_dtype == "float16",
+        ["subnormals flushed in decode", "decoded values flushed"]),
     _reason("not narrowed", "float32 is stored as it is.",
         lambda scheme, dtype: scheme.scale_dtype == scheme.norm_dtype == "float32",
         ["narrowing toward zero", "narrowing with ties away from zero"]),
@@ -276,8 +306,7 @@ REASONS: tuple[Reason, ...] = (
         "Norms of float16 input are 2^-24 or more, directions 2^-49 or more: with the exponents "
         "of float32, no scale and no factor is subnormal.",
         lambda scheme, dtype: dtype == "float16" and scheme.separate_norm
-        and scheme.scale_dtype != "float16" and scheme.norm_dtype != "float16"
-        and scheme.symmetric,
+        and scheme.scale_dtype != "float16" and scheme.norm_dtype != "float16",
         ["subnormal scales flushed", "subnormals flushed", "most negative code allowed"]),
     _reason("nothing so small",
         "Norms of float16 input are 2^-24 or more, directions 2^-49 or more: with the exponents "

@@ -121,7 +121,7 @@ def _remember_coded(original: Function, reference: Reference) -> Function:
 
     def extent(direction: Any, coded: Any, scheme: Scheme) -> Any:
         key = direction.shape, direction.tobytes()
-        reference.coded = {key: coded, **dict([*reference.coded.items()][:64])}
+        reference.coded = {**dict([*reference.coded.items()][-64:]), key: coded}
         return original(direction, coded, scheme)
 
     return extent

@@ -253,6 +253,8 @@ def streamed(case: Case) -> Exact:
     taken = 0
     for kind, number in case.inputs["steps"][:, [0, 1 + row]].tolist():
         if kind != CROP:
+            if not np.isfinite(x[row, taken : taken + number].astype(SINGLE)).all():
+                return Exact(("I2",), {}, {})
             tokens += list(x[row, taken : taken + number])
             taken += number
             continue

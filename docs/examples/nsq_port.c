@@ -163,7 +163,7 @@ int nsq_encode(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t s
 {
     if (!is_supported(scheme))
         return NSQ_NOT_IMPLEMENTED;
-    if (sequences < 1 || tokens < 1 || head_dim < 1 || dtype < NSQ_FLOAT32 || dtype > NSQ_BFLOAT16)
+    if (sequences < 0 || tokens < 1 || head_dim < 1 || dtype < NSQ_FLOAT32 || dtype > NSQ_BFLOAT16)
         return NSQ_REFUSED;
     int64_t block = tokens_per_block(scheme, tokens);
     float *direction = malloc((size_t)(block * head_dim) * sizeof *direction);

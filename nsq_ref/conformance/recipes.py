@@ -37,4 +37,4 @@ class Recipe(NamedTuple):
         x = values.reshape(self.shape).astype(np.float32)
         for *index, value in self.set:
             x[tuple(index)] = value
-        return x.astype(dtype)
+        return np.asarray(x.astype(dtype))

@@ -37,11 +37,12 @@ def decode_cases(
         wide = x.shape[-1] > _WIDEST and case.flags[0] == "channel-tile"
         if case.refused_by is None and case.flags[0] in _DECODED and not wide:
             inputs = {**model.encode(x, scheme), "shape": np.array(x.shape, np.int32)}
-            flag, number = case.id.split("/")
+            made = replace(case, operation="decode", inputs=inputs, recipe=None)
             if scheme.sink_tokens and x.dtype != np.float32 and case.flags[0] != "input-dtype":
                 further = 900 if x.dtype == FLOAT_DTYPES["float16"] else 1800
-                case = replace(case, id=f"{flag}/{int(number) + further}")
-            yield replace(case, operation="decode", inputs=inputs, recipe=None)
+                flag, _, place = case.id.partition("/")
+                made = replace(made, id=f"{flag}/{int(place) + further}")
+            yield made
     numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(100))  # behind encoded cases
     for flag, block in _synthetic(scheme, seed, quick):
         head_dim = block.codes.shape[-1]

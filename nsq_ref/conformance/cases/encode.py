@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -93,9 +94,9 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
                     inputs, name = {"x": recipe.make(dtype)}, f"{flag}/{first + number}"
                     yield Case(name, "encode", scheme, (flag,), inputs, None, recipe)
     for dtype in () if quick else NARROW:
-        numbers: dict[str, Iterator[int]] = defaultdict(lambda dtype=dtype: count(FIRST[dtype]))
-        for flag, x in narrow_ties(scheme, seed, dtype):
-            x = _with_sinks(x, scheme)
+        numbers: dict[str, Iterator[int]] = defaultdict(partial(count, FIRST[dtype]))
+        for flag, coded in narrow_ties(scheme, seed, dtype):
+            x = _with_sinks(coded, scheme)
             name = f"{flag}/{next(numbers[flag])}"
             yield Case(name, "encode", scheme, (flag,), {"x": x}, refusal(x, scheme))
         for case in twins:

@@ -131,7 +131,7 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
     tokens, coded, bulk = min(scheme.block_size or 6, 6), 4, _bulk(scheme)
     ends, widest = 1 + (not scheme.symmetric), _widest(scheme)
     levels, stored = scheme.code_range[1], FLOAT_DTYPES[scheme.scale_dtype]
-    rows: list[Float64] = []
+    rows: list[Array] = []
     zero = np.zeros((count, coded))
     steps = draw.integers(-1, 2, tokens + 16, count) * 2.0**-24
     for end in range(min(ends, tokens)):  # the least values first, as zeros come of them
@@ -153,25 +153,22 @@ def _ties_of_channels(scheme: Scheme, draw: Draw, dtype: str, scale_ties: bool) 
             zero = rounding.narrow(direction.astype(np.float32), stored).astype(np.float64)
         else:
             high = direction
-    if scheme.scale_rule == "search" and len(rows) == ends:
+    if scheme.scale_rule == "search" and (scheme.block_size or 32) >= 32:
         rows *= 8  # or a shrunken range would have less error
-        tokens += 7 * ends if not scheme.block_size or scheme.block_size >= tokens + 14 else 0
+        tokens += 7 * ends
     if tokens < ends:
         high = np.zeros((count, coded))
     span = (high - zero).astype(np.float32) / np.float32(levels)
     scale = np.maximum(rounding.narrow(span, stored).astype(np.float64), 2.0**-20)
     for t in range(len(rows), tokens):
         inner = draw.uniform(0.1, 0.9, count, coded)
-        row = rounded(NORM * (zero + inner * levels * scale), dtype)
-        if scheme.symmetric:
-            row *= draw.signs(count, coded)
+        signs = draw.signs(count, coded) if scheme.symmetric else np.ones((count, coded))
+        row = np.asarray(signs * rounded(NORM * (zero + inner * levels * scale), dtype))
         least_code, most = scheme.code_range
-        tie = draw.integers(least_code, most, count) + 0.5
-        if (
-            scheme.scale_rule == "search" and t < tokens - 1
-        ):  # or another scale would have less error
-            tie += 0.5
-        target = zero[:, 0] + tie * scale[:, 0]
+        place = draw.integers(least_code, most, count) + 0.5
+        if scheme.scale_rule == "search" and t < tokens - 1:  # and for the same reason
+            place += 0.5
+        target = zero[:, 0] + place * scale[:, 0]
         about = NORM * draw.uniform(0.9, 1.1, count)  # a power of two would divide exactly
         about = np.where(draw.integers(0, 2, count) == 0, NORM, about)
         row[:, 0] = rounded(about * target, dtype)
@@ -235,10 +232,7 @@ def _ties_of_tokens(
     stored = FLOAT_DTYPES[scheme.scale_dtype]
     # A zero that is a whole number of steps is exact if a step has few bits.
     few = "bfloat16" if not scheme.symmetric or stored.name == "bfloat16" else "float16"
-    if scale_ties:
-        scale = _tie(step, scheme, draw, BLOCKS, tokens)
-    else:
-        scale = rounded(step, few)
+    scale = _tie(step, scheme, draw, BLOCKS, tokens) if scale_ties else rounded(step, few)
     norm = 2 * m / scale * (1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-24)
     exponent = np.round(np.log2(np.ldexp(NORM, shrink // 3) / norm)).astype(np.int64)
     row, norm = np.ldexp(row, exponent[..., None]), np.ldexp(norm, exponent)
@@ -259,7 +253,7 @@ def _narrow_ranges(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
 def _tiny(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
     """Return many blocks of few of the smallest steps of float16, to which an epsilon is much."""
     tokens = min(scheme.block_size or 6, 6)
-    many = MANY // 2 if scheme.scale_rule == "range" else MANY if dtype == "float16" else BLOCKS
+    many = MANY if dtype == "float16" else BLOCKS
     most = np.array([1, 2, 6, 24])[draw.integers(0, 4, many, tokens, 1)]
     x = np.rint(most * draw.uniform(-1, 1, many, tokens, 6))
     if scheme.outlier_channels:
@@ -269,7 +263,7 @@ def _tiny(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
 
 
 def _small_scales(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Float64]:
-    """Yield channels of the smallest elements behind large ones, in their directions smaller yet."""
+    """Yield channels of the smallest elements behind large ones, with directions smaller yet."""
     least = FORMATS[dtype].least
     front = max(scheme.outlier_channels, int(scheme.separate_norm))
     for top in (2.0**15, 2.0**4):
@@ -300,7 +294,7 @@ def _exhausted(scheme: Scheme, dtype: str) -> Iterator[tuple[str, Float64]]:
     some = every[(every >= 1) & (every < 2)][:: 1 if dtype == "bfloat16" else 37]
     small = every[(every / levels >= 2.0**-23) & (every / levels < 2.0**-14)][::3]
     for most in (*some, *(small if dtype == "bfloat16" else ())):
-        scale = rounding.narrow(np.float32([most]) / levels, stored).astype(np.float32)
+        scale = rounding.narrow(np.array([most], np.float32) / levels, stored).astype(np.float32)
         x = every[(every <= most) & (every >= scale / 4)]
         apart = np.rint(x / scale) != np.rint(x * (np.float32(1) / scale))
         if apart.any() and found < 2:
@@ -320,7 +314,6 @@ def _plain_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
     """Return values that are odd multiples of half a scale, or nearest to such: no norm helps."""
     tokens, coded, kept = min(scheme.block_size or 6, 6), 5, scheme.outlier_channels
     least_code, levels = scheme.code_range
-    stored = FLOAT_DTYPES[scheme.scale_dtype]
     own = (1, coded) if scheme.axis == "channel" else (tokens, 1)
     high = rounded(draw.uniform(1, 4, BLOCKS, *own), dtype)
     most = max(2 ** (FORMATS[dtype].precision - 1) // levels, 1)
@@ -350,7 +343,7 @@ def _plain_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
 
 
 def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
-    """Return the blocks of many whose stored factors are nearest to ties, or to be rounded twice."""
+    """Return blocks whose stored factors are nearest to ties."""
     tokens = min(scheme.block_size or 5, 5)
     if scheme.magnitude == "norm":  # which can be tuned
         row = rounded(NORM / 4 * draw.bell(BLOCKS, tokens, 4), dtype)
@@ -358,12 +351,13 @@ def factor_ties(scheme: Scheme, draw: Draw, dtype: str) -> Float32:
         norm *= 1 + draw.integers(-2, 3, BLOCKS, tokens) * 2.0**-26
         return np.concatenate([row, filled(row, norm, 1, dtype)], axis=-1).astype(np.float32)
     kind = _stored(scheme)
-    x = draw.bell(2 * BLOCKS, tokens, 12) * np.float32(16)
-    x[..., 6:] *= np.float32([0.25, 0.09, 0.03, 0.01, 0.004, 0.0014])
+    x = draw.bell(8 * BLOCKS, tokens, 12) * np.float32(16)
+    x[..., 6:] *= np.array([0.25, 0.09, 0.03, 0.01, 0.004, 0.0014], np.float32)
     x = rounded(x, dtype).astype(np.float32)
     if scheme.norm_dtype == "float32":
         return x[:BLOCKS]
-    steps = draw.integers(-2, 3, *x.shape[:2]) * 2.0**-26
+    wide_steps = np.arange(len(x))[:, None] % 2 == 0  # for sums in float32, and in float64
+    steps = draw.integers(-2, 3, *x.shape[:2]) * np.where(wide_steps, 2.0**-24, 2.0**-26)
     for channel in range(6, 12):  # each moves a factor by what the one before leaves
         factor, y = _factor(x, scheme)
         factor = np.where(factor == 0, 1, factor)

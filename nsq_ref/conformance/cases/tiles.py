@@ -45,7 +45,7 @@ def tile_edges(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
             lone += _lone(start, [p for p in places if start + p < length], scheme)
         shifted = tuple((token + sinks, *rest) for token, *rest in lone)
         for i in range(scheme.outlier_channels):  # channels of their own, or the others would be
-            shifted += ((sinks + 2 + i, width, OUTLIER),)
+            shifted += ((sinks + (2 + i) % length, width, OUTLIER),)
             width += 1
         yield Recipe((sinks + length, width), _seed(draw), _sinks(scheme, width) + shifted)
 
@@ -68,7 +68,7 @@ def edges(length: int, tiles: tuple[int, ...]) -> list[int]:
 
 def _lone(start: int, places: list[int], scheme: Scheme) -> list[tuple[int, ...]]:
     """Return a channel for each place with its greatest value, of either sign, or one of both."""
-    lone = []
+    lone: list[tuple[int, ...]] = []
     for channel, place in enumerate(places):
         sign = -1 if channel % 2 and scheme.symmetric else 1
         lone.append((start + place, channel, sign * LONE))

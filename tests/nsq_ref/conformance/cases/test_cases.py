@@ -14,6 +14,7 @@ import pytest
 from nsq_ref import KVCache, Scheme, attention, codec, quantize, rounding, spec
 from nsq_ref.conformance import model
 from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.cases.encode import refusal
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.operations import Case, scheme_of
 from nsq_ref.dtypes import FLOAT_DTYPES
@@ -50,7 +51,7 @@ def built(name: str) -> list[Case]:
 
 def digest(some: list[Case]) -> str:
     sha = hashlib.sha256()
-    for case in some:
+    for case in sorted(some, key=lambda case: (case.operation, case.id)):
         sha.update(f"{case.operation} {case.id} {case.flags} {case.refused_by}".encode())
         for name, array in case.inputs.items():
             sha.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -77,7 +78,16 @@ def test_cases_are_as_declared(name: str) -> None:
         assert case.flags
         assert case.flags[0] == case.id.split("/")[0]
         assert set(case.flags) <= set(FLAGS)
-        if case.operation != "encode":
+        if case.operation == "stream" and case.refused_by is not None:
+            x, sinks = case.inputs["x"][0], case.scheme.sink_tokens
+            block = case.scheme.block_size or 0
+            rule = refusal(x, case.scheme)
+            assert (
+                case.refused_by
+                == rule
+                == (rule if rule == "I2" else refusal(x[: sinks + block], case.scheme))
+            )  # in a block that is sealed
+        elif case.operation != "encode":
             assert case.refused_by is None
         elif case.refused_by is None:
             quantize(case.inputs["x"], case.scheme, "numpy")
@@ -123,8 +133,8 @@ def test_decoded_overflow() -> None:
 def test_backends_agree(name: str) -> None:
     """N1 Q1 D1. The oracle and the kernels give the bytes of the specification."""
     accepted = [case for case in built(name) if case.operation == "encode" and not case.refused_by]
-    small = [case for case in accepted if case.inputs["x"].size <= 150]
-    for case in small[::6]:
+    small = [case for case in accepted if 0 < case.inputs["x"].size <= 150]
+    for case in small[::9]:
         x = case.inputs["x"]
         expected, *others = (quantize(x, case.scheme, b) for b in ("numpy", "numba", "oracle"))
         for other in others:
@@ -153,12 +163,12 @@ def test_deterministic() -> None:
 @pytest.mark.parametrize(
     ("name", "pinned"),
     [
-        ("nsep+pchan4", "03642bc70993fd59"),
-        ("streaming4", "a1a53d89cc31b7c2"),
-        ("nsep+out4", "d1324300dad0e831"),
-        ("naive2", "f1733fa0ce8e34f6"),
-        ("bfloat16", "45c90476a3bcaacc"),
-        ("search", "8cdaf143ea9cc57a"),
+        ("nsep+pchan4", "c11c0b62e059bd00"),
+        ("streaming4", "10ef5f4103c2340f"),
+        ("nsep+out4", "cc7ecb75c15b6ebb"),
+        ("naive2", "45c4c4e575ba1aaf"),
+        ("bfloat16", "39b3d1ef111c5a4d"),
+        ("search", "09c0c4f1402135ae"),
     ],
 )
 def test_pinned(name: str, pinned: str) -> None:
@@ -373,6 +383,12 @@ def test_stream_cases(name: str) -> None:
             continue
         x, steps, row = case.inputs["x"], case.inputs["steps"], int(case.inputs["row"].item())
         rows, _, head_dim = x.shape
+        if case.refused_by is not None:
+            cache = KVCache(1, 1, head_dim, case.scheme, case.scheme, dtype=x.dtype)
+            with pytest.raises(ValueError, match=r"not finite|beyond|is (nan|inf|-inf)"):
+                cache.append(x[:, None], x[:, None])
+            assert cache.lengths[0] == 0
+            continue
         cache = KVCache(rows, 1, head_dim, case.scheme, case.scheme, dtype=x.dtype)
         taken = np.zeros(rows, int)
         for kind, *numbers in steps.tolist():
@@ -445,7 +461,7 @@ def test_schemes_that_are_too_large_are_refused(field: str, most: int) -> None:
 
 def test_cases_of_a_named_scheme() -> None:
     assert digest(cases("naive2")) == digest(cases(Scheme.named("naive2")))
-    assert len(cases("nsep+pchan4-lsq", ["attend"])) == 23
+    assert len(cases("nsep+pchan4-lsq", ["attend"])) == 38
     pair: Any = Scheme.named("KIVI-K2V4")
     with pytest.raises(TypeError, match="scheme is a pair"):
         cases(pair)

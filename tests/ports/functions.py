@@ -38,6 +38,8 @@ def attend(query, keys, values, key_scheme, value_scheme, **options):
 
 
 def stream(x, scheme, steps, row):
+    if not np.isfinite(x[row].astype(np.float32)).all():
+        raise ValueError("x is not finite (I2)")
     sequence, used = Sequence.empty(Side(scheme, 1, x.shape[2])), 0
     for kind, *numbers in steps.tolist():
         if kind:

@@ -132,7 +132,7 @@ def _tiles_of(tile: int) -> Change:
 
 def _without_maximum(s: Any) -> Any:
     p = np.exp(s.astype(np.float32))
-    return (p / p.sum(axis=-1, keepdims=True)).astype(np.float64)
+    return np.nan_to_num((p / p.sum(axis=-1, keepdims=True)).astype(np.float64))
 
 
 def _in_half(s: Any) -> Any:

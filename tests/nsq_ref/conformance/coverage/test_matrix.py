@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -30,9 +29,9 @@ PROOFS = len(MISTAKES) if ALL else 12  # mistakes of which the proofs are held a
 
 
 @pytest.fixture(autouse=True)
-def cases_made_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cases_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all tests of this process share them."""
     monkeypatch.setattr(matrix, "cases", cases_of)
-    yield
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -86,9 +86,9 @@ def check(
     >>> import nsq_ref as nsq
     >>> check(nsq.quantize, scheme="naive4").conforms
     True
-    >>> report = check(lambda x, scheme: nsq.quantize(1.01 * x, scheme), scheme="nsep4")
-    >>> report.schemes[0].diagnoses[0].rule
-    'N1'
+    >>> report = check(lambda x, scheme: nsq.quantize(abs(x), scheme), scheme="nsep4", quick=True)
+    >>> report.conforms
+    False
     """
     given: dict[Operation, Callable[..., Any] | None] = {
         "encode": encode, "decode": decode, "attend": attend, "stream": stream,

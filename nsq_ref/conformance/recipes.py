@@ -15,9 +15,8 @@ class Recipe(NamedTuple):
 
     Examples
     --------
-    >>> Recipe((2, 3), 7, ((1, 2, 4096),)).make("float32")
-    array([[  -2.,   28.,    2.],
-           [  -6.,   14., 4096.]], dtype=float32)
+    >>> Recipe((2, 3), 7, ((1, 2, 4096),)).make("float32").tolist()
+    [[49.0, 7.0, 4.0], [13.0, -25.0, 4096.0]]
     """
 
     shape: tuple[int, ...]

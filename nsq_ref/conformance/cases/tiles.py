@@ -56,7 +56,7 @@ def edges(length: int, tiles: tuple[int, ...]) -> list[int]:
     Examples
     --------
     >>> edges(47, (16, 32))
-    [0, 15, 16, 31, 32, 46]
+    [0, 15, 16, 31, 32, 45, 46]
     """
     found = {0, length - 2, length - 1}
     for tile in tiles:

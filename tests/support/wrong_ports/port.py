@@ -41,10 +41,13 @@ class Port:
             if knobs.infinity:
                 x = np.where(np.isinf(x.astype(F32)), x.dtype.type(1), x)
             shared = x.reshape(-1, x.shape[-1]) if knobs.heads == "shared" and x.ndim > 2 else None
-            found = [encode_sequence(one, scheme, knobs, shared) for one in sequences(x)]
             lead = x.shape[:-2]
+            some = x if x.size else np.ones((1, *x.shape[-2:]), x.dtype)  # for the shapes
+            found = [encode_sequence(one, scheme, knobs, shared) for one in sequences(some)]
             parts = {
                 name: np.stack([one[name] for one in found]).reshape(*lead, *found[0][name].shape)
+                if x.size
+                else np.zeros((*lead, *found[0][name].shape), found[0][name].dtype)
                 for name in found[0]
             }
         self._keep(parts)
@@ -85,7 +88,7 @@ class Port:
                 self._decode_one({n: p[i] for n, p in flat.items()}, scheme, shape[-1])
                 for i in range(count)
             ]
-        x_hat = np.stack(found).reshape(shape)
+        x_hat = np.stack(found).reshape(shape) if found else np.zeros(shape, F32)
         if self.knobs.state == "buffer":
             buffer = self._largest.setdefault(shape, np.empty(shape, F32))
             buffer[...] = x_hat

@@ -199,7 +199,7 @@ def in_lanes(lanes: int) -> Sum:
 
     def total(left: Any, right: Any) -> Any:
         terms = padded_with_zeros(left * right, -left.shape[-1] % lanes)
-        rows = terms.reshape(*terms.shape[:-1], -1, lanes)
+        rows = terms.reshape(*terms.shape[:-1], terms.shape[-1] // lanes, lanes)
         return added_by_halves(np.add.accumulate(rows, axis=-2)[..., -1, :])
 
     return total

@@ -51,6 +51,8 @@ def _range_with_sinks(
 
 def _shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) -> Any:
     low, high = result
+    if not direction.size:  # no sequences
+        return result
     lead = tuple(range(direction.ndim - 2))
     return (
         np.broadcast_to(low.min(axis=lead, keepdims=True), low.shape),

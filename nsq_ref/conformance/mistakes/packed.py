@@ -113,6 +113,8 @@ def _run_of_three() -> dict[str, Change]:
 
 def _rows_that_share_bytes() -> dict[str, Change]:
     def pack(original: Function, codes: Any, scheme: Scheme) -> Any:
+        if not codes.size:
+            return original(codes, scheme)
         right = original(codes, scheme)
         run = original(codes.reshape(*codes.shape[:-2], -1), scheme)
         packed = np.zeros((*codes.shape[:-2], right.shape[-2] * right.shape[-1]), np.uint8)
@@ -120,6 +122,8 @@ def _rows_that_share_bytes() -> dict[str, Change]:
         return packed.reshape(right.shape)
 
     def unpack(original: Function, packed: Any, scheme: Scheme, head_dim: int) -> Any:
+        if not packed.size:
+            return original(packed, scheme, head_dim)
         tokens = packed.shape[-2]
         run = packed.reshape(*packed.shape[:-2], -1)[
             ..., : row_bytes(tokens * head_dim, scheme.bits)

@@ -87,7 +87,9 @@ class Graph(Nodes):
             self._write(data.reshape(-1).data.cast("B"))
         length = self.stream.tell() - start
         if length != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"parts of {name!r} have {length} bytes together, not those of {shape}")
+            raise ValueError(
+                f"parts of {name!r} have {length} bytes together, not those of {shape}"
+            )
         kind = TensorProto.UINT8 if dtype == np.uint8 else TensorProto.FLOAT
         tensor = TensorProto(name=name, data_type=kind, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL

@@ -164,9 +164,7 @@ def add_rows(graph: Graph, ids: str, matrix: Stored, weight: str, name: str) -> 
         four = graph.initializer("four_bits", np.array(4, np.uint8))
         mask = graph.initializer("low_bits", np.array(15, np.uint8))
         first = graph.add("BitwiseAnd", packed, mask, name=f"{name}.{kind}.even")
-        second = graph.add(
-            "BitShift", packed, four, direction="RIGHT", name=f"{name}.{kind}.odd"
-        )
+        second = graph.add("BitShift", packed, four, direction="RIGHT", name=f"{name}.{kind}.odd")
         pair = [
             graph.add("Unsqueeze", one, graph.ints(-1), name=f"{one}.apart")
             for one in (first, second)
@@ -216,7 +214,8 @@ def _packed(codes: Bytes, kind: str) -> Bytes:
         codes = codes >> np.uint8(4)
     elif kind == "lower":
         codes = codes & np.uint8(15)
-    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+    packed: Bytes = codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+    return packed
 
 
 def _sixteen(graph: Graph) -> str:
@@ -314,7 +313,8 @@ def _halves(codes: Bytes) -> Bytes:
 
 def _fifth_bit(low: Bytes, high: Bytes) -> Bytes:
     bits: Bytes = np.unpackbits(high, axis=1, bitorder="little")
-    return _halves(low) | bits << np.uint8(4)
+    codes: Bytes = _halves(low) | bits << np.uint8(4)
+    return codes
 
 
 def _six_bits(scale: Bytes, step: Bytes, packed: Bytes) -> tuple[Floats, Floats]:

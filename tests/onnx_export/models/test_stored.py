@@ -189,7 +189,9 @@ def test_every_weight_is_that_of_the_file(
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     path = BASE.write(tmp_path / "tiny.gguf")
-    with pytest.raises(ValueError, match=r"tiny\.gguf: no matrix is stored as one of Q4_0, Q4_1, Q5_0, "):
+    with pytest.raises(
+        ValueError, match=r"tiny\.gguf: no matrix is stored as one of Q4_0, Q4_1, Q5_0, "
+    ):
         built(path, "stored")
     with pytest.raises(ValueError, match="weights='int4' is unknown"):
         built(path, "int4")  # type: ignore[arg-type]

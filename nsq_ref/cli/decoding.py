@@ -79,9 +79,14 @@ def build(
         raise ValueError(f"{model} exists; choose another folder, or replace it with --force")
     atomic.require_writable(model, make_folders=True)
     file = GGUFFile(gguf)
-    read_config(file)
+    config = read_config(file)
     # First, as it is read in a moment, and weights are not.
     tokenizer = Tokenizer(gguf)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{gguf}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{config.vocab_size}; convert the model again"
+        )
     files = tokenizer_files(tokenizer)
     with stages() as told:
         if attention == "gqa-int4":
@@ -197,8 +202,7 @@ def run(
     meter = _Meter(session, len(ids), tokens, words.stop_tokens)
     made = session.stream(ids, tokens, stop_tokens=words.stop_tokens, sampling=sampling)
     if not chat:
-        typer.echo(words.decode(ids.tolist()), nl=False)
-        sys.stdout.flush()
+        _say(words.decode(ids.tolist()))
     finished = _show(meter.timed(made), words.decode)
     typer.echo(meter.figures(session.memory()), err=True)
     if not finished:
@@ -301,13 +305,18 @@ def _show(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> bool:
     finished = True
     try:
         for piece in pieces(tokens, decode):
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
+            _say(piece)
     except KeyboardInterrupt:
         finished = False
-    typer.echo()
-    sys.stdout.flush()
+    _say("\n")
     return finished
+
+
+def _say(text: str) -> None:
+    """Print some text at once."""
+    typer.echo(text, nl=False)
+    if sys.stdout is not None:  # which a shell can close
+        sys.stdout.flush()
 
 
 def _all_of_stdin() -> str:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
 from onnx_export.models.attention_forms import AttentionForm, PlainAttention, add_inputs
-from onnx_export.models.config import DecoderConfig
+from onnx_export.models.config import DecoderConfig, rotary_frequencies
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.nodes import Graph
 from onnx_export.models.stored import Stored, add_product, add_rows, can_keep
@@ -139,10 +139,9 @@ class DecoderGraph(Graph):
 
     def _add_positions(self) -> None:
         """Add the number of new tokens, the cache, and what attention needs of positions."""
-        half = self._config.head_dim // 2
-        frequencies = self._config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+        frequencies = rotary_frequencies(self._file, self._config)
         if "rope_freqs.weight" in self._file.tensors:
-            frequencies = frequencies / self._read("rope_freqs.weight")
+            self._count()
         self.initializer("zero", np.array(0, np.int64))
         sequence = self.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")
         self.add("Squeeze", sequence, name="sequence")

@@ -208,7 +208,8 @@ def test_an_interruption_keeps_the_text(chatting: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Session, "stream", interrupted)
     done = nsq("onnx", "run", chatting, "on", "--tokens", 9, *SAMPLED, code=130)
     monkeypatch.undo()
-    assert done.stdout == answer(chatting, 3, ("user", "on")) + "\n"
+    wanted = answer(chatting, 3, ("user", "on")).rstrip("\ufffd")  # half a character is held back
+    assert done.stdout == wanted + "\n"
     assert done.stderr.count("\n") == 1
     assert " tokens a second; cache " in done.stderr
 

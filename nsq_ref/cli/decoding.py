@@ -180,7 +180,7 @@ def run(
     The text goes to stdout as it comes, the figures to stderr.
     """
     with extra("onnx", "nsq onnx"):
-        from onnx_export.running import Sampling, Session
+        from onnx_export.running import Sampling
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, words = _found(model, tokenizer)
     if prompt == "-":
@@ -198,7 +198,7 @@ def run(
         ids = words.encode(prompt)
     if not len(ids):
         raise ValueError("the prompt has no tokens; give some text")
-    session = Session(model, capacity=capacity, threads=threads, library=library)
+    session = _opened(model, capacity, threads, library)
     meter = _Meter(session, len(ids), tokens, words.stop_tokens)
     made = session.stream(ids, tokens, stop_tokens=words.stop_tokens, sampling=sampling)
     if not chat:
@@ -228,11 +228,11 @@ def chat(
     Of each turn only what is new is read. Answers go to stdout, the rest to stderr.
     """
     with extra("onnx", "nsq onnx"):
-        from onnx_export.running import Sampling, Session
+        from onnx_export.running import Sampling
         from onnx_export.running.conversation import Conversation
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, words = _found(model, tokenizer)
-    session = Session(model, capacity=capacity, threads=threads, library=library)
+    session = _opened(model, capacity, threads, library)
     talk = Conversation(session, words.encode_chat, words.decode, system)
     if words.chat_template is None:
         words.encode_chat([])  # which says where it would be
@@ -296,6 +296,22 @@ def _found(model: Path, tokenizer: Path | None) -> tuple[Path, JsonTokenizer]:
     if not path.is_file():
         raise ValueError(f"there is no tokenizer {str(path)!r}; give one with --tokenizer")
     return model, read_tokenizer(path)
+
+
+def _opened(model: Path, capacity: int | None, threads: int | None, library: bool) -> Session:
+    """Return a session with room for a context, which the model or a file beside it tells."""
+    from onnx_export.models.json_tokenizer import context_length
+    from onnx_export.running import Model, Session
+
+    loaded = Model(model, threads=threads, library=library)
+    if capacity is None and loaded.layout.context_length is None:
+        capacity = context_length(model.parent)
+        if capacity is None:
+            raise ValueError(
+                f"neither {model} nor a config.json beside it says how long its context is; give "
+                "--capacity"
+            )
+    return Session(loaded, capacity=capacity)
 
 
 def _show(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from onnx_export.models.tokenizer import Tokenizer
 with extra("onnx", __name__):
     import tokenizers
 
-__all__ = ["TOKENIZER", "JsonTokenizer", "read_tokenizer", "tokenizer_files"]
+__all__ = ["TOKENIZER", "JsonTokenizer", "context_length", "read_tokenizer", "tokenizer_files"]
 
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
-# Where exporters say which tokens end a text; the first that does is believed.
+# Where exporters say which tokens end a text, and how long one may be; the first is believed.
 CONFIGS = (GENERATION, "config.json", "genai_config.json")
 
 
@@ -178,18 +178,52 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
+def context_length(folder: Path) -> int | None:
+    """Return how many tokens a model was made for, as the configuration in its folder says.
+
+    Raises
+    ------
+    ValueError
+        If a file is no JSON.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> context_length(folder) is None
+    True
+    >>> _ = (folder / "config.json").write_text('{"max_position_embeddings": 2048}')
+    >>> context_length(folder)
+    2048
+    """
+    for values in _configurations(folder):
+        for key in ("context_length", "max_position_embeddings"):
+            if type(found := values.get(key)) is int and found > 0:
+                return found
+    return None
+
+
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    for values in _configurations(folder):
+        found = values.get("eos_token_id")
+        found = found if isinstance(found, list) else [found]
+        if all(type(token) is int for token in found):
+            return tuple(found)
+    return ()
+
+
+def _configurations(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the files of a folder say of a model."""
     for name in CONFIGS:
         try:
             values: Any = json.loads((folder / name).read_bytes())
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{folder / name} is no JSON: {error}") from error
         if isinstance(values, dict):
-            values = values.get("model", values) if name.startswith("genai") else values
-            found = values.get("eos_token_id") if isinstance(values, dict) else None
-            found = found if isinstance(found, list) else [found]
-            if all(type(token) is int for token in found):
-                return tuple(found)
-    return ()
+            yield values
+            # genai's has the model apart, and those of models that see have their text apart.
+            for part in ("model", "text_config"):
+                if isinstance(values.get(part), dict):
+                    yield values[part]

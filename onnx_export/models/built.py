@@ -21,7 +21,7 @@ from onnx_export.models.llama import (
     Weights,
 )
 from onnx_export.models.sources import default_cache_dir, file_sha256
-from onnx_export.models.stored import can_keep
+from onnx_export.models.stored import KEPT, can_keep
 
 __all__ = [
     "GRAPH_VERSION", "WEIGHTS", "DecoderConfig", "Progress", "build_onnx", "cached_onnx",
@@ -54,9 +54,9 @@ def build_onnx(
     attention : AttentionForm
         How attention is written down, and so what the cache is; plain float32 by default.
     weights : str
-        ``"float32"``, or ``"stored"``: matrices of type Q4_0, Q4_1 and Q8_0 stay in 4 and 8 bits,
-        for ONNX Runtime's MatMulNBits (of Q8_0 from 1.23 on), and all else is float32, the
-        embedding too.
+        ``"float32"``, or ``"stored"``: matrices of the types that `stored` knows, from Q4_0 to
+        Q8_0 and Q4_K to Q6_K, stay in 4 and 8 bits, for ONNX Runtime's MatMulNBits, the embedding
+        too; all else is float32.
     beside : mapping of str to bytes, optional
         Other files of the folder, such as the tokenizer's.
 
@@ -162,10 +162,9 @@ def cached_onnx(
 
 def _require_stored(file: GGUFFile) -> None:
     """Refuse a file of which nothing would stay as it is stored."""
-    if not any(name != "token_embd.weight" and can_keep(file, name) for name in file.tensors):
+    if not any(can_keep(file, name) for name in file.tensors):
         raise ValueError(
-            f"{file.path}: no matrix besides the embedding is stored as Q4_0, Q4_1 or Q8_0; "
-            "build it with float32 weights"
+            f"{file.path}: no matrix is stored as one of {KEPT}; build it with float32 weights"
         )
 
 

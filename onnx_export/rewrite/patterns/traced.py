@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.extras import extra
+from onnx_export.rewrite.evaluate import Seen, evaluate
 from onnx_export.rewrite.found import Cache, Layout, Refused, Tokens
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.probe import MOVING, Probe, Seen, apply, probes
+from onnx_export.rewrite.probe import MOVING, Probe, probes
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
@@ -381,7 +382,7 @@ def _moved(probe: Probe, behind: Behind, seed: Array) -> Array:
                     f"what {node.op_type} {node.name} does with its cache cannot be told"
                 )
             inputs.append(seen)
-        made = apply(node, inputs)
+        made = next(iter(evaluate(node, inputs)), None)
         if made is None or not made.known:
             raise NotUnderstoodError(f"{node.op_type} {node.name} cannot be followed")
         array = made.array

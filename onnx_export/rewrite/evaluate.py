@@ -14,7 +14,7 @@ from nsq_ref.extras import extra
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["Seen", "chosen", "evaluate", "opaque"]
+__all__ = ["NEEDED", "Seen", "chosen", "evaluate", "opaque"]
 
 Array = npt.NDArray[Any]
 Given = list[Any]
@@ -375,6 +375,9 @@ def _cum_sum(given: Given, attributes: Any) -> Array:
     x, axis = given[:2]
     return np.cumsum(x, axis=int(axis.reshape(-1)[0]), dtype=x.dtype)
 
+
+NEEDED = {"ScatterElements": 1, "ScatterND": 1}
+"""How many inputs tell the shape, where that is not all."""
 
 SHAPED = {
     "ConstantOfShape": 0, "CumSum": 1, "Expand": 1, "NonZero": 0, "OneHot": 1, "Pad": 1,

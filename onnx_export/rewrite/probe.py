@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.extras import extra
-from onnx_export.rewrite.evaluate import Seen, chosen, evaluate, opaque
+from onnx_export.rewrite.evaluate import NEEDED, Seen, chosen, evaluate, opaque
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.sizes import input_roles
 
@@ -75,7 +75,7 @@ class Probe:
             if branches:
                 several = [[self._seen[given] for given in outputs] for outputs in branches]
                 made = chosen(self._condition(node), several)
-            elif all(self._seen[given] is not None for given in needed):
+            elif all(self._seen[given] is not None for given in needed[: NEEDED.get(node.op_type)]):
                 inputs = [None if given is None else self._seen[given] for given in node.inputs]
                 made = evaluate(node, inputs)
             made += [None] * (len(node.outputs) - len(made))

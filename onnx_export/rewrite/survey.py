@@ -109,6 +109,7 @@ def inputs_of(found: Found) -> list[ir.Value]:
     """Return what the new node is computed from, the cache left out."""
     given: list[ir.Value | None] = [found.query.value, found.bias, found.mask, found.head_sink]
     given += [one.value for one in (found.key, found.value) if one is not None]
+    given += [one.value for one in found.added]
     given += [found.lengths.past, found.lengths.total, found.lengths.new]
     if found.rotary is not None:
         rotary = found.rotary

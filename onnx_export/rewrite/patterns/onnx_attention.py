@@ -81,7 +81,7 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         if key_behind is None or value_behind is None:
             raise NotUnderstoodError("one of its keys and values is in no cache")
         keys, values = (_outside(graph, node, one, rank) for one in (key_behind, value_behind))
-        nodes = (key_behind.node, value_behind.node, node)
+        nodes = (*key_behind.nodes, *value_behind.nodes, node)
         static = [one.node.op_type == "TensorScatter" for one in (key_behind, value_behind)]
         if any(static):
             lengths = _static(given, key_behind, value_behind)

@@ -48,17 +48,25 @@ class Behind(NamedTuple):
     past, new : onnx_ir.Value
     steps : tuple of (onnx_ir.Node, int)
         What moves and scales, from the cache on, and which input comes from the cache.
+    last : onnx_ir.Node
+        That makes the present: ``node``, or a Cast behind it that changes nothing.
     """
 
     node: ir.Node
     past: ir.Value
     new: ir.Value
     steps: tuple[tuple[ir.Node, int], ...]
+    last: ir.Node
 
     @property
     def present(self) -> ir.Value:
         """What comes of the append."""
-        return self.node.outputs[0]
+        return self.last.outputs[0]
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """What is replaced with the attention."""
+        return (self.node,) if self.last is self.node else (self.node, self.last)
 
 
 class Cached(NamedTuple):
@@ -95,14 +103,12 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
     steps: list[tuple[ir.Node, int]] = []
     value = operand
     while value is not None and (node := value.producer()) is not None and not node.domain:
-        if node.op_type == "Concat" and len(node.inputs) == 2:
-            past, new = node.inputs
-            if past is not None and new is not None and (source := _input_behind(graph, past)):
-                return Behind(node, source, new, tuple(reversed(steps)))
-        if node.op_type == "TensorScatter":
+        two = node.op_type == "Concat" and len(node.inputs) == 2
+        if two or node.op_type == "TensorScatter":
             past, new = node.inputs[:2]
             if past is not None and new is not None and (source := _input_behind(graph, past)):
-                return Behind(node, source, new, tuple(reversed(steps)))
+                way = tuple(reversed(steps))
+                return Behind(node, source, new, way, _last(graph, node, source))
         index = _moved_input(graph, node)
         if index is None:
             break
@@ -163,6 +169,8 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
             )
         seed = _seed(probe, layout, count, channels)
         made = _moved(probe, behind, seed)
+        if made.ndim == 3 and order != "BSH" and made.shape[0] % probe.batch == 0:
+            made = made.reshape(probe.batch, -1, *made.shape[1:])  # batch and heads were one axis
         by_head = _by_head(seed, layout, count)
         several = _repeats(made, order, count, heads)
         want = np.repeat(by_head, several, axis=1)
@@ -276,19 +284,39 @@ def require_dtypes(graph: Graph, dtype: str, **values: ir.Value | None) -> None:
             raise NotUnderstoodError(f"its {name} {value.name} is {found}, its cache {dtype}")
 
 
-def mask_shape(graph: Graph, value: ir.Value, heads: int) -> None:
-    """Refuse a mask that does not say for each query or for all which tokens are seen."""
+def mask_shape(graph: Graph, value: ir.Value, heads: int, *, flat: bool = False) -> None:
+    """Refuse a mask that does not say for each query or for all which tokens are seen.
+
+    Where it is flat, batch and heads are the first of three axes.
+    """
     for probe in probes(graph):
         seen = probe.value(value)
         if seen is None:
             raise NotUnderstoodError(f"the shape of its mask {value.name} cannot be told")
         sizes = (1,) * (4 - len(seen.shape)) + seen.shape
+        if flat:
+            whole = len(seen.shape) == 3 and seen.shape[0] == probe.batch * heads
+            sizes = (probe.batch, heads, *seen.shape[1:]) if whole else ()
         fits = ({1, probe.batch}, {1, heads}, {1, probe.new}, {probe.total})
         if len(sizes) != 4 or any(size not in fit for size, fit in zip(sizes, fits, strict=True)):
             raise NotUnderstoodError(
                 f"its mask {value.name} has shape {seen.shape} for {probe.batch} rows, "
                 f"{probe.new} new tokens and {probe.total} in all"
             )
+
+
+def _last(graph: Graph, node: ir.Node, past: ir.Value) -> ir.Node:
+    """Return the node of an append, or a Cast that changes nothing behind it, that is an output."""
+    made = node.outputs[0]
+    if made.is_graph_output():
+        return node
+    for user, _ in graph.users(made):
+        same = user.op_type == "Identity" or (
+            user.op_type == "Cast" and user.attributes.get_int("to", 0) == past.dtype
+        )
+        if same and not user.domain and user.outputs[0].is_graph_output():
+            return user
+    return node
 
 
 def _input_behind(graph: Graph, value: ir.Value) -> ir.Value | None:

@@ -131,7 +131,62 @@ def scaled_after_the_mask(layer: Layer) -> None:
 
 
 def masked_twice(layer: Layer) -> None:
+    layer.insert(layer.softmax, 0, "Add", layer.add.input[1])
+
+
+def masked_by_a_column(layer: Layer) -> None:
     layer.insert(layer.softmax, 0, "Add", layer.array("more", np.float32([[0.5]])))
+
+
+def masked_before_a_softcap(layer: Layer) -> None:
+    cap = layer.array("cap", np.float32(1.5))
+    layer.insert(layer.softmax, 0, "Div", cap)
+    layer.insert(layer.softmax, 0, "Tanh")
+    layer.insert(layer.softmax, 0, "Mul", cap)
+
+
+def masked_by_where_of_the_hidden(layer: Layer) -> None:
+    masked_by_where(layer)
+    node = layer.add
+    hidden = helper.make_node("Not", [node.input[0]], ["is_hidden"])
+    layer.graph.node.insert(list(layer.graph.node).index(node), hidden)
+    node.input[:] = ["is_hidden", node.input[2], node.input[1]]
+
+
+def joined_by_sinks(layer: Layer) -> None:
+    """As gpt-oss writes it."""
+    softmax, values = layer.softmax, layer.values
+    shape = layer.insert(softmax, 0, "Shape", start=0, end=3)
+    scores = layer.maker(shape).input[0]
+    one = layer.array("one_column", np.array([1]))
+    sizes = layer.insert(softmax, 0, "Concat", one, axis=0)
+    sinks = layer.array("sinks", np.float32([0.5, -1, 2, 0]).reshape(1, 4, 1, 1))
+    softmax.input[0] = sinks
+    layer.insert(softmax, 0, "Expand", sizes)
+    layer.insert(softmax, 0, "Concat", scores, first=False, axis=-1)
+    top = layer.insert(softmax, 0, "ReduceMax", layer.array("last", np.array([-1])), keepdims=1)
+    softmax.input[0] = layer.maker(top).input[0]
+    layer.insert(softmax, 0, "Sub", top)
+    bounds = [layer.array(name, np.array([at])) for name, at in (("s", 0), ("e", -1), ("x", 3))]
+    layer.insert(values, 0, "Slice", *bounds)
+
+
+def joined_by_sinks_that_are_kept(layer: Layer) -> None:
+    """The first column is dropped, which is a token."""
+    joined_by_sinks(layer)
+    for initializer, at in (("s", 1), ("e", 1 << 62)):
+        one = next(one for one in layer.graph.initializer if one.name == initializer)
+        one.CopyFrom(numpy_helper.from_array(np.array([at]), initializer))
+
+
+def cast_before_the_present(layer: Layer) -> None:
+    """To the dtype that it has."""
+    concat = layer.maker("present.1.key")
+    concat.output[0] = "all_keys"
+    for node in layer.users("present.1.key"):
+        node.input[:] = ["all_keys" if one == "present.1.key" else one for one in node.input]
+    cast = helper.make_node("Cast", ["all_keys"], ["present.1.key"], to=TensorProto.FLOAT)
+    layer.graph.node.insert(list(layer.graph.node).index(concat) + 1, cast)
 
 
 def hidden_with_little(layer: Layer) -> None:
@@ -220,8 +275,14 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (sliced_to_all, None),
     (masked_by_where, None),
     (at_other_positions, None),
-    (scaled_after_the_mask, "masks scores before they are scaled"),
-    (masked_twice, "is a second mask"),
+    (scaled_after_the_mask, None),
+    (masked_twice, None),
+    (masked_by_a_column, "its mask more has shape (1, 1)"),
+    (masked_before_a_softcap, "masks scores before their softcap"),
+    (masked_by_where_of_the_hidden, None),
+    (joined_by_sinks, None),
+    (joined_by_sinks_that_are_kept, "its weights are multiplied with no values"),
+    (cast_before_the_present, None),
     (hidden_with_little, "in its scores is not understood"),
     (scores_squashed, "in its scores is not understood"),
     (capped_otherwise, "is no softcap"),

@@ -19,9 +19,10 @@ from onnx_export.rewrite.sizes import input_roles
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
-__all__ = ["MOVING", "Probe", "axes_of", "probes"]
+__all__ = ["MOVING", "Probe", "axes_of", "long_probe", "probes"]
 
 SIZES = ((2, 3, 5), (1, 7, 1), (3, 0, 4))  # batch, past, new: of a step, a chunk, a prompt
+LONG = (1, 1 << 20, 2)  # longer than any window
 
 
 MOVING = frozenset(
@@ -146,15 +147,23 @@ def branches_of(node: ir.Node) -> list[ir.Graph]:
 def probes(graph: Graph) -> tuple[Probe, ...]:
     """Return the probes of a graph; they remember what they have seen."""
     if graph.probes is None:
-        graph.probes = tuple(Probe(graph, *sizes) for sizes in SIZES)
-    found: tuple[Probe, ...] = graph.probes
+        graph.probes = tuple(Probe(graph, *sizes) for sizes in (*SIZES, LONG))
+    found: tuple[Probe, ...] = graph.probes[:-1]
+    return found
+
+
+def long_probe(graph: Graph) -> Probe:
+    """Return a probe of so long a past that what is cut to a window shows; it tells shapes."""
+    probes(graph)
+    found: Probe = graph.probes[-1]
     return found
 
 
 def axes_of(graph: Graph, value: ir.Value | None) -> list[str | int] | None:
-    """Return what the sizes of a value are: numbers, "batch", "past", "new" or "total"."""
+    """Return what the sizes of a value are: numbers, "batch", "past", "new", "total", "4 batch"."""
     shapes = []
-    for probe in probes(graph):
+    several = (*probes(graph), long_probe(graph))
+    for probe in several:
         seen = probe.value(value)
         if seen is None:
             return None
@@ -162,7 +171,7 @@ def axes_of(graph: Graph, value: ir.Value | None) -> list[str | int] | None:
     if len({len(shape) for shape in shapes}) != 1:
         return None
     known = {
-        tuple(getattr(probe, name) for probe in probes(graph)): name
+        tuple(getattr(probe, name) for probe in several): name
         for name in ("batch", "past", "new", "total")
     }
     axes: list[str | int] = []
@@ -171,6 +180,8 @@ def axes_of(graph: Graph, value: ir.Value | None) -> list[str | int] | None:
             axes.append(known[sizes])
         elif len(set(sizes)) == 1:
             axes.append(sizes[0])
+        elif (heads := sizes[1]) and sizes == tuple(heads * probe.batch for probe in several):
+            axes.append(f"{heads} batch")
         else:
             return None
     return axes

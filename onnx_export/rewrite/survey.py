@@ -15,7 +15,7 @@ from nsq_ref.extras import extra
 from onnx_export.rewrite.found import Cache, Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.probe import MOVING, axes_of
+from onnx_export.rewrite.probe import axes_of
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
@@ -258,6 +258,7 @@ class _Walk:
         self.found = list(found)
         self.faults: dict[Found, str] = {}
         self.shapes: dict[ir.Node, tuple[Found, Cache]] = {}
+        self._within: dict[ir.Value, tuple[Found, Cache] | None] = {}
         self._replaced = {node: one for one in self.found for node in one.nodes}
         self._caches = {
             value: (one, cache)
@@ -302,7 +303,7 @@ class _Walk:
         return live
 
     def _read_by(self, node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
-        if node.op_type == "Shape" and not node.domain and (axes := self._moved(node)) is not None:
+        if node.op_type == "Shape" and not node.domain and (axes := self._known(node)) is not None:
             one, _ = self.shapes[node]
             if {"past", "total"} & set(axes) and one.lengths.past is not None:
                 reason = f"{name_of(node)} reads the capacity of its cache"
@@ -318,17 +319,36 @@ class _Walk:
         for value in reads(node):
             yield value, f"{node.op_type} {name_of(node)}"
 
-    def _moved(self, node: ir.Node) -> list[str | int] | None:
-        """Return the axes of what is moved out of a cache, if this is Shape of such a value."""
+    def _known(self, node: ir.Node) -> list[str | int] | None:
+        """Return the axes of what is made of a cache within an attention, if this is its Shape."""
         value = node.inputs[0]
-        for _ in range(16):
-            before = None if value is None else value.producer()
-            if value in self._caches or before is None or before.op_type not in MOVING:
-                break
-            value = before.inputs[0]
-        if value is node.inputs[0] or value not in self._caches:
+        if value is None or value in self._caches or (source := self._inside(value)) is None:
             return None
-        axes = axes_of(self.graph, node.inputs[0])
+        axes = axes_of(self.graph, value)
         if axes is not None:
-            self.shapes[node] = self._caches[value]
+            self.shapes[node] = source
         return axes
+
+    def _inside(self, value: ir.Value) -> tuple[Found, Cache] | None:
+        """Return the attention whose cache, or another part within it, a value is made of."""
+        waiting = [value]
+        while waiting:
+            one = waiting[-1]
+            node = one.producer()
+            if one in self._within:
+                waiting.pop()
+            elif one in self._caches:
+                self._within[one] = self._caches[one]
+            elif node is None or (node.op_type == "Shape" and not node.domain):
+                self._within[one] = None
+            elif (owner := self._replaced.get(node)) is not None:
+                is_output = one is owner.output.value
+                self._within[one] = None if is_output else (owner, owner.key_cache)
+            else:
+                given = list(reads(node))
+                if missing := [before for before in given if before not in self._within]:
+                    waiting += missing
+                else:
+                    sources = (self._within[before] for before in given)
+                    self._within[one] = next((at for at in sources if at is not None), None)
+        return self._within[value]

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.extras import extra
-from onnx_export.rewrite.evaluate import Seen, evaluate
+from onnx_export.rewrite.evaluate import Seen, evaluate, opaque
 from onnx_export.rewrite.found import Cache, Layout, Refused, Tokens
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.probe import MOVING, Probe, probes
+from onnx_export.rewrite.probe import MOVING, Probe, long_probe, probes
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
@@ -187,11 +187,29 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
         if repeats and (several != repeats or not np.isclose(ratio, factor, rtol=CLOSE)):
             raise NotUnderstoodError(_unlike(behind, "scaled by what is no constant"))
         repeats, factor = several, ratio
+    _require_whole(graph, behind, layout, count, channels)
     return Cached(
         Cache(behind.past, present, layout),
         by_tokens(graph, behind.new, layout),
         count, channels, repeats, factor,
     )  # fmt: skip
+
+
+def _require_whole(graph: Graph, behind: Behind, layout: Layout, heads: int, channels: int) -> None:
+    """Refuse an operand that is cut to a window, which the small probes do not fill."""
+    probe = long_probe(graph)
+    shape = _seed_shape(probe, layout, heads, channels)
+    seen: Seen | None = Seen(opaque(shape, np.float32), known=False)
+    for node, index in behind.steps:
+        inputs = [
+            seen if at == index else probe.value(given) for at, given in enumerate(node.inputs)
+        ]
+        seen = next(iter(evaluate(node, inputs)), None)
+        if seen is None or probe.total not in seen.shape:
+            raise NotUnderstoodError(
+                f"{node.op_type} {node.name} keeps a window of its cache {behind.past.name}; "
+                "export the model without a cache of its own for windows"
+            )
 
 
 def refused(graph: Graph, node: ir.Node, reason: str, *operands: ir.Value | None) -> Refused:
@@ -374,11 +392,15 @@ def _shape(graph: Graph, behind: Behind) -> tuple[int, ...]:
 
 
 def _seed(probe: Probe, layout: Layout, heads: int, channels: int) -> Array:
-    sizes = {"B": probe.batch, "S": probe.total, "N": heads, "D": channels, "H": heads * channels}
     if min(heads, channels) < 1:
         raise NotUnderstoodError("heads and channels of its cache are stated nowhere")
-    shape = tuple(sizes[axis] for axis in layout)
+    shape = _seed_shape(probe, layout, heads, channels)
     return np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+
+
+def _seed_shape(probe: Probe, layout: Layout, heads: int, channels: int) -> tuple[int, ...]:
+    sizes = {"B": probe.batch, "S": probe.total, "N": heads, "D": channels, "H": heads * channels}
+    return tuple(sizes[axis] for axis in layout)
 
 
 def _by_head(seed: Array, layout: Layout, heads: int) -> Array:

@@ -156,6 +156,8 @@ def masked_by_where_of_the_hidden(layer: Layer) -> None:
 def joined_by_sinks(layer: Layer) -> None:
     """As gpt-oss writes it."""
     softmax, values = layer.softmax, layer.values
+    infos = layer.graph.value_info
+    infos.remove(next(one for one in infos if one.name == softmax.output[0]))
     shape = layer.insert(softmax, 0, "Shape", start=0, end=3)
     scores = layer.maker(shape).input[0]
     one = layer.array("one_column", np.array([1]))
@@ -258,6 +260,13 @@ def values_of_the_other_layer(layer: Layer) -> None:
     unsqueeze.input[0] = "present.0.value"
 
 
+def kept_with_a_long_window(layer: Layer) -> None:
+    """Only the last 4096 keys are kept, which a short text does not show."""
+    bounds = [layer.array(name, np.array([at])) for name, at in (("a", -4096), ("b", 1 << 62))]
+    axis = layer.array("axis", np.array([2]))
+    layer.insert(layer.users("present.1.key")[0], 0, "Slice", *bounds, axis)
+
+
 def kept_with_a_window(layer: Layer) -> None:
     """Only the last 4 keys are kept, and the mask is cut to them."""
     bounds = [layer.array(name, np.array([at])) for name, at in (("a", -4), ("b", 1 << 62))]
@@ -296,6 +305,7 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (present_summed, "of its cache is read by ReduceSum sums too"),
     (values_of_the_other_layer, "is the cache of"),
     (kept_with_a_window, "cannot be followed"),
+    (kept_with_a_long_window, "keeps a window of its cache past_key_values.1.key"),
 ]
 
 

@@ -15,6 +15,7 @@ from nsq_ref.extras import extra
 from onnx_export.rewrite.found import Cache, Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
+from onnx_export.rewrite.patterns.traced import never_grows
 from onnx_export.rewrite.probe import axes_of
 
 with extra("rewrite", __name__):
@@ -30,6 +31,9 @@ __all__ = [
     "plan",
     "survey",
 ]
+
+
+CACHE_BRANCH = "use_cache_branch"  # of optimum's merged decoders
 
 
 @dataclass(eq=False)
@@ -64,7 +68,7 @@ def survey(graph: Graph) -> list[Found | Refused]:
                 result = pattern.match(node, graph)
                 if result is not None and place:
                     caches = caches_of(result) if isinstance(result, Found) else result.caches
-                    result = Refused(node, f"it is in {place}; inline that first", caches)
+                    result = Refused(node, f"it is in {place}", caches)
                 if result is not None:
                     results.append(result)
     return _unshared(results)
@@ -83,6 +87,7 @@ def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
         if one not in claimed
         and re.search("past|cache", one.name or "")
         and (graph.rank(one) or 0) >= 3
+        and not never_grows(graph, one)
         and graph.dtype(one) in ("float32", "float16", "bfloat16")
     ]
 
@@ -176,14 +181,27 @@ def _all(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     """Return all nodes, and what they are in if that is not the main graph."""
     yield from _with_inner(model.graph, "")
     for function in model.functions.values():
-        yield from _with_inner(function, f"the function {function.domain}::{function.name}")
+        place = f"the function {function.domain}::{function.name}; inline that first"
+        yield from _with_inner(function, place)
 
 
 def _with_inner(nodes: Iterable[ir.Node], place: str) -> Iterator[tuple[ir.Node, str]]:
     for node in nodes:
         yield node, place
         for graph in _subgraphs(node):
-            yield from _with_inner(graph, place or f"a branch of {node.op_type} {name_of(node)}")
+            yield from _with_inner(graph, place or _branch(node))
+
+
+def _branch(node: ir.Node) -> str:
+    condition = node.inputs[0]
+    merged = node.op_type == "If" and condition is not None and condition.name == CACHE_BRANCH
+    remedy = (
+        "take the decoder that was exported with a past, before it was merged with the other, or "
+        "export one graph for both"
+        if merged
+        else "inline that first"
+    )
+    return f"a branch of {node.op_type} {name_of(node)}; {remedy}"
 
 
 def _unshared(results: list[Found | Refused]) -> list[Found | Refused]:

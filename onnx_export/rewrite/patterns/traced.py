@@ -21,8 +21,8 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape",
-    "refused", "require_dtypes", "scaled", "trace",
+    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "never_grows",
+    "query_shape", "refused", "require_dtypes", "scaled", "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -31,6 +31,7 @@ Order = Literal["BNDS", "BNSD", "BSH"]
 LAYOUTS: dict[tuple[int, int], Layout] = {
     (4, 2): "BNSD", (4, 1): "BSND", (4, 3): "BNDS", (3, 1): "BSH",
 }  # fmt: skip
+READING = frozenset({"MatMul", "FusedMatMul", "Attention"})
 CLOSE = 1e-5  # of factors: a float32 constant once squared
 
 
@@ -114,6 +115,8 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
             break
         steps.append((node, index))
         value = node.inputs[index]
+    if value is not None and never_grows(graph, value):
+        return None
     if operand is not None and value is not None and (name := _reaches_cache(graph, value)):
         last = value.producer()
         raise NotUnderstoodError(
@@ -122,6 +125,22 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
             + ", which is not understood"
         )
     return None
+
+
+def never_grows(graph: Graph, value: ir.Value) -> bool:
+    """Whether a value is an input that attention reads and nothing appends to: of an encoder."""
+    if not value.is_graph_input() or value.is_initializer():
+        return False
+    waiting, read = [value], False
+    while waiting:
+        for user, _ in graph.users(waiting.pop()):
+            if user.op_type in MOVING or constant_factor(graph, user)[0] is not None:
+                waiting += user.outputs
+            elif user.op_type in READING:
+                read = True
+            elif user.op_type != "Shape":
+                return False
+    return read
 
 
 def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = None) -> Cached:
@@ -268,7 +287,7 @@ def same_number(graph: Graph, value: ir.Value | None) -> float | None:
         return float(constant)
     if value is None or ((shape := value.shape) is not None and shape.rank() > 1):
         return None
-    numbers = [probe.number(value) for probe in probes(graph)]
+    numbers = [probe.number(value) for probe in (*probes(graph), long_probe(graph))]
     if any(one is None or one != numbers[0] for one in numbers):
         return None
     return numbers[0]

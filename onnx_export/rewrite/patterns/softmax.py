@@ -378,7 +378,7 @@ def _seen_shape(graph: Graph, value: ir.Value) -> tuple[int, ...]:
 
 
 def _merges(graph: Graph, node: ir.Node) -> bool:
-    """Whether Reshape makes one axis of batch and heads, or two again."""
+    """Whether Reshape makes one axis of batch and heads, two again, or leaves all as it is."""
     if node.domain or node.inputs[0] is None:
         return False
     for probe in probes(graph):
@@ -386,6 +386,8 @@ def _merges(graph: Graph, node: ir.Node) -> bool:
         if both[0] is None or both[1] is None:
             return False
         flat, whole = sorted((one.shape for one in both if one is not None), key=len)
+        if flat == whole:
+            continue
         if (len(flat), len(whole)) != (3, 4) or flat[1:] != whole[2:]:
             return False
         if whole[0] != probe.batch or flat[0] != whole[0] * whole[1]:

@@ -100,7 +100,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     dtype = graph.model_dtype(keys.cache.past)
     if dtype is None:
         raise NotUnderstoodError(
-            f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32, float16"
+            f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32 and "
+            "float16; convert the model"
         )
     bias, mask = _mask(graph, given.get("attn_mask"), heads, static=lengths.past is not None)
     require_dtypes(

@@ -116,7 +116,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     dtype = graph.model_dtype(behind_keys.past)
     if dtype is None:
         raise NotUnderstoodError(
-            f"its cache is {graph.dtype(behind_keys.past)}; nsq.Attention has float32, float16"
+            f"its cache is {graph.dtype(behind_keys.past)}; nsq.Attention has float32 and "
+            "float16; convert the model"
         )
     for one in scores.added:
         mask_shape(graph, one.value, heads, flat=one.flat)

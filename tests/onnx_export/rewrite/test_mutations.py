@@ -134,6 +134,16 @@ def masked_twice(layer: Layer) -> None:
     layer.insert(layer.softmax, 0, "Add", layer.add.input[1])
 
 
+def biased_before_the_scale(layer: Layer) -> None:
+    """By the place of a token among those that are seen."""
+    made = layer.insert(layer.softmax, 0, "Add", layer.add.input[1])
+    node = layer.maker(made)
+    layer.insert(node, 1, "Equal", layer.array("nothing", np.float32(0)))
+    layer.insert(node, 1, "Cast", to=TensorProto.FLOAT)
+    layer.insert(node, 1, "CumSum", layer.array("axis_of_tokens", np.array(3)))
+    layer.insert(layer.softmax, 0, "Mul", layer.array("half", np.float32(0.5)))
+
+
 def masked_by_a_column(layer: Layer) -> None:
     layer.insert(layer.softmax, 0, "Add", layer.array("more", np.float32([[0.5]])))
 
@@ -286,6 +296,7 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (at_other_positions, None),
     (scaled_after_the_mask, None),
     (masked_twice, None),
+    (biased_before_the_scale, None),
     (masked_by_a_column, "its mask more has shape (1, 1)"),
     (masked_before_a_softcap, "masks scores before their softcap"),
     (masked_by_where_of_the_hidden, None),

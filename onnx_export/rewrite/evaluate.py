@@ -55,14 +55,7 @@ def chosen(condition: bool | None, branches: list[list[Seen | None]]) -> list[Se
 
 
 def evaluate(node: ir.Node, inputs: list[Seen | None]) -> list[Seen | None]:
-    """Return the outputs of a node; none where its operator is not known here.
-
-    Parameters
-    ----------
-    node : onnx_ir.Node
-    inputs : list of Seen or None
-        None for inputs that are left out.
-    """
+    """Return the outputs of a node; none where its operator is not known here."""
     if node.domain not in ("", "com.microsoft"):
         return []
     operator, attributes = node.op_type, node.attributes

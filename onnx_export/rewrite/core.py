@@ -25,6 +25,7 @@ from onnx_export.rewrite.found import Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import raise_opset, require_raisable
+from onnx_export.rewrite.patterns import PATTERNS
 from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
 from onnx_export.rewrite.report import Attention, Change, RewriteReport
@@ -136,6 +137,7 @@ def rewrite(
     if not dry_run:
         atomic.require_writable(target, make_folders=True)
 
+    proto = files.inlined(proto, {one for pattern in PATTERNS for one in pattern.ANCHORS})
     edit = _Edit(proto, source, key, value, policy, row_lengths)
     if not edit.plan.found:
         return edit.report()

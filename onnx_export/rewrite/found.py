@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from onnx_export.rewrite.graph import Graph
 
-__all__ = ["Cache", "Found", "Layout", "Lengths", "Pattern", "Refused", "Rotary", "Tokens"]
+__all__ = ["Bias", "Cache", "Found", "Layout", "Lengths", "Pattern", "Refused", "Rotary", "Tokens"]
 
 Layout: TypeAlias = Literal["BSH", "BSND", "BNSD", "BNDS"]
 """The axes of a tensor: batch, tokens (S), heads (N), channels of a head (D), of all heads (H)."""
@@ -106,6 +106,24 @@ class Rotary(NamedTuple):
     first_prompt: ir.Value | None = None
 
 
+class Bias(NamedTuple):
+    """What is added to scores.
+
+    Attributes
+    ----------
+    value : onnx_ir.Value
+        Float, in the dtype of the model.
+    factor : float
+        By which it is multiplied: where scores are scaled after it is added.
+    flat : bool
+        Batch and heads are one axis, the first of three.
+    """
+
+    value: ir.Value
+    factor: float = 1.0
+    flat: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """One attention with a cache, of whatever nodes it is made.
@@ -147,10 +165,14 @@ class Found:
         Float, in the dtype of the model, added to the scores after the softcap: of any shape that
         broadcasts to ``[batch, heads, sequence, past + sequence]``, but for its last axis, which is
         as long as the tokens of the longest row or longer. Its rank must be known.
+    added : tuple of Bias
+        More that is added, each of a shape as ``bias``.
     mask : onnx_ir.Value or None
         bool, True where a query sees a token; shaped as ``bias``. Both may be there.
+    mask_hides : bool
+        The mask is True where a query does not see a token.
     head_sink : onnx_ir.Value or None
-        ``[heads]``.
+        ``[heads]``, or of more axes of size 1.
     smooth_softmax : bool
         A logit of 0 joins every softmax.
     """
@@ -176,7 +198,9 @@ class Found:
     sliding_window: int | None = None
     rotary: Rotary | None = None
     bias: ir.Value | None = None
+    added: tuple[Bias, ...] = ()
     mask: ir.Value | None = None
+    mask_hides: bool = False
     head_sink: ir.Value | None = None
     smooth_softmax: bool = False
 

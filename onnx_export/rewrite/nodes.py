@@ -11,7 +11,7 @@ from nsq_ref.scheme import KeyValueSchemes
 from onnx_export.operators.attention_models import attention_node
 from onnx_export.operators.cache_layout import CacheTensor
 from onnx_export.operators.nodes import Nodes
-from onnx_export.rewrite.found import Found, Tokens
+from onnx_export.rewrite.found import Bias, Found, Tokens
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes
 
@@ -65,7 +65,9 @@ class Attentions:
         if (bias := self._bias(add, found)) is not None:
             given["attention_bias"] = bias
         if found.head_sink is not None:
-            given["head_sink"] = found.head_sink.name or ""
+            name = found.head_sink.name or ""
+            one_axis = self._graph.rank(found.head_sink) == 1
+            given["head_sink"] = name if one_axis else add("Reshape", name, [-1])
 
         node = attention_node(
             *schemes,
@@ -192,27 +194,39 @@ class Attentions:
 
     def _bias(self, add: Nodes, found: Found) -> str | None:
         """Return bias and mask as one float tensor of four axes, with a row for every query."""
-        given = [one for one in (found.bias, found.mask) if one is not None]
+        biases = [Bias(found.bias)] if found.bias is not None else []
+        biases += found.added
+        given = [one.value for one in biases]
+        given += [] if found.mask is None else [found.mask]
         if not given:
             return None
         tokens = self._tokens(add, found)
+        kind = np.dtype(found.dtype).type
 
         def make() -> str:
-            parts = [self._four_axes(add, one) for one in given]
-            bias = parts[0]
+            bias: Any = None
+            for one in biases:
+                part = self._four_axes(add, one.value, found.heads if one.flat else None)
+                part = part if one.factor == 1 else add("Mul", part, kind(one.factor))
+                bias = part if bias is None else add("Add", bias, part)
             if found.mask is not None:
-                kind = np.dtype(found.dtype).type
-                seen = kind(0) if found.bias is None else parts[0]
-                bias = add("Where", parts[-1], seen, kind(-np.inf))
+                seen = [kind(0) if bias is None else bias, kind(-np.inf)]
+                mask = self._four_axes(add, found.mask)
+                bias = add("Where", mask, *(reversed(seen) if found.mask_hides else seen))
             if any(self._sizes.are_tokens(one, (self._graph.rank(one) or 0) - 2) for one in given):
-                return bias
+                return str(bias)
             return add("Expand", bias, add("Concat", [1, 1], tokens, [1], axis=0))
 
-        result: str = self._once(("bias", *given, found.dtype, tokens), make)
+        key = ("bias", *biases, found.mask, found.mask_hides, found.dtype, tokens)
+        result: str = self._once(key, make)
         return result
 
-    def _four_axes(self, add: Nodes, value: ir.Value) -> str:
+    def _four_axes(self, add: Nodes, value: ir.Value, heads: int | None = None) -> str:
+        """Return a value of four axes; with heads, its first of three is batch and heads."""
         name, rank = value.name or "", self._graph.rank(value)
+        if heads is not None:
+            rest = add("Shape", name, start=1)
+            return add("Reshape", name, add("Concat", [-1, heads], rest, axis=0))
         if rank is None:
             raise ValueError(f"the mask {name} has no known rank")
         return name if rank == 4 else add("Unsqueeze", name, list(range(4 - rank)))

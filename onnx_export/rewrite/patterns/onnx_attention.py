@@ -81,7 +81,7 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         if key_behind is None or value_behind is None:
             raise NotUnderstoodError("one of its keys and values is in no cache")
         keys, values = (_outside(graph, node, one, rank) for one in (key_behind, value_behind))
-        nodes = (key_behind.node, value_behind.node, node)
+        nodes = (*key_behind.nodes, *value_behind.nodes, node)
         static = [one.node.op_type == "TensorScatter" for one in (key_behind, value_behind)]
         if any(static):
             lengths = _static(given, key_behind, value_behind)
@@ -100,7 +100,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
     dtype = graph.model_dtype(keys.cache.past)
     if dtype is None:
         raise NotUnderstoodError(
-            f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32, float16"
+            f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32 and "
+            "float16; convert the model"
         )
     bias, mask = _mask(graph, given.get("attn_mask"), heads, static=lengths.past is not None)
     require_dtypes(

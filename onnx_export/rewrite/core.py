@@ -160,6 +160,8 @@ class _Edit:
     ) -> None:
         if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
             raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
+        if fault := _unsound(proto):
+            raise ValueError(f"{source}: the graph cannot be read: {fault}")
         self.proto = proto
         self.graph = Graph(files.as_ir(proto, source.parent))
         self.known = _known_layout(proto)
@@ -466,14 +468,22 @@ def _info(name: str, tensor: CacheTensor) -> onnx.ValueInfoProto:
 
 
 def _require_sound(model: onnx.ModelProto) -> None:
-    """Raise if a node reads what nobody made before it: a fault of the rewriter, not of a model."""
+    """Raise for a graph that is none: a fault of the rewriter, as the model was sound."""
+    if fault := _unsound(model):
+        raise RuntimeError(fault)
+
+
+def _unsound(model: onnx.ModelProto) -> str | None:
+    """Return what a node or the graph has of a value that nobody made before."""
     graph = model.graph
     made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
+    made |= {one.values.name for one in graph.sparse_initializer}
     for node in graph.node:
         if missing := [name for name in node.input if name not in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} reads {missing[0]}, which nothing made")
+            return f"{node.op_type} {node.name} reads {missing[0]}, which nothing made"
         if twice := [name for name in node.output if name and name in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} makes {twice[0]} a second time")
+            return f"{node.op_type} {node.name} makes {twice[0]} a second time"
         made.update(node.output)
     if missing := [one.name for one in graph.output if one.name not in made]:
-        raise RuntimeError(f"nothing makes the output {missing[0]}")
+        return f"nothing makes the output {missing[0]}"
+    return None

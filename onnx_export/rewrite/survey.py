@@ -110,6 +110,8 @@ def inputs_of(found: Found) -> list[ir.Value]:
     given: list[ir.Value | None] = [found.query.value, found.bias, found.mask, found.head_sink]
     given += [one.value for one in (found.key, found.value) if one is not None]
     given += [found.lengths.past, found.lengths.total, found.lengths.new]
+    given += [one.weight for one in (found.query_norm, found.key_norm) if one is not None]
+    given += [found.projection_bias, found.padding]
     if found.rotary is not None:
         rotary = found.rotary
         given += [rotary.cos, rotary.sin, rotary.position_ids, rotary.first_prompt]

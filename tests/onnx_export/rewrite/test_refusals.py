@@ -171,7 +171,7 @@ def test_options_without_a_place(attributes: dict[str, Any], reason: str, tmp_pa
     ("place", "reason"),
     [
         (12, "k_scale is given: its cache is quantized already"),
-        (14, "q_norm_weight is given: it normalizes queries itself"),
+        (14, "it has one of q_norm_weight and k_norm_weight; it needs both, or neither"),
         (17, "it has 18 inputs; 17 are known"),
     ],
 )

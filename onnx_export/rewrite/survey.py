@@ -72,11 +72,12 @@ def survey(graph: Graph) -> list[Found | Refused]:
 
 def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
     """Return inputs that look like caches and belong to no attention that was found."""
-    claimed = {
+    claimed: set[ir.Value | None] = {
         cache.past
         for one in results
         for cache in (caches_of(one) if isinstance(one, Found) else one.caches)
     }
+    claimed |= {given for one in results if isinstance(one, Refused) for given in one.node.inputs}
     return [
         one.name or ""
         for one in graph.model.graph.inputs

@@ -46,6 +46,13 @@ def rewrite(
             help="Take the lengths of rows as inputs, where the model counts its mask.",
         ),
     ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="At least; 24 is fast without the library (ONNX Runtime 1.26).",
+        ),
+    ] = None,
     library: Annotated[
         bool, typer.Option("--library", help="Put the native library beside OUT.")
     ] = False,
@@ -71,6 +78,7 @@ def rewrite(
         value=value or values,
         policy=None if policy is None else _read_policy(policy),
         row_lengths=row_lengths,
+        opset=opset,
         library=library,
         dry_run=dry_run,
     )

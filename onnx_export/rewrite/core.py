@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import KeyValueSchemes, Scheme
@@ -19,12 +20,12 @@ from onnx_export.custom_ops import library_path
 from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
 from onnx_export.operators.domain import check_nodes, functions
 from onnx_export.operators.nodes import Nodes, all_nodes
-from onnx_export.operators.schema import DOMAIN, ELEMENTS, VERSION
+from onnx_export.operators.schema import DOMAIN, ELEMENTS, OPSET, VERSION
 from onnx_export.rewrite import files
 from onnx_export.rewrite.found import Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.nodes import Attentions
-from onnx_export.rewrite.opset import raise_opset, require_raisable
+from onnx_export.rewrite.opset import NEWEST, raise_opset, require_raisable
 from onnx_export.rewrite.patterns import PATTERNS
 from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
@@ -58,6 +59,7 @@ def rewrite(
     value: Scheme | str | None = None,
     policy: Mapping[str, Any] | None = None,
     row_lengths: bool = False,
+    opset: int | None = None,
     library: bool = False,
     dry_run: bool = False,
 ) -> RewriteReport:
@@ -84,6 +86,11 @@ def rewrite(
         Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
         take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
         mask cannot tell of a row with a past how many of several new tokens are real.
+    opset : int, optional
+        Of the standard operators at least, 21 to 24; the model's own by default, or 21 where that
+        is older. From 24 on the function of Attention appends in place, which is much faster where
+        there is no library, and needs ONNX Runtime 1.26. A model whose nodes may mean something
+        else in the newer opset is refused.
     library : bool
         Copy the native library beside the new file.
     dry_run : bool
@@ -127,6 +134,7 @@ def rewrite(
     >>> folder.cleanup()
     """
     source, target = Path(model), Path(out)
+    least = OPSET if opset is None else as_integer("opset", opset, least=OPSET, most=NEWEST)
     proto = files.read(source)
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target} is the model itself; choose another name for what is written")
@@ -141,8 +149,8 @@ def rewrite(
     edit = _Edit(proto, source, key, value, policy, row_lengths)
     if not edit.plan.found:
         return edit.report()
-    require_raisable(proto)
-    edit.apply()
+    require_raisable(proto, least, without=edit.removed())
+    edit.apply(least)
     if dry_run:
         return edit.report()
     return edit.report(tuple(files.write(proto, source, target, native)))
@@ -163,7 +171,9 @@ class _Edit:
         if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
             raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
         self.proto = proto
-        self.graph = Graph(files.as_ir(proto, source.parent))
+        self.graph = Graph(files.as_ir(proto, source.parent))  # which puts nodes in order
+        if fault := files.unsound(proto):
+            raise ValueError(f"{source}: the graph cannot be read: {fault}")
         self.known = _known_layout(proto)
         self.roles = self.known.roles if self.known else {n: n for n in input_roles(self.graph)}
         # Such a model says itself how many tokens each row has.
@@ -205,8 +215,12 @@ class _Edit:
 
     # --- the message -----------------------------------------------------------------------------
 
-    def apply(self) -> None:
-        """Change the message."""
+    def removed(self) -> set[str]:
+        """Return the first outputs of nodes that are replaced, or read by nobody any longer."""
+        return {node.outputs[0].name or "" for node in self.plan.removed}
+
+    def apply(self, opset: int = OPSET) -> None:
+        """Change the message, its opset to one that is not older."""
         graph = self.proto.graph
         prefix = self._prefix()
         sizes = Sizes(self.graph, f"{prefix}sizes_")
@@ -236,7 +250,7 @@ class _Edit:
         for name in (PAST_LENGTHS, NEW_LENGTHS):
             if name in sizes.needed:
                 self._add_lengths(name)
-        self._finish()
+        self._finish(opset)
 
     def _prefix(self) -> str:
         """Return what no name in the model begins with."""
@@ -311,8 +325,8 @@ class _Edit:
         graph.input.append(helper.make_tensor_value_info(name, ELEMENTS["int64"], ["batch_size"]))
         self.new_inputs.append(name)
 
-    def _finish(self) -> None:
-        opset = raise_opset(self.proto)
+    def _finish(self, opset: int) -> None:
+        opset = raise_opset(self.proto, opset)
         self.opset = self.opset[0], opset
         self.proto.functions.extend(functions(opset))
         self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
@@ -321,7 +335,8 @@ class _Edit:
             for name, text in layout.to_metadata().items():
                 self.proto.metadata_props.add(key=name, value=text)
         check_nodes(self.proto)
-        _require_sound(self.proto)
+        if fault := files.unsound(self.proto):
+            raise RuntimeError(fault)  # of the rewriter, as the model was sound
 
     def _layout(self) -> CacheLayout | None:
         """Return what a loop must know; None where caches are not understood that stay."""
@@ -465,17 +480,3 @@ def _info(name: str, tensor: CacheTensor) -> onnx.ValueInfoProto:
         own = isinstance(size, str) and size.startswith("capacity")
         axes.append(f"{tensor.past}.{size}" if own else "batch_size" if size == "batch" else size)
     return helper.make_tensor_value_info(name, ELEMENTS[tensor.dtype], axes)
-
-
-def _require_sound(model: onnx.ModelProto) -> None:
-    """Raise if a node reads what nobody made before it: a fault of the rewriter, not of a model."""
-    graph = model.graph
-    made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
-    for node in graph.node:
-        if missing := [name for name in node.input if name not in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} reads {missing[0]}, which nothing made")
-        if twice := [name for name in node.output if name and name in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} makes {twice[0]} a second time")
-        made.update(node.output)
-    if missing := [one.name for one in graph.output if one.name not in made]:
-        raise RuntimeError(f"nothing makes the output {missing[0]}")

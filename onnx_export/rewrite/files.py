@@ -26,7 +26,7 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
     from google.protobuf.message import DecodeError, EncodeError
 
-__all__ = ["as_ir", "external_files", "inlined", "read", "write"]
+__all__ = ["as_ir", "external_files", "inlined", "read", "unsound", "write"]
 
 LARGEST_MESSAGE = 2**31 - 1  # of protobuf
 
@@ -106,10 +106,29 @@ def _sort(model: onnx.ModelProto, graph: ir.Model) -> None:
     else:
         return
     messages = dict(zip(graph.graph, model.graph.node, strict=True))
-    graph.graph.sort()
+    try:
+        graph.graph.sort()
+    except ValueError as error:
+        raise ValueError("the graph cannot be read: nodes wait for each other") from error
     nodes = [messages[node] for node in graph.graph]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def unsound(model: onnx.ModelProto) -> str | None:
+    """Return what the graph has of values that nobody made before, or that two make."""
+    graph = model.graph
+    made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
+    made |= {one.values.name for one in graph.sparse_initializer}
+    for node in graph.node:
+        if missing := [name for name in node.input if name not in made]:
+            return f"{node.op_type} {node.name} reads {missing[0]}, which nothing made"
+        if twice := [name for name in node.output if name and name in made]:
+            return f"{node.op_type} {node.name} makes {twice[0]} a second time"
+        made.update(node.output)
+    if missing := [one.name for one in graph.output if one.name not in made]:
+        return f"nothing makes the output {missing[0]}"
+    return None
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from onnx_export.rewrite.graph import Graph
 
-__all__ = ["Bias", "Cache", "Found", "Layout", "Lengths", "Pattern", "Refused", "Rotary", "Tokens"]
+__all__ = [
+    "Bias", "Cache", "Found", "Layout", "Lengths", "Norm", "Pattern", "Refused", "Rotary", "Tokens",
+]  # fmt: skip
 
 Layout: TypeAlias = Literal["BSH", "BSND", "BNSD", "BNDS"]
 """The axes of a tensor: batch, tokens (S), heads (N), channels of a head (D), of all heads (H)."""
@@ -124,6 +126,21 @@ class Bias(NamedTuple):
     flat: bool = False
 
 
+class Norm(NamedTuple):
+    """The root mean square of each head brought to 1, and channels weighted, before the rotation.
+
+    Attributes
+    ----------
+    weight : onnx_ir.Value
+        ``[head_dim]``, in the dtype of the model.
+    epsilon : float
+        Added to the mean of the squares.
+    """
+
+    weight: ir.Value
+    epsilon: float
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """One attention with a cache, of whatever nodes it is made.
@@ -175,6 +192,14 @@ class Found:
         ``[heads]``, or of more axes of size 1.
     smooth_softmax : bool
         A logit of 0 joins every softmax.
+    query_norm, key_norm : Norm or None
+        What normalizes outside is no part of this.
+    projection_bias : onnx_ir.Value or None
+        ``[heads * head_dim + kv_heads * (head_dim + value_head_dim)]``, added to queries, keys and
+        values before all else.
+    padding : onnx_ir.Value or None
+        Integers, ``[batch, past + sequence]`` or with the new tokens between: 0 where no query, or
+        not this one, sees a token.
     """
 
     pattern: str
@@ -203,6 +228,10 @@ class Found:
     mask_hides: bool = False
     head_sink: ir.Value | None = None
     smooth_softmax: bool = False
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    projection_bias: ir.Value | None = None
+    padding: ir.Value | None = None
 
 
 class Refused(NamedTuple):

@@ -55,6 +55,7 @@ class Attentions:
         if found.key is not None and found.value is not None:
             given["key"] = self._by_token(add, found.key)
             given["value"] = self._by_token(add, found.value)
+        self._project(add, found, given, f"{self._prefix}{layer}_")
         given["past_lengths"], new = self._lengths(add, found)
         if new is not None:
             given["new_lengths"] = new
@@ -126,6 +127,33 @@ class Attentions:
         perm = (0, 2, 1, 3) if layout == "BNSD" else (0, 2, 3, 1)
         add("Transpose", by_head, perm=perm, name=name)
 
+    def _project(self, add: Nodes, found: Found, given: dict[str, str], prefix: str) -> None:
+        """Add the bias of the projections, and normalize queries and keys."""
+        bias = found.projection_bias
+        norms = {"query": found.query_norm, "key": found.key_norm}
+        if bias is None and not any(norms.values()):
+            return
+        sizes = [found.heads * found.head_dim]
+        sizes += [found.kv_heads * size for size in (found.head_dim, found.value_head_dim)]
+        sides = ("query", "key", "value")
+        if found.key is None:
+            packed, names = given["query"], {side: f"{prefix}{side}" for side in sides}
+            add.several("Split", [packed, sizes], list(names.values()), axis=2)
+            given |= names
+        if bias is not None:
+            parts = {side: f"{prefix}{side}_bias" for side in sides}
+            add.several("Split", [bias.name, sizes], list(parts.values()), axis=0)
+            given |= {side: add("Add", given[side], part) for side, part in parts.items()}
+        for side, norm in norms.items():
+            if norm is not None:
+                heads = add("Reshape", given[side], [0, 0, -1, found.head_dim])
+                # Of onnxruntime, as the attention that is replaced.
+                made = add(
+                    "SimplifiedLayerNormalization", heads, norm.weight.name or "",
+                    axis=-1, epsilon=norm.epsilon, stash_type=1,
+                )  # fmt: skip
+                given[side] = add("Reshape", made, [0, 0, -1])
+
     # --- lengths and positions -------------------------------------------------------------------
 
     def _tokens(self, add: Nodes, found: Found) -> str:
@@ -196,8 +224,8 @@ class Attentions:
         """Return bias and mask as one float tensor of four axes, with a row for every query."""
         biases = [Bias(found.bias)] if found.bias is not None else []
         biases += found.added
-        given = [one.value for one in biases]
-        given += [] if found.mask is None else [found.mask]
+        masks = [one for one in (found.mask, found.padding) if one is not None]
+        given = [*(one.value for one in biases), *masks]
         if not given:
             return None
         tokens = self._tokens(add, found)
@@ -209,17 +237,25 @@ class Attentions:
                 part = self._four_axes(add, one.value, found.heads if one.flat else None)
                 part = part if one.factor == 1 else add("Mul", part, kind(one.factor))
                 bias = part if bias is None else add("Add", bias, part)
+            bias = kind(0) if bias is None else bias
             if found.mask is not None:
-                seen = [kind(0) if bias is None else bias, kind(-np.inf)]
+                seen = [bias, kind(-np.inf)]
                 mask = self._four_axes(add, found.mask)
                 bias = add("Where", mask, *(reversed(seen) if found.mask_hides else seen))
+            if found.padding is not None:
+                bias = add("Where", self._seen(add, found.padding), bias, kind(-np.inf))
             if any(self._sizes.are_tokens(one, (self._graph.rank(one) or 0) - 2) for one in given):
                 return str(bias)
             return add("Expand", bias, add("Concat", [1, 1], tokens, [1], axis=0))
 
-        key = ("bias", *biases, found.mask, found.mask_hides, found.dtype, tokens)
+        key = ("bias", *biases, found.mask, found.mask_hides, found.padding, found.dtype, tokens)
         result: str = self._once(key, make)
         return result
+
+    def _seen(self, add: Nodes, padding: ir.Value) -> str:
+        """Return a mask of padding as bool of four axes, heads between."""
+        axes = [1] if self._graph.rank(padding) == 3 else [1, 2]
+        return add("Unsqueeze", add.cast(padding.name or "", "bool"), axes)
 
     def _four_axes(self, add: Nodes, value: ir.Value, heads: int | None = None) -> str:
         """Return a value of four axes; with heads, its first of three is batch and heads."""

@@ -104,7 +104,22 @@ class Probe:
         if role in ("input_ids", "position_ids", "attention_mask"):
             width = self.total if role == "attention_mask" else self.new
             return Seen(opaque((self.batch, width), np.dtype(_kind(value))), known=False)
-        return self._stated(value)
+        return self._stated(value) or self._before(value)
+
+    def _before(self, value: ir.Value) -> Seen | None:
+        """Return the shape of a past that has a name for its channels, from what is appended."""
+        if not value.is_graph_input() or "past" not in (value.name or ""):
+            return None
+        for node in (use.node for use in value.uses()):
+            if node.op_type != "Concat" or node.domain or len(node.inputs) != 2:
+                continue
+            new = self.value(node.inputs[1]) if node.inputs[0] is value else None
+            axis = node.attributes.get_int("axis", 0)
+            if new is not None and -len(new.shape) <= axis < len(new.shape):
+                shape = list(new.shape)
+                shape[axis] = self.past
+                return Seen(opaque(tuple(shape), np.dtype(_kind(value))), known=False)
+        return None
 
     def _stated(self, value: ir.Value) -> Seen | None:
         """Return the shape that the model states, if it is one of numbers and of a cache's axes."""

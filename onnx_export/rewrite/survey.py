@@ -76,11 +76,12 @@ def survey(graph: Graph) -> list[Found | Refused]:
 
 def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
     """Return inputs that look like caches and belong to no attention that was found."""
-    claimed = {
+    claimed: set[ir.Value | None] = {
         cache.past
         for one in results
         for cache in (caches_of(one) if isinstance(one, Found) else one.caches)
     }
+    claimed |= {given for one in results if isinstance(one, Refused) for given in one.node.inputs}
     return [
         one.name or ""
         for one in graph.model.graph.inputs
@@ -116,6 +117,8 @@ def inputs_of(found: Found) -> list[ir.Value]:
     given += [one.value for one in (found.key, found.value) if one is not None]
     given += [one.value for one in found.added]
     given += [found.lengths.past, found.lengths.total, found.lengths.new]
+    given += [one.weight for one in (found.query_norm, found.key_norm) if one is not None]
+    given += [found.projection_bias, found.padding]
     if found.rotary is not None:
         rotary = found.rotary
         given += [rotary.cos, rotary.sin, rotary.position_ids, rotary.first_prompt]

@@ -275,8 +275,8 @@ def test_another_mask_is_obeyed() -> None:
     mask = torch.ones(1, 1, 1, 41, dtype=torch.bool)
     mask[..., 20:25] = False
     logits = []
-    for attention in ("sdpa", "nsq"):
-        model = decoder("llama", attention)
+    for function in ("sdpa", "nsq"):
+        model = decoder("llama", function)
         cache = NsqCache(model.config, KEY, VALUE)
         stepwise(model, cache, ids, [40])
         with torch.no_grad():
@@ -287,8 +287,8 @@ def test_another_mask_is_obeyed() -> None:
 def test_capped_scores_are_those_of_transformers() -> None:
     ids, mask = padded()
     both = []
-    for attention in ("eager", "nsq"):
-        model = decoder("gemma2", attention)
+    for function in ("eager", "nsq"):
+        model = decoder("gemma2", function)
         both.append(stepwise(model, DynamicCache(config=model.config), ids, [30], mask))
     for row, lead in enumerate(LEADS):
         torch.testing.assert_close(*(x[row, lead:] for x in both), atol=1e-4, rtol=1e-4)

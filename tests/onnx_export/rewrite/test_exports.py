@@ -15,7 +15,11 @@ from onnx_export.rewrite.report import RewriteReport
 from tests.support.exports import EXPORTS, STEPS, Floats, Quantized, Text
 
 FIXTURES = sorted(path.stem for path in EXPORTS.glob("*.onnx") if "whisper" not in path.stem)
-COUNTS_ITS_MASK = ("genai", "mobius-llama-cpu")  # GroupQueryAttention
+COUNTS_ITS_MASK = ("genai-", "genai011-gemma3", "mobius-llama-cpu")  # GroupQueryAttention
+# Their masks are of a prompt, or of one token.
+NO_CHUNKS = ("genai011-llama-cpu-fp16", "genai011-phi-cuda-fp32")
+# It normalizes within its attention, which onnxruntime has on GPUs only.
+ORACLES = {"genai-qwen3-webgpu-int4": "genai-qwen3-webgpu-int4-apart"}
 SEALED = (
     "dynamo-gemma2-18-eager", "dynamo-llama-23-sdpa", "dynamo-phi3-18-sdpa",
     "mobius-gemma3-default", "mobius-llama-static", "optimum-deepseek_v3-18",
@@ -49,9 +53,9 @@ def test_logits_are_the_original_ones_while_nothing_is_sealed(name: str, tmp_pat
     path, report = rewritten(name, tmp_path)
     assert report.complete, [one.reason for one in report.attentions]
     given = text(name)
-    original = Floats(EXPORTS / f"{name}.onnx", given.batch)
+    original = Floats(EXPORTS / f"{ORACLES.get(name, name)}.onnx", given.batch)
     ours = Quantized(path, given.batch, native=True)
-    for new in STEPS:
+    for new in (6, 1, 1, 1) if name in NO_CHUNKS else STEPS:
         feeds = given.step(new)
         want, got = original.step(feeds), ours.step(feeds)
         seen = given.real(new)

@@ -171,7 +171,7 @@ def test_options_without_a_place(attributes: dict[str, Any], reason: str, tmp_pa
     ("place", "reason"),
     [
         (12, "k_scale is given: its cache is quantized already"),
-        (14, "q_norm_weight is given: it normalizes queries itself"),
+        (14, "it has one of q_norm_weight and k_norm_weight; it needs both, or neither"),
         (17, "it has 18 inputs; 17 are known"),
     ],
 )
@@ -183,6 +183,32 @@ def test_inputs_without_a_place(place: int, reason: str, tmp_path: Path) -> None
             given.extend([""] * (place - len(given)) + [name])
 
     assert all_refused(gqa_model(Decoder(), change), tmp_path).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("operator", "place", "reason"),
+    [
+        ("Attention", 4, "keys and values are one tensor of five axes; export the model with"),
+        ("PagedAttention", 3, "its cache is in pages; export the model without paged attention"),
+        ("DecoderMaskedMultiHeadAttention", 5, "its cache is a buffer for beams"),
+        ("SparseAttention", 3, "it sees blocks of its cache, which nsq.Attention does not"),
+    ],
+)
+def test_caches_of_another_kind(operator: str, place: int, reason: str, tmp_path: Path) -> None:
+    """Each once, and not its inputs again."""
+
+    def change(graph: Graph) -> None:
+        for node in [attention(graph, layer) for layer in range(2)]:
+            pasts = list(node.input[3:5])
+            node.op_type = operator
+            del node.attribute[:]
+            node.input[:] = [node.input[0], *[""] * (place - 1), *pasts]
+
+    path = save(gqa_model(Decoder(), change), tmp_path / "model.onnx")
+    report = rewrite(path, tmp_path / "out.onnx")
+    assert len(report.attentions) == 2
+    assert all((one.reason or "").startswith(reason) for one in report.attentions)
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_dtypes_without_a_place(tmp_path: Path) -> None:

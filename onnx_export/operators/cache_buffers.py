@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
-from nsq_ref.dtypes import FLOAT_DTYPES, FloatName
+from nsq_ref.dtypes import FloatName
 from nsq_ref.scheme import Field, Scheme
 from onnx_export.operators.attention_models import cache_fields
 from onnx_export.operators.cache_layout import CacheTensor
@@ -195,9 +195,10 @@ def read_buffers(
     block = scheme.block_size or 1
     nbytes = buffers.shape[-1]
     fits = -1
-    while buffer_layout(
-        scheme, head_dim=head_dim, capacity=(fits + 1) * block, dtype=dtype
-    )[1] <= nbytes:
+    while (
+        buffer_layout(scheme, head_dim=head_dim, capacity=(fits + 1) * block, dtype=dtype)[1]
+        <= nbytes
+    ):
         fits += 1
     if fits < 0:
         raise ValueError(f"buffers has {nbytes} bytes a head, too few for sinks and tail")

@@ -18,8 +18,8 @@ with extra("onnx", __name__):
     from onnx import TensorProto
 
 __all__ = [
-    "ATTENTION", "BUFFER_ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS", "IR_VERSION",
-    "OPERATORS", "OPSET", "QUANTIZE", "VERSION", "Operator", "scheme_attributes",
+    "ATTENTION", "BUFFER_ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS",
+    "IR_VERSION", "OPERATORS", "OPSET", "QUANTIZE", "VERSION", "Operator", "scheme_attributes",
 ]  # fmt: skip
 
 DOMAIN = "nsq"

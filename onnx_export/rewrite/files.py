@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nsq_ref.extras import extra
@@ -84,7 +84,11 @@ def external_files(model: onnx.ModelProto) -> list[str]:
 
 
 def write(
-    model: onnx.ModelProto, source: Path, target: Path, library: Path | None = None
+    model: onnx.ModelProto,
+    source: Path,
+    target: Path,
+    library: Path | None = None,
+    beside: Iterable[tuple[Path, atomic.Content]] = (),
 ) -> list[Path]:
     """Write a model beside the weights that it refers to: all, or nothing.
 
@@ -97,6 +101,8 @@ def write(
         The file to write; its folder is made if it is missing.
     library : Path, optional
         Copied beside it.
+    beside : iterable of (Path, content)
+        Other files to write.
 
     Returns
     -------
@@ -112,7 +118,7 @@ def write(
         content = model.SerializeToString()
     except (EncodeError, ValueError) as error:  # which of the two depends on protobuf
         raise ValueError(f"{target} would have 2 GB or more, which ONNX does not allow") from error
-    files: list[tuple[Path, atomic.Content]] = [(target, content)]
+    files: list[tuple[Path, atomic.Content]] = [(target, content), *beside]
     if library is not None:
         found = library
         files.append(

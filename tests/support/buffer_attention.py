@@ -28,7 +28,7 @@ def buffer_model(config: Config) -> onnx.ModelProto:
     (node,) = model(config, functions=[]).graph.node
     given = [name for name in node.input if name and (name in config.inputs)]
     given += ["past_key", "past_value"]
-    kinds = {name: ELEMENTS[config.dtype] for name in given}
+    kinds = dict.fromkeys(given, ELEMENTS[config.dtype])
     for name in ("past_lengths", "new_lengths", "position_ids"):
         kinds |= {name: ELEMENTS["int64"]} if name in kinds else {}
     made = {"output": ELEMENTS[config.dtype], "present_lengths": ELEMENTS["int64"]}

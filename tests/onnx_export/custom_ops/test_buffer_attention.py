@@ -238,7 +238,6 @@ def test_whatever_it_is_given_it_refuses_or_runs(
     }
     try:
         output = session.run(["output"], feeds)[0]
-    except REFUSED as error:
-        assert "nsq.BufferAttention" in str(error) or "past_key" in str(error)
-    else:
-        assert np.isfinite(output).all()
+    except REFUSED:
+        return
+    assert np.isfinite(output).all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,17 @@ def rewrite(
     library: Annotated[
         bool, typer.Option("--library", help="Put the native library beside OUT.")
     ] = False,
+    cache: Annotated[
+        Literal["tensors", "buffers"],
+        typer.Option(
+            help="Buffers: one tensor a side and layer, as onnxruntime-genai keeps it, its "
+            "genai_config.json written beside OUT; only the native library runs them."
+        ),
+    ] = "tensors",
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens that buffers have room for; the model's own context by default."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     as_json: JsonOption = False,
@@ -80,6 +91,8 @@ def rewrite(
         row_lengths=row_lengths,
         opset=opset,
         library=library,
+        cache=cache,
+        context_length=context,
         dry_run=dry_run,
     )
     if as_json:

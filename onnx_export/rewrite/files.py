@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from nsq_ref.extras import extra
@@ -26,7 +26,7 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
     from google.protobuf.message import DecodeError, EncodeError
 
-__all__ = ["as_ir", "external_files", "inlined", "read", "unsound", "write"]
+__all__ = ["as_ir", "external_files", "inlined", "read", "write"]
 
 LARGEST_MESSAGE = 2**31 - 1  # of protobuf
 
@@ -115,29 +115,17 @@ def _sort(model: onnx.ModelProto, graph: ir.Model) -> None:
     model.graph.node.extend(nodes)
 
 
-def unsound(model: onnx.ModelProto) -> str | None:
-    """Return what the graph has of values that nobody made before, or that two make."""
-    graph = model.graph
-    made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
-    made |= {one.values.name for one in graph.sparse_initializer}
-    for node in graph.node:
-        if missing := [name for name in node.input if name not in made]:
-            return f"{node.op_type} {node.name} reads {missing[0]}, which nothing made"
-        if twice := [name for name in node.output if name and name in made]:
-            return f"{node.op_type} {node.name} makes {twice[0]} a second time"
-        made.update(node.output)
-    if missing := [one.name for one in graph.output if one.name not in made]:
-        return f"nothing makes the output {missing[0]}"
-    return None
-
-
 def external_files(model: onnx.ModelProto) -> list[str]:
     """Return the files that tensors of a model are in, relative to its folder."""
     return sorted({_entries(tensor)["location"] for tensor in _external(model)})
 
 
 def write(
-    model: onnx.ModelProto, source: Path, target: Path, library: Path | None = None
+    model: onnx.ModelProto,
+    source: Path,
+    target: Path,
+    library: Path | None = None,
+    beside: Iterable[tuple[Path, atomic.Content]] = (),
 ) -> list[Path]:
     """Write a model beside the weights that it refers to: all, or nothing.
 
@@ -150,6 +138,8 @@ def write(
         The file to write; its folder is made if it is missing.
     library : Path, optional
         Copied beside it.
+    beside : iterable of (Path, content)
+        Other files to write.
 
     Returns
     -------
@@ -165,7 +155,7 @@ def write(
         content = model.SerializeToString()
     except (EncodeError, ValueError) as error:  # which of the two depends on protobuf
         raise ValueError(f"{target} would have 2 GB or more, which ONNX does not allow") from error
-    files: list[tuple[Path, atomic.Content]] = [(target, content)]
+    files: list[tuple[Path, atomic.Content]] = [(target, content), *beside]
     if library is not None:
         found = library
         files.append(

@@ -81,6 +81,7 @@ class Attentions:
             sliding_window=found.sliding_window,
             rotary_interleaved=found.rotary is not None and found.rotary.interleaved,
             smooth_softmax=found.smooth_softmax,
+            buffers=any(tensor.is_buffer for tensor in tensors),
         )
         node.name = f"{self._prefix}attention_{layer}"
         for tensor in tensors:

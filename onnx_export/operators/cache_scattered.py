@@ -15,6 +15,7 @@ from onnx_export.operators.cache_body import (
     PARTS,
     Layout,
     Lengths,
+    Span,
     coded_blocks,
     count,
     decoded_blocks,
@@ -60,27 +61,40 @@ class Scattered:
         Tensor [B, kv_heads, S, D], float32.
     lengths : Lengths
         As `within_capacity` returns them.
-    longest : str
-        int64 scalar, how many positions there are.
+    span : Span
+    always : frozenset of str
+        Inputs of the function that every node has, though it might leave them out.
 
     Examples
     --------
     >>> add = Nodes()
     >>> lengths = within_capacity(add, Lengths("past", "new", "present"))
-    >>> Scattered(add, "key", "new", lengths, "longest").products(add, "query")[:6]
+    >>> Scattered(add, "key", "new", lengths, Span("first", "end")).products(add, "query")[:6]
     'chosen'
     """
 
-    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, longest: str) -> None:
+    def __init__(
+        self,
+        add: Nodes,
+        side: str,
+        new: str,
+        lengths: Lengths,
+        span: Span,
+        always: frozenset[str] = frozenset(),
+    ) -> None:
         self._layout = layout = layout_of(add, side, lengths)
-        self._longest = longest
+        self._span = span
         self._head_dim = add("Squeeze", add("Shape", new, start=3))
         self._most_sealed = add("ReduceMax", layout.sealed, keepdims=0)
+        before = add("Max", add("Sub", add("Unsqueeze", span.first, [0]), layout.sinks), 0)
+        self._first_block = add("Div", before, layout.block)  # that any query sees, [1]
+        self._skipped = add("Mul", self._first_block, layout.block)  # tokens
+        self._blocks = add("Sub", self._most_sealed, add("Squeeze", self._first_block))
         least_sealed = add("ReduceMin", layout.sealed, keepdims=0)
         self._aligned = add("Equal", self._most_sealed, least_sealed)
         self._has_norm = add.attribute(f"{side}_separate_norm", "int")
         self._has_zero = add("Sub", 1, add.attribute(f"{side}_symmetric", "int"))
-        _append(add, layout, new, self._has_norm, self._has_zero)
+        _append(add, layout, new, self._has_norm, self._has_zero, always)
         self._direct = self._as_coded(add)
 
     def products(self, add: Nodes, query: str) -> str:
@@ -98,7 +112,7 @@ class Scattered:
 
         few = add("And", self._direct, _has_few_rows(add, query))
         sealed = add.choose(
-            add("Greater", self._most_sealed, 0),
+            add("Greater", self._blocks, 0),
             lambda add: add.choose(few, coded, decoded),
             lambda add: add("Slice", query, [0], [0], [3]),
         )
@@ -109,30 +123,41 @@ class Scattered:
         products = add("Concat", sinks, sealed, tail, axis=3)
 
         def by_position(add: Nodes) -> str:
-            token = count(add, self._longest)
-            first_free = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
+            token = self._span.positions(add)
+            first_free = add("Add", layout.sinks, add("Mul", self._blocks, layout.block))
             from_tail = add("Add", first_free, add("Sub", token, layout.first_tail))
-            index = add("Where", add("Less", token, layout.first_tail), token, from_tail)
+            sealed = add("Sub", token, self._skipped)
+            index = add("Where", add("Less", token, layout.first_tail), sealed, from_tail)
             last = add("Sub", add("Shape", products, start=3), 1)  # of positions that a row lacks
             return _take_last(add, products, add("Min", index, last))
 
-        end = add("Unsqueeze", self._longest, [0])
+        first, end = (add("Sub", one, self._skipped) for one in self._span)
         return add.choose(
-            self._aligned, lambda add: add("Slice", products, [0], end, [3]), by_position
+            self._aligned, lambda add: add("Slice", products, first, end, [3]), by_position
         )
 
     def mixed(self, add: Nodes, weights: str) -> str:
         """Add values up by weights[B, kv_heads, rows, positions]: [B, kv_heads, rows, D]."""
         layout = self._layout
-        sinks = add("Min", layout.sinks, add("Unsqueeze", self._longest, [0]))
-        end = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
+        first, end = (add("Unsqueeze", one, [0]) for one in self._span)
+        start_sealed = add("Add", layout.sinks, self._skipped)
+        end_sealed = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
+        limited = add("Greater", add.attribute("sliding_window", "int"), 0)
 
         def own(add: Nodes) -> str:
             """Take the weights of sealed tokens, 0 where a row has none there."""
-            some = add("Slice", weights, layout.sinks, end, [3])
+            start = add("Max", add("Sub", start_sealed, first), 0)
+            seen = add("Slice", weights, start, add("Sub", end_sealed, first), [3])
+
+            def whole(add: Nodes) -> str:
+                """Add those of the first block that lie before all windows."""
+                unseen = add("Max", add("Sub", first, start_sealed), 0)
+                return add("Pad", seen, add("Concat", unseen, [0], axis=0), np.float32(0), [3])
+
+            some = add.choose(limited, whole, lambda _: seen)
 
             def only(add: Nodes) -> str:
-                token = add("Add", count(add, add("Sub", end, layout.sinks)), layout.sinks)
+                token = add("Add", count(add, add("Sub", end_sealed, start_sealed)), start_sealed)
                 is_sealed = add("Less", token, layout.first_tail)
                 return add("Where", add("Unsqueeze", is_sealed, [1, 2]), some, np.float32(0))
 
@@ -153,29 +178,37 @@ class Scattered:
 
         few = add("And", self._direct, _has_few_rows(add, weights))
         sealed = add.choose(
-            add("Greater", self._most_sealed, 0),
+            add("Greater", self._blocks, 0),
             lambda add: add.choose(few, coded, decoded),
             neither,
         )
 
-        # Of the tail as much as any row has.
+        # Of the tail as much as any row has, or the one position where no row has a token.
         tail = add("ReduceMax", add("Sub", layout.after, layout.first_tail), keepdims=0)
-        at_tail = count(add, add("Max", tail, 0))
+        at_tail = count(add, add("Max", add("Sub", end, end_sealed), tail))
         position = add("Add", layout.first_tail, at_tail)
+        from_first = add("Sub", position, self._span.first)
+
+        def by_position(add: Nodes) -> str:
+            last = add("Sub", add("Shape", weights, start=3), 1)
+            return _take_last(add, weights, add("Max", add("Min", from_first, last), 0))
+
+        is_last = add("LessOrEqual", add("Squeeze", first), add("Squeeze", end_sealed))
         from_tail = add.choose(
-            self._aligned,
-            lambda add: add("Slice", weights, end, [LARGEST_INDEX], [3]),
-            lambda add: _take_last(
-                add, weights, add("Min", position, add("Sub", self._longest, 1))
-            ),
+            add("And", self._aligned, is_last),
+            lambda add: add("Slice", weights, add("Sub", end_sealed, first), [LARGEST_INDEX], [3]),
+            by_position,
         )
         of_tail = add("Slice", layout.present("tail"), [0], add("Shape", at_tail, start=1), [2])
-        of_sinks = add("Slice", layout.present("sinks"), [0], sinks, [2])
+        end_sinks = add("Min", layout.sinks, end)
+        start_sinks = add("Min", first, end_sinks)
+        sinks = add("Sub", end_sinks, start_sinks)
+        of_sinks = add("Slice", layout.present("sinks"), start_sinks, end_sinks, [2])
         values = add.cast(add("Concat", of_sinks, of_tail, axis=2), "float32")
-        at_sinks = add(
-            "Expand", count(add, sinks), add("Concat", add("Shape", position, end=1), [1], axis=0)
-        )
-        is_real = add("Less", add("Concat", at_sinks, position, axis=1), layout.after)
+        at_sinks = add("Expand", count(add, sinks), add("Shape", layout.after))
+        places = add("Concat", at_sinks, from_first, axis=1)
+        has_place = add("Less", places, add("Sub", layout.after, first))
+        is_real = add("And", has_place, add("GreaterOrEqual", places, 0))
         # Behind the length anything may be, and 0 times that.
         values = add("Where", add("Unsqueeze", is_real, [1, 3]), values, np.float32(0))
         from_sinks = add("Slice", weights, [0], sinks, [3])
@@ -205,24 +238,25 @@ class Scattered:
         return add("Mul", numbers, add("Reshape", norm, [0, 0, 1, -1]))
 
     def _sealed(self, add: Nodes, *parts: str) -> list[str]:
-        """Return parts of as many blocks as any row has, [B, kv_heads, n, block_size or 1, ...].
+        """Return parts of all blocks that may be seen, [B, kv_heads, n, block_size or 1, ...].
 
         Numbers are float32, and 0 where a row has no block; a norm is 1 where none is stored.
         """
         layout = self._layout
-        blocks = add("Unsqueeze", self._most_sealed, [0])
-        is_sealed = add("Less", count(add, self._most_sealed), layout.sealed)
-        is_sealed = add("Unsqueeze", is_sealed, [1, 3])
+        end = add("Unsqueeze", self._most_sealed, [0])
+        blocks = add("Unsqueeze", self._blocks, [0])
+        index = add("Add", self._first_block, count(add, self._blocks))
+        is_sealed = add("Unsqueeze", add("Less", index, layout.sealed), [1, 3])
 
-        def first_blocks(add: Nodes, part: str) -> str:
-            name = layout.present(part)
-            tokens = add("Mul", blocks, _rows(add, layout, part))
-            some = add("Slice", name, [0], tokens, [2])
+        def own_blocks(add: Nodes, part: str) -> str:
+            name, rows = layout.present(part), _rows(add, layout, part)
+            ends = (add("Mul", one, rows) for one in (self._first_block, end))
+            some = add("Slice", name, *ends, [2])
             shape = add("Concat", [0, 0], blocks, [-1], axis=0)
             return add("Reshape", some, shape)
 
         def numbers(add: Nodes, part: str) -> str:
-            wide = add.cast(first_blocks(add, part), "float32")
+            wide = add.cast(own_blocks(add, part), "float32")
             return add.choose(
                 self._aligned,
                 lambda _: wide,
@@ -242,7 +276,7 @@ class Scattered:
         for part in parts:
             if part == "packed":
                 shape = add("Concat", [0, 0], blocks, layout.block, [-1], axis=0)
-                found.append(add("Reshape", first_blocks(add, part), shape))
+                found.append(add("Reshape", own_blocks(add, part), shape))
             elif part == "norm":
                 has = add("Equal", self._has_norm, 1)
                 found.append(add.choose(has, lambda add: numbers(add, "norm"), ones))
@@ -254,7 +288,7 @@ class Scattered:
         return found
 
     def _decoded(self, add: Nodes) -> str:
-        """Decode as many blocks as any row has, [B, kv_heads, tokens, D]."""
+        """Decode all blocks that may be seen, [B, kv_heads, tokens, D]."""
         parts = ("packed", "norm", "scale", "zero")
         found = dict(zip(parts, self._sealed(add, *parts), strict=True))
         name = f"{self._head_dim}_decoded"
@@ -287,7 +321,9 @@ def _rows(add: Nodes, layout: Layout, part: str) -> str:
 # --- the append ----------------------------------------------------------------------------------
 
 
-def _append(add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str) -> None:
+def _append(
+    add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str, always: frozenset[str]
+) -> None:
     """Write what is new into the cache: sinks, blocks that became full, the tail."""
     side = layout.side
     tail, packed, scale = (layout.past(part) for part in ("tail", "packed", "scale"))
@@ -296,6 +332,8 @@ def _append(add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str) 
 
     def known(part: str, like: str, has: str) -> str:
         """Return an input that may be absent: a tensor without tokens then."""
+        if layout.past(part) in always:
+            return layout.past(part)
         return add.choose(
             add("Greater", has, 0),
             lambda add: joined(add, layout.past(part), like, 2),

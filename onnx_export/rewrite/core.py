@@ -312,7 +312,7 @@ class _Edit:
     def _finish(self) -> None:
         opset = raise_opset(self.proto)
         self.opset = self.opset[0], opset
-        self.proto.functions.extend(functions(opset))
+        self.proto.functions.extend(functions(opset, self.proto.graph.node))
         self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
         _remove(self.proto.metadata_props, lambda one: one.key == KEY)
         if (layout := self._layout()) is not None:

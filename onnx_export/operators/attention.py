@@ -230,10 +230,6 @@ def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, span: Span) -> s
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
-    smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
-    usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
-    sink = optional(add, "head_sink", lambda add: widened(add, "head_sink"), lambda _: usual)
-    sink = add("Unsqueeze", sink, [0, 2, 3])
     # A decode step of rows of one length, without a window, sees everything.
     everything = add("ReduceMin", add.cast(seen, "int32"), keepdims=0)
     scores = add.choose(
@@ -241,13 +237,31 @@ def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
         lambda _: scores,
         lambda add: add("Where", seen, scores, NOTHING),
     )
-    most = add("Max", add("ReduceMax", scores, [3]), sink)
-    most = add("Where", add("Equal", most, NOTHING), np.float32(0), most)
-    raised = add("Exp", add("Sub", scores, most))
-    total = add("Add", add("ReduceSum", raised, [3]), add("Exp", add("Sub", sink, most)))
+    most = add("ReduceMax", scores, [3])
+    weights = add("Softmax", scores)
+
+    def beside(add: Nodes, sink: str) -> str:
+        # The largest weight is 1 over the sum of exponentials without the sink.
+        distance = add("Sub", add("Unsqueeze", sink, [0, 2, 3]), most)
+        own = add("Mul", add("Exp", distance), add("ReduceMax", weights, [3]))
+        return add("Div", weights, add("Add", own, np.float32(1)))
+
+    def beside_nothing(add: Nodes) -> str:
+        smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
+        zero = add("Expand", np.float32(0), heads)
+        return add.choose(smooth, lambda add: beside(add, zero), lambda _: weights)
+
+    weights = optional(
+        add, "head_sink", lambda add: beside(add, widened(add, "head_sink")), beside_nothing
+    )
     # A query that sees nothing has no weights.
-    total = add("Where", add("Equal", total, np.float32(0)), np.float32(1), total)
-    return add("Div", raised, total)
+    blind = add("Equal", most, NOTHING)
+    any_blind = add("ReduceMax", add.cast(blind, "int32"), keepdims=0)
+    return add.choose(
+        add.cast(any_blind, "bool"),
+        lambda add: add("Where", blind, np.float32(0), weights),
+        lambda _: weights,
+    )
 
 
 def _output(add: Nodes, weights: str, values: Cache, kv_heads: str) -> None:

@@ -99,121 +99,134 @@ class Scattered:
 
     def products(self, add: Nodes, query: str) -> str:
         """Multiply query[B, kv_heads, rows, D] with every key: [B, kv_heads, rows, positions]."""
+        return add.choose(
+            self._stays_coded(add, query),
+            lambda add: self._coded_products(add, query),
+            lambda add: _against(add, query, self._plain(add)),
+        )
+
+    def mixed(self, add: Nodes, weights: str) -> str:
+        """Add values up by weights[B, kv_heads, rows, positions]: [B, kv_heads, rows, D]."""
+
+        def plain(add: Nodes) -> str:
+            is_real = add("Less", self._span.positions(add), self._layout.after)
+            return add("MatMul", weights, _only(add, self._plain(add), is_real))
+
+        stays_coded = self._stays_coded(add, weights)
+        return add.choose(stays_coded, lambda add: self._coded_mixed(add, weights), plain)
+
+    def _stays_coded(self, add: Nodes, rows: str) -> str:
+        """Tell whether there are few rows, and blocks that need not be decoded for them."""
+        number = add("Squeeze", add("Shape", rows, start=2, end=3))
+        few = add("And", self._direct, add("LessOrEqual", number, FEW_ROWS))
+        return add("And", few, add("Greater", self._blocks, 0))
+
+    def _plain(self, add: Nodes) -> str:
+        """Decode all positions, [B, kv_heads, positions, D]; anything where a row has none."""
         layout = self._layout
-
-        def coded(add: Nodes) -> str:
-            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
-            zero = self._shift(add, scale, zero)
-            found = packed_products.scores(add, layout.side, packed, scale, zero, query)
-            return self._with_norm(add, found, norm)
-
-        def decoded(add: Nodes) -> str:
-            return _against(add, query, self._decoded(add))
-
-        few = add("And", self._direct, _has_few_rows(add, query))
+        sinks, tail = (add.cast(layout.present(part), "float32") for part in ("sinks", "tail"))
         sealed = add.choose(
             add("Greater", self._blocks, 0),
-            lambda add: add.choose(few, coded, decoded),
-            lambda add: add("Slice", query, [0], [0], [3]),
+            self._decoded,
+            lambda add: add("Slice", tail, [0], [0], [2]),
         )
+        tokens = add("Concat", sinks, sealed, tail, axis=2)
+        first, end = (add("Sub", one, self._skipped) for one in self._span)
+        return add.choose(
+            self._aligned,
+            lambda add: add("Slice", tokens, first, end, [2]),
+            lambda add: take(add, tokens, self._index(add)),
+        )
+
+    def _index(self, add: Nodes) -> str:
+        """Return where positions are behind sinks, sealed tokens and tail, [B, positions]."""
+        layout = self._layout
+        token = self._span.positions(add)
+        size = add("Add", layout.sinks, add("Mul", self._blocks, layout.block))
+        from_tail = add("Add", size, add("Sub", token, layout.first_tail))
+        sealed = add("Sub", token, self._skipped)
+        index = add("Where", add("Less", token, layout.first_tail), sealed, from_tail)
+        last = add("Sub", add("Add", size, layout.block), 1)  # of positions that a row lacks
+        return add("Min", index, last)
+
+    def _coded_products(self, add: Nodes, query: str) -> str:
+        layout = self._layout
+        packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+        zero = self._shift(add, scale, zero)
+        found = packed_products.scores(add, layout.side, packed, scale, zero, query)
+        sealed = self._with_norm(add, found, norm)
         sinks, tail = (
             _against(add, query, add.cast(layout.present(part), "float32"))
             for part in ("sinks", "tail")
         )
         products = add("Concat", sinks, sealed, tail, axis=3)
-
-        def by_position(add: Nodes) -> str:
-            token = self._span.positions(add)
-            first_free = add("Add", layout.sinks, add("Mul", self._blocks, layout.block))
-            from_tail = add("Add", first_free, add("Sub", token, layout.first_tail))
-            sealed = add("Sub", token, self._skipped)
-            index = add("Where", add("Less", token, layout.first_tail), sealed, from_tail)
-            last = add("Sub", add("Shape", products, start=3), 1)  # of positions that a row lacks
-            return _take_last(add, products, add("Min", index, last))
-
         first, end = (add("Sub", one, self._skipped) for one in self._span)
         return add.choose(
-            self._aligned, lambda add: add("Slice", products, first, end, [3]), by_position
+            self._aligned,
+            lambda add: add("Slice", products, first, end, [3]),
+            lambda add: _take_last(add, products, self._index(add)),
         )
 
-    def mixed(self, add: Nodes, weights: str) -> str:
-        """Add values up by weights[B, kv_heads, rows, positions]: [B, kv_heads, rows, D]."""
+    def _coded_mixed(self, add: Nodes, weights: str) -> str:
         layout = self._layout
-        first, end = (add("Unsqueeze", one, [0]) for one in self._span)
-        start_sealed = add("Add", layout.sinks, self._skipped)
+        packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+        zero = self._shift(add, scale, zero)
+        factors = self._with_norm(add, self._of_sealed(add, weights), norm)
+        sealed = packed_products.outputs(add, layout.side, packed, scale, zero, factors)
+        first = add("Unsqueeze", self._span.first, [0])
         end_sealed = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
-        limited = add("Greater", add.attribute("sliding_window", "int"), 0)
 
-        def own(add: Nodes) -> str:
-            """Take the weights of sealed tokens, 0 where a row has none there."""
-            start = add("Max", add("Sub", start_sealed, first), 0)
-            seen = add("Slice", weights, start, add("Sub", end_sealed, first), [3])
-
-            def whole(add: Nodes) -> str:
-                """Add those of the first block that lie before all windows."""
-                unseen = add("Max", add("Sub", first, start_sealed), 0)
-                return add("Pad", seen, add("Concat", unseen, [0], axis=0), np.float32(0), [3])
-
-            some = add.choose(limited, whole, lambda _: seen)
-
-            def only(add: Nodes) -> str:
-                token = add("Add", count(add, add("Sub", end_sealed, start_sealed)), start_sealed)
-                is_sealed = add("Less", token, layout.first_tail)
-                return add("Where", add("Unsqueeze", is_sealed, [1, 2]), some, np.float32(0))
-
-            return add.choose(self._aligned, lambda _: some, only)
-
-        def coded(add: Nodes) -> str:
-            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
-            zero = self._shift(add, scale, zero)
-            factors = self._with_norm(add, own(add), norm)
-            return packed_products.outputs(add, layout.side, packed, scale, zero, factors)
-
-        def decoded(add: Nodes) -> str:
-            return add("MatMul", own(add), self._decoded(add))
-
-        def neither(add: Nodes) -> str:
-            shape = add("Concat", add("Shape", weights, end=3), [1], axis=0)
-            return add("Expand", np.float32(0), shape)
-
-        few = add("And", self._direct, _has_few_rows(add, weights))
-        sealed = add.choose(
-            add("Greater", self._blocks, 0),
-            lambda add: add.choose(few, coded, decoded),
-            neither,
-        )
-
-        # Of the tail as much as any row has, or the one position where no row has a token.
+        # Of the tail as much as any row has.
         tail = add("ReduceMax", add("Sub", layout.after, layout.first_tail), keepdims=0)
-        at_tail = count(add, add("Max", add("Sub", end, end_sealed), tail))
-        position = add("Add", layout.first_tail, at_tail)
-        from_first = add("Sub", position, self._span.first)
+        at_tail = count(add, add("Max", tail, 0))
+        from_first = add("Sub", add("Add", layout.first_tail, at_tail), first)
 
         def by_position(add: Nodes) -> str:
             last = add("Sub", add("Shape", weights, start=3), 1)
             return _take_last(add, weights, add("Max", add("Min", from_first, last), 0))
 
-        is_last = add("LessOrEqual", add("Squeeze", first), add("Squeeze", end_sealed))
+        is_whole = add("LessOrEqual", add("Squeeze", first), add("Squeeze", end_sealed))
         from_tail = add.choose(
-            add("And", self._aligned, is_last),
+            add("And", self._aligned, is_whole),
             lambda add: add("Slice", weights, add("Sub", end_sealed, first), [LARGEST_INDEX], [3]),
             by_position,
         )
         of_tail = add("Slice", layout.present("tail"), [0], add("Shape", at_tail, start=1), [2])
-        end_sinks = add("Min", layout.sinks, end)
-        start_sinks = add("Min", first, end_sinks)
-        sinks = add("Sub", end_sinks, start_sinks)
-        of_sinks = add("Slice", layout.present("sinks"), start_sinks, end_sinks, [2])
+        start_sinks = add("Min", first, layout.sinks)
+        sinks = add("Sub", layout.sinks, start_sinks)
+        of_sinks = add("Slice", layout.present("sinks"), start_sinks, layout.sinks, [2])
         values = add.cast(add("Concat", of_sinks, of_tail, axis=2), "float32")
         at_sinks = add("Expand", count(add, sinks), add("Shape", layout.after))
         places = add("Concat", at_sinks, from_first, axis=1)
-        has_place = add("Less", places, add("Sub", layout.after, first))
-        is_real = add("And", has_place, add("GreaterOrEqual", places, 0))
-        # Behind the length anything may be, and 0 times that.
-        values = add("Where", add("Unsqueeze", is_real, [1, 3]), values, np.float32(0))
+        is_real = add("Less", places, add("Sub", layout.after, first))
+        is_real = add("And", is_real, add("GreaterOrEqual", places, 0))
         from_sinks = add("Slice", weights, [0], sinks, [3])
-        plain = add("MatMul", add("Concat", from_sinks, from_tail, axis=3), values)
-        return add("Add", sealed, plain)
+        of_plain = add("Concat", from_sinks, from_tail, axis=3)
+        return add("Add", sealed, add("MatMul", of_plain, _only(add, values, is_real)))
+
+    def _of_sealed(self, add: Nodes, weights: str) -> str:
+        """Take the weights of sealed tokens, 0 where a row has none there."""
+        layout = self._layout
+        first = add("Unsqueeze", self._span.first, [0])
+        begin = add("Add", layout.sinks, self._skipped)
+        end = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
+        start = add("Max", add("Sub", begin, first), 0)
+        some = add("Slice", weights, start, add("Sub", end, first), [3])
+
+        def whole(add: Nodes) -> str:
+            """Add those of the first block that lie before all windows."""
+            unseen = add("Max", add("Sub", first, begin), 0)
+            return add("Pad", some, add("Concat", unseen, [0], axis=0), np.float32(0), [3])
+
+        limited = add("Greater", add.attribute("sliding_window", "int"), 0)
+        of_blocks = add.choose(limited, whole, lambda _: some)
+
+        def only(add: Nodes) -> str:
+            token = add("Add", count(add, add("Sub", end, begin)), begin)
+            is_sealed = add("Unsqueeze", add("Less", token, layout.first_tail), [1, 2])
+            return add("Where", is_sealed, of_blocks, np.float32(0))
+
+        return add.choose(self._aligned, lambda _: of_blocks, only)
 
     def _as_coded(self, add: Nodes) -> str:
         """Tell whether directions are their codes times scales: then nothing need be decoded."""
@@ -295,9 +308,9 @@ class Scattered:
         return decoded_blocks(add, self._layout, found, self._head_dim, name)
 
 
-def _has_few_rows(add: Nodes, x: str) -> str:
-    rows = add("Squeeze", add("Shape", x, start=2, end=3))
-    return add("LessOrEqual", rows, FEW_ROWS)
+def _only(add: Nodes, values: str, is_real: str) -> str:
+    """Replace tokens of values by 0: behind the length anything may be, and 0 times that."""
+    return add("Where", add("Unsqueeze", is_real, [1, 3]), values, np.float32(0))
 
 
 def _against(add: Nodes, query: str, keys: str) -> str:

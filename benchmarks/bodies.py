@@ -1,7 +1,8 @@
 """The function body of nsq.Attention, which needs no library, beside GroupQueryAttention float32.
 
 Run as ``python -m benchmarks.bodies [--json FILE]``. A decode step appends a token and attends, a
-prefill fills an empty cache; ratios are taken round by round. The body of opset 24 needs ONNX Runtime 1.26.
+prefill fills an empty cache; ratios are taken round by round. The body of opset 24 needs ONNX
+Runtime 1.26.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def main() -> None:
         as_text(machine()),
     ]  # fmt: skip
     for threads in options.threads:
+        on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
         for tokens in options.tokens:
-            name = f"{tokens} tokens, {threads} thread{'s' if threads > 1 else ''}"
+            name = f"{tokens} tokens, {on_threads}"
             measured, remark = decode(options, tokens, threads)
             report(f"nsq {nsq.__version__}, {name}", measured, [remark])
             rows += [replace(row, what=f"{name}: {row.what}") for row in measured]

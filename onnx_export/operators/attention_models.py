@@ -286,7 +286,9 @@ def attention_model(
     given, made = (
         {name: shapes[name] for name in names if name} for names in (node.input, node.output)
     )
-    return make_model("attention", [node], given, made, functions=functions(opset), opset=opset)
+    return make_model(
+        "attention", [node], given, made, functions=functions(opset, [node]), opset=opset
+    )
 
 
 def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:

@@ -357,7 +357,7 @@ class _Edit:
         opset = raise_opset(self.proto, opset)
         self.opset = self.opset[0], opset
         if self.context_length is None:  # what buffers hold is no function's
-            self.proto.functions.extend(functions(opset))
+            self.proto.functions.extend(functions(opset, self.proto.graph.node))
         self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
         remove(self.proto.metadata_props, lambda one: one.key == KEY)
         if (layout := self._layout()) is not None:

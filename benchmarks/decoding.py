@@ -35,6 +35,7 @@ from benchmarks.timing import (
 )
 from nsq_ref import Scheme
 from nsq_ref.scheme import SchemeName
+from onnx_export.evaluation.native import largest_by_channel
 from onnx_export.models.attention_forms import (
     AttentionForm,
     GroupedAttention,
@@ -138,17 +139,9 @@ def sessions_of(names: list[str], folder: Path, ids: Ids, threads: int) -> dict[
 def static_scales(session: Session, ids: Ids) -> npt.NDArray[np.float32]:
     """Return the step of each channel by which the text's largest value is 7 of them."""
     session.forward(ids[:CALIBRATION])
-    cache = session.tensors()
-    layers = len(session.model.layout.tensors) // 2
-    largest = [
-        [
-            np.abs(cache[f"past_key_values.{layer}.{side}"][0, :, :CALIBRATION]).max(axis=1)
-            for side in ("key", "value")
-        ]
-        for layer in range(layers)
-    ]
+    largest = largest_by_channel(session)
     session.crop(0)
-    return (np.maximum(np.array(largest), 1e-6) / 7).astype(np.float32)
+    return np.maximum(largest, 1e-6) / np.float32(7)
 
 
 def at(sessions: dict[str, Session], tokens: int, ids: Ids, rounds: int) -> list[Row]:

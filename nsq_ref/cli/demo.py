@@ -39,17 +39,24 @@ def demo(
     passages: Annotated[int, typer.Option(min=2, help="Passages of real prose.")] = 16,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens whose cache is quantized.")] = 512,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens that are scored.")] = 128,
+    native: Annotated[
+        bool, typer.Option(help="Also decode in ONNX Runtime, with each kind of cache.")
+    ] = True,
+    long: Annotated[bool, typer.Option("--long", help="Decode at 8192 tokens, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show on a real model what every scheme saves and what it costs.
 
     Real prose is prefilled, the cache of every layer quantized and dequantized, and the tokens that
-    follow are scored with it. The first run fetches SmolLM2-135M-Instruct, 93 MB.
+    follow are scored with it. Then the model decodes in ONNX Runtime with a float32 cache, with
+    ONNX Runtime's own int4 cache and with ours. The first run fetches SmolLM2-135M-Instruct, 93 MB.
     """
     if keys is not None:
         for name in given(context):
-            if name in ("gguf", "passages", "prefill", "continuation"):
+            if name in ("gguf", "passages", "prefill", "continuation", "native", "long"):
                 raise ValueError(f"--keys are coded without a model; leave --{name} out")
+    if long and not native:
+        raise ValueError("--long is of the native path; leave --no-native out")
     from nsq_ref.files import atomic
 
     image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
@@ -59,8 +66,10 @@ def demo(
 
         if keys is None:
             from onnx_export.evaluation.demo import run_demo
+            from onnx_export.evaluation.native import run_native, why_not
     result: dict[str, Any]
     if keys is None:
+        reason = why_not(gguf, long=long) if native else None
         with stages() as told:
             measured = run_demo(
                 gguf_path=gguf,
@@ -69,9 +78,19 @@ def demo(
                 continuation_length=continuation,
                 progress=told,
             )
+            if native and reason is None:
+                decoded = run_native(
+                    gguf_path=gguf,
+                    prefill_length=prefill,
+                    continuation_length=continuation,
+                    long=long,
+                    progress=told,
+                )
         trips, sample, source = measured.trips, measured.keys, measured.model
         result = {**measured.to_dict(), "passages": passages, "prefill": prefill}
         result["continuation"] = continuation
+        if native:
+            result["native"] = decoded.to_dict() if reason is None else {"skipped": reason}
     else:
         (trips, sample), source = _coded(keys), keys.name
         result = {"source": source, "schemes": {n: trip.to_dict() for n, trip in trips.items()}}
@@ -166,3 +185,32 @@ def show(result: dict[str, Any]) -> None:
     for paired in result["paired_with_nsep+pchan4"].values():
         typer.echo(paired["in_words"])
     typer.echo("Paired by passage; told apart is what differs by more than two standard errors.")
+    if "native" in result:
+        _show_native(result["native"])
+
+
+def _show_native(native: dict[str, Any]) -> None:
+    if "skipped" in native:
+        typer.echo(f"\nDecoding in ONNX Runtime was left out: {native['skipped']}")
+        return
+    contexts = list(next(iter(native["caches"].values()))["tokens_per_second"])
+    heads = ["cache in ONNX Runtime", "cache MB", "vs fp16"]
+    heads += [*(f"tokens/s at {tokens}" for tokens in contexts), "NLL"]
+    rows = []
+    for number, (name, one) in enumerate(native["caches"].items()):
+        change = f"{one['nll_change']:+.4f} ± {one['nll_change_error']:.4f}" if number else "0"
+        speeds = [f"{one['tokens_per_second'][tokens]:.1f}" for tokens in contexts]
+        share = f"{one['bytes'] / one['float16_bytes']:.1%}"
+        rows.append((name, f"{one['bytes'] / 1e6:.2f}", share, *speeds, change))
+    typer.echo("")
+    print_table(tuple(heads), rows)
+    for name, reason in native["left_out"].items():
+        typer.echo(f"{name} was left out: {reason}")
+    typer.echo(
+        f"\nThe first {native['passages']} of these passages, the cache streamed: what is scored "
+        f"is in it too.\nBytes after {native['prefill']} tokens; speeds of a step each in turn; "
+        "the static scales of GQA int4 are those of these passages.\n"
+        f"Texts after {native['prompt']!r}:"
+    )
+    for name, one in native["caches"].items():
+        typer.echo(f"{name}: {one['text']!r}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nsq_ref.files import atomic
@@ -21,6 +22,8 @@ __all__ = [
 
 _MODEL = "model.onnx"
 _SUMS = "SHA256SUMS"
+
+_READ: dict[tuple[int, ...], str] = {}  # checksums of shared weights, by file, size and time
 
 
 def build_onnx(
@@ -72,16 +75,32 @@ def build_onnx(
     Traceback (most recent call last):
     ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
     """
+    return _build(file, Path(directory), progress, attention, beside or {})
+
+
+def _build(
+    file: GGUFFile,
+    directory: Path,
+    progress: Progress | None,
+    attention: AttentionForm,
+    beside: Mapping[str, bytes],
+    others: Iterable[Path] = (),
+) -> DecoderConfig:
+    """Write the files as `build_onnx` says; weights that one of ``others`` holds are linked."""
     config = read_config(file)
     attention.layout(config)  # which may refuse the model
-    directory = Path(directory)
 
     def files() -> Iterator[tuple[Path, atomic.Content]]:
         graph = DecoderGraph(file, config, progress, attention)
-        yield directory / WEIGHTS, graph.fill
+
+        def fill(path: Path) -> None:
+            graph.fill(path)
+            _share(path, graph.digest, others)
+
+        yield directory / WEIGHTS, fill
         model = graph.decoder_model().SerializeToString()
         yield directory / _MODEL, model
-        for name, content in (beside or {}).items():
+        for name, content in beside.items():
             yield directory / name, content
         yield directory / _SUMS, _sums(hashlib.sha256(model).hexdigest(), graph.digest)
 
@@ -100,7 +119,8 @@ def cached_onnx(
 
     The folder's name holds the SHA-256 of the GGUF file, the version of the graph and the form of
     its attention, so another model or a newer graph is never confused with it. It appears under
-    that name only when complete, and its checksums are verified at every call.
+    that name only when complete, and its checksums are verified at every call. Forms whose weights
+    are the same share them on disk, as hard links, where the file system has those.
 
     Parameters
     ----------
@@ -135,17 +155,44 @@ def cached_onnx(
     read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
     root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
     form = "" if attention == PLAIN else f"-{attention.label()}"
-    folder = root / f"{file_sha256(gguf_path)}-{GRAPH_VERSION}{form}"
+    name = f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
+    folder = root / f"{name}{form}"
     if not _is_intact(folder):
-        build_onnx(file, folder, progress, attention=attention)
+        others = [one for one in sorted(root.glob(f"{name}*")) if one != folder]
+        _build(file, folder, progress, attention, {}, others)
     return folder / _MODEL
+
+
+def _share(path: Path, digest: str, others: Iterable[Path]) -> None:
+    """Replace a file of weights by a link to the same bytes in another folder, if one has them."""
+    link = path.with_name(f"{path.name}.link")
+    for folder in others:
+        with contextlib.suppress(OSError):  # not every file system has links
+            if _weights_sha256(folder / WEIGHTS) == digest:
+                try:
+                    os.link(folder / WEIGHTS, link)
+                    os.replace(link, path)
+                finally:
+                    link.unlink(missing_ok=True)
+                return
+
+
+def _weights_sha256(path: Path) -> str:
+    """Return the checksum of weights; those that folders share are read once, until they change."""
+    found = path.stat()
+    if found.st_nlink == 1:
+        return file_sha256(path)
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    if state not in _READ:
+        _READ[state] = file_sha256(path)
+    return _READ[state]
 
 
 def _is_intact(folder: Path) -> bool:
     """Whether the files of the folder have the checksums that ``SHA256SUMS`` states."""
     try:
         return (folder / _SUMS).read_bytes() == _sums(
-            file_sha256(folder / _MODEL), file_sha256(folder / WEIGHTS)
+            file_sha256(folder / _MODEL), _weights_sha256(folder / WEIGHTS)
         )
     except OSError:
         return False

@@ -141,7 +141,8 @@ def static_scales(session: Session, ids: Ids) -> npt.NDArray[np.float32]:
     session.forward(ids[:CALIBRATION])
     largest = largest_by_channel(session)
     session.crop(0)
-    return np.maximum(largest, 1e-6) / np.float32(7)
+    scales: npt.NDArray[np.float32] = np.maximum(largest, 1e-6) / np.float32(7)
+    return scales
 
 
 def at(sessions: dict[str, Session], tokens: int, ids: Ids, rounds: int) -> list[Row]:

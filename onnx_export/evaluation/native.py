@@ -35,6 +35,7 @@ from onnx_export.models.texts import ADDRESSES, REPORTING_START, read_address
 from onnx_export.models.texts import passages as text_passages
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.running import Memory, Model, Session
+from onnx_export.running.memory import memory_of
 
 with extra("onnx", __name__):
     import onnxruntime
@@ -60,8 +61,9 @@ class NativeCache:
     ----------
     fidelity : TransformFidelity
         Likelihoods with it, and with the float32 cache.
-    nbytes, float16_bytes : int
-        What it takes after the prefill of a passage, and what as many tokens take in float16.
+    nbytes, float16_bytes : mapping of int to int
+        What it takes, and what float16 takes, by the tokens in it: those of the prefill, and as
+        many as the model can read, to 8192.
     text : str
         What the model goes on with.
     tokens_per_second : mapping of int to float
@@ -69,17 +71,17 @@ class NativeCache:
     """
 
     fidelity: TransformFidelity
-    nbytes: int
-    float16_bytes: int
+    nbytes: Mapping[int, int]
+    float16_bytes: Mapping[int, int]
     text: str
     tokens_per_second: Mapping[int, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all as plain Python values, ready for JSON."""
         return {
-            "bytes": self.nbytes,
-            "float16_bytes": self.float16_bytes,
-            "tokens_per_second": {str(at): speed for at, speed in self.tokens_per_second.items()},
+            "bytes": _by_name(self.nbytes),
+            "float16_bytes": _by_name(self.float16_bytes),
+            "tokens_per_second": _by_name(self.tokens_per_second),
             "nll": list(self.fidelity.nll),
             "nll_change": self.fidelity.nll_change,
             "nll_change_error": self.fidelity.nll_change_error,
@@ -219,13 +221,13 @@ def run_native(
     config.require_context(max(stop, context + 1 + new_tokens), "what is read")
     if long:
         config.require_context(LONG, "the long context")
+    capacity = max(stop, context + 1 + new_tokens, min(config.context_length, LONG))
     tokenizer = Tokenizer(gguf_path)
     tokens = text_passages(tokenizer, stop + 1, passages, start=REPORTING_START)
     config.require_ids(tokens, "passages")
-    capacity = LONG if long else max(stop, context + 1 + new_tokens)
 
     count = 2 + len(SCHEMES)
-    measured: dict[str, tuple[Session, Memory, tuple[float, ...]]] = {}
+    measured: dict[str, tuple[Session, tuple[float, ...]]] = {}
     left_out = {}
     largest: list[NDArray[np.float32]] = []
 
@@ -239,11 +241,10 @@ def run_native(
                 progress(f"{name}, passage {number + 1} of {passages}", done, count * passages)
             session.crop(0)
             session.forward(row[:prefill_length], num_logits=0)
-            memory = session.memory()
             if name == FLOAT:
                 largest.append(largest_by_channel(session))
             nll.append(_continuation_nll(session, row[prefill_length:]))
-        measured[name] = session, memory, tuple(nll)
+        measured[name] = session, tuple(nll)
 
     measure(FLOAT, GroupedAttention())
     if _version() >= INT4_SINCE:
@@ -256,7 +257,7 @@ def run_native(
         scheme = Scheme.named(scheme_name)
         measure(f"nsq {scheme_name}", QuantizedAttention(scheme, scheme))
 
-    sessions = {name: session for name, (session, _, _) in measured.items()}
+    sessions = {name: session for name, (session, _) in measured.items()}
     for session in sessions.values():
         session.crop(context)
     texts, speeds = _side_by_side(sessions, int(tokens[-1, context]), new_tokens, progress)
@@ -264,14 +265,19 @@ def run_native(
     if long:
         for name, speed in _at_long(sessions, tokenizer, new_tokens, progress).items():
             by_context[name][LONG] = speed
-    _, float_memory, baseline = measured[FLOAT]  # whose layout knows how wide its elements are
+    counts = (prefill_length, capacity)
+    # Its layout tells how many elements a token has; packed, two are a byte.
+    float16 = {tokens: _memory(sessions[FLOAT], tokens).float16 for tokens in counts}
     caches = {
         name: NativeCache(
-            TransformFidelity(nll, baseline), memory.used, float_memory.float16,
-            _decoded(tokenizer, texts[name]), by_context[name],
+            TransformFidelity(nll, measured[FLOAT][1]),
+            {tokens: _memory(session, tokens).used for tokens in counts},
+            float16,
+            _decoded(tokenizer, texts[name]),
+            by_context[name],
         )
-        for name, (_, memory, nll) in measured.items()
-    }  # fmt: skip
+        for name, (session, nll) in measured.items()
+    }
     prompt = tokenizer.decode(tokens[-1, max(0, context - PIECE) : context + 1])
     return NativeResult(caches, left_out, passages, prefill_length, continuation_length, prompt)
 
@@ -299,6 +305,16 @@ def largest_by_channel(session: Session) -> NDArray[np.float32]:
         for tensor in session.model.layout.tensors
     ]
     return np.stack(sides).reshape(-1, 2, *sides[0].shape).astype(np.float32)
+
+
+def _by_name(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(tokens): value for tokens, value in values.items()}
+
+
+def _memory(session: Session, tokens: int) -> Memory:
+    """Return what the cache of a session takes with so many tokens in it."""
+    shapes = {name: tensor.shape for name, tensor in session.tensors().items()}
+    return memory_of(session.model.layout, shapes, (), [tokens])
 
 
 def _continuation_nll(session: Session, row: Ids) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -21,11 +22,11 @@ with extra("onnx", __name__):
     import gguf
 
 
-def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
+def tiny_gguf(directory: str | os.PathLike[str], *, head_dim: int = 8) -> Path:
     """Write a llama GGUF file with random weights and a byte-level tokenizer.
 
-    It has 2 layers, 4 query heads over 2 key-value heads, ``head_dim`` 8, a vocabulary of 260 and a
-    context of 512 tokens. Returns ``tiny.gguf`` in that directory.
+    It has 2 layers, 4 query heads over 2 key-value heads, a vocabulary of 260 and a context of 512
+    tokens. Returns ``tiny.gguf`` in that directory.
 
     Examples
     --------
@@ -34,7 +35,7 @@ def tiny_gguf(directory: str | os.PathLike[str]) -> Path:
     'tiny.gguf'
     """
     path = Path(directory) / "tiny.gguf"
-    atomic.write([(path, _write_tiny)])
+    atomic.write([(path, functools.partial(_write_tiny, head_dim=head_dim))])
     return path
 
 
@@ -61,9 +62,9 @@ def tiny_onnx(attention: AttentionForm = PLAIN) -> Path:
     return folder / "model.onnx"
 
 
-def _write_tiny(path: Path) -> None:
+def _write_tiny(path: Path, head_dim: int) -> None:
     tokens = ["<|endoftext|>", *byte_symbols(), "th", "the", "Ġthe"]
-    embedding, feed_forward, query, key = 32, 48, 32, 16
+    embedding, feed_forward, query, key = 32, 48, 4 * head_dim, 2 * head_dim
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(512)
@@ -71,6 +72,9 @@ def _write_tiny(path: Path) -> None:
     writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
+    if head_dim * 4 != embedding:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")

@@ -42,7 +42,7 @@ def demo(
     native: Annotated[
         bool, typer.Option(help="Also decode in ONNX Runtime, with each kind of cache.")
     ] = True,
-    long: Annotated[bool, typer.Option("--long", help="Decode at 8192 tokens, too.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="At 8192 tokens too: some minutes.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show on a real model what every scheme saves and what it costs.

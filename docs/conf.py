@@ -33,6 +33,7 @@ autodoc_mock_imports = ["torch", "transformers"]  # large, and needed by one pag
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
 default_role = "py:obj"
 napoleon_google_docstring = False
+napoleon_use_ivar = True  # or each field of a tuple is described twice
 
 html_theme = "furo"
 html_title = "nsq"

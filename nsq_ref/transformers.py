@@ -40,6 +40,8 @@ MOST_QUERIES = 16  # tokens of one pass for which reading codes is quicker than 
 class NsqCache(Cache):
     """A cache for ``model.generate(past_key_values=...)``, quantized block by block.
 
+    For one thread at a time, as all caches of transformers.
+
     Each layer of full attention has a `KVCache`; layers of other kinds, such as those with a
     sliding window, are transformers' own, as in a ``DynamicCache``.
 
@@ -126,6 +128,8 @@ class NsqCache(Cache):
 
 class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
     """Keys and values of one layer, as `NsqCache` makes it.
+
+    For one thread at a time.
 
     Parameters
     ----------

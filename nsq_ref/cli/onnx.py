@@ -87,7 +87,7 @@ def codec(
 @app.command()
 def build(
     context: typer.Context,
-    gguf: Annotated[Path, typer.Argument(help="A model of the Llama or Qwen2 family.")],
+    gguf: Annotated[Path, typer.Argument(help="A model of the Llama, Qwen2 or Qwen3 family.")],
     output: Annotated[Path, typer.Argument(metavar="DIR", callback=file_name, help="A folder.")],
     *,
     attention: Annotated[
@@ -101,6 +101,10 @@ def build(
         str | None, typer.Option(help="Of the values, if another than of the keys.")
     ] = None,
     changes: SetOption = None,
+    weights: Annotated[
+        Literal["float32", "stored"],
+        typer.Option(help="All float32, or Q4_0, Q4_1 and Q8_0 matrices in their own bits."),
+    ] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
 ) -> None:
     """Write the ONNX decoder of a GGUF file, with its tokenizer, as `nsq onnx run` takes it."""
@@ -134,6 +138,7 @@ def build(
             output,
             told,
             attention=form,
+            weights=weights,
             beside=files,
         )
     typer.echo(model)

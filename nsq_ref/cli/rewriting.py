@@ -14,7 +14,7 @@ from nsq_ref.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from nsq_ref import Scheme
-    from onnx_export.rewrite import Report
+    from onnx_export.rewrite import RewriteReport
 
 SHOWN = 5  # nodes that are gone
 
@@ -98,7 +98,7 @@ def _read_policy(path: Path) -> dict[str, Any]:
     return content
 
 
-def _show(report: Report, dry_run: bool) -> None:
+def _show(report: RewriteReport, dry_run: bool) -> None:
     rows = []
     for one in report.attentions:
         key, value = (label(scheme) for scheme in one.schemes) if one.schemes else ("", "")

@@ -35,7 +35,7 @@ LENGTHS = {"past_lengths": "past_lengths", "new_lengths": "new_lengths"}
 
 
 class AttentionForm(ABC):
-    """A way to write attention down; it never changes, so that graphs may share one."""
+    """A way to write attention down; it never changes, so that graphs and threads may share one."""
 
     @abstractmethod
     def tensors(self, config: DecoderConfig) -> tuple[CacheTensor, ...]:
@@ -74,6 +74,8 @@ class AttentionForm(ABC):
 @dataclass(frozen=True)
 class PlainAttention(AttentionForm):
     """Standard operators over a float32 cache that grows: for every ONNX runtime.
+
+    Nothing changes one, so that threads may share it.
 
     Examples
     --------
@@ -164,6 +166,8 @@ class PlainAttention(AttentionForm):
 class GroupedAttention(AttentionForm):
     """ONNX Runtime's ``com.microsoft.GroupQueryAttention`` over a cache of fixed size.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     scales : numpy.ndarray, optional
@@ -253,6 +257,8 @@ class GroupedAttention(AttentionForm):
 @dataclass(frozen=True)
 class QuantizedAttention(AttentionForm):
     """``nsq.Attention`` over a quantized cache.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------

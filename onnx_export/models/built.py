@@ -7,13 +7,22 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 from nsq_ref.files import atomic
 from onnx_export.models.attention_forms import AttentionForm
 from onnx_export.models.config import DecoderConfig, read_config
 from onnx_export.models.gguf import GGUFFile
-from onnx_export.models.llama import GRAPH_VERSION, PLAIN, WEIGHTS, DecoderGraph, Progress
+from onnx_export.models.llama import (
+    GRAPH_VERSION,
+    PLAIN,
+    WEIGHTS,
+    DecoderGraph,
+    Progress,
+    Weights,
+)
 from onnx_export.models.sources import default_cache_dir, file_sha256
+from onnx_export.models.stored import can_keep
 
 __all__ = [
     "GRAPH_VERSION", "WEIGHTS", "DecoderConfig", "Progress", "build_onnx", "cached_onnx",
@@ -32,6 +41,7 @@ def build_onnx(
     progress: Progress | None = None,
     *,
     attention: AttentionForm = PLAIN,
+    weights: Weights = "float32",
     beside: Mapping[str, bytes] | None = None,
 ) -> DecoderConfig:
     """Write ``model.onnx``, its external data ``weights.bin`` and ``SHA256SUMS``: all or none.
@@ -39,13 +49,17 @@ def build_onnx(
     Parameters
     ----------
     file : GGUFFile
-        A model of the llama or qwen2 architecture.
+        A model of the llama, qwen2 or qwen3 architecture.
     directory : str or os.PathLike
         Created where it does not exist; existing files are replaced.
     progress : callable, optional
         Called as ``progress(what, done, total)`` after every tensor.
     attention : AttentionForm
         How attention is written down, and so what the cache is; plain float32 by default.
+    weights : str
+        ``"float32"``, or ``"stored"``: matrices of type Q4_0, Q4_1 and Q8_0 stay in 4 and 8 bits,
+        for ONNX Runtime's MatMulNBits (of Q8_0 from 1.23 on), and all else is float32, the
+        embedding too.
     beside : mapping of str to bytes, optional
         Other files of the folder, such as the tokenizer's.
 
@@ -57,7 +71,8 @@ def build_onnx(
     Raises
     ------
     ValueError
-        If the model is unsupported, or a tensor is missing, superfluous or of the wrong shape.
+        If the model is unsupported, or a tensor is missing, superfluous or of the wrong shape; if
+        `weights` is neither, or no matrix can be kept as it is stored.
     OSError
         If a file cannot be written; what was there before is untouched.
 
@@ -75,7 +90,9 @@ def build_onnx(
     Traceback (most recent call last):
     ValueError: .../empty.gguf: tensor 'token_embd.weight' is missing; convert the model again
     """
-    return _build(file, Path(directory), progress, attention, beside or {})
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r} is unknown; use one of {list(get_args(Weights))}")
+    return _build(file, Path(directory), progress, attention, weights, beside or {})
 
 
 def _build(
@@ -83,15 +100,18 @@ def _build(
     directory: Path,
     progress: Progress | None,
     attention: AttentionForm,
+    weights: Weights,
     beside: Mapping[str, bytes],
     others: Iterable[Path] = (),
 ) -> DecoderConfig:
     """Write the files as `build_onnx` says; weights that one of ``others`` holds are linked."""
     config = read_config(file)
+    if weights == "stored":
+        _require_stored(file)
     attention.layout(config)  # which may refuse the model
 
     def files() -> Iterator[tuple[Path, atomic.Content]]:
-        graph = DecoderGraph(file, config, progress, attention)
+        graph = DecoderGraph(file, config, progress, attention, weights)
 
         def fill(path: Path) -> None:
             graph.fill(path)
@@ -125,7 +145,7 @@ def cached_onnx(
     Parameters
     ----------
     gguf_path : str or os.PathLike
-        A model of the llama or qwen2 architecture.
+        A model of the llama, qwen2 or qwen3 architecture.
     cache_dir : str or os.PathLike, optional
         Where to keep it; `default_cache_dir` when not given.
     progress : callable, optional
@@ -159,7 +179,7 @@ def cached_onnx(
     folder = root / f"{name}{form}"
     if not _is_intact(folder):
         others = [one for one in sorted(root.glob(f"{name}*")) if one != folder]
-        _build(file, folder, progress, attention, {}, others)
+        _build(file, folder, progress, attention, "float32", {}, others)
     return folder / _MODEL
 
 
@@ -186,6 +206,15 @@ def _weights_sha256(path: Path) -> str:
     if state not in _READ:
         _READ[state] = file_sha256(path)
     return _READ[state]
+
+
+def _require_stored(file: GGUFFile) -> None:
+    """Refuse a file of which nothing would stay as it is stored."""
+    if not any(name != "token_embd.weight" and can_keep(file, name) for name in file.tensors):
+        raise ValueError(
+            f"{file.path}: no matrix besides the embedding is stored as Q4_0, Q4_1 or Q8_0; "
+            "build it with float32 weights"
+        )
 
 
 def _is_intact(folder: Path) -> bool:

@@ -32,7 +32,7 @@ class DecoderConfig:
     Attributes
     ----------
     architecture : str
-        ``"llama"`` or ``"qwen2"``.
+        ``"llama"``, ``"qwen2"`` or ``"qwen3"``.
     layers, heads, kv_heads, head_dim : int
         Layers, query heads, key-value heads and channels of one head.
     embedding_length, feed_forward_length : int
@@ -64,6 +64,11 @@ class DecoderConfig:
         """Rebuild a configuration from what `to_metadata` returned."""
         types = {"str": str, "int": int, "float": float}
         return cls(**{f.name: types[str(f.type)](metadata[f.name]) for f in fields(cls)})
+
+    @property
+    def norms_heads(self) -> bool:
+        """Whether queries and keys pass through an RMSNorm of their own, head by head."""
+        return self.architecture == "qwen3"
 
     def require_ids(self, ids: NDArray[np.integer[Any]], name: str) -> None:
         """Refuse token ids that the model does not know, naming the first of an array so called."""
@@ -118,12 +123,13 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     >>> writer.close()
     >>> read_config(GGUFFile(path))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: .../falcon.gguf: architecture 'falcon' is not supported; use llama or qwen2
+    ValueError: .../falcon.gguf: architecture 'falcon' is not supported; use llama, qwen2 or qwen3
     """
     architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ("llama", "qwen2"):
+    if not isinstance(architecture, str) or architecture not in ("llama", "qwen2", "qwen3"):
         raise ValueError(
-            f"{file.path}: architecture {architecture!r} is not supported; use llama or qwen2"
+            f"{file.path}: architecture {architecture!r} is not supported; "
+            "use llama, qwen2 or qwen3"
         )
     prefix = f"{architecture}."
 
@@ -198,10 +204,15 @@ def read_config(file: GGUFFile) -> DecoderConfig:
 
 
 def layer_shapes(
-    embedding: int, feed_forward: int, query: int, key: int
+    embedding: int, feed_forward: int, query: int, key: int, head_norm: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight of a layer, by its name in a GGUF file."""
+    """Return the shape of each weight of a layer, by its name in a GGUF file.
+
+    ``head_norm`` is the width of the norm of queries and keys, where they have one.
+    """
+    norms = {} if head_norm is None else dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_norm,))
     return {
+        **norms,
         "attn_norm": (embedding,),
         "attn_q": (query, embedding),
         "attn_k": (key, embedding),
@@ -226,7 +237,8 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
         "output.weight": (config.vocab_size, embedding),
         "rope_freqs.weight": (config.head_dim // 2,),
     }
-    per_layer = layer_shapes(embedding, feed_forward, query, key)
+    head_norm = config.head_dim if config.norms_heads else None
+    per_layer = layer_shapes(embedding, feed_forward, query, key, head_norm)
     # A damaged layer count must end in an error, not in a list of a billion names.
     for layer in range(min(config.layers, len(file.tensors))):
         for name, shape in per_layer.items():

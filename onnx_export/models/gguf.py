@@ -158,16 +158,39 @@ class GGUFFile:
             If there is no such tensor, its type cannot be dequantized, or an element is not finite.
         """
         info = self.info(name)
-        raw = self._bytes[info.start : info.stop]
-        # `dequantize` works on rows of blocks.
-        values = self._dequantized(name, raw.reshape(math.prod(info.shape[:-1]), -1))
+        values = self._dequantized(name, self.raw(name))
         result = np.asarray(values, dtype=np.float32).reshape(info.shape)
         if not np.isfinite(result).all():
-            raise ValueError(
-                f"{self.path}: tensor {name!r} has elements that are not finite; the file is "
-                "damaged, download or convert it again"
-            )
+            raise self.not_finite(name)
         return result
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """Return the bytes of one tensor, a read-only view of the file.
+
+        Parameters
+        ----------
+        name : str
+            Name of the tensor.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 ``[rows, bytes of a row]``; a row is made of whole blocks.
+
+        Raises
+        ------
+        ValueError
+            If there is no such tensor.
+        """
+        info = self.info(name)
+        return self._bytes[info.start : info.stop].reshape(math.prod(info.shape[:-1]), -1)
+
+    def not_finite(self, name: str) -> ValueError:
+        """Return the error of a tensor with an element that is not finite."""
+        return ValueError(
+            f"{self.path}: tensor {name!r} has elements that are not finite; the file is "
+            "damaged, download or convert it again"
+        )
 
     def require_types(self) -> None:
         """Refuse tensors whose type cannot be dequantized, before any tensor is read.

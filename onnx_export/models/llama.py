@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from onnx_export.models.attention_forms import AttentionForm, PlainAttention, ad
 from onnx_export.models.config import DecoderConfig
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.nodes import Graph
+from onnx_export.models.stored import add_product, can_keep, read_stored
 
 with extra("onnx", __name__):
     import onnx
@@ -37,6 +39,9 @@ GRAPH_VERSION = 2
 """Raised whenever the graph changes, so that models built before are not used any more."""
 
 WEIGHTS = "weights.bin"
+
+Weights = Literal["float32", "stored"]
+"""What matrices are in the graph: float32, or in the bits of the file where `stored` has them."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
@@ -54,12 +59,14 @@ class DecoderGraph(Graph):
         config: DecoderConfig,
         progress: Progress | None,
         form: AttentionForm = PLAIN,
+        weights: Weights = "float32",
     ) -> None:
         super().__init__(WEIGHTS)
         self._form = form
         self._file = file
         self._config = config
         self._progress = progress
+        self._weights = weights
         self._read_tensors = 0
 
     def fill(self, path: Path) -> None:
@@ -100,16 +107,24 @@ class DecoderGraph(Graph):
         end = self.add("Unsqueeze", "sequence", self.ints(0), name="scored.end")
         x = self.add("Slice", x, unscored, end, self.ints(1), name="scored")
         x = self._rms_norm(x, "output_norm")
-        if "output.weight" in self._file.tensors:
-            embedding = self._weight("output.weight")
-        # Gemm takes the embedding as it is stored, so that tied weights exist once.
         rows = self.add("Reshape", x, self.ints(-1, config.embedding_length), name="logits.input")
-        flat = self.add("Gemm", rows, embedding, transB=1, name="logits.rows")
+        flat = self._vocabulary(rows, embedding)
         leading = self.add("Shape", x, start=0, end=2, name="logits.leading")
         shape = self.add(
             "Concat", leading, self.ints(config.vocab_size), axis=0, name="logits.shape"
         )
         self.add("Reshape", flat, shape, allowzero=1, name="logits")
+
+    def _vocabulary(self, rows: str, embedding: str) -> str:
+        """Product with the output matrix, or with the embedding where the weights are tied."""
+        if "output.weight" in self._file.tensors:
+            if self._keeps("output.weight"):
+                matrix = read_stored(self._file, "output.weight")
+                self._count()
+                return add_product(self, rows, matrix, "output.weight", "logits.rows")
+            embedding = self._weight("output.weight")
+        # Gemm takes the embedding as it is stored, so that tied weights exist once.
+        return self.add("Gemm", rows, embedding, transB=1, name="logits.rows")
 
     def _add_positions(self) -> None:
         """Add the number of new tokens, the cache, and what attention needs of positions."""
@@ -128,12 +143,21 @@ class DecoderGraph(Graph):
         block, config = f"blk.{layer}.", self._config
         # Of queries and keys GGUF files of Llama have the channels in another order.
         interleaved = config.architecture == "llama"
-        new = (
-            self._linear(x, f"{block}attn_q", config.heads if interleaved else None),
-            self._linear(x, f"{block}attn_k", config.kv_heads if interleaved else None),
-            self._linear(x, f"{block}attn_v"),
-        )
+        query = self._linear(x, f"{block}attn_q", config.heads if interleaved else None)
+        key = self._linear(x, f"{block}attn_k", config.kv_heads if interleaved else None)
+        if config.norms_heads:
+            query = self._head_norm(query, f"{block}attn_q_norm", config.heads)
+            key = self._head_norm(key, f"{block}attn_k_norm", config.kv_heads)
+        new = (query, key, self._linear(x, f"{block}attn_v"))
         return self._linear(self._form.attend(self, config, layer, new), f"{block}attn_output")
+
+    def _head_norm(self, flat: str, name: str, heads: int) -> str:
+        """RMSNorm of every head of ``[batch, sequence, heads * head_dim]``, before it rotates."""
+        head_dim = self._config.head_dim
+        split = self.ints(0, 0, heads, head_dim)
+        x = self.add("Reshape", flat, split, name=f"{name}.split")
+        merged = self.ints(0, 0, heads * head_dim)
+        return self.add("Reshape", self._rms_norm(x, name), merged, name=f"{name}.merged")
 
     def _feed_forward(self, layer: int, x: str) -> str:
         """SwiGLU layer: ``down(silu(gate(x)) * up(x))``."""
@@ -160,17 +184,25 @@ class DecoderGraph(Graph):
     def _linear(self, x: str, name: str, rotary_heads: int | None = None) -> str:
         """``x @ weight.T + bias``, for weights stored as ``(out_features, in_features)``."""
 
-        def read(full_name: str) -> NDArray[np.float32]:
-            values = self._read(full_name)
+        def order(values: NDArray[Any]) -> NDArray[Any]:
             return values if rotary_heads is None else _half_rotation(values, rotary_heads)
 
-        weight = self.weight(f"{name}.weight", read(f"{name}.weight").T)
-        if f"{name}.bias" not in self._file.tensors:
-            return self.add("MatMul", x, weight, name=name)
-        product = self.add("MatMul", x, weight, name=f"{name}.product")
-        return self.add(
-            "Add", product, self.weight(f"{name}.bias", read(f"{name}.bias")), name=name
-        )
+        full_name, biased = f"{name}.weight", f"{name}.bias" in self._file.tensors
+        product = f"{name}.product" if biased else name
+        if self._keeps(full_name):
+            matrix = read_stored(self._file, full_name).reordered(order)
+            self._count()
+            add_product(self, x, matrix, full_name, product)
+        else:
+            weight = self.weight(full_name, order(self._read(full_name)).T)
+            self.add("MatMul", x, weight, name=product)
+        if not biased:
+            return product
+        bias = self.weight(f"{name}.bias", order(self._read(f"{name}.bias")))
+        return self.add("Add", product, bias, name=name)
+
+    def _keeps(self, name: str) -> bool:
+        return self._weights == "stored" and can_keep(self._file, name)
 
     def _weight(self, name: str) -> str:
         """Add a tensor of the GGUF file as it is."""
@@ -178,13 +210,17 @@ class DecoderGraph(Graph):
 
     def _read(self, name: str) -> NDArray[np.float32]:
         values = self._file.tensor(name)
+        self._count()
+        return values
+
+    def _count(self) -> None:
+        """Tell that one more tensor has been read."""
         self._read_tensors += 1
         if self._progress is not None:
             self._progress("building the ONNX decoder", self._read_tensors, len(self._file.tensors))
-        return values
 
 
-def _half_rotation(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def _half_rotation(values: NDArray[Any], heads: int) -> NDArray[Any]:
     """Reorder rows from the interleaved rotary layout to the half-rotation layout.
 
     GGUF stores the channels of a llama head as 0, D/2, 1, D/2 + 1, ... so that rotated pairs are

@@ -61,14 +61,15 @@ class Graph(Nodes):
         name = "ints_" + "_".join(map(str, values))
         return self.initializer(name, np.array(values, dtype=np.int64))
 
-    def weight(self, name: str, values: NDArray[np.float32]) -> str:
+    def weight(self, name: str, values: NDArray[np.float32] | NDArray[np.uint8]) -> str:
         """Add an initializer whose elements lie in the external data file."""
-        data = np.ascontiguousarray(values, dtype="<f4")
+        data = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
         padding = bytes(-self.stream.tell() % _ALIGNMENT)
         for part in (padding, data.data.cast("B")):
             self._hash.update(part)
             self.stream.write(part)
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=data.shape)
+        kind = TensorProto.UINT8 if data.dtype == np.uint8 else TensorProto.FLOAT
+        tensor = TensorProto(name=name, data_type=kind, dims=data.shape)
         tensor.data_location = TensorProto.EXTERNAL
         location = {
             "location": self._external,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,11 +23,25 @@ with extra("onnx", __name__):
     import gguf
 
 
-def tiny_gguf(directory: str | os.PathLike[str], *, head_dim: int = 8) -> Path:
-    """Write a llama GGUF file with random weights and a byte-level tokenizer.
+def tiny_gguf(
+    directory: str | os.PathLike[str], architecture: Literal["llama", "qwen3"] = "llama"
+) -> Path:
+    """Write a GGUF file with random weights and a byte-level tokenizer.
 
     It has 2 layers, 4 query heads over 2 key-value heads, a vocabulary of 260 and a context of 512
-    tokens. Returns ``tiny.gguf`` in that directory.
+    tokens. ``head_dim`` is 8 of llama, and 16 of qwen3, whose heads are wider than the model.
+
+    Parameters
+    ----------
+    directory : str or os.PathLike
+        Where to write it.
+    architecture : str
+        ``"llama"`` or ``"qwen3"``.
+
+    Returns
+    -------
+    pathlib.Path
+        ``tiny.gguf`` in that directory.
 
     Examples
     --------
@@ -35,7 +50,7 @@ def tiny_gguf(directory: str | os.PathLike[str], *, head_dim: int = 8) -> Path:
     'tiny.gguf'
     """
     path = Path(directory) / "tiny.gguf"
-    atomic.write([(path, functools.partial(_write_tiny, head_dim=head_dim))])
+    atomic.write([(path, partial(_write_tiny, architecture))])
     return path
 
 
@@ -62,23 +77,26 @@ def tiny_onnx(attention: AttentionForm = PLAIN) -> Path:
     return folder / "model.onnx"
 
 
-def _write_tiny(path: Path, head_dim: int) -> None:
+def _write_tiny(architecture: str, path: Path) -> None:
     tokens = ["<|endoftext|>", *byte_symbols(), "th", "the", "Ġthe"]
-    embedding, feed_forward, query, key = 32, 48, 4 * head_dim, 2 * head_dim
-    writer = gguf.GGUFWriter(path, "llama")
+    embedding, feed_forward = 32, 48
+    head_dim = 16 if architecture == "qwen3" else 8
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(512)
     writer.add_embedding_length(embedding)
     writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    if head_dim * 4 != embedding:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    head_norm = None
+    if architecture == "qwen3":
+        head_norm = head_dim
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre("qwen2" if architecture == "qwen3" else "smollm")
     writer.add_token_list(tokens)
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_token_types([control] + [normal] * (len(tokens) - 1))
@@ -88,7 +106,7 @@ def _write_tiny(path: Path, head_dim: int) -> None:
         "token_embd": (len(tokens), embedding),
         "output_norm": (embedding,),
     }
-    own = layer_shapes(embedding, feed_forward, query, key)
+    own = layer_shapes(embedding, feed_forward, 4 * head_dim, 2 * head_dim, head_norm)
     for layer in range(2):
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in own.items()}
     random = np.random.default_rng(0)

@@ -50,8 +50,9 @@ class Tokenizer:
     gguf_path : str or os.PathLike
         The GGUF file. Its ``tokenizer.ggml.pre``, the rule that splits text before the merges, must
         be one of ``smollm``, ``gpt-2``, ``llama-bpe`` and ``qwen2``; a wrong guess would tokenize
-        wrongly without a sign of it. With ``qwen2``, text is normalized to NFC, as that model was
-        trained; with the others decoding gives back exactly the text that was encoded.
+        wrongly without a sign of it. With ``qwen2``, which Qwen3 has too, text is normalized to
+        NFC, as those models were trained; with the others decoding gives back exactly the text that
+        was encoded.
 
     Attributes
     ----------

@@ -53,6 +53,8 @@ where ``attention_mask`` is 0, or on the right if the layout says so."""
 class CacheTensor(NamedTuple):
     """A tensor of a cache: an input, an output, and what both are.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     past, present : str
@@ -101,6 +103,8 @@ class CacheTensor(NamedTuple):
 @dataclass(frozen=True)
 class CacheLayout:
     """The inputs, outputs and cache of a decoder.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------

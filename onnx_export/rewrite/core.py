@@ -27,7 +27,7 @@ from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import raise_opset, require_raisable
 from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
-from onnx_export.rewrite.report import Attention, Change, Report
+from onnx_export.rewrite.report import Attention, Change, RewriteReport
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
 from onnx_export.rewrite.survey import (
     axes_read,
@@ -59,7 +59,7 @@ def rewrite(
     row_lengths: bool = False,
     library: bool = False,
     dry_run: bool = False,
-) -> Report:
+) -> RewriteReport:
     """Write a decoder anew with quantized caches.
 
     Every attention with a cache that is understood becomes a node ``nsq.Attention``, and every
@@ -90,7 +90,7 @@ def rewrite(
 
     Returns
     -------
-    Report
+    RewriteReport
         It names what was refused. Where all was, nothing is written.
 
     Raises
@@ -401,7 +401,7 @@ class _Edit:
 
     # --- the report ------------------------------------------------------------------------------
 
-    def report(self, written: tuple[Path, ...] = ()) -> Report:
+    def report(self, written: tuple[Path, ...] = ()) -> RewriteReport:
         """Return what was done, or would be."""
         reasons = {one.node: one.reason for one in self.plan.refused}
         attentions = []
@@ -427,7 +427,7 @@ class _Edit:
         removed = [
             name_of(one) for one in self.graph.model.graph if one in self.plan.removed - core
         ]
-        return Report(
+        return RewriteReport(
             tuple(attentions), tuple(changes), tuple(removed), tuple(self.new_inputs), self.opset,
             written,
         )  # fmt: skip

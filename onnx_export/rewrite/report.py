@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from nsq_ref.scheme import KeyValueSchemes
 
-__all__ = ["Attention", "Change", "Report"]
+__all__ = ["Attention", "Change", "RewriteReport"]
 
 
 class Attention(NamedTuple):
     """One attention of the model, and what became of it.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------
@@ -37,6 +39,8 @@ class Attention(NamedTuple):
 class Change(NamedTuple):
     """Another node that reads something else than before.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     node, what : str
@@ -47,8 +51,10 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class RewriteReport:
     """What `rewrite` did.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------
@@ -67,7 +73,7 @@ class Report:
 
     Examples
     --------
-    >>> Report((Attention(None, "a", "Attention", None, "it has no past"),)).complete
+    >>> RewriteReport((Attention(None, "a", "Attention", None, "it has no past"),)).complete
     False
     """
 

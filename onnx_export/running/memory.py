@@ -16,6 +16,8 @@ __all__ = ["Memory", "memory_of"]
 class Memory(NamedTuple):
     """Bytes of a cache.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     parts : mapping of str to int

@@ -88,7 +88,8 @@ class Sampling:
 
         Parameters
         ----------
-        logits : array_like, shape [vocab_size]
+        logits : array_like of float
+            ``[vocab_size]``.
             -infinity for tokens that must not come.
         generator : numpy.random.Generator
 
@@ -118,7 +119,8 @@ class Sampling:
 
         Parameters
         ----------
-        logits : array_like, shape [vocab_size]
+        logits : array_like of float
+            ``[vocab_size]``.
 
         Returns
         -------

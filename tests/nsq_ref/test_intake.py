@@ -330,7 +330,7 @@ ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
         "arrays", "cache", "conformance", "dlpack", "dtypes", "environment", "extras", "kernels",
-        "quantized",
+        "quantized", "transformers",
     )
 }  # fmt: skip
 

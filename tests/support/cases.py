@@ -11,7 +11,7 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import INPUT_DTYPES, OPERATIONS, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case
 
 checking = importlib.import_module("nsq_ref.conformance.check")  # the package has a function so
 
@@ -20,10 +20,10 @@ def cases_of(
     scheme: Scheme | str,
     operations: Sequence[str] = OPERATIONS,
     seed: int = 0,
-    dtypes: Sequence[str] = INPUT_DTYPES,
+    dtypes: Sequence[str] = CASE_DTYPES,
 ) -> list[Case]:
     """Return what `cases` does. Nobody may write to them."""
-    if tuple(dtypes) != INPUT_DTYPES:
+    if tuple(dtypes) != CASE_DTYPES:
         return cases(scheme, operations, seed, dtypes)
     made = _all(family_scheme("scheme", scheme), seed)
     return [case for case in made if case.operation in operations]

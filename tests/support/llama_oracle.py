@@ -62,6 +62,9 @@ class TinyModel:
                 shapes[f"blk.{layer}.{name}.weight"] = shape
                 if name in self.biases:
                     shapes[f"blk.{layer}.{name}.bias"] = shape[:1]
+            if self.architecture == "qwen3":
+                shapes[f"blk.{layer}.attn_q_norm.weight"] = (self.head_dim,)
+                shapes[f"blk.{layer}.attn_k_norm.weight"] = (self.head_dim,)
             shapes[f"blk.{layer}.attn_norm.weight"] = (self.embedding,)
             shapes[f"blk.{layer}.ffn_norm.weight"] = (self.embedding,)
         for name, shape in shapes.items():
@@ -141,6 +144,11 @@ class TinyModel:
             k = linear(f"{block}attn_k", h).reshape(len(ids), self.kv_heads, self.head_dim)
             v = linear(f"{block}attn_v", h).reshape(len(ids), self.kv_heads, self.head_dim)
             for t in range(len(ids)):
+                if self.architecture == "qwen3":
+                    q[t], k[t] = (
+                        norm(f"{block}attn_q_norm", q[t]),
+                        norm(f"{block}attn_k_norm", k[t]),
+                    )
                 q[t] = [rotated(head, t) for head in q[t]]
                 k[t] = [rotated(head, t) for head in k[t]]
             mixed = np.zeros_like(q)

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 import nsq_ref as nsq
 import nsq_ref.transformers
 from nsq_ref.transformers import NsqCache, NsqLayer
-from tests.support.tiny_decoders import CACHE, FAMILIES, decoder, prompt
 from tests.with_torch.reference_cache import reference_cache
+from tests.with_torch.tiny_decoders import CACHE, FAMILIES, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
 VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)

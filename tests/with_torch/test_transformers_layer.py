@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import nsq_ref as nsq
 from nsq_ref.transformers import NsqCache, NsqLayer, Stored, attention
-from tests.support.tiny_decoders import CACHE, config_of, decoder, prompt
+from tests.with_torch.tiny_decoders import CACHE, config_of, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
 VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)

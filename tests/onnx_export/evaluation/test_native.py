@@ -21,7 +21,7 @@ LAYERS, KV_HEADS, HEAD_DIM, CONTEXT = 2, 2, 16, 512
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_gguf(tmp_path_factory.mktemp("tiny"), head_dim=HEAD_DIM)
+    return tiny_gguf(tmp_path_factory.mktemp("tiny"), "qwen3")
 
 
 def test_likelihoods_and_text_are_those_of_the_plain_decoder(gguf: Path) -> None:

@@ -79,7 +79,12 @@ def test_missing_and_misshapen_tensors_are_named(name: str, path: Path) -> None:
 
 
 UNSUPPORTED = {
-    "architecture": ("gemma", {}, {}, "architecture 'gemma' is not supported; use llama or qwen2"),
+    "architecture": (
+        "gemma",
+        {},
+        {},
+        "architecture 'gemma' is not supported; use llama, qwen2 or qwen3",
+    ),
     "experts": ("llama", {"llama.expert_count": 8}, {}, "key 'llama.expert_count' asks for"),
     "sliding window": (
         "llama",

@@ -39,6 +39,9 @@ MODELS = {
     "qwen2 untied, 4 groups": TinyModel(
         "qwen2", kv_heads=1, tied=False, biases=("attn_q", "attn_k", "attn_v")
     ),
+    "qwen3": TinyModel("qwen3", head_dim=16, explicit_head_dim=True, theta=1e6),
+    "qwen3 untied, one group, large eps": TinyModel("qwen3", kv_heads=4, tied=False, eps=0.5),
+    "qwen3 Q8_0": TinyModel("qwen3", feed_forward=64, tensor_type=gguf.GGMLQuantizationType.Q8_0),
 }
 
 

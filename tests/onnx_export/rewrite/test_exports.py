@@ -11,7 +11,7 @@ import pytest
 
 import nsq_ref as nsq
 from onnx_export.rewrite import rewrite
-from onnx_export.rewrite.report import Report
+from onnx_export.rewrite.report import RewriteReport
 from tests.support.exports import EXPORTS, STEPS, Floats, Quantized, Text
 
 FIXTURES = sorted(path.stem for path in EXPORTS.glob("*.onnx"))
@@ -23,7 +23,7 @@ SEALED = (
 SEALING = replace(nsq.Scheme.named("streaming4"), block_size=4)
 
 
-def rewritten(name: str, folder: Path, **options: object) -> tuple[Path, Report]:
+def rewritten(name: str, folder: Path, **options: object) -> tuple[Path, RewriteReport]:
     out = folder / f"{name}.onnx"
     report = rewrite(EXPORTS / f"{name}.onnx", out, **options)  # type: ignore[arg-type]
     return out, report

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnx_export.rewrite import Report, rewrite
+from onnx_export.rewrite import RewriteReport, rewrite
 from tests.onnx_export.rewrite.test_core import same_logits
 from tests.support.command import nsq, refused, said
 from tests.support.exported import Decoder, Graph, gqa_model, save
@@ -419,4 +419,4 @@ def test_a_refusal_is_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_a_report_is_json() -> None:
-    assert json.loads(json.dumps(Report(()).to_dict()))["complete"] is True
+    assert json.loads(json.dumps(RewriteReport(()).to_dict()))["complete"] is True

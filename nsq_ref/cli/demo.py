@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nsq_ref.dtypes import Array
 
 
+QUICK_PASSAGES = 2  # that are read in ONNX Runtime with each cache, without --long
+
+
 def demo(
     context: typer.Context,
     *,
@@ -42,7 +45,10 @@ def demo(
     native: Annotated[
         bool, typer.Option(help="Also decode in ONNX Runtime, with each kind of cache.")
     ] = True,
-    long: Annotated[bool, typer.Option("--long", help="At 8192 tokens too: some minutes.")] = False,
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="There with all passages, and at 8192 tokens: some minutes."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show on a real model what every scheme saves and what it costs.
@@ -81,6 +87,7 @@ def demo(
             if native and reason is None:
                 decoded = run_native(
                     gguf_path=gguf,
+                    passages=passages if long else QUICK_PASSAGES,
                     prefill_length=prefill,
                     continuation_length=continuation,
                     long=long,
@@ -194,28 +201,37 @@ def _show_native(native: dict[str, Any]) -> None:
         typer.echo(f"\nDecoding in ONNX Runtime was left out: {native['skipped']}")
         return
     first = next(iter(native["caches"].values()))
-    counts, contexts = list(first["bytes"]), list(first["tokens_per_second"])
-    heads = ["cache in ONNX Runtime", *(f"MB at {tokens} (of fp16)" for tokens in counts)]
-    heads += [*(f"tokens/s at {tokens}" for tokens in contexts), "NLL"]
+    few, most = first["bytes"]
+    contexts = list(first["tokens_per_second"])
+    speeds = ["tokens/s"] if len(contexts) == 1 else [f"tokens/s at {at}" for at in contexts]
+    heads = ["cache", f"MB at {few}", f"MB at {most}", *speeds, "NLL"]
     rows = []
     for name, one in native["caches"].items():
+        taken = {**one["bytes"], **one["resident_bytes"]}
         sizes = [
-            f"{one['bytes'][tokens] / 1e6:.2f} ({one['bytes'][tokens] / float16:.1%})"
+            f"{taken[tokens] / 1e6:.1f} ({taken[tokens] / float16:.1%})"
             for tokens, float16 in one["float16_bytes"].items()
         ]
-        speeds = [f"{speed:.1f}" for speed in one["tokens_per_second"].values()]
         change = f"{one['nll_change']:+.4f} ± {one['nll_change_error']:.4f}"
-        rows.append((name, *sizes, *speeds, "0" if one is first else change))
-    typer.echo("")
+        rows.append(
+            (name, *sizes, *(f"{speed:.1f}" for speed in one["tokens_per_second"].values()),
+             "0" if one is first else change)
+        )  # fmt: skip
+    typer.echo("\nDecoding in ONNX Runtime, with each kind of cache:\n")
     print_table(tuple(heads), rows)
     for name, reason in native["left_out"].items():
         typer.echo(f"{name} was left out: {reason}")
+    measured = "what this process grew by when one was filled"
     typer.echo(
-        f"\nThe first {native['passages']} of these passages, with the cache streamed: what is "
-        "scored is in it too. Full blocks are sealed\nwith the next token, so that at whole blocks "
-        "ours is largest. Speeds: a step each in turn. GQA int4 has its\nstatic scales from these "
-        "passages. Too few for claims, which rest on docs/fidelity.md.\n"
-        f"Texts after {native['prompt']!r}:"
+        f"\nMB, and of float16. At {few} tokens by arithmetic; at {most} "
+        f"{measured if first['resident_bytes'] else 'too'}.\n"
+        "Up to a block of 128 tokens of ours is float32, which weighs in a short text.\n"
+        f"Speeds: median of steps in turn, after {' and '.join(contexts)} tokens.\n"
+        f"NLL: the first {native['passages']} of these passages with the cache streamed, what is "
+        "scored is in it too.\n"
+        + ("Two are few for claims: --long reads all. " if native["passages"] == 2 else "")
+        + "GQA int4 has its static scales from these passages.\n"
+        f"\nTexts after {native['prompt']!r}:"
     )
     for name, one in native["caches"].items():
         typer.echo(f"{name}: {one['text']!r}")

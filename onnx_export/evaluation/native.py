@@ -6,6 +6,9 @@ the prefill, then the continuation in pieces of `PIECE` tokens, and is scored as
 continuation too, is stored as the cache stores it. Of the last passage it then goes on from the
 first tokens with the most likely ones, a step of each cache in turn, which are timed.
 
+Matrices stay in the bits of the GGUF file where ONNX Runtime can multiply with them, so that four
+decoders are built and loaded in the time that one takes with float32 weights: values are the same.
+
 The static scales of GroupQueryAttention's int4 cache come from the prefills of these very passages:
 the largest value of a channel is 7 steps.
 """
@@ -27,10 +30,12 @@ from nsq_ref.extras import extra
 from nsq_ref.scheme import SchemeName
 from onnx_export import custom_ops
 from onnx_export.evaluation.fidelity import TransformFidelity, mean_nll, require_lengths
+from onnx_export.evaluation.resident import resident_cache
 from onnx_export.models.attention_forms import AttentionForm, GroupedAttention, QuantizedAttention
-from onnx_export.models.built import Progress, cached_onnx, read_config
+from onnx_export.models.built import Progress, Weights, cached_onnx, read_config
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.stored import keeps_any
 from onnx_export.models.texts import ADDRESSES, REPORTING_START, read_address
 from onnx_export.models.texts import passages as text_passages
 from onnx_export.models.tokenizer import Tokenizer
@@ -46,7 +51,7 @@ FLOAT, INT4 = "GQA float32", "GQA int4"
 SCHEMES: tuple[SchemeName, ...] = ("streaming4", "streaming3")
 CONTEXT = 256  # tokens after which text is generated
 LONG = 8192
-PIECE = 16  # tokens of a continuation that are read at once
+PIECE = 32  # tokens of a continuation that are read at once
 READ = 512  # tokens of a long text that are read at once
 INT4_SINCE = (1, 27)  # the first ONNX Runtime whose operator has an int4 cache
 
@@ -62,8 +67,11 @@ class NativeCache:
     fidelity : TransformFidelity
         Likelihoods with it, and with the float32 cache.
     nbytes, float16_bytes : mapping of int to int
-        What it takes, and what float16 takes, by the tokens in it: those of the prefill, and as
-        many as the model can read, to 8192.
+        What it takes by arithmetic, and what float16 takes, by the tokens in it: those of the
+        prefill, and as many as the model can read, to 8192.
+    resident_bytes : mapping of int to int
+        What it takes of the machine, measured, for the most of these tokens; empty where the system
+        does not tell. `onnx_export.evaluation.resident` says how.
     text : str
         What the model goes on with.
     tokens_per_second : mapping of int to float
@@ -73,6 +81,7 @@ class NativeCache:
     fidelity: TransformFidelity
     nbytes: Mapping[int, int]
     float16_bytes: Mapping[int, int]
+    resident_bytes: Mapping[int, int]
     text: str
     tokens_per_second: Mapping[int, float]
 
@@ -81,6 +90,7 @@ class NativeCache:
         return {
             "bytes": _by_name(self.nbytes),
             "float16_bytes": _by_name(self.float16_bytes),
+            "resident_bytes": _by_name(self.resident_bytes),
             "tokens_per_second": _by_name(self.tokens_per_second),
             "nll": list(self.fidelity.nll),
             "nll_change": self.fidelity.nll_change,
@@ -167,8 +177,7 @@ def run_native(
 ) -> NativeResult:
     """Decode with every kind of cache in ONNX Runtime, side by side.
 
-    The module's documentation says what is measured. All models are loaded at the same time:
-    SmolLM2-135M takes about 4 GB.
+    The module's documentation says what is measured. All models are loaded at the same time.
 
     Parameters
     ----------
@@ -215,37 +224,43 @@ def run_native(
     custom_ops.library_path()  # before anything is read, fetched or built
     if gguf_path is None:
         gguf_path = smollm2_gguf(cache_dir)
-    config = read_config(GGUFFile(gguf_path))
+    file = GGUFFile(gguf_path)
+    config = read_config(file)
     context = min(CONTEXT, prefill_length)
     stop = prefill_length + continuation_length
     config.require_context(max(stop, context + 1 + new_tokens), "what is read")
     if long:
         config.require_context(LONG, "the long context")
-    capacity = max(stop, context + 1 + new_tokens, min(config.context_length, LONG))
+    most = min(config.context_length, LONG)
+    capacity = most if long else max(stop, context + 1 + new_tokens)
     tokenizer = Tokenizer(gguf_path)
     tokens = text_passages(tokenizer, stop + 1, passages, start=REPORTING_START)
     config.require_ids(tokens, "passages")
 
+    weights: Weights = "stored" if keeps_any(file) else "float32"
     count = 2 + len(SCHEMES)
-    measured: dict[str, tuple[Session, tuple[float, ...]]] = {}
-    left_out = {}
-    largest: list[NDArray[np.float32]] = []
+    sessions: dict[str, Session] = {}
+    nll: dict[str, tuple[float, ...]] = {}
+    largest: list[NDArray[np.float32]] = []  # of each prefill
 
     def measure(name: str, form: AttentionForm) -> None:
-        path = cached_onnx(gguf_path, cache_dir=cache_dir, attention=form, progress=progress)
+        path = cached_onnx(
+            gguf_path, cache_dir=cache_dir, attention=form, weights=weights, progress=progress
+        )
         session = Session(Model(path, threads=threads), capacity=capacity)
-        nll = []
+        scored = []
         for number, row in enumerate(tokens):
             if progress is not None:
-                done = len(measured) * passages + number
+                done = len(sessions) * passages + number
                 progress(f"{name}, passage {number + 1} of {passages}", done, count * passages)
             session.crop(0)
             session.forward(row[:prefill_length], num_logits=0)
             if name == FLOAT:
                 largest.append(largest_by_channel(session))
-            nll.append(_continuation_nll(session, row[prefill_length:]))
-        measured[name] = session, tuple(nll)
+            scored.append(_continuation_nll(session, row[prefill_length:]))
+        sessions[name], nll[name] = session, tuple(scored)
 
+    left_out = {}
     measure(FLOAT, GroupedAttention())
     if _version() >= INT4_SINCE:
         measure(INT4, GroupedAttention(np.maximum(np.max(largest, axis=0), 1e-6) / np.float32(7)))
@@ -257,7 +272,6 @@ def run_native(
         scheme = Scheme.named(scheme_name)
         measure(f"nsq {scheme_name}", QuantizedAttention(scheme, scheme))
 
-    sessions = {name: session for name, (session, _) in measured.items()}
     for session in sessions.values():
         session.crop(context)
     texts, speeds = _side_by_side(sessions, int(tokens[-1, context]), new_tokens, progress)
@@ -265,18 +279,20 @@ def run_native(
     if long:
         for name, speed in _at_long(sessions, tokenizer, new_tokens, progress).items():
             by_context[name][LONG] = speed
-    counts = (prefill_length, capacity)
+    counts = (prefill_length, most)
     # Its layout tells how many elements a token has; packed, two are a byte.
     float16 = {tokens: _memory(sessions[FLOAT], tokens).float16 for tokens in counts}
+    resident = {name: resident_cache(session.model, most) for name, session in sessions.items()}
     caches = {
         name: NativeCache(
-            TransformFidelity(nll, measured[FLOAT][1]),
+            TransformFidelity(nll[name], nll[FLOAT]),
             {tokens: _memory(session, tokens).used for tokens in counts},
             float16,
+            {} if (grown := resident[name]) is None else {most: grown},
             _decoded(tokenizer, texts[name]),
             by_context[name],
         )
-        for name, (session, nll) in measured.items()
+        for name, session in sessions.items()
     }
     prompt = tokenizer.decode(tokens[-1, max(0, context - PIECE) : context + 1])
     return NativeResult(caches, left_out, passages, prefill_length, continuation_length, prompt)

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from nsq_ref.files import atomic
 from onnx_export.models.attention_forms import AttentionForm
@@ -21,8 +21,13 @@ from onnx_export.models.llama import (
     Progress,
     Weights,
 )
-from onnx_export.models.sources import default_cache_dir, file_sha256
-from onnx_export.models.stored import can_keep
+from onnx_export.models.sources import (
+    can_write,
+    default_cache_dir,
+    file_sha256,
+    temporary_cache_dir,
+)
+from onnx_export.models.stored import keeps_any
 
 __all__ = [
     "GRAPH_VERSION", "WEIGHTS", "DecoderConfig", "Progress", "build_onnx", "cached_onnx",
@@ -134,13 +139,16 @@ def cached_onnx(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     attention: AttentionForm = PLAIN,
+    weights: Weights = "float32",
 ) -> Path:
     """Return the ONNX decoder of a GGUF file, building it unless an intact one is in the cache.
 
-    The folder's name holds the SHA-256 of the GGUF file, the version of the graph and the form of
-    its attention, so another model or a newer graph is never confused with it. It appears under
-    that name only when complete, and its checksums are verified at every call. Forms whose weights
-    are the same share them on disk, as hard links, where the file system has those.
+    The folder's name holds the SHA-256 of the GGUF file, the version of the graph, and a checksum
+    of the form: its cache, its functions and how weights are kept. So another model or a newer
+    graph is never confused with it. It appears under that name only when complete, and its
+    checksums are verified at every call. Forms whose weights are the same share them on disk, as
+    hard links, where the file system has those. Where the user's folder cannot be written to, what
+    is not there is built in a temporary folder, which is removed when the process ends.
 
     Parameters
     ----------
@@ -151,7 +159,8 @@ def cached_onnx(
     progress : callable, optional
         Called as ``progress(what, done, total)`` while building.
     attention : AttentionForm
-        As `build_onnx` takes it.
+    weights : str
+        As `build_onnx` takes them.
 
     Returns
     -------
@@ -163,7 +172,7 @@ def cached_onnx(
     ValueError
         If the GGUF file is damaged or its model is not supported.
     OSError
-        If the GGUF file cannot be read or the cache cannot be written.
+        If the GGUF file cannot be read or ``cache_dir`` cannot be written to.
 
     Examples
     --------
@@ -172,15 +181,28 @@ def cached_onnx(
     FileNotFoundError: [Errno 2] No such file or directory: 'missing.gguf'
     """
     file = GGUFFile(gguf_path)
-    read_config(file)  # what cannot be built is refused before 2 GB are read for their checksum
-    root = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "onnx"
-    form = "" if attention == PLAIN else f"-{attention.label()}"
+    config = read_config(file)  # refuses what cannot be built, before its checksum is taken
     name = f"{file_sha256(gguf_path)}-{GRAPH_VERSION}"
-    folder = root / f"{name}{form}"
+    own = name
+    if (attention, weights) != (PLAIN, "float32"):
+        own += f"-{_checksum(attention, config, weights)}"
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = root / "onnx" / own
+    if _is_intact(folder):
+        return folder / _MODEL
+    if cache_dir is None and not can_write(root):
+        folder = temporary_cache_dir() / "onnx" / own
     if not _is_intact(folder):
-        others = [one for one in sorted(root.glob(f"{name}*")) if one != folder]
-        _build(file, folder, progress, attention, "float32", {}, others)
+        others = [one for one in sorted(folder.parent.glob(f"{name}*")) if one != folder]
+        _build(file, folder, progress, attention, weights, {}, others)
     return folder / _MODEL
+
+
+def _checksum(form: AttentionForm, config: DecoderConfig, weights: Weights) -> str:
+    """Return what changes with anything of a form that `GRAPH_VERSION` does not tell."""
+    said: list[Any] = [form.label(), sorted(form.layout(config).to_metadata().items()), weights]
+    said += [one.SerializeToString(deterministic=True) for one in form.functions()]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def _share(path: Path, digest: str, others: Iterable[Path]) -> None:
@@ -210,7 +232,7 @@ def _weights_sha256(path: Path) -> str:
 
 def _require_stored(file: GGUFFile) -> None:
     """Refuse a file of which nothing would stay as it is stored."""
-    if not any(name != "token_embd.weight" and can_keep(file, name) for name in file.tensors):
+    if not keeps_any(file):
         raise ValueError(
             f"{file.path}: no matrix besides the embedding is stored as Q4_0, Q4_1 or Q8_0; "
             "build it with float32 weights"

@@ -61,6 +61,11 @@ def can_keep(file: GGUFFile, name: str) -> bool:
     return info.tensor_type in _BITS and len(info.shape) == 2
 
 
+def keeps_any(file: GGUFFile) -> bool:
+    """Whether there is such a matrix besides the embedding, which is always float32."""
+    return any(name != "token_embd.weight" and can_keep(file, name) for name in file.tensors)
+
+
 def read_stored(file: GGUFFile, name: str) -> StoredMatrix:
     """Return a matrix that `can_keep` allows.
 

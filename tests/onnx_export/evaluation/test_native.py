@@ -81,7 +81,10 @@ def test_command(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(native["caches"]) == NAMES
     for name, one in native["caches"].items():
         (line, text) = [line for line in table.splitlines() if line.startswith(name)]
-        assert f"{one['bytes']['20'] / 1e6:.2f} ({one['bytes']['20'] / 5120:.1%})" in line
+        sizes = {"20": one["bytes"]["20"], **one["resident_bytes"]}
+        assert list(sizes) == ["20", str(CONTEXT)]
+        for tokens, taken in sizes.items():
+            assert f"{taken / 1e6:.1f} ({taken / (256 * int(tokens)):.1%})" in line
         assert f"{one['tokens_per_second']['20']:.1f}" in line
         assert (f"{one['nll_change']:+.4f} ± " in line) == (name != NAMES[0])
         assert text == f"{name}: {one['text']!r}"

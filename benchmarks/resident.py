@@ -39,6 +39,7 @@ def main() -> None:
     gguf = GGUFFile(smollm2_gguf())
     config = read_config(gguf)
     ids = text_of(options.tokens)[: options.tokens]
+    float16 = 2 * 2 * config.layers * config.kv_heads * config.head_dim * len(ids)
     scales = np.full((config.layers, 2, config.kv_heads, config.head_dim), 0.5, np.float32)
     forms: dict[str, AttentionForm] = {FLOAT: GroupedAttention(), INT4: GroupedAttention(scales)}
     targets: dict[str, Target | None] = {FLOAT: None, INT4: None}
@@ -53,7 +54,7 @@ def main() -> None:
             # Not forked: a child that shares pages with this process would not count them.
             with multiprocessing.get_context("spawn").Pool(1) as alone:
                 path = Path(folder) / "model.onnx"
-                grown, used, float16 = alone.apply(grown_by, (path, ids, options.threads))
+                grown, used = alone.apply(grown_by, (path, ids, options.threads))
             what, target = f"{name}, {len(ids)} tokens", targets[name]
             rows += [
                 Row(f"{what}: {grown / 1e6:.1f} MB", spread([grown / float16]), "of float16",
@@ -74,7 +75,7 @@ def parsed() -> argparse.Namespace:
     return parser("resident", __doc__, threads=2, tokens=LONG).parse_args()
 
 
-def grown_by(path: Path, ids: Ids, threads: int) -> tuple[int, int, int]:
+def grown_by(path: Path, ids: Ids, threads: int) -> tuple[int, int]:
     """Return the bytes by which this process grows, and those of the arithmetic."""
     model = Model(path, threads=threads)
     first = read(model, ids)
@@ -84,8 +85,7 @@ def grown_by(path: Path, ids: Ids, threads: int) -> tuple[int, int, int]:
     if before is None or after is None:
         raise SystemExit("this system does not tell what of a process is resident; run it on Linux")
     del first  # held until here
-    memory = second.memory()
-    return after - before, memory.used, memory.float16
+    return after - before, second.memory().used
 
 
 def read(model: Model, ids: Ids) -> Session:

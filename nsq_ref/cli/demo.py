@@ -221,7 +221,7 @@ def _show_native(native: dict[str, Any]) -> None:
     print_table(tuple(heads), rows)
     for name, reason in native["left_out"].items():
         typer.echo(f"{name} was left out: {reason}")
-    measured = "what this process grew by when one was filled"
+    measured = "what of one is in memory, by the system"
     typer.echo(
         f"\nMB, and of float16. At {few} tokens by arithmetic; at {most} "
         f"{measured if first['resident_bytes'] else 'too'}.\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
+
+import numpy as np
 
 from onnx_export.running import Model, Session
 from onnx_export.running.buffers import filled
@@ -11,6 +14,8 @@ __all__ = ["resident_bytes", "resident_cache"]
 
 # Unlike statm, which Linux keeps by processor and adds up now and then, it is exact.
 _ROLLUP = Path("/proc/self/smaps_rollup")
+_PAGEMAP = Path("/proc/self/pagemap")
+_PRESENT = 63  # the bit of a page that is in memory
 
 
 def resident_bytes() -> int | None:
@@ -34,10 +39,11 @@ def resident_bytes() -> int | None:
 
 
 def resident_cache(model: Model, tokens: int) -> int | None:
-    """Return by how much this process grows when a cache is made, and so many tokens written to it.
+    """Return the bytes in memory of a cache that is made, and so many tokens written to it.
 
-    The model is not run: what tokens fill of each tensor is written. Two caches are made, and the
-    second is measured, as the first may be put where memory was left over.
+    The model is not run: what tokens fill of each tensor is written. Counted are whole pages that
+    the tensors lie in. What the process grows by would not tell: the allocator gives what was freed
+    before again.
 
     Parameters
     ----------
@@ -57,21 +63,34 @@ def resident_cache(model: Model, tokens: int) -> int | None:
     >>> from onnx_export.models.tiny import tiny_onnx
     >>> from nsq_ref import Scheme
     >>> scheme = Scheme.named("streaming4")
-    >>> grown = resident_cache(Model(tiny_onnx(QuantizedAttention(scheme, scheme))), 512)
-    >>> grown is None or 0 <= grown < 1_000_000
+    >>> taken = resident_cache(Model(tiny_onnx(QuantizedAttention(scheme, scheme))), 512)
+    >>> taken is None or 30_000 < taken < 300_000
     True
     """
-    first = _written(model, tokens)
-    before = resident_bytes()
-    second = _written(model, tokens)
-    after = resident_bytes()
-    del first, second  # held until here
-    return None if before is None or after is None else after - before
-
-
-def _written(model: Model, tokens: int) -> Session:
     session = Session(model, capacity=tokens)
     arrays = session.tensors()
+    pages: set[int] = set()
     for tensor in model.layout.tensors:
-        arrays[tensor.past][0][filled(model.layout, tensor, tokens)] = 1
-    return session
+        array = arrays[tensor.past]
+        array[0][filled(model.layout, tensor, tokens)] = 1
+        start = array.ctypes.data
+        pages.update(range(start // mmap.PAGESIZE, -(-(start + array.nbytes) // mmap.PAGESIZE)))
+    if not pages:
+        return 0
+    try:
+        with _PAGEMAP.open("rb", buffering=0) as entries:
+            present = 0
+            for first, stop in _runs(sorted(pages)):
+                entries.seek(8 * first)
+                read = np.frombuffer(entries.read(8 * (stop - first)), np.uint64)
+                present += int((read >> np.uint64(_PRESENT)).sum())
+    except OSError:
+        return None
+    return present * mmap.PAGESIZE
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Return where consecutive numbers start and stop."""
+    found = np.array(numbers)
+    cuts = np.flatnonzero(np.diff(found) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(found, cuts)]

@@ -119,3 +119,22 @@ def test_forms_share_their_weights(tmp_path: Path) -> None:
     first.write_bytes(first.read_bytes()[:-1] + b"!")  # of both
     weights()
     assert first.read_bytes() == second.read_bytes() == intact["weights.bin"]
+
+
+def test_where_the_users_folder_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built in a temporary folder, once a process; what the user's folder has is used."""
+    gguf_path = TinyModel().write(tmp_path / "tiny.gguf")
+    blocked = tmp_path / "blocked"
+    blocked.write_bytes(b"not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    first = cached_onnx(gguf_path)
+    assert tmp_path not in first.parents
+    os.utime(first, (1, 1))
+    assert cached_onnx(gguf_path) == first
+    assert first.stat().st_mtime == 1
+    with pytest.raises(OSError, match="blocked"):
+        cached_onnx(gguf_path, cache_dir=blocked)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert tmp_path in cached_onnx(gguf_path).parents

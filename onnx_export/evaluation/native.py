@@ -32,8 +32,9 @@ from onnx_export import custom_ops
 from onnx_export.evaluation.fidelity import TransformFidelity, mean_nll, require_lengths
 from onnx_export.evaluation.resident import resident_cache
 from onnx_export.models.attention_forms import AttentionForm, GroupedAttention, QuantizedAttention
-from onnx_export.models.built import Progress, Weights, cached_onnx, read_config
+from onnx_export.models.built import Progress, cached_onnx, read_config
 from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.llama import Weights
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.stored import keeps_any
 from onnx_export.models.texts import ADDRESSES, REPORTING_START, read_address

@@ -41,8 +41,8 @@ def resident_bytes() -> int | None:
 def resident_cache(model: Model, tokens: int) -> int | None:
     """Return the bytes in memory of a cache that is made, and so many tokens written to it.
 
-    The model is not run: what tokens fill of each tensor is written, and all of the tails, as runs
-    come to write all of them. Counted are whole pages that the tensors lie in. What the process grows by would not tell: the allocator gives what was freed
+    The model is not run: what tokens fill of each tensor is written. Counted are whole pages that
+    the tensors lie in. What the process grows by would not tell: the allocator gives what was freed
     before again.
 
     Parameters
@@ -72,8 +72,7 @@ def resident_cache(model: Model, tokens: int) -> int | None:
     pages: set[int] = set()
     for tensor in model.layout.tensors:
         array = arrays[tensor.past]
-        whole = tensor.part is not None and tensor.part.endswith("_tail")
-        array[0][() if whole else filled(model.layout, tensor, tokens)] = 1
+        array[0][filled(model.layout, tensor, tokens)] = 1
         start = array.ctypes.data
         pages.update(range(start // mmap.PAGESIZE, -(-(start + array.nbytes) // mmap.PAGESIZE)))
     if not pages:

@@ -16,7 +16,7 @@ from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.llama import Progress, Weights
 from onnx_export.running import Session
 
-__all__ = ["LEAST", "TOKENS", "calibrated", "static_scales"]
+__all__ = ["LEAST", "TOKENS", "calibrated", "largest_by_channel", "scales_of", "static_scales"]
 
 TOKENS = 1024
 """So many tokens of a text are used, if it has them and the model's context does."""
@@ -51,17 +51,40 @@ def static_scales(session: Session, ids: NDArray[np.int64]) -> NDArray[np.float3
     ids = ids[: min(TOKENS, session.limit)]
     for start in range(0, len(ids), CHUNK):
         session.forward(ids[start : start + CHUNK])
-    cache = session.tensors()
-    layers = len(session.model.layout.tensors) // 2
-    largest = [
-        [
-            np.abs(cache[f"past_key_values.{layer}.{side}"][0, :, : len(ids)]).max(axis=1)
-            for side in ("key", "value")
-        ]
-        for layer in range(layers)
-    ]
+    scales = scales_of(largest_by_channel(session))
     session.crop(0)
-    return (np.maximum(np.array(largest), 1e-6) / STEPS).astype(np.float32)
+    return scales
+
+
+def largest_by_channel(session: Session) -> NDArray[np.float32]:
+    """Return the largest value of each channel that a float32 cache of fixed size holds.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``[layers, 2, kv_heads, head_dim]``, of keys and of values.
+
+    Examples
+    --------
+    >>> from tempfile import mkdtemp
+    >>> from onnx_export.models.tiny import tiny_onnx
+    >>> session = Session(tiny_onnx())
+    >>> _ = session.forward([3, 1, 4])
+    >>> largest_by_channel(session).shape
+    (2, 2, 2, 8)
+    """
+    cache, (tokens, *_) = session.tensors(), session.lengths
+    sides = [
+        np.abs(cache[tensor.past][0, :, :tokens]).max(axis=1)
+        for tensor in session.model.layout.tensors
+    ]
+    return np.stack(sides).reshape(-1, 2, *sides[0].shape).astype(np.float32)
+
+
+def scales_of(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return steps of which each channel's largest value is 7; of channels of zeros tiny ones."""
+    steps: NDArray[np.float32] = np.maximum(largest, np.float32(1e-6)) / np.float32(STEPS)
+    return steps
 
 
 def calibrated(

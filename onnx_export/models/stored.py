@@ -125,6 +125,11 @@ def can_keep(file: GGUFFile, name: str) -> bool:
     return info.tensor_type in _TYPES and len(info.shape) == 2
 
 
+def keeps_any(file: GGUFFile) -> bool:
+    """Whether there is such a matrix."""
+    return any(can_keep(file, name) for name in file.tensors)
+
+
 def add_product(graph: Graph, x: str, matrix: Stored, weight: str, name: str) -> str:
     """Add ``x @ matrix.T`` for ``x`` of shape ``[..., in_features]``, its weights so called."""
     _add_weights(graph, matrix, weight)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import nsq_ref as nsq
 import nsq_ref.transformers
-from nsq_ref.transformers import NsqCache, NsqLayer, Stored, attention
+from nsq_ref.transformers import NsqCache, NsqLayer, Stored
 from tests.with_torch.reference_cache import reference_cache
 from tests.with_torch.tiny_decoders import CACHE, FAMILIES, OTHERS, decoder, prompt
 
@@ -176,7 +176,7 @@ def test_autocast(attention: str) -> None:
 
 def test_caches_stay_outside_of_compiled_graphs() -> None:
     """A compiled model takes 20 seconds to find out that its logits are the same."""
-    for function in (NsqLayer.update, Stored.plain, attention):
+    for function in (NsqLayer.update, Stored.plain, nsq_ref.transformers.attention):
         assert function._torchdynamo_disable
 
 

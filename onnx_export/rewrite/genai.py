@@ -110,13 +110,14 @@ class Context:
                     "take cache='tensors', or an export with an attention mask"
                 )
         decoder["filename"] = self._target.name
-        options = decoder.setdefault("session_options", {})
+        options = _section(decoder, "session_options")
         options["custom_ops_library"] = library.name if library else ""
         # The operator knows of windows; the loop shall keep all tokens.
         decoder.pop("sliding_window", None)
         self._config["model"]["context_length"] = length
-        search = self._config.setdefault("search", {})
-        search["max_length"] = min(int(search.get("max_length") or length), length)
+        search = _section(self._config, "search")
+        stated = as_integer(f"{CONFIG}: max_length", search.get("max_length", length), least=0)
+        search["max_length"] = min(stated or length, length)
         search["past_present_share_buffer"] = True
         content = json.dumps(self._config, indent=4).encode()
         files: list[tuple[Path, atomic.Content]] = [(self._target.with_name(CONFIG), content)]
@@ -126,8 +127,7 @@ class Context:
         return files
 
     def _require_cpu(self) -> None:
-        options = self._decoder.get("session_options") or {}
-        for one in options.get("provider_options") or []:
+        for one in _section(self._decoder, "session_options").get("provider_options") or []:
             for provider in one:
                 if str(provider).lower() != "cpu":
                     raise ValueError(
@@ -155,6 +155,14 @@ def _entry(config: dict[str, Any], *names: str) -> dict[str, Any]:
             raise ValueError(f"{CONFIG} has no object {name!r}, as that of a decoder has")
         config = found
     return config
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object that may be left out; then it is made."""
+    found = config.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONFIG} is none of onnxruntime-genai: {name!r} is no object")
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:

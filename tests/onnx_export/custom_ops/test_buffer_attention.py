@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -212,8 +214,17 @@ def test_sides_that_share_memory_are_refused() -> None:
         runner.step(make_inputs(SMALL, np.random.default_rng(0), runner.lengths, 1, [1]))
 
 
+# Some are of a cache of the node; of any, only those that are small in memory.
+SHAPES = st.one_of(
+    st.tuples(st.just(1), st.just(2), st.sampled_from([1, 2, 3]), st.sampled_from([64, 640])),
+    st.lists(st.sampled_from([0, 1, 2, 3, 64, 640]), max_size=5).filter(
+        lambda shape: math.prod(shape) < 1 << 18
+    ),
+)
+
+
 @given(
-    shape=st.lists(st.sampled_from([0, 1, 2, 3, 64, 640]), min_size=0, max_size=5),
+    shape=SHAPES,
     head_dim=st.sampled_from([1, 2, 8, 64]),
     block=st.sampled_from([1, 4, 128, 2**31, 2**62]),
     sinks=st.sampled_from([0, 3, 2**40, 2**62]),
@@ -222,7 +233,7 @@ def test_sides_that_share_memory_are_refused() -> None:
 )
 @settings(max_examples=60)
 def test_whatever_it_is_given_it_refuses_or_runs(
-    shape: list[int], head_dim: int, block: int, sinks: int, past: int, content: int
+    shape: Sequence[int], head_dim: int, block: int, sinks: int, past: int, content: int
 ) -> None:
     """Sizes whose product is beyond 64 bits, axes that are missing, bytes of anything."""
     scheme = Scheme(block_size=block, sink_tokens=sinks)

@@ -68,7 +68,7 @@ class NativeCache:
     ----------
     fidelity : TransformFidelity
         Likelihoods with it, and with the float32 cache.
-    nbytes, float16_bytes : mapping of int to int
+    used_bytes, float16_bytes : mapping of int to int
         What it takes by arithmetic, and what float16 takes, by the tokens in it: those of the
         prefill, and as many as the model can read, to 8192.
     resident_bytes : mapping of int to int
@@ -81,7 +81,7 @@ class NativeCache:
     """
 
     fidelity: TransformFidelity
-    nbytes: Mapping[int, int]
+    used_bytes: Mapping[int, int]
     float16_bytes: Mapping[int, int]
     resident_bytes: Mapping[int, int]
     text: str
@@ -90,7 +90,7 @@ class NativeCache:
     def to_dict(self) -> dict[str, Any]:
         """Return all as plain Python values, ready for JSON."""
         return {
-            "bytes": _by_name(self.nbytes),
+            "bytes": _by_name(self.used_bytes),
             "float16_bytes": _by_name(self.float16_bytes),
             "resident_bytes": _by_name(self.resident_bytes),
             "tokens_per_second": _by_name(self.tokens_per_second),

@@ -61,7 +61,7 @@ def test_sealed_blocks_cost_likelihood_and_take_less(gguf: Path) -> None:
     assert four.fidelity.nll != three.fidelity.nll
     for tokens in (300, CONTEXT):
         elements = 2 * LAYERS * KV_HEADS * HEAD_DIM * tokens
-        sizes = [result.caches[name].nbytes[tokens] for name in NAMES]
+        sizes = [result.caches[name].used_bytes[tokens] for name in NAMES]
         assert sizes[:2] == [4 * elements, elements // 2]
         assert sizes[0] > sizes[2] > sizes[3]
         # Codes of two blocks, at least: the last tokens are float32.

@@ -87,9 +87,10 @@ Status AttentionKernel::check_side(const Tensors& tensors, int first_input,
   }
   if (past[kNorm]) NSQ_TRY(expect_element(past[kNorm], element(scheme.norm_dtype)));
   NSQ_TRY(expect_shape(past[kNorm], {batch, heads, capacity}));
-  side->strides = extents(*side);
   NSQ_TRY(expect_shape(past[kSinks], {batch, heads, scheme.sink_tokens, head_dim}));
-  return expect_shape(past[kTail], {batch, heads, scheme.block_size, head_dim});
+  NSQ_TRY(expect_shape(past[kTail], {batch, heads, scheme.block_size, head_dim}));
+  side->strides = extents(*side);  // after the checks: what they refuse may be too large for it
+  return Status();
 }
 
 Parts parts_of(const Tensor* tensors) {

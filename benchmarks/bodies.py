@@ -69,9 +69,7 @@ def main() -> None:
             rows += [replace(row, what=f"{name}: {row.what}") for row in measured]
             notes.append(f"{name}: {remark}")
         if options.prefill:
-            name = (
-                f"prefill of {options.prefill} tokens, {threads} thread{'s' if threads > 1 else ''}"
-            )
+            name = f"prefill of {options.prefill} tokens, {on_threads}"
             measured, remark = prefill(options, threads)
             report(f"nsq {nsq.__version__}, {name}", measured, [remark])
             rows += [replace(row, what=f"{name}: {row.what}") for row in measured]

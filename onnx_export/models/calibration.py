@@ -66,7 +66,6 @@ def largest_by_channel(session: Session) -> NDArray[np.float32]:
 
     Examples
     --------
-    >>> from tempfile import mkdtemp
     >>> from onnx_export.models.tiny import tiny_onnx
     >>> session = Session(tiny_onnx())
     >>> _ = session.forward([3, 1, 4])

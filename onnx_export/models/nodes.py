@@ -119,10 +119,9 @@ class Graph(Nodes):
 
 def _parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """Yield some rows at a time, as a transposed matrix is copied to be contiguous."""
-    row = max(1, values.nbytes // max(1, len(values))) if values.ndim else 1
-    step = max(1, _PART // row)
     if not values.ndim:
         yield values
         return
+    step = max(1, _PART * len(values) // max(1, values.nbytes))
     for start in range(0, len(values), step):
         yield values[start : start + step]

@@ -201,16 +201,22 @@ def _add_weights(graph: Graph, matrix: Stored, weight: str) -> None:
     """Add codes, scales and offsets, unless they are there."""
     if graph.has(f"{weight}.scales"):
         return
-    scale_shape = (matrix.features, matrix.blocks)
-    packed = (*scale_shape, matrix.block // 2)
+    packed = (matrix.features, matrix.blocks, matrix.block // 2)
+    scales, offsets = [], []  # kept on the way, as they are small
+
+    def codes(kind: str) -> Iterator[Bytes]:
+        for one in matrix.parts():
+            if kind != "lower":
+                scales.append(one.scales)
+                offsets.append(one.offsets)
+            yield _packed(one.codes, kind)
+
     for kind in ("codes",) if matrix.bits == 4 else ("upper", "lower"):
-        parts = (_packed(one.codes, kind) for one in matrix.parts())
-        graph.weight_parts(f"{weight}.{kind}", packed, np.dtype(np.uint8), parts)
-    scales = (one.scales for one in matrix.parts())
-    graph.weight_parts(f"{weight}.scales", scale_shape, np.dtype(np.float32), scales)
+        graph.weight_parts(f"{weight}.{kind}", packed, np.dtype(np.uint8), codes(kind))
+    graph.weight(f"{weight}.scales", np.concatenate(scales))
     if matrix.has_offsets:
-        offsets = np.concatenate([one.offsets for one in matrix.parts() if one.offsets is not None])
-        graph.weight(f"{weight}.offsets", offsets.T)
+        all_offsets = np.concatenate([one for one in offsets if one is not None])
+        graph.weight(f"{weight}.offsets", all_offsets.T)
 
 
 def _packed(codes: Bytes, kind: str) -> Bytes:

@@ -268,13 +268,8 @@ class Tokenizer:
 
 def _metadata(file: GGUFFile, key: str, kind: type) -> Any:
     full_key = f"tokenizer.ggml.{key}"
-    value = file.value(full_key)
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"{file.path}: key {full_key!r} has the wrong type ({type(value).__name__}); "
-            "convert the model again"
-        )
-    return value
+    file.value(full_key)  # which refuses a file that lacks it
+    return _optional(file, full_key, kind)
 
 
 def _optional(file: GGUFFile, key: str, kind: type, *, default: Any = None) -> Any:

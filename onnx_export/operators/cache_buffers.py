@@ -14,6 +14,8 @@ cache.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import FloatName
 from nsq_ref.scheme import Field, Scheme
 from onnx_export.operators.attention_models import cache_fields
-from onnx_export.operators.cache_layout import CacheTensor
+from onnx_export.operators.cache_layout import BUFFERS, CacheTensor
 
 __all__ = ["ALIGNMENT", "BufferPart", "buffer_layout", "buffer_tensors", "read_buffers"]
 
@@ -99,7 +101,7 @@ def buffer_tensors(
     value_head_dim: int | None = None,
     context_length: int,
     dtype: FloatName = "float32",
-    names: tuple[tuple[str, str], tuple[str, str]] | None = None,
+    names: Sequence[tuple[str, str]] | None = None,
 ) -> tuple[CacheTensor, CacheTensor]:
     """Return the two tensors of a layer's cache, both of the size of the larger.
 
@@ -109,7 +111,7 @@ def buffer_tensors(
         As `quantized_tensors` takes them.
     context_length : int
         Tokens that a row has room for.
-    names : pair of pairs of str, optional
+    names : sequence of two pairs of str, optional
         Past and present of keys, and of values; ``past_key_values.{layer}.key`` and
         ``present.{layer}.key`` by default.
 
@@ -136,24 +138,20 @@ def buffer_tensors(
         key, value, kv_heads=kv_heads, head_dim=head_dim, value_head_dim=value_head_dim,
         capacity=0, dtype=dtype,
     )  # fmt: skip
-    nbytes = 0
-    for scheme, channels in ((key, head_dim), (value, value_head_dim or head_dim)):
-        sealed = scheme.cut(context_length).sealed
-        nbytes = max(
-            nbytes,
-            buffer_layout(scheme, head_dim=channels, capacity=sealed, dtype=dtype)[1],
-        )
-    if names is None:
-        names = tuple(  # type: ignore[assignment]
-            (f"past_key_values.{layer}.{side}", f"present.{layer}.{side}")
-            for side in ("key", "value")
-        )
-    shape = ("batch", kv_heads, 1, nbytes)
-    key_names, value_names = names or (("", ""), ("", ""))
-    return (
-        CacheTensor(*key_names, "uint8", shape, layer, "key"),
-        CacheTensor(*value_names, "uint8", shape, layer, "value"),
+    nbytes = max(
+        buffer_layout(
+            scheme, head_dim=channels, capacity=scheme.cut(context_length).sealed, dtype=dtype
+        )[1]
+        for scheme, channels in ((key, head_dim), (value, value_head_dim or head_dim))
     )
+    if names is None:
+        names = [(f"past_key_values.{layer}.{side}", f"present.{layer}.{side}") for side in BUFFERS]
+    shape = ("batch", kv_heads, 1, nbytes)
+    key_tensor, value_tensor = (
+        CacheTensor(past, present, "uint8", shape, layer, side)
+        for (past, present), side in zip(names, BUFFERS, strict=True)
+    )
+    return key_tensor, value_tensor
 
 
 def read_buffers(
@@ -192,17 +190,17 @@ def read_buffers(
             f"buffers is {buffers.dtype} {list(buffers.shape)}; it must be uint8 [batch, kv_heads, "
             "1, bytes]"
         )
-    block = scheme.block_size or 1
     nbytes = buffers.shape[-1]
-    fits = -1
-    while (
-        buffer_layout(scheme, head_dim=head_dim, capacity=(fits + 1) * block, dtype=dtype)[1]
-        <= nbytes
-    ):
-        fits += 1
+
+    def layout(blocks: int) -> tuple[dict[str, BufferPart], int]:
+        capacity = blocks * (scheme.block_size or 1)
+        return buffer_layout(scheme, head_dim=head_dim, capacity=capacity, dtype=dtype)
+
+    # A block has a byte at least.
+    fits = bisect_right(range(nbytes + 1), nbytes, key=lambda blocks: layout(blocks)[1]) - 1
     if fits < 0:
         raise ValueError(f"buffers has {nbytes} bytes a head, too few for sinks and tail")
-    parts, _ = buffer_layout(scheme, head_dim=head_dim, capacity=fits * block, dtype=dtype)
+    parts, _ = layout(fits)
     rows = buffers[:, :, 0]
     views = {
         name: rows[..., offset : offset + math.prod(field.shape) * field.dtype.itemsize]

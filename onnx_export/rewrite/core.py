@@ -235,9 +235,8 @@ class _Edit:
                 return quantized_tensors(layer, *schemes, **sizes)
             names = [(one.past.name or "", one.present.name or "") for one in caches_of(found)]
             return buffer_tensors(
-                layer, *schemes, **sizes, context_length=self.context_length,
-                names=(names[0], names[1]),
-            )  # fmt: skip
+                layer, *schemes, **sizes, context_length=self.context_length, names=names
+            )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
 

@@ -44,9 +44,14 @@ def in_python(model: Path, library: bool = False) -> list[int]:
     return [int(token) for token in text.tokens]
 
 
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[int]:
+    return in_python(model)
+
+
 @pytest.mark.parametrize("model", NAMES[:1], indirect=True)
-def test_native_library(model: Path) -> None:
-    assert in_python(model, library=True) == in_python(model)
+def test_native_library(model: Path, expected: list[int]) -> None:
+    assert in_python(model, library=True) == expected
 
 
 def in_node(*arguments: str) -> Any:
@@ -61,9 +66,9 @@ def in_node(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-node", "onnxruntime-web"])
-def test_javascript(runtime: str, model: Path) -> None:
+def test_javascript(runtime: str, model: Path, expected: list[int]) -> None:
     """The example's own loop; onnxruntime-web is WebAssembly in Node, too."""
-    expected, prompt = in_python(model), json.dumps(list(PROMPT.encode()))
+    prompt = json.dumps(list(PROMPT.encode()))
     loop = str(BROWSER / "decoder.mjs")
     found = in_node(
         "generate.mjs", runtime, str(model), loop, prompt, str(TOKENS), str(CAPACITY)
@@ -72,17 +77,16 @@ def test_javascript(runtime: str, model: Path) -> None:
     assert found["again"] == expected[: len(found["again"])]  # after a reset
     assert found["length"] == len(PROMPT) + TOKENS - 1
     session = Session(model, capacity=CAPACITY, library=False)
-    fixed = session.model.layout.nbytes(batch=1, capacity=CAPACITY)
-    grown = [tensor for tensor in session.model.layout.tensors if tensor.grows]
-    assert not grown
-    assert found["bytes"] == fixed
+    layout = session.model.layout
+    assert not any(tensor.grows for tensor in layout.tensors)
+    assert found["bytes"] == layout.nbytes(batch=1, capacity=CAPACITY)
 
 
 @pytest.mark.parametrize("model", NAMES[:1], indirect=True)
-def test_page(model: Path) -> None:
+def test_page(model: Path, expected: list[int]) -> None:
     """It chats: a model is chosen, and something said. The browser is one for Linux on x86-64."""
     text = in_node("chat.mjs", str(BROWSER / "index.html"), PROMPT, str(model))
-    assert text.startswith(f"\n> {PROMPT}\n{bytes(in_python(model)).decode()}")
+    assert text.startswith(f"\n> {PROMPT}\n{bytes(expected).decode()}")
 
 
 def test_the_page_has_the_version_that_is_tested() -> None:

@@ -17,6 +17,7 @@ from onnx_export.rewrite.patterns.traced import (
     cached,
     refused,
     require_dtypes,
+    require_unscaled,
     trace,
 )
 from onnx_export.rewrite.probe import axes_of, probes
@@ -85,9 +86,8 @@ def _outside(node: ir.Node, graph: Graph, given: dict[str, ir.Value | None]) -> 
     for one in sides:
         if one.heads != sides[0].heads or one.heads * one.repeats != heads:
             raise NotUnderstoodError(f"{heads} heads of queries meet {one.heads} in its cache")
-    if not math.isclose(sides[1].factor, 1.0, rel_tol=1e-6):
-        raise NotUnderstoodError(f"its values are scaled by {sides[1].factor}")
-    return _found(node, graph, given, query, sides, (keys.node, values.node, node))
+    require_unscaled(sides[1])
+    return _found(node, graph, given, (query, heads), sides, (keys.node, values.node, node))
 
 
 def _inside(node: ir.Node, graph: Graph, given: dict[str, ir.Value | None]) -> Found:
@@ -108,7 +108,7 @@ def _inside(node: ir.Node, graph: Graph, given: dict[str, ir.Value | None]) -> F
         sides.append(Cached(cache, Tokens(new, "BSH"), heads, channels, 1, 1.0))
     if any(_rank(graph, one) not in (None, 3) for one in (given["key"], given["value"])):
         raise NotUnderstoodError("queries, keys or values have other than three axes")
-    return _found(node, graph, given, query, sides, (node,))
+    return _found(node, graph, given, (query, heads), sides, (node,))
 
 
 def _known(node: ir.Node, graph: Graph, given: dict[str, ir.Value | None]) -> tuple[ir.Value, int]:
@@ -145,12 +145,11 @@ def _found(
     node: ir.Node,
     graph: Graph,
     given: dict[str, ir.Value | None],
-    query: ir.Value,
+    known: tuple[ir.Value, int],
     sides: list[Cached],
     nodes: tuple[ir.Node, ...],
 ) -> Found:
-    keys, values = sides
-    heads = node.attributes.get_int("num_heads", 0)
+    (query, heads), (keys, values) = known, sides
     dtype = graph.model_dtype(keys.cache.past) or graph.model_dtype(keys.cache.present)
     if dtype is None:
         stated = graph.dtype(keys.cache.past) or "of a dtype that nobody states"

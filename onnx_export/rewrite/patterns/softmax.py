@@ -14,12 +14,14 @@ from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns.traced import (
     NotUnderstoodError,
     by_tokens,
+    cache_dtype,
     cached,
     constant_factor,
     mask_shape,
     query_shape,
     refused,
     require_dtypes,
+    require_unscaled,
     same_number,
     scaled,
     trace,
@@ -111,14 +113,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
                 f"{heads} heads of queries meet {made} of {side}, from {given_by.heads} in their "
                 "cache"
             )
-    if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
-        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
-    dtype = graph.model_dtype(behind_keys.past)
-    if dtype is None:
-        raise NotUnderstoodError(
-            f"its cache is {graph.dtype(behind_keys.past)}; nsq.Attention has float32 and "
-            "float16; convert the model"
-        )
+    require_unscaled(values)
+    dtype = cache_dtype(graph, keys.cache)
     for one in scores.added:
         mask_shape(graph, one.value, heads, flat=one.flat)
         require_dtypes(graph, dtype, mask=one.value)

@@ -6,6 +6,7 @@ scale. What it does is not read off the operators but seen on probes.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +22,9 @@ with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "never_grows",
-    "query_shape", "refused", "require_dtypes", "scaled", "trace",
+    "Behind", "NotUnderstoodError", "by_tokens", "cache_dtype", "cached", "mask_shape",
+    "never_grows", "query_shape", "refused", "require_dtypes", "require_unscaled", "scaled",
+    "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -309,6 +311,23 @@ def query_shape(graph: Graph, value: ir.Value) -> tuple[int, int]:
     if len(found) != 1:
         raise NotUnderstoodError(f"heads and channels of its queries {value.name} are not constant")
     return found.pop()
+
+
+def require_unscaled(values: Cached) -> None:
+    """Refuse values that are multiplied on their way, for which nsq.Attention has no place."""
+    if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
+        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
+
+
+def cache_dtype(graph: Graph, cache: Cache) -> Literal["float32", "float16"]:
+    """Return the dtype of a cache, which nsq.Attention must have."""
+    dtype = graph.model_dtype(cache.past)
+    if dtype is None:
+        raise NotUnderstoodError(
+            f"its cache is {graph.dtype(cache.past)}; nsq.Attention has float32 and float16; "
+            "convert the model"
+        )
+    return dtype
 
 
 def require_dtypes(graph: Graph, dtype: str, **values: ir.Value | None) -> None:

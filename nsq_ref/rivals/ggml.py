@@ -63,7 +63,8 @@ def inverse(scale: Float32) -> Array:
     """
     with np.errstate(all="ignore"):
         inverted = np.float32(1) / scale
-    return np.where(np.isfinite(inverted), inverted, np.float32(0))
+    usable: Array = np.where(np.isfinite(inverted), inverted, np.float32(0))
+    return usable
 
 
 def away_from_zero(x: Array) -> Array:

@@ -110,9 +110,11 @@ def imbalance(tiles: Float32) -> Float32:
 
 
 def _scaled(tiles: Float32, column: Array, row: Array) -> Float32:
-    return tiles / np.exp(column) / np.exp(row)
+    scaled: Float32 = (tiles / np.exp(column) / np.exp(row)).astype(np.float32)
+    return scaled
 
 
 def _log_deviation(tiles: Float32, axis: int) -> Array:
     deviation = tiles.std(axis=axis, ddof=1, keepdims=True)
-    return np.log(np.clip(deviation, np.float32(1e-3), np.float32(1e3)))
+    logarithm: Array = np.log(np.clip(deviation, np.float32(1e-3), np.float32(1e3)))
+    return logarithm

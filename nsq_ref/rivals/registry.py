@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from nsq_ref.rivals.codebooks import NsnQuant, TurboQuant
 from nsq_ref.rivals.codec import Codec, NormFirst, SchemeCodec, Stored
 from nsq_ref.rivals.ggml import GgmlBlocks
@@ -106,6 +108,23 @@ class Entry:
         (1152, 0)
         """
         return self.key(keys), self.value(values)
+
+    def bits_per_element(self, tokens: int, head_dim: int, heads: int = 8) -> tuple[float, float]:
+        """Return bits an element of one layer, keys and values together: all, and sealed ones.
+
+        The second leaves sinks and tail out, and is 0 if there is nothing else.
+
+        Examples
+        --------
+        >>> entry("kivi2").bits_per_element(tokens=512, head_dim=64)
+        (4.625, 3.0)
+        """
+        nothing = np.zeros((heads, tokens, head_dim), np.float32)
+        stored = self.calibrated(nothing, nothing).store(nothing, nothing)
+        sealed = sum(side.sealed_bits for side in stored)
+        elements = sum(side.sealed_elements for side in stored)
+        total = sealed + sum(side.kept_bits for side in stored)
+        return total / (2 * nothing.size), sealed / elements if elements else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the numbers, as plain values, ready for JSON.

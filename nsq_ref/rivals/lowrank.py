@@ -9,7 +9,7 @@ import numpy as np
 
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.rivals.codec import Codec, Part, Parts, Values, half
-from nsq_ref.rivals.grouped import asymmetric, asymmetric_back, by_channels, by_tokens
+from nsq_ref.rivals.grouped import asymmetric, asymmetric_back, by_channels
 
 __all__ = ["Gear", "LowRank"]
 
@@ -78,26 +78,21 @@ class Gear(Codec):
 
     def encode(self, x: Float32) -> Parts:
         """Code without the outliers; then the low rank of what is wrong."""
-        vectors = self._vectors(x)
-        count = int(vectors.shape[-1] * self.sparsity / 2)
+        vectors = np.swapaxes(x, -1, -2) if self.side == "key" else tokens_of_all_heads(x)
+        size = vectors.shape[-1]
+        count = int(size * self.sparsity / 2)
         order = np.argsort(vectors, axis=-1, kind="stable")
-        place = np.concatenate([order[..., :count], order[..., vectors.shape[-1] - count :]], -1)
+        place = np.concatenate([order[..., :count], order[..., size - count :]], axis=-1)
         outliers = half("an outlier", np.take_along_axis(vectors, place, -1))
         filled = vectors.copy()
         np.put_along_axis(filled, place, vectors.mean(axis=-1, keepdims=True), -1)
-        rest = self._back(filled, x.shape)
-        groups = (
-            by_tokens(rest, self.group)
-            if self.side == "key"
-            else by_channels(self._vectors(rest), self.group, "GEAR")
-        )
-        parts = asymmetric(groups, self.bits, -2 if self.side == "key" else -1)
-        width = 16 if vectors.shape[-1] <= 2**16 else 32
-        parts |= {"outliers": Part(outliers, 16), "index": Part(place.astype(np.uint32), width)}
+        parts = asymmetric(by_channels(filled, self.group, "GEAR"), self.bits, -1)
+        parts["outliers"] = Part(outliers, 16)
+        parts["index"] = Part(place.astype(np.uint32), 16 if size <= 2**16 else 32)
         error = x - self._coarse({name: part.values for name, part in parts.items()}, x.shape)
         left, right = power_iteration(error, self.rank, self.loops, self.seed)
-        left, right = half("a factor", left), half("a factor", right)
-        return parts | {"left": Part(left, 16), "right": Part(right, 16)}
+        factors = {"left": half("a factor", left), "right": half("a factor", right)}
+        return parts | {name: Part(factor, 16) for name, factor in factors.items()}
 
     def decode(self, parts: Values, shape: tuple[int, ...]) -> Float32:
         """Codes and outliers, plus the low rank."""
@@ -106,27 +101,39 @@ class Gear(Codec):
         return restored
 
     def _coarse(self, parts: Values, shape: tuple[int, ...]) -> Float32:
-        rest = asymmetric_back(parts)
-        if self.side == "key":
-            vectors = self._vectors(rest.reshape(shape)).copy()
-        else:
-            vectors = rest.reshape(*rest.shape[:-2], -1)
+        groups = asymmetric_back(parts)
+        vectors = groups.reshape(*groups.shape[:-2], -1)
         outliers = parts["outliers"].astype(np.float32)
         np.put_along_axis(vectors, parts["index"].astype(np.int64), outliers, -1)
-        return self._back(vectors, shape)
+        return np.swapaxes(vectors, -1, -2) if self.side == "key" else heads_apart(vectors, shape)
 
-    def _vectors(self, x: Float32) -> Float32:
-        """``[..., H, D, T]`` of keys; ``[..., T, H * D]`` of values, and D alone without heads."""
-        if self.side == "key" or x.ndim == 2:
-            return np.swapaxes(x, -1, -2) if self.side == "key" else x
-        together = np.moveaxis(x, -3, -2)
-        return together.reshape(*together.shape[:-2], -1)
 
-    def _back(self, vectors: Float32, shape: tuple[int, ...]) -> Float32:
-        if self.side == "key" or len(shape) == 2:
-            return np.swapaxes(vectors, -1, -2) if self.side == "key" else vectors
-        apart = vectors.reshape(*shape[:-3], shape[-2], shape[-3], shape[-1])
-        return np.moveaxis(apart, -2, -3)
+def tokens_of_all_heads(x: Float32) -> Float32:
+    """Put the channels of all heads of a token side by side, ``[..., T, H * D]``.
+
+    Examples
+    --------
+    >>> tokens_of_all_heads(np.zeros((3, 5, 4), np.float32)).shape
+    (5, 12)
+    """
+    if x.ndim == 2:
+        return x
+    together = np.moveaxis(x, -3, -2)
+    return together.reshape(*together.shape[:-2], -1)
+
+
+def heads_apart(vectors: Float32, shape: tuple[int, ...]) -> Float32:
+    """Undo `tokens_of_all_heads`.
+
+    Examples
+    --------
+    >>> heads_apart(np.zeros((5, 12), np.float32), (3, 5, 4)).shape
+    (3, 5, 4)
+    """
+    if len(shape) == 2:
+        return vectors
+    apart = vectors.reshape(*shape[:-3], shape[-2], shape[-3], shape[-1])
+    return np.moveaxis(apart, -2, -3)
 
 
 def power_iteration(x: Float32, rank: int, loops: int, seed: int) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nsq_ref.arrays import as_float_array, as_integer
 from nsq_ref.rivals.codebooks import NsnQuant, TurboQuant
 from nsq_ref.rivals.codec import Codec, NormFirst, SchemeCodec, Stored
 from nsq_ref.rivals.ggml import GgmlBlocks
@@ -91,6 +92,7 @@ class Entry:
         0.875
         """
         key, value = self.key, self.value
+        keys, values = as_float_array("keys", keys), as_float_array("values", values)
         if isinstance(key, StaticChannels):
             key = key.calibrated(keys)
         if isinstance(value, StaticChannels):
@@ -107,7 +109,7 @@ class Entry:
         >>> keys.sealed_bits, values.kept_bits
         (1152, 0)
         """
-        return self.key(keys), self.value(values)
+        return self.key(as_float_array("keys", keys)), self.value(as_float_array("values", values))
 
     def bits_per_element(self, tokens: int, head_dim: int, heads: int = 8) -> tuple[float, float]:
         """Return bits an element of one layer, keys and values together: all, and sealed ones.
@@ -119,7 +121,11 @@ class Entry:
         >>> entry("kivi2").bits_per_element(tokens=512, head_dim=64)
         (4.625, 3.0)
         """
-        nothing = np.zeros((heads, tokens, head_dim), np.float32)
+        shape = [
+            as_integer(name, size, least=1)
+            for name, size in (("heads", heads), ("tokens", tokens), ("head_dim", head_dim))
+        ]
+        nothing = np.zeros(shape, np.float32)
         stored = self.calibrated(nothing, nothing).store(nothing, nothing)
         sealed = sum(side.sealed_bits for side in stored)
         elements = sum(side.sealed_elements for side in stored)
@@ -165,8 +171,8 @@ def entry(name: str) -> Entry:
     except ValueError:
         rivals = ", ".join(one for one, what in known.items() if not what.ours)
         raise ValueError(
-            f"unknown name {name!r}; known are the names of Scheme.named, such as 'nsep+pchan4', "
-            f"and {rivals}"
+            f"unknown scheme name {name!r}; known are the names of Scheme.named, such as "
+            f"'nsep+pchan4', and {rivals}"
         ) from None
 
 

@@ -86,8 +86,11 @@ def deviation(row: Sequence[float]) -> float:
     return math.sqrt(math.fsum((x - mean) ** 2 for x in row) / (len(row) - 1))
 
 
-def balanced(tile: list[Row], iterations: int) -> tuple[Row, Row]:
-    """KVarN's scales of columns and rows, a step of the published loop at a time."""
+def balanced(tile: list[Row], iterations: int) -> list[tuple[Row, Row]]:
+    """KVarN's scales of columns and rows, a step of the published loop at a time.
+
+    All that are as even as the evenest but for last bits, which alone would choose.
+    """
     height, width = len(tile), len(tile[0])
     columns, rows = [0.0] * width, [0.0] * height
 
@@ -107,15 +110,16 @@ def balanced(tile: list[Row], iterations: int) -> tuple[Row, Row]:
     def logarithm(line: Sequence[float]) -> float:
         return math.log(min(max(deviation(line), 1e-3), 1e3))
 
-    least = imbalance(current())
-    best = ([math.exp(c) for c in columns], [math.exp(r) for r in rows])
+    def scales() -> tuple[float, tuple[Row, Row]]:
+        exponents = ([math.exp(c) for c in columns], [math.exp(r) for r in rows])
+        return imbalance(current()), exponents
+
+    tried = [scales()]
     for _ in range(iterations):
         for j, line in enumerate(zip(*current(), strict=True)):
             columns[j] = min(max(columns[j] + logarithm(line), -0.3), 10)
         for i, line in enumerate(current()):
             rows[i] = min(max(rows[i] + logarithm(line), -0.3), 10)
-        reached = imbalance(current())
-        if reached <= least:
-            least = reached
-            best = ([math.exp(c) for c in columns], [math.exp(r) for r in rows])
-    return best
+        tried.append(scales())
+    least = min(reached for reached, _ in tried)
+    return [best for reached, best in tried if reached <= least * (1 + 1e-4)]

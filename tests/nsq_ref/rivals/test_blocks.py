@@ -139,3 +139,13 @@ def test_other_head_dims_are_refused(name: str, head_dim: int, said: str) -> Non
     if name == "q4_0":
         with pytest.raises(ValueError, match="KIVI needs a multiple of 32"):
             entry("kivi2").value(np.ones((1, 300, head_dim), np.float32))
+
+
+def test_ggml_rounds_halves_as_gguf_does() -> None:
+    """Halves of a scale of 1, of both signs: away from zero at 8 bits, upwards below."""
+    for kind, largest in (("q4_0", -8), ("q5_0", -16), ("q8_0", 127)):
+        halves = np.arange(-15, 16) / 2
+        x = np.concatenate([[largest], halves])[None].astype(np.float32)
+        theirs = quants.quantize(x, gguf.GGMLQuantizationType[kind.upper()])
+        restored = quants.dequantize(theirs, gguf.GGMLQuantizationType[kind.upper()])
+        assert np.array_equal(GgmlBlocks(kind)(x).x_hat, restored)  # type: ignore[arg-type]

@@ -137,6 +137,27 @@ def test_names() -> None:
         entry_of(4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "spans"),
+    [
+        ("kivi2", "key", {127: (0, 0), 128: (0, 128), 300: (0, 256)}),
+        ("kivi2", "value", {128: (0, 0), 129: (0, 1), 300: (0, 172)}),
+        ("oscar2", "key", {128: (0, 0), 129: (0, 128), 256: (0, 256), 300: (0, 256)}),
+        ("oscar2", "value", {128: (0, 0), 129: (0, 128), 256: (0, 256), 300: (0, 256)}),
+        ("kvarn-k4v2", "key", {9: (9, 9), 255: (128, 128), 256: (128, 256), 400: (128, 384)}),
+        ("nsnquant2", "key", {63: (0, 0), 64: (0, 64), 130: (0, 128)}),
+        ("gear4", "value", {63: (0, 0), 64: (0, 64), 130: (0, 128)}),
+        ("nsep+kivi2", "value", {300: (0, 172)}),
+        ("hadamard+q4_0", "key", {1: (0, 1)}),
+        ("streaming4", "key", {1: (1, 1), 300: (1, 300)}),
+    ],
+)
+def test_which_tokens_are_coded(name: str, side: str, spans: dict[int, tuple[int, int]]) -> None:
+    """As published: KIVI keeps 128 tokens of values always, OScaR all as long as there are 128."""
+    codec: Codec = getattr(entry(name), side)
+    assert {tokens: codec.coded(tokens) for tokens in spans} == spans
+
+
 def test_round_trips_take_any_entry() -> None:
     rng = np.random.default_rng(0)
     keys, values = rng.standard_normal((2, 3, 1, 2, 300, 64)).astype(np.float32)

@@ -1,7 +1,8 @@
 """The function body of nsq.Attention, which needs no library, beside GroupQueryAttention float32.
 
-Run as ``python -m benchmarks.bodies [--json FILE]``. A decode step appends a token and attends;
-ratios are taken round by round. The body of opset 24 needs ONNX Runtime 1.26.
+Run as ``python -m benchmarks.bodies [--json FILE]``. A decode step appends a token and attends, a
+prefill fills an empty cache; ratios are taken round by round. The body of opset 24 needs ONNX
+Runtime 1.26.
 """
 
 from __future__ import annotations
@@ -60,9 +61,16 @@ def main() -> None:
         as_text(machine()),
     ]  # fmt: skip
     for threads in options.threads:
+        on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
         for tokens in options.tokens:
-            name = f"{tokens} tokens, {threads} thread{'s' if threads > 1 else ''}"
+            name = f"{tokens} tokens, {on_threads}"
             measured, remark = decode(options, tokens, threads)
+            report(f"nsq {nsq.__version__}, {name}", measured, [remark])
+            rows += [replace(row, what=f"{name}: {row.what}") for row in measured]
+            notes.append(f"{name}: {remark}")
+        if options.prefill:
+            name = f"prefill of {options.prefill} tokens, {on_threads}"
+            measured, remark = prefill(options, threads)
             report(f"nsq {nsq.__version__}, {name}", measured, [remark])
             rows += [replace(row, what=f"{name}: {row.what}") for row in measured]
             notes.append(f"{name}: {remark}")
@@ -78,6 +86,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens; 0 for none")
     parser.add_argument("--opsets", type=int, nargs="+", default=[21, 24])
     parser.add_argument("--scheme", choices=SCHEMES, default=SCHEMES[0])
     options = parser.parse_args()
@@ -94,13 +103,33 @@ def decode(options: argparse.Namespace, tokens: int, threads: int) -> tuple[list
     cache, _ = native_cache(options.scheme, keys, values, tokens)
     for opset in options.opsets:
         steps[f"opset {opset}"] = body_step(options.scheme, new, cache, past, threads, opset)
+    return compared(options, steps, tokens == AIMED_TOKENS)
+
+
+def prefill(options: argparse.Namespace, threads: int) -> tuple[list[Row], str]:
+    """Time attention of a whole prompt, which fills the cache, and compare what comes out."""
+    tokens = options.prefill
+    capacity = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
+    new = new_tokens(1, tokens)
+    empty = np.zeros((1, KV_HEADS, capacity, HEAD_DIM), np.float32)
+    steps = {PEER_FLOAT: peer_step(new, empty, empty.copy(), 0, threads)}
+    for opset in options.opsets:
+        cache, _ = native_cache(options.scheme, empty, empty, capacity - BLOCK_SIZE)
+        steps[f"opset {opset}"] = body_step(options.scheme, new, cache, 0, threads, opset)
+    return compared(options, steps, aimed=False)
+
+
+def compared(
+    options: argparse.Namespace, steps: dict[str, Step], aimed: bool
+) -> tuple[list[Row], str]:
+    """Time steps in turn, beside the first of them."""
     timed = interleaved([Case(*item) for item in steps.items()], options.rounds, SETTLE)
     rows = []
     for name, times in timed.items():
-        aimed = tokens == AIMED_TOKENS and name == f"opset {AIMED_OPSET}"
+        target = AIM if aimed and name == f"opset {AIMED_OPSET}" else None
         ratio = spread(times.seconds / timed[PEER_FLOAT].seconds)
         row = Row(name, ratio, f"times the time of {PEER_FLOAT}", spread(times.seconds))
-        rows.append(replace(row, target=AIM if aimed else None, cores=times.cores))
+        rows.append(replace(row, target=target, cores=times.cores))
     outputs = [step.results["output"] for step in steps.values()]
     found = ", ".join(f"{difference(one, outputs[0]):.2%}" for one in outputs[1:])
     return rows, f"difference from {PEER_FLOAT}, relative RMS: {found}"

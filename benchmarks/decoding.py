@@ -42,6 +42,7 @@ from onnx_export.models.attention_forms import (
     QuantizedAttention,
 )
 from onnx_export.models.built import build_onnx
+from onnx_export.models.calibration import static_scales
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.texts import ADDRESSES, read_address
@@ -52,7 +53,6 @@ Ids = npt.NDArray[np.int64]
 
 FLOAT, INT4, COPIED = "GQA float32", "GQA int4", "GQA int4, copied"
 CHUNK = 512  # tokens of a prefill that are read at once
-CALIBRATION = 1024  # tokens that static scales are taken from
 FASTER_LONG = {FLOAT: 1.5, COPIED: 1.5, INT4: 1.2}
 LONG = 8192
 OVERHEAD = 0.05
@@ -133,22 +133,6 @@ def sessions_of(names: list[str], folder: Path, ids: Ids, threads: int) -> dict[
             one = Scheme.named(scheme)
             sessions[f"nsq {scheme}"] = opened(scheme, QuantizedAttention(one, one))
     return sessions
-
-
-def static_scales(session: Session, ids: Ids) -> npt.NDArray[np.float32]:
-    """Return the step of each channel by which the text's largest value is 7 of them."""
-    session.forward(ids[:CALIBRATION])
-    cache = session.tensors()
-    layers = len(session.model.layout.tensors) // 2
-    largest = [
-        [
-            np.abs(cache[f"past_key_values.{layer}.{side}"][0, :, :CALIBRATION]).max(axis=1)
-            for side in ("key", "value")
-        ]
-        for layer in range(layers)
-    ]
-    session.crop(0)
-    return (np.maximum(np.array(largest), 1e-6) / 7).astype(np.float32)
 
 
 def at(sessions: dict[str, Session], tokens: int, ids: Ids, rounds: int) -> list[Row]:

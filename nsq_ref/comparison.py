@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.arrays import as_float_array
-from nsq_ref.codec import dequantize, quantize
 from nsq_ref.dtypes import Array, Float32, Float64
 from nsq_ref.environment import in_default_environment
-from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
+from nsq_ref.rivals import Codec, Entry, SchemeCodec, entry_of
+from nsq_ref.scheme import KeyValueSchemes, Scheme
 
 __all__ = ["DEMO_SCHEMES", "CacheRoundTrip", "layered", "round_trips"]
 
@@ -31,8 +31,8 @@ class CacheRoundTrip:
 
     Parameters
     ----------
-    schemes : Scheme, KeyValueSchemes or str
-        One scheme for both sides, or one each; or a name of `Scheme.named`.
+    schemes : Scheme, KeyValueSchemes, Entry or str
+        One scheme for both sides, or one each; an entry of `nsq_ref.rivals`; or the name of any.
 
     Examples
     --------
@@ -44,14 +44,21 @@ class CacheRoundTrip:
     4.3125
     >>> trip.key_error.shape
     (2,)
+
+    Of what keeps its last tokens unquantized, the bits are told with and without them:
+
+    >>> trip = CacheRoundTrip("kivi2")
+    >>> _ = trip(keys, keys)
+    >>> trip.bits_per_element, trip.sealed_bits_per_element
+    (6.25, 3.0)
     """
 
-    def __init__(self, schemes: Scheme | KeyValueSchemes | str) -> None:
-        named = Scheme.named(schemes) if isinstance(schemes, str) else schemes
-        key, value = named if isinstance(named, KeyValueSchemes) else (named, named)
-        self.schemes = KeyValueSchemes(as_scheme("schemes", key), as_scheme("schemes", value))
-        self.nbytes = 0
+    def __init__(self, schemes: Scheme | KeyValueSchemes | Entry | str) -> None:
+        self.entry = entry_of(schemes)
+        self.sealed_bits = 0
+        self.kept_bits = 0
         self.elements = 0
+        self.kept_elements = 0
         self.collapsed_tokens = 0
         self._squares: dict[str, Float64] = {}
 
@@ -70,26 +77,52 @@ class CacheRoundTrip:
         """
         given = as_float_array("keys", keys)
         beside = None if values is None else as_float_array("values", values)
-        keys_hat = self._one_side("key", given, self.schemes.key)
+        keys_hat = self._one_side("key", given, self.entry.key)
         if beside is None:
             return keys_hat, keys_hat
-        return keys_hat, self._one_side("value", beside, self.schemes.value)
+        return keys_hat, self._one_side("value", beside, self.entry.value)
 
-    def _one_side(self, side: str, x: Array, scheme: Scheme) -> Float32:
-        quantized = quantize(x, scheme)
-        x_hat = dequantize(quantized)
-        self.nbytes += quantized.nbytes
+    def _one_side(self, side: str, x: Array, codec: Codec) -> Float32:
+        stored = codec(x)
+        self.sealed_bits += stored.sealed_bits
+        self.kept_bits += stored.kept_bits
         self.elements += x.size
-        self.collapsed_tokens += quantized.collapsed_tokens
+        self.kept_elements += stored.kept_elements
+        self.collapsed_tokens += stored.collapsed_tokens
         wide = x.astype(np.float32)
-        squares = np.array([_squares(wide - x_hat), _squares(wide)])
+        squares = np.array([_squares(wide - stored.x_hat), _squares(wide)])
         self._squares[side] = squares + self._squares.get(side, 0.0)
-        return x_hat
+        return stored.x_hat
+
+    @property
+    def schemes(self) -> KeyValueSchemes:
+        """The schemes of both sides, where they are ours.
+
+        Raises
+        ------
+        AttributeError
+            For a method of others, which has none; `entry` says all of it.
+        """
+        key, value = self.entry.key, self.entry.value
+        if not (isinstance(key, SchemeCodec) and isinstance(value, SchemeCodec)):
+            raise AttributeError(f"{self.entry.name} is no scheme of NSQ-1; see .entry")
+        return KeyValueSchemes(key.scheme, value.scheme)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        return -(-(self.sealed_bits + self.kept_bits) // 8)
 
     @property
     def bits_per_element(self) -> float:
-        """Stored bits over elements, keys and values together, scales and norms counted."""
-        return 8 * self.nbytes / self.elements
+        """Stored bits over elements, keys and values together, all side information counted."""
+        return (self.sealed_bits + self.kept_bits) / self.elements
+
+    @property
+    def sealed_bits_per_element(self) -> float:
+        """The same without the sinks and the tail that are kept unquantized; 0 if that is all."""
+        sealed = self.elements - self.kept_elements
+        return self.sealed_bits / sealed if sealed else 0.0
 
     @property
     def float16_nbytes(self) -> int:
@@ -160,9 +193,10 @@ class CacheRoundTrip:
         """
         side, layer, error = self.worst_layer()
         return {
-            "key_scheme": self.schemes.key.to_dict(),
-            "value_scheme": self.schemes.value.to_dict(),
+            "key_scheme": self.entry.key.to_dict(),
+            "value_scheme": self.entry.value.to_dict(),
             "bits_per_element": self.bits_per_element,
+            "sealed_bits_per_element": self.sealed_bits_per_element,
             "bytes": self.nbytes,
             "float16_bytes": self.float16_nbytes,
             "collapsed_tokens": self.collapsed_tokens,
@@ -219,7 +253,7 @@ def _squares(x: Float32) -> list[float]:
 
 
 def round_trips(
-    names: Mapping[str, Scheme | KeyValueSchemes | str] | None = None,
+    names: Mapping[str, Scheme | KeyValueSchemes | Entry | str] | None = None,
 ) -> dict[str, CacheRoundTrip]:
     """Return a `CacheRoundTrip` for each scheme, those of the demo by default.
 

@@ -11,6 +11,7 @@ and values of a layer are decoded, for as long as that layer runs.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,11 @@ from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 with extra("transformers", "nsq_ref.transformers"):
     import torch
     from torch.utils._pytree import tree_map_only
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AttentionInterface,
+        AttentionMaskInterface,
+    )
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -34,6 +39,7 @@ Tensor = Any  # torch.Tensor, where torch is installed
 
 Schemes = tuple[Scheme, Scheme]
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_QUERIES = 16  # tokens of one pass for which reading codes is quicker than decoding them all
 
 
@@ -177,6 +183,7 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
         value_head_dim = value_states.shape[3]
         return KVCache(batch, kv_heads, head_dim, *self.schemes, value_head_dim=value_head_dim)
 
+    @torch.compiler.disable  # compiled models leave their graph here
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
@@ -188,7 +195,19 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
             For tensors that are not on the CPU or need a gradient, and what `KVCache.append`
             refuses. Nothing was appended then.
         """
+        rows, before = len(key_states), self.kv_cache
+        if before is not None and before.batch != rows:
+            raise ValueError(
+                f"NsqCache holds {before.batch} rows and the model runs {rows}; reset() it, or "
+                "make another for other prompts"
+            )
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)  # autocast mixes them
         for name, x in {"key_states": key_states, "value_states": value_states}.items():
+            if dtype not in DTYPES:
+                raise TypeError(
+                    f"{name} is {x.dtype}; NsqCache keeps float32, float16 and bfloat16: run the "
+                    "model as one of them, as model.float()"
+                )
             if x.requires_grad:
                 raise TypeError(
                     f"{name} needs a gradient, which what is stored has not; run the model within "
@@ -198,7 +217,7 @@ class NsqLayer(CacheLayerMixin):  # type: ignore[misc, unused-ignore]
                 raise ValueError(
                     f"{name} is on {x.device}; NsqCache runs on the CPU, model.to('cpu')"
                 )
-        before = self.kv_cache
+        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if before is None:
             before = self.lazy_initialization(key_states, value_states)
         this = _Pass(before, self._length, key_states, value_states)
@@ -315,9 +334,12 @@ class _Pass(NamedTuple):
         """Put what is stored, each row up to ``start``, before what is new."""
         most = torch.finfo(new.dtype).max
         batch, kv_heads, tokens, head_dim = new.shape
-        joined = new.new_zeros(batch, kv_heads, self.start + tokens, head_dim)
+        joined = new.new_empty(batch, kv_heads, self.start + tokens, head_dim)
         for row, length in enumerate(self.before.lengths.tolist()):
-            past = torch.from_numpy(stored[row, :, :length]).clamp(-most, most)
+            past = torch.from_numpy(stored[row, :, :length])
+            if new.dtype != torch.float32:  # which has no number so large as some of float32
+                past.clamp_(-most, most)
+            joined[row, :, : self.start - length] = 0
             joined[row, :, self.start - length : self.start] = past
         joined[:, :, self.start :] = new
         return joined
@@ -362,6 +384,7 @@ class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
     ) -> None:
         self.source, self._side, self._decode = source, side, decode
 
+    @torch.compiler.disable
     def plain(self) -> Tensor:
         """Return the decoded tensor."""
         return self._decode()[self._side]
@@ -375,6 +398,7 @@ class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
 # --- attention ----------------------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def attention(
     module: Any,
     query: Tensor,
@@ -455,8 +479,19 @@ def _capped(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
+def _mask(*args: Any, config: Any = None, **options: Any) -> Tensor | None:
+    """Make the mask of PyTorch's function; models that would take it for another are refused."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is not None and not hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"attn_implementation='nsq' is not for {model.__name__}, which computes its attention "
+            "itself; use 'eager', which goes with NsqCache as well"
+        )
+    return sdpa_mask(*args, config=config, **options)
+
+
 AttentionInterface.register("nsq", attention)
-AttentionMaskInterface.register("nsq", sdpa_mask)
+AttentionMaskInterface.register("nsq", _mask)
 
 
 # --- arguments ----------------------------------------------------------------------------------

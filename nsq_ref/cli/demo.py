@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nsq_ref.dtypes import Array
 
 
+QUICK_PASSAGES = 2  # that are read in ONNX Runtime with each cache, without --long
+
+
 def demo(
     context: typer.Context,
     *,
@@ -39,17 +42,27 @@ def demo(
     passages: Annotated[int, typer.Option(min=2, help="Passages of real prose.")] = 16,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens whose cache is quantized.")] = 512,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens that are scored.")] = 128,
+    native: Annotated[
+        bool, typer.Option(help="Also decode in ONNX Runtime, with each kind of cache.")
+    ] = True,
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="There with all passages, and at 8192 tokens: some minutes."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show on a real model what every scheme saves and what it costs.
 
     Real prose is prefilled, the cache of every layer quantized and dequantized, and the tokens that
-    follow are scored with it. The first run fetches SmolLM2-135M-Instruct, 93 MB.
+    follow are scored with it. Then the model decodes in ONNX Runtime with a float32 cache, with
+    ONNX Runtime's own int4 cache and with ours. The first run fetches SmolLM2-135M-Instruct, 93 MB.
     """
     if keys is not None:
         for name in given(context):
-            if name in ("gguf", "passages", "prefill", "continuation"):
+            if name in ("gguf", "passages", "prefill", "continuation", "native", "long"):
                 raise ValueError(f"--keys are coded without a model; leave --{name} out")
+    if long and not native:
+        raise ValueError("--long is of the native path; leave --no-native out")
     from nsq_ref.files import atomic
 
     image, drawing, figures = (output / f"demo.{ending}" for ending in ("png", "svg", "json"))
@@ -59,8 +72,10 @@ def demo(
 
         if keys is None:
             from onnx_export.evaluation.demo import run_demo
+            from onnx_export.evaluation.native import run_native, why_not
     result: dict[str, Any]
     if keys is None:
+        reason = why_not(gguf, long=long) if native else None
         with stages() as told:
             measured = run_demo(
                 gguf_path=gguf,
@@ -69,9 +84,20 @@ def demo(
                 continuation_length=continuation,
                 progress=told,
             )
+            if native and reason is None:
+                decoded = run_native(
+                    gguf_path=gguf,
+                    passages=passages if long else QUICK_PASSAGES,
+                    prefill_length=prefill,
+                    continuation_length=continuation,
+                    long=long,
+                    progress=told,
+                )
         trips, sample, source = measured.trips, measured.keys, measured.model
         result = {**measured.to_dict(), "passages": passages, "prefill": prefill}
         result["continuation"] = continuation
+        if native:
+            result["native"] = decoded.to_dict() if reason is None else {"skipped": reason}
     else:
         (trips, sample), source = _coded(keys), keys.name
         result = {"source": source, "schemes": {n: trip.to_dict() for n, trip in trips.items()}}
@@ -166,3 +192,46 @@ def show(result: dict[str, Any]) -> None:
     for paired in result["paired_with_nsep+pchan4"].values():
         typer.echo(paired["in_words"])
     typer.echo("Paired by passage; told apart is what differs by more than two standard errors.")
+    if "native" in result:
+        _show_native(result["native"])
+
+
+def _show_native(native: dict[str, Any]) -> None:
+    if "skipped" in native:
+        typer.echo(f"\nDecoding in ONNX Runtime was left out: {native['skipped']}")
+        return
+    first = next(iter(native["caches"].values()))
+    few, most = first["bytes"]
+    contexts = list(first["tokens_per_second"])
+    speeds = ["tokens/s"] if len(contexts) == 1 else [f"tokens/s at {at}" for at in contexts]
+    heads = ["cache", f"MB at {few}", f"MB at {most}", *speeds, "NLL"]
+    rows = []
+    for name, one in native["caches"].items():
+        taken = {**one["bytes"], **one["resident_bytes"]}
+        sizes = [
+            f"{taken[tokens] / 1e6:.1f} ({taken[tokens] / float16:.1%})"
+            for tokens, float16 in one["float16_bytes"].items()
+        ]
+        change = f"{one['nll_change']:+.4f} ± {one['nll_change_error']:.4f}"
+        rows.append(
+            (name, *sizes, *(f"{speed:.1f}" for speed in one["tokens_per_second"].values()),
+             "0" if one is first else change)
+        )  # fmt: skip
+    typer.echo("\nDecoding in ONNX Runtime, with each kind of cache:\n")
+    print_table(tuple(heads), rows)
+    for name, reason in native["left_out"].items():
+        typer.echo(f"{name} was left out: {reason}")
+    measured = "what of one is in memory, by the system"
+    typer.echo(
+        f"\nMB, and of float16. At {few} tokens by arithmetic; at {most} "
+        f"{measured if first['resident_bytes'] else 'too'}.\n"
+        "Up to a block of 128 tokens of ours is float32, which weighs in a short text.\n"
+        f"Speeds: median of steps in turn, after {' and '.join(contexts)} tokens.\n"
+        f"NLL: the first {native['passages']} of these passages with the cache streamed, what is "
+        "scored is in it too.\n"
+        + ("Two are few for claims: --long reads all. " if native["passages"] == 2 else "")
+        + "GQA int4 has its static scales from these passages.\n"
+        f"\nTexts after {native['prompt']!r}:"
+    )
+    for name, one in native["caches"].items():
+        typer.echo(f"{name}: {one['text']!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,9 +46,27 @@ def rewrite(
             help="Take the lengths of rows as inputs, where the model counts its mask.",
         ),
     ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="At least; 24 is fast without the library (ONNX Runtime 1.26).",
+        ),
+    ] = None,
     library: Annotated[
         bool, typer.Option("--library", help="Put the native library beside OUT.")
     ] = False,
+    cache: Annotated[
+        Literal["tensors", "buffers"],
+        typer.Option(
+            help="Buffers: one tensor a side and layer, as onnxruntime-genai keeps it, its "
+            "genai_config.json written beside OUT; only the native library runs them."
+        ),
+    ] = "tensors",
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens that buffers have room for; the model's own context by default."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     as_json: JsonOption = False,
@@ -71,7 +89,10 @@ def rewrite(
         value=value or values,
         policy=None if policy is None else _read_policy(policy),
         row_lengths=row_lengths,
+        opset=opset,
         library=library,
+        cache=cache,
+        context_length=context,
         dry_run=dry_run,
     )
     if as_json:

@@ -266,7 +266,7 @@ def measure_fidelity(
 
         def continuation_nll(cache: KeyValueCache, row: NDArray[np.int64] = row) -> float:
             logits, _, _ = decoder.forward(row[None, prefill_length:stop], cache)
-            return _mean_nll(logits[0], row[prefill_length + 1 : stop + 1])
+            return mean_nll(logits[0], row[prefill_length + 1 : stop + 1])
 
         baseline.append(continuation_nll((keys, values)))
         report(passage)
@@ -279,6 +279,22 @@ def measure_fidelity(
         name: TransformFidelity(nll=tuple(nlls), baseline_nll=tuple(baseline))
         for name, nlls in nll.items()
     }
+
+
+def mean_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+    """Mean of ``-log softmax(logits)[target]`` in nats, summed in float64.
+
+    Logits are float32 ``[tokens, vocab_size]``, targets int64 ``[tokens]``.
+
+    Examples
+    --------
+    >>> round(mean_nll(np.zeros((3, 4), np.float32), np.array([0, 1, 3])), 6)
+    1.386294
+    """
+    highest = logits.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - highest).sum(axis=-1, dtype=np.float64))
+    scored = np.take_along_axis(logits, targets[:, None], axis=-1).astype(np.float64) - highest
+    return float(np.mean(log_sum - scored[:, 0]))
 
 
 def require_lengths(prefill_length: int, continuation_length: int) -> None:
@@ -323,14 +339,6 @@ def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> 
             )
         if not np.isfinite(array).all():
             raise ValueError(f"transform {name!r} returned {kind} that are not finite")
-
-
-def _mean_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
-    """Mean of ``-log softmax(logits)[target]``, summed in float64."""
-    highest = logits.max(axis=-1, keepdims=True)
-    log_sum = np.log(np.exp(logits - highest).sum(axis=-1, dtype=np.float64))
-    scored = np.take_along_axis(logits, targets[:, None], axis=-1).astype(np.float64) - highest
-    return float(np.mean(log_sum - scored[:, 0]))
 
 
 def _perplexity(nll: tuple[float, ...]) -> float:

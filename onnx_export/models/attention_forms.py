@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ with extra("onnx", __name__):
 __all__ = ["AttentionForm", "GroupedAttention", "PlainAttention", "QuantizedAttention"]
 
 Float64 = NDArray[np.float64]
+
+MOST_POSITIONS = 1 << 22
+TABLE_ROWS = 1 << 13  # that are in memory at a time
 
 DECODER_ROLES = {"input_ids": "input_ids", "num_logits": "num_logits", "logits": "logits"}
 LENGTHS = {"past_lengths": "past_lengths", "new_lengths": "new_lengths"}
@@ -197,6 +201,7 @@ class GroupedAttention(AttentionForm):
 
     def layout(self, config: DecoderConfig) -> CacheLayout:
         """Return what the metadata says of the cache, unless the operator refuses the model."""
+        _require_positions(config)
         if config.head_dim % 16:
             raise ValueError(
                 f"head_dim={config.head_dim} is not a multiple of 16, which GroupQueryAttention "
@@ -286,7 +291,8 @@ class QuantizedAttention(AttentionForm):
         )
 
     def layout(self, config: DecoderConfig) -> CacheLayout:
-        """Return what the metadata says of the cache."""
+        """Return what the metadata says of the cache, unless the context is too long."""
+        _require_positions(config)
         return CacheLayout(
             DECODER_ROLES | LENGTHS, self.tensors(config),
             (KeyValueSchemes(self.key, self.value),) * config.layers,
@@ -349,9 +355,25 @@ def _add_lengths(graph: Graph) -> None:
 
 def _add_tables(graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
     """Add cosine and sine of every position that the model was made for."""
-    angles = np.arange(config.context_length, dtype=np.float64)[:, None] * frequencies
-    graph.weight("cosine_table", np.cos(angles).astype(np.float32))
-    graph.weight("sine_table", np.sin(angles).astype(np.float32))
+    shape = (config.context_length, len(frequencies))
+    turns: dict[str, Callable[[Float64], Float64]] = {"cosine": np.cos, "sine": np.sin}
+    for name, function in turns.items():
+
+        def parts(function: Callable[[Float64], Float64] = function) -> Iterator[Float64]:
+            for start in range(0, shape[0], TABLE_ROWS):
+                positions = np.arange(start, min(start + TABLE_ROWS, shape[0]), dtype=np.float64)
+                yield function(positions[:, None] * frequencies)
+
+        graph.weight_parts(f"{name}_table", shape, np.dtype(np.float32), parts())
+
+
+def _require_positions(config: DecoderConfig) -> None:
+    """Refuse a context for which tables would fill the disk."""
+    if config.context_length > MOST_POSITIONS:
+        raise ValueError(
+            f"the model's context of {config.context_length} tokens is more than the "
+            f"{MOST_POSITIONS} for which rotations are kept in tables; choose plain attention"
+        )
 
 
 def _rotary(graph: Graph, config: DecoderConfig, x: str) -> str:

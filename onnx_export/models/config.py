@@ -5,7 +5,6 @@ Whatever the graph would not compute is refused here, before anything is built.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -20,9 +19,16 @@ _KNOWN_KEYS = frozenset({
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
     "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
-    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "use_parallel_residual",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout",
+    "attention.sliding_window",
 })  # fmt: skip
+
+
+_GREATEST = 2.0**127  # well within float32, in which constants are stored
+
+# What a key says that changes nothing; of all others that is 0.
+_USUAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -143,14 +149,14 @@ def read_config(file: GGUFFile) -> DecoderConfig:
 
     def number(key: str, default: float | None = None) -> float:
         value = file.value(prefix + key, default)
-        if type(value) not in (int, float) or not (0 < value < math.inf):
+        if type(value) not in (int, float) or not (0 < value < _GREATEST):
             raise ValueError(
                 f"{file.path}: key {prefix + key!r} must be a positive number, got {value!r}"
             )
         return float(value)
 
     for key, value in file.metadata.items():
-        harmless = isinstance(value, (int, float)) and value == 0
+        harmless = isinstance(value, (int, float)) and value == _USUAL.get(key[len(prefix) :], 0)
         if key.startswith(prefix) and key[len(prefix) :] not in _KNOWN_KEYS and not harmless:
             raise ValueError(
                 f"{file.path}: key {key!r} asks for something that this graph does not compute; "
@@ -194,13 +200,49 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     # As in llama.cpp, a factor without a type means linear scaling.
     default = "linear" if f"{prefix}rope.scaling.factor" in file.metadata else "none"
     scaling = file.metadata.get(f"{prefix}rope.scaling.type", default)
-    if not isinstance(scaling, str) or scaling != "none":
+    if not isinstance(scaling, str) or scaling not in ("none", "linear"):
         raise ValueError(
             f"{file.path}: key '{prefix}rope.scaling.type' is {scaling!r}, which is not supported; "
-            "use a model without rope scaling, or with its factors in a tensor 'rope_freqs.weight'"
+            "use a model with linear rope scaling, without any, or with its factors in a tensor "
+            "'rope_freqs.weight'"
+        )
+    if scaling == "linear":
+        number("rope.scaling.factor", 1.0)
+    window = integer("attention.sliding_window", config.context_length)
+    if window < config.context_length:
+        raise ValueError(
+            f"{file.path}: key '{prefix}attention.sliding_window' is {window}, shorter than the "
+            f"context of {config.context_length}, which this graph does not compute; use a model "
+            "that attends to all"
         )
     _check_tensors(file, config)
+    rotary_frequencies(file, config)  # which may be none
     return config
+
+
+def rotary_frequencies(file: GGUFFile, config: DecoderConfig) -> NDArray[np.float64]:
+    """Return by which angle a position turns each pair of channels, float64 ``[head_dim / 2]``.
+
+    Raises
+    ------
+    ValueError
+        If one is no number.
+    """
+    half = config.head_dim // 2
+    with np.errstate(all="ignore"):
+        frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+        if "rope_freqs.weight" in file.tensors:
+            frequencies = frequencies / file.tensor("rope_freqs.weight")
+        prefix = f"{config.architecture}.rope.scaling"
+        # As in llama.cpp, a factor without a type means linear scaling.
+        if file.metadata.get(f"{prefix}.type", "linear") == "linear":
+            frequencies = frequencies / file.metadata.get(f"{prefix}.factor", 1.0)
+    if not np.isfinite(frequencies).all():
+        raise ValueError(
+            f"{file.path}: rotary frequencies are not finite, with '{config.architecture}."
+            f"rope.freq_base' {config.rope_theta}; convert the model again"
+        )
+    return frequencies
 
 
 def layer_shapes(

@@ -139,13 +139,15 @@ class GGUFFile:
             raise ValueError(f"{self.path}: tensor {name!r} is missing; convert the model again")
         return self.tensors[name]
 
-    def tensor(self, name: str) -> NDArray[np.float32]:
+    def tensor(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Return one tensor, dequantized.
 
         Parameters
         ----------
         name : str
             Name of the tensor.
+        rows : slice, optional
+            Only these rows of a matrix.
 
         Returns
         -------
@@ -158,8 +160,11 @@ class GGUFFile:
             If there is no such tensor, its type cannot be dequantized, or an element is not finite.
         """
         info = self.info(name)
-        values = self._dequantized(name, self.raw(name))
-        result = np.asarray(values, dtype=np.float32).reshape(info.shape)
+        raw, shape = self.raw(name), info.shape
+        if rows is not None:
+            raw = raw[rows]
+            shape = (len(raw), *shape[1:])
+        result = np.asarray(self._dequantized(name, raw), dtype=np.float32).reshape(shape)
         if not np.isfinite(result).all():
             raise self.not_finite(name)
         return result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
+from onnx_export.models.chat_template import CONFIG, ChatTemplate, read_chat_template
 from onnx_export.models.tokenizer import Tokenizer
 
 with extra("onnx", __name__):
     import tokenizers
 
-__all__ = ["TOKENIZER", "JsonTokenizer", "read_tokenizer", "tokenizer_files"]
+__all__ = ["TOKENIZER", "JsonTokenizer", "context_length", "read_tokenizer", "tokenizer_files"]
 
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
-# Where exporters say which tokens end a text; the first that does is believed.
+# Where exporters say which tokens end a text, and how long one may be; the first is believed.
 CONFIGS = (GENERATION, "config.json", "genai_config.json")
 
 
@@ -53,12 +55,27 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        data = Path(path).read_bytes()
+        data, folder = Path(path).read_bytes(), Path(path).parent
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except ValueError as error:
             raise ValueError(f"{path} is no tokenizer.json: {error}") from error
-        self.stop_tokens = _stop_tokens(Path(path).parent)
+        # Some are saved as they were used to train.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.stop_tokens = _stop_tokens(folder)
+        self._folder = folder
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How a conversation is written down, as the files beside it say, or None.
+
+        Raises
+        ------
+        ValueError
+            If these files are not what they should be.
+        """
+        return read_chat_template(self._folder)
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the token ids of a text, with those that the tokenizer puts around it.
@@ -68,6 +85,27 @@ class JsonTokenizer:
         See `read_tokenizer`.
         """
         return np.array(self._tokenizer.encode(text).ids, np.int64)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
+        """Return the token ids of a conversation, as `ChatTemplate.render` takes it.
+
+        Raises
+        ------
+        ValueError
+            If there is no chat template, or it refuses these messages.
+
+        Examples
+        --------
+        See `read_tokenizer`.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "the model has no chat template, in tokenizer_config.json or chat_template.jinja "
+                "beside it; continue a text with nsq onnx run --no-chat"
+            )
+        text = self.chat_template.render(messages)
+        # The template has written whatever stands around.
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of token ids, without those that only control.
@@ -79,22 +117,24 @@ class JsonTokenizer:
         return self._tokenizer.decode([int(token) for token in token_ids])
 
 
-class _OfGGUF:
+class _OfGGUF(JsonTokenizer):
     """The tokenizer of a GGUF file, in the same words."""
 
     def __init__(self, path: Path) -> None:
-        self._tokenizer = Tokenizer(path)
-        self._end = self._tokenizer.eos_token_id
-        self.stop_tokens = () if self._end is None else (self._end,)
+        self._own = Tokenizer(path)
+        self._tokenizer = tokenizers.Tokenizer.from_str(self._own.to_json())
+        self.stop_tokens = self._own.stop_tokens
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._own.chat_template()
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        return self._tokenizer.encode(text)
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(token for token in token_ids if token != self._end)
+        self._own.require_bytes(text)
+        return super().encode(text)
 
 
-def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer | _OfGGUF:
+def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer:
     """Return the tokenizer of a file: a GGUF file or a ``tokenizer.json``.
 
     Raises
@@ -129,23 +169,61 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     ['tokenizer.json', 'generation_config.json']
     """
     files = {TOKENIZER: tokenizer.to_json().encode()}
-    if tokenizer.eos_token_id is not None:
-        files[GENERATION] = json.dumps({"eos_token_id": tokenizer.eos_token_id}).encode()
+    if stops := tokenizer.stop_tokens:
+        ends = stops[0] if len(stops) == 1 else list(stops)
+        files[GENERATION] = json.dumps({"eos_token_id": ends}).encode()
+    if tokenizer.template is not None:
+        config = {**tokenizer.special_tokens, "chat_template": tokenizer.template}
+        files[CONFIG] = json.dumps(config, indent=2).encode()
     return files
 
 
+def context_length(folder: Path) -> int | None:
+    """Return how many tokens a model was made for, as the configuration in its folder says.
+
+    Raises
+    ------
+    ValueError
+        If a file is no JSON.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> context_length(folder) is None
+    True
+    >>> _ = (folder / "config.json").write_text('{"max_position_embeddings": 2048}')
+    >>> context_length(folder)
+    2048
+    """
+    for values in _configurations(folder):
+        for key in ("context_length", "max_position_embeddings"):
+            if type(found := values.get(key)) is int and found > 0:
+                return found
+    return None
+
+
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    for values in _configurations(folder):
+        found = values.get("eos_token_id")
+        found = found if isinstance(found, list) else [found]
+        if all(type(token) is int for token in found):
+            return tuple(found)
+    return ()
+
+
+def _configurations(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the files of a folder say of a model."""
     for name in CONFIGS:
         try:
             values: Any = json.loads((folder / name).read_bytes())
         except FileNotFoundError:
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{folder / name} is no JSON: {error}") from error
         if isinstance(values, dict):
-            values = values.get("model", values) if name.startswith("genai") else values
-            found = values.get("eos_token_id") if isinstance(values, dict) else None
-            found = found if isinstance(found, list) else [found]
-            if all(type(token) is int for token in found):
-                return tuple(found)
-    return ()
+            yield values
+            # genai's has the model apart, and those of models that see have their text apart.
+            for part in ("model", "text_config"):
+                if isinstance(values.get(part), dict):
+                    yield values[part]

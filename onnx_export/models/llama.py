@@ -18,7 +18,7 @@ cached after the rotary embedding, with their channels in the order of the Huggi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
 from onnx_export.models.attention_forms import AttentionForm, PlainAttention, add_inputs
-from onnx_export.models.config import DecoderConfig
+from onnx_export.models.config import DecoderConfig, rotary_frequencies
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.nodes import Graph
-from onnx_export.models.stored import add_product, can_keep, read_stored
+from onnx_export.models.stored import Stored, add_product, add_rows, can_keep
 
 with extra("onnx", __name__):
     import onnx
@@ -48,6 +48,9 @@ Progress = Callable[[str, int, int], None]
 
 
 PLAIN = PlainAttention()
+
+EMBEDDING = "token_embd.weight"
+ROWS = 1 << 22  # elements of the embedding that are in memory at a time
 
 
 class DecoderGraph(Graph):
@@ -88,8 +91,12 @@ class DecoderGraph(Graph):
         self.input("num_logits", dtype="int64")
         self.output("logits", "batch", "scored", config.vocab_size)
 
-        embedding = self._weight("token_embd.weight")
-        x = self.add("Gather", embedding, "input_ids", name="token_embd")
+        if self._keeps(EMBEDDING):
+            stored = Stored(self._file, EMBEDDING)
+            x = add_rows(self, "input_ids", stored, EMBEDDING, "token_embd")
+            self._count()
+        else:
+            x = self.add("Gather", self._rows(EMBEDDING), "input_ids", name="token_embd")
         self._add_positions()
         for layer in range(config.layers):
             norm = self._rms_norm(x, f"blk.{layer}.attn_norm")
@@ -108,30 +115,33 @@ class DecoderGraph(Graph):
         x = self.add("Slice", x, unscored, end, self.ints(1), name="scored")
         x = self._rms_norm(x, "output_norm")
         rows = self.add("Reshape", x, self.ints(-1, config.embedding_length), name="logits.input")
-        flat = self._vocabulary(rows, embedding)
+        flat = self._vocabulary(rows)
         leading = self.add("Shape", x, start=0, end=2, name="logits.leading")
         shape = self.add(
             "Concat", leading, self.ints(config.vocab_size), axis=0, name="logits.shape"
         )
         self.add("Reshape", flat, shape, allowzero=1, name="logits")
 
-    def _vocabulary(self, rows: str, embedding: str) -> str:
+    def _vocabulary(self, rows: str) -> str:
         """Product with the output matrix, or with the embedding where the weights are tied."""
-        if "output.weight" in self._file.tensors:
-            if self._keeps("output.weight"):
-                matrix = read_stored(self._file, "output.weight")
-                self._count()
-                return add_product(self, rows, matrix, "output.weight", "logits.rows")
-            embedding = self._weight("output.weight")
-        # Gemm takes the embedding as it is stored, so that tied weights exist once.
-        return self.add("Gemm", rows, embedding, transB=1, name="logits.rows")
+        name = "output.weight"
+        tied = name not in self._file.tensors
+        if tied:
+            name = EMBEDDING
+        if not self._keeps(name):
+            # Gemm takes the embedding as it is stored, so that tied weights exist once.
+            weight = name if tied else self._rows(name)
+            return self.add("Gemm", rows, weight, transB=1, name="logits.rows")
+        product = add_product(self, rows, Stored(self._file, name), name, "logits.rows")
+        if not tied:
+            self._count()
+        return product
 
     def _add_positions(self) -> None:
         """Add the number of new tokens, the cache, and what attention needs of positions."""
-        half = self._config.head_dim // 2
-        frequencies = self._config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+        frequencies = rotary_frequencies(self._file, self._config)
         if "rope_freqs.weight" in self._file.tensors:
-            frequencies = frequencies / self._read("rope_freqs.weight")
+            self._count()
         self.initializer("zero", np.array(0, np.int64))
         sequence = self.add("Shape", "input_ids", start=1, end=2, name="sequence.shape")
         self.add("Squeeze", sequence, name="sequence")
@@ -190,9 +200,9 @@ class DecoderGraph(Graph):
         full_name, biased = f"{name}.weight", f"{name}.bias" in self._file.tensors
         product = f"{name}.product" if biased else name
         if self._keeps(full_name):
-            matrix = read_stored(self._file, full_name).reordered(order)
-            self._count()
+            matrix = Stored(self._file, full_name, None if rotary_heads is None else order)
             add_product(self, x, matrix, full_name, product)
+            self._count()
         else:
             weight = self.weight(full_name, order(self._read(full_name)).T)
             self.add("MatMul", x, weight, name=product)
@@ -203,6 +213,19 @@ class DecoderGraph(Graph):
 
     def _keeps(self, name: str) -> bool:
         return self._weights == "stored" and can_keep(self._file, name)
+
+    def _rows(self, name: str) -> str:
+        """Add a matrix of the GGUF file as it is, some rows at a time."""
+        features, width = self._file.info(name).shape
+        step = max(1, ROWS // width)
+
+        def parts() -> Iterator[NDArray[np.float32]]:
+            for start in range(0, features, step):
+                yield self._file.tensor(name, slice(start, start + step))
+
+        self.weight_parts(name, (features, width), np.dtype(np.float32), parts())
+        self._count()
+        return name
 
     def _weight(self, name: str) -> str:
         """Add a tensor of the GGUF file as it is."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ with extra("onnx", __name__):
 
 # External data must be aligned to pages to be mapped into memory.
 _ALIGNMENT = 4096
+# Bytes of a weight that are made contiguous at a time.
+_PART = 1 << 24
 
 
 class Graph(Nodes):
@@ -61,25 +64,44 @@ class Graph(Nodes):
         name = "ints_" + "_".join(map(str, values))
         return self.initializer(name, np.array(values, dtype=np.int64))
 
+    def has(self, name: str) -> bool:
+        """Whether there is an initializer of that name."""
+        return name in self._initializers
+
     def weight(self, name: str, values: NDArray[np.float32] | NDArray[np.uint8]) -> str:
         """Add an initializer whose elements lie in the external data file."""
-        data = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        padding = bytes(-self.stream.tell() % _ALIGNMENT)
-        for part in (padding, data.data.cast("B")):
-            self._hash.update(part)
-            self.stream.write(part)
-        kind = TensorProto.UINT8 if data.dtype == np.uint8 else TensorProto.FLOAT
-        tensor = TensorProto(name=name, data_type=kind, dims=data.shape)
+        return self.weight_parts(name, values.shape, values.dtype, _parts(values))
+
+    def weight_parts(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        parts: Iterable[NDArray[Any]],
+    ) -> str:
+        """Add such an initializer from parts along its first axis, of which each is let go."""
+        self._write(bytes(-self.stream.tell() % _ALIGNMENT))
+        start = self.stream.tell()
+        for part in parts:
+            data = np.ascontiguousarray(part, dtype=dtype.newbyteorder("<"))
+            self._write(data.reshape(-1).data.cast("B"))
+        length = self.stream.tell() - start
+        if length != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"parts of {name!r} have {length} bytes together, not those of {shape}"
+            )
+        kind = TensorProto.UINT8 if dtype == np.uint8 else TensorProto.FLOAT
+        tensor = TensorProto(name=name, data_type=kind, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
-        location = {
-            "location": self._external,
-            "offset": self.stream.tell() - data.nbytes,
-            "length": data.nbytes,
-        }
+        location = {"location": self._external, "offset": start, "length": length}
         for key, value in location.items():
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
         return name
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self.stream.write(data)
 
     def model(
         self,
@@ -93,3 +115,13 @@ class Graph(Nodes):
             initializers=list(self._initializers.values()), metadata=metadata,
             functions=functions,
         )  # fmt: skip
+
+
+def _parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield some rows at a time, as a transposed matrix is copied to be contiguous."""
+    if not values.ndim:
+        yield values
+        return
+    step = max(1, _PART * len(values) // max(1, values.nbytes))
+    for start in range(0, len(values), step):
+        yield values[start : start + step]

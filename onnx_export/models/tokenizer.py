@@ -10,18 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
+from onnx_export.models.chat_template import ChatTemplate
 from onnx_export.models.gguf import GGUFFile
 
 with extra("onnx", __name__):
     import gguf
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 # How Llama 3 and Qwen2 split text; they differ only in how many digits make one piece.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+# Names of one rule, as llama.cpp has them; these models begin every text with a token.
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_ENDINGS = ("eos", "eot", "eom")  # of a text, a turn, and a message
+# Control tokens that end a turn, where a file only says what ends a text.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def byte_symbols() -> list[str]:
@@ -49,7 +57,8 @@ class Tokenizer:
     ----------
     gguf_path : str or os.PathLike
         The GGUF file. Its ``tokenizer.ggml.pre``, the rule that splits text before the merges, must
-        be one of ``smollm``, ``gpt-2``, ``llama-bpe`` and ``qwen2``; a wrong guess would tokenize
+        be one of ``smollm``, ``gpt-2``, ``llama-bpe`` (also ``llama3``, ``llama-v3``) and
+        ``qwen2``; a wrong guess would tokenize
         wrongly without a sign of it. With ``qwen2``, which Qwen3 has too, text is normalized to
         NFC, as those models were trained; with the others decoding gives back exactly the text that
         was encoded.
@@ -60,6 +69,12 @@ class Tokenizer:
         Number of tokens.
     eos_token_id : int or None
         The token that ends a text, or a turn of a chat model.
+    stop_tokens : tuple of int
+        All that end a text, a turn or a message, that one first.
+    special_tokens : dict of str to str
+        Texts of ``bos_token`` and ``eos_token``, where the file says which they are.
+    template : str or None
+        The chat template.
 
     Raises
     ------
@@ -100,14 +115,19 @@ class Tokenizer:
                 f"{file.path}: 'tokenizer.ggml.tokens' lists a token twice; convert the model again"
             )
         self.vocab_size = len(tokens)
-        self.eos_token_id: int | None = file.metadata.get("tokenizer.ggml.eos_token_id")
-        if self.eos_token_id is not None and not (
-            type(self.eos_token_id) is int and 0 <= self.eos_token_id < len(tokens)
-        ):
-            raise ValueError(
-                f"{file.path}: key 'tokenizer.ggml.eos_token_id' is {self.eos_token_id!r}, not one "
-                f"of the {len(tokens)} tokens; convert the model again"
-            )
+        named = {name: _token_id(file, name, len(tokens)) for name in ("bos", *_ENDINGS)}
+        self.eos_token_id = named["eos"]
+        turns = [vocabulary[text] for text in _TURN_ENDS if text in vocabulary]
+        ends = [named[name] for name in _ENDINGS]
+        ends += [token for token in turns if types[token] == gguf.TokenType.CONTROL]
+        self.stop_tokens = tuple(dict.fromkeys(token for token in ends if token is not None))
+        self.special_tokens = {
+            f"{name}_token": tokens[token]
+            for name in ("bos", "eos")
+            if (token := named[name]) is not None
+        }
+        self.template = _optional(file, "tokenizer.chat_template", str)
+        self._origin = f"the chat template of {file.path}"
         self._missing_bytes = {
             byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary
         }
@@ -122,6 +142,17 @@ class Tokenizer:
         )
         self._tokenizer.add_special_tokens(control)
         self._tokenizer.add_tokens(user_defined)
+        begins = file.metadata.get("tokenizer.ggml.pre") in _LLAMA3 and named["bos"] is not None
+        if _optional(file, "tokenizer.ggml.add_bos_token", bool, default=begins):
+            if named["bos"] is None:
+                raise ValueError(
+                    f"{file.path}: key 'tokenizer.ggml.bos_token_id' is missing, with which texts "
+                    "begin; convert the model again"
+                )
+            first = tokens[named["bos"]]
+            self._tokenizer.post_processor = processors.TemplateProcessing(
+                single=[first, "$A"], special_tokens=[(first, named["bos"])]
+            )
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the token ids of a text.
@@ -151,13 +182,43 @@ class Tokenizer:
         >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).encode("<|endoftext|> the")
         array([  0, 259])
         """
+        self.require_bytes(text)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def require_bytes(self, text: str) -> None:
+        """Refuse a text that the vocabulary cannot express.
+
+        Raises
+        ------
+        ValueError
+            If it lacks a byte of it.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.models.tiny import tiny_gguf
+        >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).require_bytes("all of them")
+        """
         missing = self._missing_bytes.intersection(text.encode("utf-8"))
         if missing:
             raise ValueError(
                 f"text holds the byte {min(missing):#04x}, which this vocabulary lacks; remove "
                 "unusual control characters from it"
             )
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return how the model wants a conversation written down, if the file says so.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from onnx_export.models.tiny import tiny_gguf
+        >>> Tokenizer(tiny_gguf(tempfile.mkdtemp())).chat_template() is None
+        True
+        """
+        if self.template is None:
+            return None
+        return ChatTemplate(self.template, self.special_tokens, self._origin)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of token ids, control tokens included.
@@ -207,13 +268,30 @@ class Tokenizer:
 
 def _metadata(file: GGUFFile, key: str, kind: type) -> Any:
     full_key = f"tokenizer.ggml.{key}"
-    value = file.value(full_key)
-    if not isinstance(value, kind):
+    file.value(full_key)  # which refuses a file that lacks it
+    return _optional(file, full_key, kind)
+
+
+def _optional(file: GGUFFile, key: str, kind: type, *, default: Any = None) -> Any:
+    value = file.metadata.get(key, default)
+    if value is not default and not isinstance(value, kind):
         raise ValueError(
-            f"{file.path}: key {full_key!r} has the wrong type ({type(value).__name__}); "
+            f"{file.path}: key {key!r} has the wrong type ({type(value).__name__}); "
             "convert the model again"
         )
     return value
+
+
+def _token_id(file: GGUFFile, name: str, count: int) -> int | None:
+    """Return which token has a part of its own, if the file says so."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    token = file.metadata.get(key)
+    if token is not None and not (type(token) is int and 0 <= token < count):
+        raise ValueError(
+            f"{file.path}: key {key!r} is {token!r}, not one of the {count} tokens; convert the "
+            "model again"
+        )
+    return token
 
 
 def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
@@ -245,8 +323,8 @@ def _byte_level_bpe(
             splitter = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), splitter]
             )
-    elif pre in ("llama-bpe", "qwen2"):
-        pattern = tokenizers.Regex(_SPLIT.replace("DIGITS", "{1,3}" if pre == "llama-bpe" else ""))
+    elif pre in (*_LLAMA3, "qwen2"):
+        pattern = tokenizers.Regex(_SPLIT.replace("DIGITS", "{1,3}" if pre in _LLAMA3 else ""))
         splitter = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(pattern, behavior="isolated"), byte_level]
         )
@@ -257,7 +335,7 @@ def _byte_level_bpe(
         )
     # Llama 3 takes a piece that is a token as it is, whatever the merges would make of it.
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3)
     )
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

@@ -6,6 +6,9 @@ float32, whatever the model's dtype is; tensors of that dtype are widened, which
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from nsq_ref.extras import extra
@@ -14,6 +17,7 @@ from onnx_export.operators.cache_body import (
     NOTHING,
     Cache,
     Lengths,
+    Span,
     count,
     joined,
     optional,
@@ -33,11 +37,13 @@ SCATTER_OPSET = 24  # the first with TensorScatter
 
 
 @built_once
-def attention(opset: int = OPSET) -> onnx.FunctionProto:
+def attention(opset: int = OPSET, always: frozenset[str] = frozenset()) -> onnx.FunctionProto:
     """Return ``nsq.Attention``, in standard operators of an opset that is at least 21.
 
     From opset 24 on the cache is appended to in place where its memory is bound so, and attended to
     as it is stored; before, it is made anew and decoded at every step. Both store the same.
+    Parts of the cache that a node may leave out are copied all the same, as a body cannot hand
+    what may be absent to TensorScatter; those of the names ``always`` are not, and may not be.
 
     It calls nsq.Quantize and nsq.Dequantize. An input that does not fit ends in an error of some
     operator, as does a length beyond the capacity; keys, values and blocks that rules I2, N1, M4,
@@ -60,14 +66,13 @@ def attention(opset: int = OPSET) -> onnx.FunctionProto:
     scatters = opset >= SCATTER_OPSET
     if scatters:
         lengths = within_capacity(add, lengths)
-    # At least one token, so that no axis is empty: it is masked.
-    longest = add("Max", add("ReduceMax", lengths.present, keepdims=0), 1)
-    cache: type[Cache] = Scattered if scatters else Rebuilt
+    span = _span(add, lengths)
+    cache: Callable[..., Cache] = partial(Scattered, always=always) if scatters else Rebuilt
     keys, values = (
-        cache(add, side, new, lengths, longest) for side, new in (("key", key), ("value", value))
+        cache(add, side, new, lengths, span) for side, new in (("key", key), ("value", value))
     )
-    seen = _seen(add, count(add, longest), lengths, real, positions)
-    scores = _scores(add, query, keys, kv_heads, longest)
+    seen = _seen(add, span.positions(add), lengths, real, positions)
+    scores = _scores(add, query, keys, kv_heads, span)
     weights = _weights(add, scores, seen, heads)
     _output(add, weights, values, kv_heads)
     add("Identity", lengths.present, name="present_lengths")
@@ -115,6 +120,23 @@ def _lengths(add: Nodes, tokens: str) -> tuple[Lengths, str, str]:
     index = count(add, tokens)
     real = add("Less", index, add("Unsqueeze", new, [1]))
     return lengths, real, add("Add", add("Unsqueeze", "past_lengths", [1]), index)
+
+
+def _span(add: Nodes, lengths: Lengths) -> Span:
+    """Return the positions that the new queries may see: with a window not those before all."""
+    # At least one token, so that no axis is empty: it is masked.
+    end = add("Max", add("ReduceMax", lengths.present, keepdims=0), 1)
+    window = add.attribute("sliding_window", "int")
+
+    def first_in_window(add: Nodes) -> str:
+        last = add("Sub", end, 1)
+        has_queries = add("Greater", lengths.new, 0)
+        first_query = add("ReduceMin", add("Where", has_queries, lengths.past, last), keepdims=0)
+        return add("Max", add("Add", add("Sub", first_query, window), 1), 0)
+
+    unlimited = add("Equal", window, 0)
+    first = add.choose(unlimited, lambda add: add.constant(0), first_in_window, "int64")
+    return Span(first, end)
 
 
 def _rotary(add: Nodes, query: str, key: str, real: str, positions: str) -> list[str]:
@@ -178,7 +200,7 @@ def _seen(add: Nodes, token: str, lengths: Lengths, real: str, positions: str) -
     return add("Unsqueeze", add("And", inside, add("And", not_later, not_earlier)), [1])
 
 
-def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, longest: str) -> str:
+def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, span: Span) -> str:
     """Return the scores before the mask, [B, heads, S, tokens] (A1)."""
     shape = add("Shape", query)
     given = add.attribute("scale", "float")
@@ -188,8 +210,8 @@ def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, longest: str) ->
     # The query heads of one key/value head are as many more queries.
     grouped = add("Concat", [0], kv_heads, [-1], add("Shape", query, start=3), axis=0)
     products = keys.products(add, add("Reshape", scaled, grouped))
-    rows = add("Concat", add("Slice", shape, [0], [3]), add("Unsqueeze", longest, [0]), axis=0)
-    scores = add("Reshape", products, rows)
+    count = add("Unsqueeze", add("Sub", span.end, span.first), [0])
+    scores = add("Reshape", products, add("Concat", add("Slice", shape, [0], [3]), count, axis=0))
     softcap = add.attribute("softcap", "float")
 
     def capped(add: Nodes) -> str:
@@ -199,7 +221,8 @@ def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, longest: str) ->
 
     def biased(add: Nodes) -> str:
         bias = widened(add, "attention_bias")
-        own = add("Slice", bias, [0], add("Unsqueeze", longest, [0]), [3])
+        first, end = (add("Unsqueeze", one, [0]) for one in span)
+        own = add("Slice", bias, first, end, [3])
         return add("Add", scores, own)
 
     return optional(add, "attention_bias", biased, lambda _: scores)
@@ -207,10 +230,6 @@ def _scores(add: Nodes, query: str, keys: Cache, kv_heads: str, longest: str) ->
 
 def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
     """Return the softmax over what is seen, a sink of each head in its denominator."""
-    smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
-    usual = add("Expand", add("Where", smooth, np.float32(0), NOTHING), heads)
-    sink = optional(add, "head_sink", lambda add: widened(add, "head_sink"), lambda _: usual)
-    sink = add("Unsqueeze", sink, [0, 2, 3])
     # A decode step of rows of one length, without a window, sees everything.
     everything = add("ReduceMin", add.cast(seen, "int32"), keepdims=0)
     scores = add.choose(
@@ -218,13 +237,31 @@ def _weights(add: Nodes, scores: str, seen: str, heads: str) -> str:
         lambda _: scores,
         lambda add: add("Where", seen, scores, NOTHING),
     )
-    most = add("Max", add("ReduceMax", scores, [3]), sink)
-    most = add("Where", add("Equal", most, NOTHING), np.float32(0), most)
-    raised = add("Exp", add("Sub", scores, most))
-    total = add("Add", add("ReduceSum", raised, [3]), add("Exp", add("Sub", sink, most)))
+    most = add("ReduceMax", scores, [3])
+    weights = add("Softmax", scores)
+
+    def beside(add: Nodes, sink: str) -> str:
+        # The largest weight is 1 over the sum of exponentials without the sink.
+        distance = add("Sub", add("Unsqueeze", sink, [0, 2, 3]), most)
+        own = add("Mul", add("Exp", distance), add("ReduceMax", weights, [3]))
+        return add("Div", weights, add("Add", own, np.float32(1)))
+
+    def beside_nothing(add: Nodes) -> str:
+        smooth = add.cast(add.attribute("smooth_softmax", "int"), "bool")
+        zero = add("Expand", np.float32(0), heads)
+        return add.choose(smooth, lambda add: beside(add, zero), lambda _: weights)
+
+    weights = optional(
+        add, "head_sink", lambda add: beside(add, widened(add, "head_sink")), beside_nothing
+    )
     # A query that sees nothing has no weights.
-    total = add("Where", add("Equal", total, np.float32(0)), np.float32(1), total)
-    return add("Div", raised, total)
+    blind = add("Equal", most, NOTHING)
+    any_blind = add("ReduceMax", add.cast(blind, "int32"), keepdims=0)
+    return add.choose(
+        add.cast(any_blind, "bool"),
+        lambda add: add("Where", blind, np.float32(0), weights),
+        lambda _: weights,
+    )
 
 
 def _output(add: Nodes, weights: str, values: Cache, kv_heads: str) -> None:

@@ -14,7 +14,13 @@ from nsq_ref.extras import extra
 from nsq_ref.scheme import Field, FloatName, Scheme, as_scheme
 from onnx_export.operators.domain import functions
 from onnx_export.operators.nodes import Nodes, make_model
-from onnx_export.operators.schema import ATTENTION, CACHE_PARTS, OPSET, scheme_attributes
+from onnx_export.operators.schema import (
+    ATTENTION,
+    BUFFER_ATTENTION,
+    CACHE_PARTS,
+    OPSET,
+    scheme_attributes,
+)
 
 with extra("onnx", __name__):
     import onnx
@@ -99,6 +105,7 @@ def attention_node(
     sliding_window: int | None = None,
     rotary_interleaved: bool = False,
     smooth_softmax: bool = False,
+    buffers: bool = False,
 ) -> onnx.NodeProto:
     """Return a node of nsq.Attention, whose tensors have the names of the operator's.
 
@@ -124,6 +131,9 @@ def attention_node(
         Rotate channels 2i and 2i + 1 together, not i and i + R / 2.
     smooth_softmax : bool
         Add 1 to the sum of exponentials.
+    buffers : bool
+        nsq.BufferAttention instead, whose cache is one tensor a side
+        (`onnx_export.operators.cache_buffers`).
 
     Returns
     -------
@@ -166,11 +176,13 @@ def attention_node(
     for side, scheme in schemes.items():
         attributes |= scheme_attributes(scheme, f"{side}_")
         del attributes[f"{side}_outlier_channels"]
-        cache |= {f"{side}_{part}" for part in (*scheme.layout(0, 1), "tail")}
+        parts = (f"_{part}" for part in (*scheme.layout(0, 1), "tail"))
+        cache |= {side} if buffers else {f"{side}{part}" for part in parts}
     given = {"query", "past_lengths", *inputs, *(f"past_{name}" for name in cache)}
     made = {"output", "present_lengths", *(f"present_{name}" for name in cache)}
     add = Nodes()
-    add.call(ATTENTION, {name: name for name in given}, {name: name for name in made}, **attributes)
+    operator = BUFFER_ATTENTION if buffers else ATTENTION
+    add.call(operator, {name: name for name in given}, {name: name for name in made}, **attributes)
     return add.nodes[0]
 
 
@@ -274,7 +286,9 @@ def attention_model(
     given, made = (
         {name: shapes[name] for name in names if name} for names in (node.input, node.output)
     )
-    return make_model("attention", [node], given, made, functions=functions(opset), opset=opset)
+    return make_model(
+        "attention", [node], given, made, functions=functions(opset, [node]), opset=opset
+    )
 
 
 def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from onnx_export.operators.nodes import Nodes, Reference
 from onnx_export.operators.schema import DEQUANTIZE, QUANTIZE
 
 __all__ = [
-    "LARGEST_INDEX", "NOTHING", "PARTS", "Cache", "Layout", "Lengths", "coded_blocks", "count",
-    "decoded_blocks", "joined", "layout_of", "optional", "take", "take_valid", "unsealed",
+    "LARGEST_INDEX", "NOTHING", "PARTS", "Cache", "Layout", "Lengths", "Span", "coded_blocks",
+    "count", "decoded_blocks", "joined", "layout_of", "optional", "take", "take_valid", "unsealed",
     "unsealed_tokens", "widened",
 ]  # fmt: skip
 
@@ -29,14 +29,25 @@ class Lengths(NamedTuple):
     present: str
 
 
+class Span(NamedTuple):
+    """Positions that some query may see, as int64 scalars: ``first`` is below ``end``."""
+
+    first: str
+    end: str
+
+    def positions(self, add: Nodes) -> str:
+        """Return them, [1, positions]."""
+        return add("Unsqueeze", add("Range", self.first, self.end, 1), [0])
+
+
 class Cache(Protocol):
     """Keys or values after the append, which the function's outputs have.
 
-    Positions go from 0 to the longest row's last one, and there is at least one. Where a row has
-    none, a product says nothing, but what is mixed is 0 times the weight.
+    Positions are those of a span, which ends with the longest row's last one. Where a row has none,
+    a product says nothing, but what is mixed is 0 times the weight.
     """
 
-    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, longest: str) -> None:
+    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, span: Span) -> None:
         """Append float32 ``new[B, kv_heads, S, D]``, of which some is padding."""
 
     def products(self, add: Nodes, query: str) -> str:

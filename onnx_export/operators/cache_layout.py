@@ -34,7 +34,8 @@ __all__ = ["KEY", "ROLES", "CacheLayout", "CacheTensor", "quantized_tensors"]
 KEY = "nsq.cache"
 VERSION = 1
 
-PARTS = tuple(f"{side}_{part}" for side in ("key", "value") for part in CACHE_PARTS)
+BUFFERS = ("key", "value")
+PARTS = (*(f"{side}_{part}" for side in ("key", "value") for part in CACHE_PARTS), *BUFFERS)
 
 ROLES = (
     "input_ids", "attention_mask", "position_ids", "past_lengths", "new_lengths", "total_lengths",
@@ -65,7 +66,8 @@ class CacheTensor(NamedTuple):
     layer : int, optional
         Whose cache it is of, counted as `CacheLayout.schemes` are; only of a quantized one.
     part : str, optional
-        What of it, as nsq.Attention calls it: ``key_packed`` and so on.
+        What of it, as nsq.Attention calls it: ``key_packed`` and so on; ``key`` or ``value`` of a
+        cache of one tensor a side, which only the native library runs.
 
     Examples
     --------
@@ -81,6 +83,11 @@ class CacheTensor(NamedTuple):
     shape: tuple[int | str, ...]
     layer: int | None = None
     part: str | None = None
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is all that is stored of keys, or of values."""
+        return self.part in BUFFERS
 
     @property
     def grows(self) -> bool:

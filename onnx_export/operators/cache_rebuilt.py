@@ -8,6 +8,7 @@ from onnx_export.operators.cache_body import (
     PARTS,
     Layout,
     Lengths,
+    Span,
     coded_blocks,
     count,
     decoded_blocks,
@@ -33,18 +34,18 @@ class Rebuilt:
     new : str
         Tensor [B, kv_heads, S, D], float32.
     lengths : Lengths
-    longest : str
-        int64 scalar, how many positions there are.
+    span : Span
 
     Examples
     --------
     >>> add = Nodes()
-    >>> keys = Rebuilt(add, "key", "new", Lengths("past", "new", "present"), "longest")
+    >>> lengths = Lengths("past", "new", "present")
+    >>> keys = Rebuilt(add, "key", "new", lengths, Span("first", "end"))
     >>> keys.products(add, "query").startswith("MatMul")
     True
     """
 
-    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, longest: str) -> None:
+    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, span: Span) -> None:
         layout = layout_of(add, side, lengths)
         plain = unsealed(add, layout, new)
         past_tail = layout.past("tail")
@@ -60,7 +61,7 @@ class Rebuilt:
         head_dim = add("Squeeze", add("Shape", new, start=3))
         decoded = decoded_blocks(add, layout, parts, head_dim, f"decoded_{side}")
         tokens = add("Concat", sinks, decoded, tail, axis=2)
-        self._by_position = _by_position(add, layout, tokens, longest)
+        self._by_position = _by_position(add, layout, tokens, span)
 
     def products(self, add: Nodes, query: str) -> str:
         """Multiply query[B, kv_heads, rows, D] with every key: [B, kv_heads, rows, positions]."""
@@ -123,9 +124,9 @@ def _stored(add: Nodes, layout: Layout, coded: dict[str, str]) -> dict[str, str]
     return {"packed": packed, "scale": scale, "norm": norm, "zero": zero}
 
 
-def _by_position(add: Nodes, layout: Layout, tokens: str, longest: str) -> str:
+def _by_position(add: Nodes, layout: Layout, tokens: str, span: Span) -> str:
     """Bring sinks, all sealed tokens that there is room for, and the tail in order; 0 behind."""
-    token = count(add, longest)
+    token = span.positions(add)
     first_free = add("Add", layout.sinks, add("Mul", layout.capacity, layout.block))
     from_tail = add("Add", first_free, add("Sub", token, layout.first_tail))
     index = add("Where", add("Less", token, layout.first_tail), token, from_tail)

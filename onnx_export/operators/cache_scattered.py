@@ -15,6 +15,7 @@ from onnx_export.operators.cache_body import (
     PARTS,
     Layout,
     Lengths,
+    Span,
     coded_blocks,
     count,
     decoded_blocks,
@@ -60,127 +61,172 @@ class Scattered:
         Tensor [B, kv_heads, S, D], float32.
     lengths : Lengths
         As `within_capacity` returns them.
-    longest : str
-        int64 scalar, how many positions there are.
+    span : Span
+    always : frozenset of str
+        Inputs of the function that every node has, though it might leave them out.
 
     Examples
     --------
     >>> add = Nodes()
     >>> lengths = within_capacity(add, Lengths("past", "new", "present"))
-    >>> Scattered(add, "key", "new", lengths, "longest").products(add, "query")[:6]
+    >>> Scattered(add, "key", "new", lengths, Span("first", "end")).products(add, "query")[:6]
     'chosen'
     """
 
-    def __init__(self, add: Nodes, side: str, new: str, lengths: Lengths, longest: str) -> None:
+    def __init__(
+        self,
+        add: Nodes,
+        side: str,
+        new: str,
+        lengths: Lengths,
+        span: Span,
+        always: frozenset[str] = frozenset(),
+    ) -> None:
         self._layout = layout = layout_of(add, side, lengths)
-        self._longest = longest
+        self._span = span
         self._head_dim = add("Squeeze", add("Shape", new, start=3))
         self._most_sealed = add("ReduceMax", layout.sealed, keepdims=0)
+        before = add("Max", add("Sub", add("Unsqueeze", span.first, [0]), layout.sinks), 0)
+        self._first_block = add("Div", before, layout.block)  # that any query sees, [1]
+        self._skipped = add("Mul", self._first_block, layout.block)  # tokens
+        self._blocks = add("Sub", self._most_sealed, add("Squeeze", self._first_block))
         least_sealed = add("ReduceMin", layout.sealed, keepdims=0)
         self._aligned = add("Equal", self._most_sealed, least_sealed)
         self._has_norm = add.attribute(f"{side}_separate_norm", "int")
         self._has_zero = add("Sub", 1, add.attribute(f"{side}_symmetric", "int"))
-        _append(add, layout, new, self._has_norm, self._has_zero)
+        _append(add, layout, new, self._has_norm, self._has_zero, always)
         self._direct = self._as_coded(add)
 
     def products(self, add: Nodes, query: str) -> str:
         """Multiply query[B, kv_heads, rows, D] with every key: [B, kv_heads, rows, positions]."""
-        layout = self._layout
-
-        def coded(add: Nodes) -> str:
-            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
-            zero = self._shift(add, scale, zero)
-            found = packed_products.scores(add, layout.side, packed, scale, zero, query)
-            return self._with_norm(add, found, norm)
-
-        def decoded(add: Nodes) -> str:
-            return _against(add, query, self._decoded(add))
-
-        few = add("And", self._direct, _has_few_rows(add, query))
-        sealed = add.choose(
-            add("Greater", self._most_sealed, 0),
-            lambda add: add.choose(few, coded, decoded),
-            lambda add: add("Slice", query, [0], [0], [3]),
+        return add.choose(
+            self._stays_coded(add, query),
+            lambda add: self._coded_products(add, query),
+            lambda add: _against(add, query, self._plain(add)),
         )
+
+    def mixed(self, add: Nodes, weights: str) -> str:
+        """Add values up by weights[B, kv_heads, rows, positions]: [B, kv_heads, rows, D]."""
+
+        def plain(add: Nodes) -> str:
+            is_real = add("Less", self._span.positions(add), self._layout.after)
+            return add("MatMul", weights, _only(add, self._plain(add), is_real))
+
+        stays_coded = self._stays_coded(add, weights)
+        return add.choose(stays_coded, lambda add: self._coded_mixed(add, weights), plain)
+
+    def _stays_coded(self, add: Nodes, rows: str) -> str:
+        """Tell whether there are few rows, and blocks that need not be decoded for them."""
+        number = add("Squeeze", add("Shape", rows, start=2, end=3))
+        few = add("And", self._direct, add("LessOrEqual", number, FEW_ROWS))
+        return add("And", few, add("Greater", self._blocks, 0))
+
+    def _plain(self, add: Nodes) -> str:
+        """Decode all positions, [B, kv_heads, positions, D]; anything where a row has none."""
+        layout = self._layout
+        sinks, tail = (add.cast(layout.present(part), "float32") for part in ("sinks", "tail"))
+        sealed = add.choose(
+            add("Greater", self._blocks, 0),
+            self._decoded,
+            lambda add: add("Slice", tail, [0], [0], [2]),
+        )
+        tokens = add("Concat", sinks, sealed, tail, axis=2)
+        first, end = (add("Sub", one, self._skipped) for one in self._span)
+        return add.choose(
+            self._aligned,
+            lambda add: add("Slice", tokens, first, end, [2]),
+            lambda add: take(add, tokens, self._index(add)),
+        )
+
+    def _index(self, add: Nodes) -> str:
+        """Return where positions are behind sinks, sealed tokens and tail, [B, positions]."""
+        layout = self._layout
+        token = self._span.positions(add)
+        size = add("Add", layout.sinks, add("Mul", self._blocks, layout.block))
+        from_tail = add("Add", size, add("Sub", token, layout.first_tail))
+        sealed = add("Sub", token, self._skipped)
+        index = add("Where", add("Less", token, layout.first_tail), sealed, from_tail)
+        last = add("Sub", add("Add", size, layout.block), 1)  # of positions that a row lacks
+        return add("Min", index, last)
+
+    def _coded_products(self, add: Nodes, query: str) -> str:
+        layout = self._layout
+        packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+        zero = self._shift(add, scale, zero)
+        found = packed_products.scores(add, layout.side, packed, scale, zero, query)
+        sealed = self._with_norm(add, found, norm)
         sinks, tail = (
             _against(add, query, add.cast(layout.present(part), "float32"))
             for part in ("sinks", "tail")
         )
         products = add("Concat", sinks, sealed, tail, axis=3)
-
-        def by_position(add: Nodes) -> str:
-            token = count(add, self._longest)
-            first_free = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
-            from_tail = add("Add", first_free, add("Sub", token, layout.first_tail))
-            index = add("Where", add("Less", token, layout.first_tail), token, from_tail)
-            last = add("Sub", add("Shape", products, start=3), 1)  # of positions that a row lacks
-            return _take_last(add, products, add("Min", index, last))
-
-        end = add("Unsqueeze", self._longest, [0])
+        first, end = (add("Sub", one, self._skipped) for one in self._span)
         return add.choose(
-            self._aligned, lambda add: add("Slice", products, [0], end, [3]), by_position
+            self._aligned,
+            lambda add: add("Slice", products, first, end, [3]),
+            lambda add: _take_last(add, products, self._index(add)),
         )
 
-    def mixed(self, add: Nodes, weights: str) -> str:
-        """Add values up by weights[B, kv_heads, rows, positions]: [B, kv_heads, rows, D]."""
+    def _coded_mixed(self, add: Nodes, weights: str) -> str:
         layout = self._layout
-        sinks = add("Min", layout.sinks, add("Unsqueeze", self._longest, [0]))
-        end = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
-
-        def own(add: Nodes) -> str:
-            """Take the weights of sealed tokens, 0 where a row has none there."""
-            some = add("Slice", weights, layout.sinks, end, [3])
-
-            def only(add: Nodes) -> str:
-                token = add("Add", count(add, add("Sub", end, layout.sinks)), layout.sinks)
-                is_sealed = add("Less", token, layout.first_tail)
-                return add("Where", add("Unsqueeze", is_sealed, [1, 2]), some, np.float32(0))
-
-            return add.choose(self._aligned, lambda _: some, only)
-
-        def coded(add: Nodes) -> str:
-            packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
-            zero = self._shift(add, scale, zero)
-            factors = self._with_norm(add, own(add), norm)
-            return packed_products.outputs(add, layout.side, packed, scale, zero, factors)
-
-        def decoded(add: Nodes) -> str:
-            return add("MatMul", own(add), self._decoded(add))
-
-        def neither(add: Nodes) -> str:
-            shape = add("Concat", add("Shape", weights, end=3), [1], axis=0)
-            return add("Expand", np.float32(0), shape)
-
-        few = add("And", self._direct, _has_few_rows(add, weights))
-        sealed = add.choose(
-            add("Greater", self._most_sealed, 0),
-            lambda add: add.choose(few, coded, decoded),
-            neither,
-        )
+        packed, scale, zero, norm = self._sealed(add, "packed", "scale", "zero", "norm")
+        zero = self._shift(add, scale, zero)
+        factors = self._with_norm(add, self._of_sealed(add, weights), norm)
+        sealed = packed_products.outputs(add, layout.side, packed, scale, zero, factors)
+        first = add("Unsqueeze", self._span.first, [0])
+        end_sealed = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
 
         # Of the tail as much as any row has.
         tail = add("ReduceMax", add("Sub", layout.after, layout.first_tail), keepdims=0)
         at_tail = count(add, add("Max", tail, 0))
-        position = add("Add", layout.first_tail, at_tail)
+        from_first = add("Sub", add("Add", layout.first_tail, at_tail), first)
+
+        def by_position(add: Nodes) -> str:
+            last = add("Sub", add("Shape", weights, start=3), 1)
+            return _take_last(add, weights, add("Max", add("Min", from_first, last), 0))
+
+        is_whole = add("LessOrEqual", add("Squeeze", first), add("Squeeze", end_sealed))
         from_tail = add.choose(
-            self._aligned,
-            lambda add: add("Slice", weights, end, [LARGEST_INDEX], [3]),
-            lambda add: _take_last(
-                add, weights, add("Min", position, add("Sub", self._longest, 1))
-            ),
+            add("And", self._aligned, is_whole),
+            lambda add: add("Slice", weights, add("Sub", end_sealed, first), [LARGEST_INDEX], [3]),
+            by_position,
         )
         of_tail = add("Slice", layout.present("tail"), [0], add("Shape", at_tail, start=1), [2])
-        of_sinks = add("Slice", layout.present("sinks"), [0], sinks, [2])
+        start_sinks = add("Min", first, layout.sinks)
+        sinks = add("Sub", layout.sinks, start_sinks)
+        of_sinks = add("Slice", layout.present("sinks"), start_sinks, layout.sinks, [2])
         values = add.cast(add("Concat", of_sinks, of_tail, axis=2), "float32")
-        at_sinks = add(
-            "Expand", count(add, sinks), add("Concat", add("Shape", position, end=1), [1], axis=0)
-        )
-        is_real = add("Less", add("Concat", at_sinks, position, axis=1), layout.after)
-        # Behind the length anything may be, and 0 times that.
-        values = add("Where", add("Unsqueeze", is_real, [1, 3]), values, np.float32(0))
+        at_sinks = add("Expand", count(add, sinks), add("Shape", layout.after))
+        places = add("Concat", at_sinks, from_first, axis=1)
+        is_real = add("Less", places, add("Sub", layout.after, first))
+        is_real = add("And", is_real, add("GreaterOrEqual", places, 0))
         from_sinks = add("Slice", weights, [0], sinks, [3])
-        plain = add("MatMul", add("Concat", from_sinks, from_tail, axis=3), values)
-        return add("Add", sealed, plain)
+        of_plain = add("Concat", from_sinks, from_tail, axis=3)
+        return add("Add", sealed, add("MatMul", of_plain, _only(add, values, is_real)))
+
+    def _of_sealed(self, add: Nodes, weights: str) -> str:
+        """Take the weights of sealed tokens, 0 where a row has none there."""
+        layout = self._layout
+        first = add("Unsqueeze", self._span.first, [0])
+        begin = add("Add", layout.sinks, self._skipped)
+        end = add("Add", layout.sinks, add("Mul", self._most_sealed, layout.block))
+        start = add("Max", add("Sub", begin, first), 0)
+        some = add("Slice", weights, start, add("Sub", end, first), [3])
+
+        def whole(add: Nodes) -> str:
+            """Add those of the first block that lie before all windows."""
+            unseen = add("Max", add("Sub", first, begin), 0)
+            return add("Pad", some, add("Concat", unseen, [0], axis=0), np.float32(0), [3])
+
+        limited = add("Greater", add.attribute("sliding_window", "int"), 0)
+        of_blocks = add.choose(limited, whole, lambda _: some)
+
+        def only(add: Nodes) -> str:
+            token = add("Add", count(add, add("Sub", end, begin)), begin)
+            is_sealed = add("Unsqueeze", add("Less", token, layout.first_tail), [1, 2])
+            return add("Where", is_sealed, of_blocks, np.float32(0))
+
+        return add.choose(self._aligned, lambda _: of_blocks, only)
 
     def _as_coded(self, add: Nodes) -> str:
         """Tell whether directions are their codes times scales: then nothing need be decoded."""
@@ -205,24 +251,25 @@ class Scattered:
         return add("Mul", numbers, add("Reshape", norm, [0, 0, 1, -1]))
 
     def _sealed(self, add: Nodes, *parts: str) -> list[str]:
-        """Return parts of as many blocks as any row has, [B, kv_heads, n, block_size or 1, ...].
+        """Return parts of all blocks that may be seen, [B, kv_heads, n, block_size or 1, ...].
 
         Numbers are float32, and 0 where a row has no block; a norm is 1 where none is stored.
         """
         layout = self._layout
-        blocks = add("Unsqueeze", self._most_sealed, [0])
-        is_sealed = add("Less", count(add, self._most_sealed), layout.sealed)
-        is_sealed = add("Unsqueeze", is_sealed, [1, 3])
+        end = add("Unsqueeze", self._most_sealed, [0])
+        blocks = add("Unsqueeze", self._blocks, [0])
+        index = add("Add", self._first_block, count(add, self._blocks))
+        is_sealed = add("Unsqueeze", add("Less", index, layout.sealed), [1, 3])
 
-        def first_blocks(add: Nodes, part: str) -> str:
-            name = layout.present(part)
-            tokens = add("Mul", blocks, _rows(add, layout, part))
-            some = add("Slice", name, [0], tokens, [2])
+        def own_blocks(add: Nodes, part: str) -> str:
+            name, rows = layout.present(part), _rows(add, layout, part)
+            ends = (add("Mul", one, rows) for one in (self._first_block, end))
+            some = add("Slice", name, *ends, [2])
             shape = add("Concat", [0, 0], blocks, [-1], axis=0)
             return add("Reshape", some, shape)
 
         def numbers(add: Nodes, part: str) -> str:
-            wide = add.cast(first_blocks(add, part), "float32")
+            wide = add.cast(own_blocks(add, part), "float32")
             return add.choose(
                 self._aligned,
                 lambda _: wide,
@@ -242,7 +289,7 @@ class Scattered:
         for part in parts:
             if part == "packed":
                 shape = add("Concat", [0, 0], blocks, layout.block, [-1], axis=0)
-                found.append(add("Reshape", first_blocks(add, part), shape))
+                found.append(add("Reshape", own_blocks(add, part), shape))
             elif part == "norm":
                 has = add("Equal", self._has_norm, 1)
                 found.append(add.choose(has, lambda add: numbers(add, "norm"), ones))
@@ -254,16 +301,16 @@ class Scattered:
         return found
 
     def _decoded(self, add: Nodes) -> str:
-        """Decode as many blocks as any row has, [B, kv_heads, tokens, D]."""
+        """Decode all blocks that may be seen, [B, kv_heads, tokens, D]."""
         parts = ("packed", "norm", "scale", "zero")
         found = dict(zip(parts, self._sealed(add, *parts), strict=True))
         name = f"{self._head_dim}_decoded"
         return decoded_blocks(add, self._layout, found, self._head_dim, name)
 
 
-def _has_few_rows(add: Nodes, x: str) -> str:
-    rows = add("Squeeze", add("Shape", x, start=2, end=3))
-    return add("LessOrEqual", rows, FEW_ROWS)
+def _only(add: Nodes, values: str, is_real: str) -> str:
+    """Replace tokens of values by 0: behind the length anything may be, and 0 times that."""
+    return add("Where", add("Unsqueeze", is_real, [1, 3]), values, np.float32(0))
 
 
 def _against(add: Nodes, query: str, keys: str) -> str:
@@ -287,7 +334,9 @@ def _rows(add: Nodes, layout: Layout, part: str) -> str:
 # --- the append ----------------------------------------------------------------------------------
 
 
-def _append(add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str) -> None:
+def _append(
+    add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str, always: frozenset[str]
+) -> None:
     """Write what is new into the cache: sinks, blocks that became full, the tail."""
     side = layout.side
     tail, packed, scale = (layout.past(part) for part in ("tail", "packed", "scale"))
@@ -296,6 +345,8 @@ def _append(add: Nodes, layout: Layout, new: str, has_norm: str, has_zero: str) 
 
     def known(part: str, like: str, has: str) -> str:
         """Return an input that may be absent: a tensor without tokens then."""
+        if layout.past(part) in always:
+            return layout.past(part)
         return add.choose(
             add("Greater", has, 0),
             lambda add: joined(add, layout.past(part), like, 2),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from nsq_ref.extras import extra
 from onnx_export.operators.attention import attention
 from onnx_export.operators.codec import dequantize, quantize
 from onnx_export.operators.nodes import all_nodes
-from onnx_export.operators.schema import DOMAIN, OPERATORS, OPSET
+from onnx_export.operators.schema import ATTENTION, CACHE_PARTS, DOMAIN, OPERATORS, OPSET
 
 with extra("onnx", __name__):
     import onnx
@@ -17,7 +18,7 @@ with extra("onnx", __name__):
 __all__ = ["check_nodes", "functions"]
 
 
-def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
+def functions(opset: int = OPSET, nodes: Iterable[onnx.NodeProto] = ()) -> list[onnx.FunctionProto]:
     """Return every function of the domain.
 
     A model that carries them runs wherever standard operators run; where a library has kernels of
@@ -28,6 +29,9 @@ def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     opset : int
         Of the standard operators, at least 21, as in the model. From 24 on Attention appends in
         place and is much faster, in ONNX Runtime 1.26 and later.
+    nodes : iterable of onnx.NodeProto
+        Of the model, all of them. Parts of a cache that each of its Attentions has are appended to
+        in place, too; for no other Attention these functions are right.
 
     Returns
     -------
@@ -43,7 +47,14 @@ def functions(opset: int = OPSET) -> list[onnx.FunctionProto]:
     >>> [function.name for function in functions()]
     ['Quantize', 'Dequantize', 'Attention']
     """
-    return [quantize(opset), dequantize(opset), attention(opset)]
+    inputs = [
+        {name for name, given in zip(ATTENTION.inputs, node.input, strict=False) if given}
+        for node in all_nodes(nodes)
+        if (node.domain, node.op_type) == (DOMAIN, ATTENTION.name)
+    ]
+    parts = {f"past_{side}_{part}" for side in ("key", "value") for part in CACHE_PARTS}
+    always = frozenset(parts & ATTENTION.optional).intersection(*inputs) if inputs else frozenset()
+    return [quantize(opset), dequantize(opset), attention(opset, always)]
 
 
 def check_nodes(model: onnx.ModelProto) -> None:

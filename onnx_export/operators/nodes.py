@@ -9,7 +9,7 @@ an object for each. Who changes a graph reads what is built in one call, ``onnx_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,8 +293,10 @@ def make_function(operator: Operator, add: Nodes, opset: int) -> onnx.FunctionPr
     )  # fmt: skip
 
 
-def built_once(build: Callable[[int], onnx.FunctionProto]) -> Callable[..., onnx.FunctionProto]:
+def built_once(build: Callable[..., onnx.FunctionProto]) -> Callable[..., onnx.FunctionProto]:
     """Build a function once for each opset, as there are hundreds of nodes; return a copy of it.
+
+    Whatever else it is built for must be hashable.
 
     Examples
     --------
@@ -309,13 +311,13 @@ def built_once(build: Callable[[int], onnx.FunctionProto]) -> Callable[..., onnx
     """
 
     @functools.cache
-    def built(opset: int) -> bytes:
-        serialized: bytes = build(opset).SerializeToString()
+    def built(opset: int, *others: Hashable) -> bytes:
+        serialized: bytes = build(opset, *others).SerializeToString()
         return serialized
 
     @functools.wraps(build)
-    def copied(opset: int = OPSET) -> onnx.FunctionProto:
-        copy: onnx.FunctionProto = onnx.FunctionProto.FromString(built(opset))
+    def copied(opset: int = OPSET, *others: Hashable) -> onnx.FunctionProto:
+        copy: onnx.FunctionProto = onnx.FunctionProto.FromString(built(opset, *others))
         return copy
 
     return copied

@@ -18,8 +18,8 @@ with extra("onnx", __name__):
     from onnx import TensorProto
 
 __all__ = [
-    "ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS", "IR_VERSION", "OPERATORS",
-    "OPSET", "QUANTIZE", "VERSION", "Operator", "scheme_attributes",
+    "ATTENTION", "BUFFER_ATTENTION", "CACHE_PARTS", "DEQUANTIZE", "DOMAIN", "ELEMENTS",
+    "IR_VERSION", "OPERATORS", "OPSET", "QUANTIZE", "VERSION", "Operator", "scheme_attributes",
 ]  # fmt: skip
 
 DOMAIN = "nsq"
@@ -54,6 +54,8 @@ class Operator(NamedTuple):
         That its data may have: the array that is quantized, what comes from a model.
     attributes : mapping
         From each name to its default; None is one that every node must have, an integer.
+    has_body : bool
+        There is a function of standard operators; otherwise only the native library runs it.
 
     Examples
     --------
@@ -67,6 +69,7 @@ class Operator(NamedTuple):
     optional: frozenset[str]
     dtypes: tuple[str, ...]
     attributes: Mapping[str, int | float | str | None]
+    has_body: bool = True
 
     def require_dtype(self, dtype: str) -> None:
         """Refuse a dtype that data of the operator cannot have.
@@ -169,4 +172,17 @@ ATTENTION = Operator(
     },
 )  # fmt: skip
 
-OPERATORS = {operator.name: operator for operator in (QUANTIZE, DEQUANTIZE, ATTENTION)}
+_NEW = ATTENTION.inputs[: -len(_CACHE)]
+
+BUFFER_ATTENTION = ATTENTION._replace(
+    name="BufferAttention",
+    inputs=(*_NEW, *(f"past_{side}" for side in _SIDES)),
+    outputs=("output", "present_lengths", *(f"present_{side}" for side in _SIDES)),
+    optional=ATTENTION.optional & set(_NEW),
+    has_body=False,  # bytes become floats by BitCast only, which opset 26 brings
+)
+"""Attention on a cache of one tensor a side (`onnx_export.operators.cache_buffers`)."""
+
+OPERATORS = {
+    operator.name: operator for operator in (QUANTIZE, DEQUANTIZE, ATTENTION, BUFFER_ATTENTION)
+}

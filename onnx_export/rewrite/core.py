@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 from onnx_export.custom_ops import library_path
+from onnx_export.operators.cache_buffers import buffer_tensors
 from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
 from onnx_export.operators.domain import check_nodes, functions
 from onnx_export.operators.nodes import Nodes, all_nodes
-from onnx_export.operators.schema import DOMAIN, ELEMENTS, VERSION
-from onnx_export.rewrite import files
+from onnx_export.operators.schema import DOMAIN, ELEMENTS, OPSET, VERSION
+from onnx_export.rewrite import files, genai
 from onnx_export.rewrite.found import Found, Refused
 from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.message import remove, replace, unsound, value_info
 from onnx_export.rewrite.nodes import Attentions
-from onnx_export.rewrite.opset import raise_opset, require_raisable
+from onnx_export.rewrite.opset import NEWEST, raise_opset, require_raisable
+from onnx_export.rewrite.patterns import PATTERNS
 from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
 from onnx_export.rewrite.report import Attention, Change, RewriteReport
@@ -57,7 +61,10 @@ def rewrite(
     value: Scheme | str | None = None,
     policy: Mapping[str, Any] | None = None,
     row_lengths: bool = False,
+    opset: int | None = None,
     library: bool = False,
+    cache: Literal["tensors", "buffers"] = "tensors",
+    context_length: int | None = None,
     dry_run: bool = False,
 ) -> RewriteReport:
     """Write a decoder anew with quantized caches.
@@ -83,8 +90,20 @@ def rewrite(
         Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
         take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
         mask cannot tell of a row with a past how many of several new tokens are real.
+    opset : int, optional
+        Of the standard operators at least, 21 to 24; the model's own by default, or 21 where that
+        is older. From 24 on the function of Attention appends in place, which is much faster where
+        there is no library, and needs ONNX Runtime 1.26. A model whose nodes may mean something
+        else in the newer opset is refused.
     library : bool
         Copy the native library beside the new file.
+    cache : {"tensors", "buffers"}
+        Buffers are one tensor a side and layer, by the names that the model has, of a size that the
+        model fixes; only the native library runs them, and it is copied beside the new file. If
+        ``genai_config.json`` is beside the model, one is written beside the new file, with the
+        files of the tokenizer: onnxruntime-genai runs that folder as it is.
+    context_length : int, optional
+        Tokens that a row of buffers has room for; by default what the model says.
     dry_run : bool
         Only tell.
 
@@ -96,8 +115,9 @@ def rewrite(
     Raises
     ------
     TypeError, ValueError
-        For what is no model, has no attention with a cache, schemes that a cache cannot have, and a
-        policy that does not fit the model.
+        For what is no model, has no attention with a cache, schemes that a cache cannot have, a
+        policy that does not fit the model, and buffers for onnxruntime-genai where it cannot run
+        what would be written.
     OSError
         Where a file is missing or cannot be written. Nothing is half-written.
 
@@ -126,24 +146,35 @@ def rewrite(
     >>> folder.cleanup()
     """
     source, target = Path(model), Path(out)
+    least = OPSET if opset is None else as_integer("opset", opset, least=OPSET, most=NEWEST)
     proto = files.read(source)
     if target.exists() and os.path.samefile(source, target):
         raise ValueError(f"{target} is the model itself; choose another name for what is written")
     data = {os.path.realpath(source.parent / name) for name in files.external_files(proto)}
     if os.path.realpath(target) in data:
         raise ValueError(f"{target} holds weights of the model; choose another name")
-    native = library_path() if library else None
+    context = None
+    if cache == "buffers":
+        context = genai.Context(source.parent, target, context_length)
+    elif cache != "tensors" or context_length is not None:
+        raise ValueError("cache is tensors or buffers, and context_length is of buffers")
+    native = library_path() if library or context is not None else None
     if not dry_run:
         atomic.require_writable(target, make_folders=True)
 
-    edit = _Edit(proto, source, key, value, policy, row_lengths)
+    proto = files.inlined(proto, {one for pattern in PATTERNS for one in pattern.ANCHORS})
+    edit = _Edit(proto, source, key, value, policy, row_lengths, context)
     if not edit.plan.found:
         return edit.report()
-    require_raisable(proto)
-    edit.apply()
+    require_raisable(proto, least, without=edit.removed())
+    edit.apply(least)
+    beside = []
+    if context is not None:
+        stays = [one.node for one in edit.report().attentions if one.schemes is None]
+        beside = context.beside(proto, stays, native, edit.context_length or 0)
     if dry_run:
         return edit.report()
-    return edit.report(tuple(files.write(proto, source, target, native)))
+    return edit.report(tuple(files.write(proto, source, target, native, beside)))
 
 
 class _Edit:
@@ -157,11 +188,14 @@ class _Edit:
         value: Scheme | str | None,
         policy: Mapping[str, Any] | None,
         row_lengths: bool,
+        context: genai.Context | None,
     ) -> None:
         if any(one.domain == DOMAIN for one in (*proto.opset_import, *proto.functions)):
             raise ValueError(f"{source} has operators of {DOMAIN} already; rewrite its original")
         self.proto = proto
-        self.graph = Graph(files.as_ir(proto, source.parent))
+        self.graph = Graph(files.as_ir(proto, source.parent))  # which puts nodes in order
+        if fault := unsound(proto):
+            raise ValueError(f"{source}: the graph cannot be read: {fault}")
         self.known = _known_layout(proto)
         self.roles = self.known.roles if self.known else {n: n for n in input_roles(self.graph)}
         # Such a model says itself how many tokens each row has.
@@ -177,6 +211,9 @@ class _Edit:
         self.layers = layer_numbers(found)
         by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
+        self.context_length: int | None = None
+        if context is not None:
+            self.context_length = context.length(self._context_length(found))
         self.tensors = {one: self._quantized(one) for one in found if self.schemes[one]}
         if found and not self.tensors:
             raise ValueError("the policy leaves every layer as it is; name a scheme for one")
@@ -189,22 +226,28 @@ class _Edit:
         layer = self.layers[found]
         if schemes is None:
             return ()
+        sizes: dict[str, Any] = {
+            "kv_heads": found.kv_heads, "head_dim": found.head_dim,
+            "value_head_dim": found.value_head_dim, "dtype": found.dtype,
+        }  # fmt: skip
         try:
-            return quantized_tensors(
-                layer,
-                *schemes,
-                kv_heads=found.kv_heads,
-                head_dim=found.head_dim,
-                value_head_dim=found.value_head_dim,
-                dtype=found.dtype,
+            if self.context_length is None:
+                return quantized_tensors(layer, *schemes, **sizes)
+            names = [(one.past.name or "", one.present.name or "") for one in caches_of(found)]
+            return buffer_tensors(
+                layer, *schemes, **sizes, context_length=self.context_length, names=names
             )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
 
     # --- the message -----------------------------------------------------------------------------
 
-    def apply(self) -> None:
-        """Change the message."""
+    def removed(self) -> set[str]:
+        """Return the first outputs of nodes that are replaced, or read by nobody any longer."""
+        return {node.outputs[0].name or "" for node in self.plan.removed}
+
+    def apply(self, opset: int = OPSET) -> None:
+        """Change the message, its opset to one that is not older."""
         graph = self.proto.graph
         prefix = self._prefix()
         sizes = Sizes(self.graph, f"{prefix}sizes_")
@@ -226,15 +269,15 @@ class _Edit:
         names = {name for node in self.plan.removed for name in _names(node.outputs)}
         names -= {one.output.value.name or "" for one in self.plan.found}
         unused = self._unused(kept)
-        _replace(graph.node, kept)
-        _remove(graph.initializer, lambda one: one.name in unused)
-        _remove(graph.value_info, lambda one: one.name in names)
-        _remove(graph.quantization_annotation, lambda one: one.tensor_name in names | unused)
+        replace(graph.node, kept)
+        remove(graph.initializer, lambda one: one.name in unused)
+        remove(graph.value_info, lambda one: one.name in names)
+        remove(graph.quantization_annotation, lambda one: one.tensor_name in names | unused)
         self._replace_caches()
         for name in (PAST_LENGTHS, NEW_LENGTHS):
             if name in sizes.needed:
                 self._add_lengths(name)
-        self._finish()
+        self._finish(opset)
 
     def _prefix(self) -> str:
         """Return what no name in the model begins with."""
@@ -288,7 +331,7 @@ class _Edit:
             kept = []
             for info in infos:
                 if info.name in new:
-                    kept += [_info(getattr(one, which), one) for one in new[info.name]]
+                    kept += [value_info(getattr(one, which), one) for one in new[info.name]]
                 else:
                     kept.append(info)
             names = [one.name for one in kept]
@@ -296,7 +339,7 @@ class _Edit:
                 raise ValueError(
                     f"the model has an input or output {twice[0]!r} already; rename it"
                 )
-            _replace(infos, kept)
+            replace(infos, kept)
 
     def _add_lengths(self, name: str) -> None:
         graph = self.proto.graph
@@ -309,17 +352,19 @@ class _Edit:
         graph.input.append(helper.make_tensor_value_info(name, ELEMENTS["int64"], ["batch_size"]))
         self.new_inputs.append(name)
 
-    def _finish(self) -> None:
-        opset = raise_opset(self.proto)
+    def _finish(self, opset: int) -> None:
+        opset = raise_opset(self.proto, opset)
         self.opset = self.opset[0], opset
-        self.proto.functions.extend(functions(opset))
+        if self.context_length is None:  # what buffers hold is no function's
+            self.proto.functions.extend(functions(opset, self.proto.graph.node))
         self.proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
-        _remove(self.proto.metadata_props, lambda one: one.key == KEY)
+        remove(self.proto.metadata_props, lambda one: one.key == KEY)
         if (layout := self._layout()) is not None:
             for name, text in layout.to_metadata().items():
                 self.proto.metadata_props.add(key=name, value=text)
         check_nodes(self.proto)
-        _require_sound(self.proto)
+        if fault := unsound(self.proto):
+            raise RuntimeError(fault)  # of the rewriter, as the model was sound
 
     def _layout(self) -> CacheLayout | None:
         """Return what a loop must know; None where caches are not understood that stay."""
@@ -353,7 +398,7 @@ class _Edit:
             tuple(tensors),
             tuple(by_layer),
             math.lcm(*blocks),
-            self._context_length(),
+            self.context_length or self._context_length(self.plan.found),
             right_padding=counts and NEW_LENGTHS not in roles,
         )
 
@@ -388,14 +433,12 @@ class _Edit:
             tensors.append(CacheTensor(*names, dtype, tuple(one or 0 for one in sizes)))
         return tensors if len(tensors) == 2 else None
 
-    def _context_length(self) -> int | None:
+    def _context_length(self, attentions: list[Found]) -> int | None:
         """Return the positions that the model says it has, or has rotations for."""
         if self.known is not None and self.known.context_length is not None:
             return self.known.context_length
         known = [
-            self.graph.size(found.rotary.cos, 0)
-            for found in self.plan.found
-            if found.rotary is not None
+            self.graph.size(found.rotary.cos, 0) for found in attentions if found.rotary is not None
         ]
         return min((one for one in known if one), default=None)
 
@@ -441,39 +484,3 @@ def _known_layout(model: onnx.ModelProto) -> CacheLayout | None:
 
 def _names(values: Any) -> list[str]:
     return [one.name or "" for one in values]
-
-
-def _remove(field: Any, which: Callable[[Any], bool]) -> None:
-    """Remove messages from a repeated field; the others are not copied."""
-    for index in reversed([index for index, one in enumerate(field) if which(one)]):
-        del field[index]
-
-
-def _replace(field: Any, content: list[Any]) -> None:
-    """Set a repeated field to some of its own messages and others."""
-    copies = list(content)
-    del field[:]
-    field.extend(copies)
-
-
-def _info(name: str, tensor: CacheTensor) -> onnx.ValueInfoProto:
-    """Return an input or output; past and present have one capacity, each tensor its own name."""
-    axes: list[int | str] = []
-    for size in tensor.shape:
-        own = isinstance(size, str) and size.startswith("capacity")
-        axes.append(f"{tensor.past}.{size}" if own else "batch_size" if size == "batch" else size)
-    return helper.make_tensor_value_info(name, ELEMENTS[tensor.dtype], axes)
-
-
-def _require_sound(model: onnx.ModelProto) -> None:
-    """Raise if a node reads what nobody made before it: a fault of the rewriter, not of a model."""
-    graph = model.graph
-    made = {one.name for one in (*graph.input, *graph.initializer)} | {""}
-    for node in graph.node:
-        if missing := [name for name in node.input if name not in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} reads {missing[0]}, which nothing made")
-        if twice := [name for name in node.output if name and name in made]:
-            raise RuntimeError(f"{node.op_type} {node.name} makes {twice[0]} a second time")
-        made.update(node.output)
-    if missing := [one.name for one in graph.output if one.name not in made]:
-        raise RuntimeError(f"nothing makes the output {missing[0]}")

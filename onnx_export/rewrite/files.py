@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from nsq_ref.extras import extra
@@ -22,10 +22,11 @@ from onnx_export.operators.nodes import all_nodes
 
 with extra("rewrite", __name__):
     import onnx
+    import onnx.inliner
     import onnx_ir as ir
     from google.protobuf.message import DecodeError, EncodeError
 
-__all__ = ["as_ir", "external_files", "read", "write"]
+__all__ = ["as_ir", "external_files", "inlined", "read", "write"]
 
 LARGEST_MESSAGE = 2**31 - 1  # of protobuf
 
@@ -59,8 +60,24 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
+def inlined(model: onnx.ModelProto, operators: Container[tuple[str, str]]) -> onnx.ModelProto:
+    """Return a model with those of its functions inlined that have some operators within."""
+    found: set[tuple[str, str]] = set()
+    size = -1
+    while size < len(found):
+        size = len(found)
+        for function in model.functions:
+            called = {(node.domain, node.op_type) for node in all_nodes(function.node)}
+            if any(one in operators or one in found for one in called):
+                found.add((function.domain, function.name))
+    return onnx.inliner.inline_selected_functions(model, sorted(found)) if found else model
+
+
 def as_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
     """Return the same model as objects that know of each other; weights are mapped when read.
+
+    Converters to float16 put Casts at the end, which ONNX Runtime reads all the same: where a node
+    stands before what it reads, the nodes of both are put in order.
 
     Raises
     ------
@@ -74,8 +91,28 @@ def as_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
         while fault.__cause__ is not None:
             fault = fault.__cause__
         raise ValueError(f"the graph cannot be read: {fault}") from error
+    _sort(model, graph)
     ir.external_data.set_base_dir(graph.graph, folder)
     return graph
+
+
+def _sort(model: onnx.ModelProto, graph: ir.Model) -> None:
+    """Put nodes behind what they read, if they are not."""
+    later = {name for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if any(name in later for inner in all_nodes([node]) for name in inner.input):
+            break
+        later.difference_update(node.output)
+    else:
+        return
+    messages = dict(zip(graph.graph, model.graph.node, strict=True))
+    try:
+        graph.graph.sort()
+    except ValueError as error:
+        raise ValueError("the graph cannot be read: nodes wait for each other") from error
+    nodes = [messages[node] for node in graph.graph]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:
@@ -84,7 +121,11 @@ def external_files(model: onnx.ModelProto) -> list[str]:
 
 
 def write(
-    model: onnx.ModelProto, source: Path, target: Path, library: Path | None = None
+    model: onnx.ModelProto,
+    source: Path,
+    target: Path,
+    library: Path | None = None,
+    beside: Iterable[tuple[Path, atomic.Content]] = (),
 ) -> list[Path]:
     """Write a model beside the weights that it refers to: all, or nothing.
 
@@ -97,6 +138,8 @@ def write(
         The file to write; its folder is made if it is missing.
     library : Path, optional
         Copied beside it.
+    beside : iterable of (Path, content)
+        Other files to write.
 
     Returns
     -------
@@ -112,7 +155,7 @@ def write(
         content = model.SerializeToString()
     except (EncodeError, ValueError) as error:  # which of the two depends on protobuf
         raise ValueError(f"{target} would have 2 GB or more, which ONNX does not allow") from error
-    files: list[tuple[Path, atomic.Content]] = [(target, content)]
+    files: list[tuple[Path, atomic.Content]] = [(target, content), *beside]
     if library is not None:
         found = library
         files.append(

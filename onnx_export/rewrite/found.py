@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from onnx_export.rewrite.graph import Graph
 
-__all__ = ["Cache", "Found", "Layout", "Lengths", "Pattern", "Refused", "Rotary", "Tokens"]
+__all__ = [
+    "Bias", "Cache", "Found", "Layout", "Lengths", "Norm", "Pattern", "Refused", "Rotary", "Tokens",
+]  # fmt: skip
 
 Layout: TypeAlias = Literal["BSH", "BSND", "BNSD", "BNDS"]
 """The axes of a tensor: batch, tokens (S), heads (N), channels of a head (D), of all heads (H)."""
@@ -106,6 +108,39 @@ class Rotary(NamedTuple):
     first_prompt: ir.Value | None = None
 
 
+class Bias(NamedTuple):
+    """What is added to scores.
+
+    Attributes
+    ----------
+    value : onnx_ir.Value
+        Float, in the dtype of the model.
+    factor : float
+        By which it is multiplied: where scores are scaled after it is added.
+    flat : bool
+        Batch and heads are one axis, the first of three.
+    """
+
+    value: ir.Value
+    factor: float = 1.0
+    flat: bool = False
+
+
+class Norm(NamedTuple):
+    """The root mean square of each head brought to 1, and channels weighted, before the rotation.
+
+    Attributes
+    ----------
+    weight : onnx_ir.Value
+        ``[head_dim]``, in the dtype of the model.
+    epsilon : float
+        Added to the mean of the squares.
+    """
+
+    weight: ir.Value
+    epsilon: float
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """One attention with a cache, of whatever nodes it is made.
@@ -147,12 +182,24 @@ class Found:
         Float, in the dtype of the model, added to the scores after the softcap: of any shape that
         broadcasts to ``[batch, heads, sequence, past + sequence]``, but for its last axis, which is
         as long as the tokens of the longest row or longer. Its rank must be known.
+    added : tuple of Bias
+        More that is added, each of a shape as ``bias``.
     mask : onnx_ir.Value or None
         bool, True where a query sees a token; shaped as ``bias``. Both may be there.
+    mask_hides : bool
+        The mask is True where a query does not see a token.
     head_sink : onnx_ir.Value or None
-        ``[heads]``.
+        ``[heads]``, or of more axes of size 1.
     smooth_softmax : bool
         A logit of 0 joins every softmax.
+    query_norm, key_norm : Norm or None
+        What normalizes outside is no part of this.
+    projection_bias : onnx_ir.Value or None
+        ``[heads * head_dim + kv_heads * (head_dim + value_head_dim)]``, added to queries, keys and
+        values before all else.
+    padding : onnx_ir.Value or None
+        Integers, ``[batch, past + sequence]`` or with the new tokens between: 0 where no query, or
+        not this one, sees a token.
     """
 
     pattern: str
@@ -176,9 +223,15 @@ class Found:
     sliding_window: int | None = None
     rotary: Rotary | None = None
     bias: ir.Value | None = None
+    added: tuple[Bias, ...] = ()
     mask: ir.Value | None = None
+    mask_hides: bool = False
     head_sink: ir.Value | None = None
     smooth_softmax: bool = False
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    projection_bias: ir.Value | None = None
+    padding: ir.Value | None = None
 
 
 class Refused(NamedTuple):

@@ -11,7 +11,7 @@ from nsq_ref.scheme import KeyValueSchemes
 from onnx_export.operators.attention_models import attention_node
 from onnx_export.operators.cache_layout import CacheTensor
 from onnx_export.operators.nodes import Nodes
-from onnx_export.rewrite.found import Found, Tokens
+from onnx_export.rewrite.found import Bias, Found, Tokens
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes
 
@@ -55,6 +55,7 @@ class Attentions:
         if found.key is not None and found.value is not None:
             given["key"] = self._by_token(add, found.key)
             given["value"] = self._by_token(add, found.value)
+        self._project(add, found, given, f"{self._prefix}{layer}_")
         given["past_lengths"], new = self._lengths(add, found)
         if new is not None:
             given["new_lengths"] = new
@@ -65,7 +66,9 @@ class Attentions:
         if (bias := self._bias(add, found)) is not None:
             given["attention_bias"] = bias
         if found.head_sink is not None:
-            given["head_sink"] = found.head_sink.name or ""
+            name = found.head_sink.name or ""
+            one_axis = self._graph.rank(found.head_sink) == 1
+            given["head_sink"] = name if one_axis else add("Reshape", name, [-1])
 
         node = attention_node(
             *schemes,
@@ -78,6 +81,7 @@ class Attentions:
             sliding_window=found.sliding_window,
             rotary_interleaved=found.rotary is not None and found.rotary.interleaved,
             smooth_softmax=found.smooth_softmax,
+            buffers=any(tensor.is_buffer for tensor in tensors),
         )
         node.name = f"{self._prefix}attention_{layer}"
         for tensor in tensors:
@@ -123,6 +127,33 @@ class Attentions:
         # The inverse of what brings it to tokens.
         perm = (0, 2, 1, 3) if layout == "BNSD" else (0, 2, 3, 1)
         add("Transpose", by_head, perm=perm, name=name)
+
+    def _project(self, add: Nodes, found: Found, given: dict[str, str], prefix: str) -> None:
+        """Add the bias of the projections, and normalize queries and keys."""
+        bias = found.projection_bias
+        norms = {"query": found.query_norm, "key": found.key_norm}
+        if bias is None and not any(norms.values()):
+            return
+        sizes = [found.heads * found.head_dim]
+        sizes += [found.kv_heads * size for size in (found.head_dim, found.value_head_dim)]
+        sides = ("query", "key", "value")
+        if found.key is None:
+            packed, names = given["query"], {side: f"{prefix}{side}" for side in sides}
+            add.several("Split", [packed, sizes], list(names.values()), axis=2)
+            given |= names
+        if bias is not None:
+            parts = {side: f"{prefix}{side}_bias" for side in sides}
+            add.several("Split", [bias.name, sizes], list(parts.values()), axis=0)
+            given |= {side: add("Add", given[side], part) for side, part in parts.items()}
+        for side, norm in norms.items():
+            if norm is not None:
+                heads = add("Reshape", given[side], [0, 0, -1, found.head_dim])
+                # Of onnxruntime, as the attention that is replaced.
+                made = add(
+                    "SimplifiedLayerNormalization", heads, norm.weight.name or "",
+                    axis=-1, epsilon=norm.epsilon, stash_type=1,
+                )  # fmt: skip
+                given[side] = add("Reshape", made, [0, 0, -1])
 
     # --- lengths and positions -------------------------------------------------------------------
 
@@ -192,27 +223,47 @@ class Attentions:
 
     def _bias(self, add: Nodes, found: Found) -> str | None:
         """Return bias and mask as one float tensor of four axes, with a row for every query."""
-        given = [one for one in (found.bias, found.mask) if one is not None]
+        biases = [Bias(found.bias)] if found.bias is not None else []
+        biases += found.added
+        masks = [one for one in (found.mask, found.padding) if one is not None]
+        given = [*(one.value for one in biases), *masks]
         if not given:
             return None
         tokens = self._tokens(add, found)
+        kind = np.dtype(found.dtype).type
 
         def make() -> str:
-            parts = [self._four_axes(add, one) for one in given]
-            bias = parts[0]
+            bias: Any = None
+            for one in biases:
+                part = self._four_axes(add, one.value, found.heads if one.flat else None)
+                part = part if one.factor == 1 else add("Mul", part, kind(one.factor))
+                bias = part if bias is None else add("Add", bias, part)
+            bias = kind(0) if bias is None else bias
             if found.mask is not None:
-                kind = np.dtype(found.dtype).type
-                seen = kind(0) if found.bias is None else parts[0]
-                bias = add("Where", parts[-1], seen, kind(-np.inf))
+                seen = [bias, kind(-np.inf)]
+                mask = self._four_axes(add, found.mask)
+                bias = add("Where", mask, *(reversed(seen) if found.mask_hides else seen))
+            if found.padding is not None:
+                bias = add("Where", self._seen(add, found.padding), bias, kind(-np.inf))
             if any(self._sizes.are_tokens(one, (self._graph.rank(one) or 0) - 2) for one in given):
-                return bias
+                return str(bias)
             return add("Expand", bias, add("Concat", [1, 1], tokens, [1], axis=0))
 
-        result: str = self._once(("bias", *given, found.dtype, tokens), make)
+        key = ("bias", *biases, found.mask, found.mask_hides, found.padding, found.dtype, tokens)
+        result: str = self._once(key, make)
         return result
 
-    def _four_axes(self, add: Nodes, value: ir.Value) -> str:
+    def _seen(self, add: Nodes, padding: ir.Value) -> str:
+        """Return a mask of padding as bool of four axes, heads between."""
+        axes = [1] if self._graph.rank(padding) == 3 else [1, 2]
+        return add("Unsqueeze", add.cast(padding.name or "", "bool"), axes)
+
+    def _four_axes(self, add: Nodes, value: ir.Value, heads: int | None = None) -> str:
+        """Return a value of four axes; with heads, its first of three is batch and heads."""
         name, rank = value.name or "", self._graph.rank(value)
+        if heads is not None:
+            rest = add("Shape", name, start=1)
+            return add("Reshape", name, add("Concat", [-1, heads], rest, axis=0))
         if rank is None:
             raise ValueError(f"the mask {name} has no known rank")
         return name if rank == 4 else add("Unsqueeze", name, list(range(4 - rank)))

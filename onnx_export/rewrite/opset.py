@@ -1,16 +1,17 @@
-"""Raising the opset of a model to the least that the functions of ``nsq`` are written in.
+"""Raising the opset of a model to that of the functions of ``nsq``.
 
-A function is inlined into the graph, and ONNX Runtime reads its nodes by the opset of the model. So
-the model's own nodes must mean the same in both opsets. Between 13 and 21 most operators only
-learnt further dtypes; of the others, reductions are brought into their new form, where axes are an
-input, and what else there is, is refused.
+A function is inlined into the graph, and ONNX Runtime reads its nodes by the opset of the model,
+whatever the function imports. So the model's own nodes must mean the same in both opsets. Between
+13 and 24 most operators only learnt further dtypes; of the others, reductions are brought into
+their new form, where axes are an input, and what else there is, is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Collection, Iterator, MutableSequence
 
 from nsq_ref.extras import extra
+from onnx_export.operators.attention import SCATTER_OPSET
 from onnx_export.operators.nodes import all_nodes
 from onnx_export.operators.schema import IR_VERSION, OPSET
 
@@ -18,9 +19,10 @@ with extra("rewrite", __name__):
     import onnx
     from onnx import defs, helper
 
-__all__ = ["raise_opset", "require_raisable"]
+__all__ = ["NEWEST", "raise_opset", "require_raisable"]
 
 OLDEST = 13
+NEWEST = SCATTER_OPSET
 STANDARD = ("", "ai.onnx")
 
 SAME_MEANING = frozenset(
@@ -34,6 +36,15 @@ SAME_MEANING = frozenset(
 )  # fmt: skip
 """Operators whose later versions add dtypes, or attributes whose defaults are the old meaning."""
 
+FURTHER_DTYPES = frozenset(
+    {
+        "Conv", "ConvTranspose", "Cos", "Dropout", "Elu", "EyeLike", "GRU", "GlobalAveragePool",
+        "GlobalMaxPool", "HardSigmoid", "InstanceNormalization", "LSTM", "LpNormalization", "Mish",
+        "Round", "Selu", "Sin", "Softplus", "Softsign", "SplitToSequence", "Tan", "TopK",
+    }
+)  # fmt: skip
+"""Operators of which versions 22 to 24 say the same of more dtypes; older versions may not."""
+
 REDUCTIONS = frozenset(
     {
         "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
@@ -43,38 +54,50 @@ REDUCTIONS = frozenset(
 AXES_ARE_AN_INPUT = 18
 
 
-def require_raisable(model: onnx.ModelProto) -> None:
+def require_raisable(
+    model: onnx.ModelProto, opset: int = OPSET, *, without: Collection[str] = ()
+) -> None:
     """Refuse a model whose opset cannot be raised without changing what it means.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+    opset : int
+        To which it is to be raised, if it is older.
+    without : collection of str
+        First outputs of nodes that are going to be replaced.
 
     Raises
     ------
     ValueError
         That names the operator.
     """
-    opset = _standard(model).version
-    if opset >= OPSET:
+    has = _standard(model).version
+    if has >= opset:
         return
-    remedy = f"convert it to opset {OPSET} first, with onnx.version_converter or by a new export"
-    if opset < OLDEST:
-        raise ValueError(f"the model has opset {opset}; {remedy}")
+    remedy = f"convert it to opset {opset} first, with onnx.version_converter or by a new export"
+    if has < OLDEST:
+        raise ValueError(f"the model has opset {has}; {remedy}")
     for node in _all(model):
-        if node.domain not in STANDARD or not _changed(node.op_type, opset):
+        if node.domain not in STANDARD or (node.output and node.output[0] in without):
             continue
-        known = node.op_type in SAME_MEANING | REDUCTIONS
-        if not known and not (node.op_type == "Split" and len(node.input) == 2):
-            raise ValueError(
-                f"the model has opset {opset}, in which {node.op_type} ({node.name}) may mean "
-                f"something else than in {OPSET}; {remedy}"
-            )
+        known = SAME_MEANING | REDUCTIONS | ({"Split"} if len(node.input) == 2 else set())
+        steps = ((has, OPSET, known), (max(has, OPSET), opset, SAME_MEANING | FURTHER_DTYPES))
+        for old, new, same in steps:
+            if node.op_type not in same and _changed(node.op_type, old, new):
+                raise ValueError(
+                    f"the model has opset {has}, in which {node.op_type} ({node.name}) may mean "
+                    f"something else than in {opset}; {remedy}"
+                )
 
 
-def raise_opset(model: onnx.ModelProto) -> int:
+def raise_opset(model: onnx.ModelProto, opset: int = OPSET) -> int:
     """Raise the opset of a model that `require_raisable` lets pass, in place, and return it.
 
     Nodes change only where axes of a reduction become an input.
     """
     standard = _standard(model)
-    before, opset = standard.version, max(standard.version, OPSET)
+    before, opset = standard.version, max(standard.version, opset)
     if before < AXES_ARE_AN_INPUT:
         _with_axes_as_inputs(model.graph.node, "nsq_axes")
         for number, function in enumerate(model.functions):
@@ -97,12 +120,14 @@ def _standard(model: onnx.ModelProto) -> onnx.OperatorSetIdProto:
     return standard[0]
 
 
-def _changed(operator: str, opset: int) -> bool:
-    """Whether an operator has another version in the newer opset."""
+def _changed(operator: str, before: int, after: int) -> bool:
+    """Whether an operator has another version in the newer of two opsets."""
+    if after <= before:
+        return False
     try:
         old, new = (
             defs.get_schema(operator, max_inclusive_version=version, domain="").since_version
-            for version in (opset, OPSET)
+            for version in (before, after)
         )
     except defs.SchemaError:
         return False  # in no opset: of onnxruntime, as SimplifiedLayerNormalization

@@ -133,9 +133,12 @@ class Sizes:
                 sizes.append(add.constant([axis]))
             elif axis == "batch":
                 sizes.append(self.batch())
+            elif axis.endswith(" batch"):
+                sizes.append(add("Mul", self.batch(), [int(axis.split()[0])]))
             elif axis == "past":
                 sizes.append(self.past())
             else:
-                new = self.tokens(tokens.value, tokens.layout, add)
+                given = tokens.value, tokens.layout
+                new = self.tokens(*given, add) if self._tokens is None else self._new_tokens()
                 sizes.append(new if axis == "new" else add("Add", self.past(), new))
         return sizes

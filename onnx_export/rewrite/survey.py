@@ -15,7 +15,8 @@ from nsq_ref.extras import extra
 from onnx_export.rewrite.found import Cache, Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.probe import MOVING, axes_of
+from onnx_export.rewrite.patterns.traced import never_grows
+from onnx_export.rewrite.probe import axes_of
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
@@ -30,6 +31,9 @@ __all__ = [
     "plan",
     "survey",
 ]
+
+
+CACHE_BRANCH = "use_cache_branch"  # of optimum's merged decoders
 
 
 @dataclass(eq=False)
@@ -64,7 +68,7 @@ def survey(graph: Graph) -> list[Found | Refused]:
                 result = pattern.match(node, graph)
                 if result is not None and place:
                     caches = caches_of(result) if isinstance(result, Found) else result.caches
-                    result = Refused(node, f"it is in {place}; inline that first", caches)
+                    result = Refused(node, f"it is in {place}", caches)
                 if result is not None:
                     results.append(result)
     return _unshared(results)
@@ -72,17 +76,19 @@ def survey(graph: Graph) -> list[Found | Refused]:
 
 def unclaimed(graph: Graph, results: Iterable[Found | Refused]) -> list[str]:
     """Return inputs that look like caches and belong to no attention that was found."""
-    claimed = {
+    claimed: set[ir.Value | None] = {
         cache.past
         for one in results
         for cache in (caches_of(one) if isinstance(one, Found) else one.caches)
     }
+    claimed |= {given for one in results if isinstance(one, Refused) for given in one.node.inputs}
     return [
         one.name or ""
         for one in graph.model.graph.inputs
         if one not in claimed
         and re.search("past|cache", one.name or "")
         and (graph.rank(one) or 0) >= 3
+        and not never_grows(graph, one)
         and graph.dtype(one) in ("float32", "float16", "bfloat16")
     ]
 
@@ -109,7 +115,10 @@ def inputs_of(found: Found) -> list[ir.Value]:
     """Return what the new node is computed from, the cache left out."""
     given: list[ir.Value | None] = [found.query.value, found.bias, found.mask, found.head_sink]
     given += [one.value for one in (found.key, found.value) if one is not None]
+    given += [one.value for one in found.added]
     given += [found.lengths.past, found.lengths.total, found.lengths.new]
+    given += [one.weight for one in (found.query_norm, found.key_norm) if one is not None]
+    given += [found.projection_bias, found.padding]
     if found.rotary is not None:
         rotary = found.rotary
         given += [rotary.cos, rotary.sin, rotary.position_ids, rotary.first_prompt]
@@ -175,14 +184,27 @@ def _all(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     """Return all nodes, and what they are in if that is not the main graph."""
     yield from _with_inner(model.graph, "")
     for function in model.functions.values():
-        yield from _with_inner(function, f"the function {function.domain}::{function.name}")
+        place = f"the function {function.domain}::{function.name}; inline that first"
+        yield from _with_inner(function, place)
 
 
 def _with_inner(nodes: Iterable[ir.Node], place: str) -> Iterator[tuple[ir.Node, str]]:
     for node in nodes:
         yield node, place
         for graph in _subgraphs(node):
-            yield from _with_inner(graph, place or f"a branch of {node.op_type} {name_of(node)}")
+            yield from _with_inner(graph, place or _branch(node))
+
+
+def _branch(node: ir.Node) -> str:
+    condition = node.inputs[0]
+    merged = node.op_type == "If" and condition is not None and condition.name == CACHE_BRANCH
+    remedy = (
+        "take the decoder that was exported with a past, before it was merged with the other, or "
+        "export one graph for both"
+        if merged
+        else "inline that first"
+    )
+    return f"a branch of {node.op_type} {name_of(node)}; {remedy}"
 
 
 def _unshared(results: list[Found | Refused]) -> list[Found | Refused]:
@@ -257,6 +279,7 @@ class _Walk:
         self.found = list(found)
         self.faults: dict[Found, str] = {}
         self.shapes: dict[ir.Node, tuple[Found, Cache]] = {}
+        self._within: dict[ir.Value, tuple[Found, Cache] | None] = {}
         self._replaced = {node: one for one in self.found for node in one.nodes}
         self._caches = {
             value: (one, cache)
@@ -301,7 +324,7 @@ class _Walk:
         return live
 
     def _read_by(self, node: ir.Node) -> Iterator[tuple[ir.Value, str]]:
-        if node.op_type == "Shape" and not node.domain and (axes := self._moved(node)) is not None:
+        if node.op_type == "Shape" and not node.domain and (axes := self._known(node)) is not None:
             one, _ = self.shapes[node]
             if {"past", "total"} & set(axes) and one.lengths.past is not None:
                 reason = f"{name_of(node)} reads the capacity of its cache"
@@ -317,17 +340,36 @@ class _Walk:
         for value in reads(node):
             yield value, f"{node.op_type} {name_of(node)}"
 
-    def _moved(self, node: ir.Node) -> list[str | int] | None:
-        """Return the axes of what is moved out of a cache, if this is Shape of such a value."""
+    def _known(self, node: ir.Node) -> list[str | int] | None:
+        """Return the axes of what is made of a cache within an attention, if this is its Shape."""
         value = node.inputs[0]
-        for _ in range(16):
-            before = None if value is None else value.producer()
-            if value in self._caches or before is None or before.op_type not in MOVING:
-                break
-            value = before.inputs[0]
-        if value is node.inputs[0] or value not in self._caches:
+        if value is None or value in self._caches or (source := self._inside(value)) is None:
             return None
-        axes = axes_of(self.graph, node.inputs[0])
+        axes = axes_of(self.graph, value)
         if axes is not None:
-            self.shapes[node] = self._caches[value]
+            self.shapes[node] = source
         return axes
+
+    def _inside(self, value: ir.Value) -> tuple[Found, Cache] | None:
+        """Return the attention whose cache, or another part within it, a value is made of."""
+        waiting = [value]
+        while waiting:
+            one = waiting[-1]
+            node = one.producer()
+            if one in self._within:
+                waiting.pop()
+            elif one in self._caches:
+                self._within[one] = self._caches[one]
+            elif node is None or (node.op_type == "Shape" and not node.domain):
+                self._within[one] = None
+            elif (owner := self._replaced.get(node)) is not None:
+                is_output = one is owner.output.value
+                self._within[one] = None if is_output else (owner, owner.key_cache)
+            else:
+                given = list(reads(node))
+                if missing := [before for before in given if before not in self._within]:
+                    waiting += missing
+                else:
+                    sources = (self._within[before] for before in given)
+                    self._within[one] = next((at for at in sources if at is not None), None)
+        return self._within[value]

@@ -128,6 +128,8 @@ def scheme_of(layout: CacheLayout, tensor: CacheTensor) -> Scheme | None:
 
 def token_axis(tensor: CacheTensor) -> int | None:
     """Return the axis along which a tensor of fixed size has its tokens, if it has one."""
+    if tensor.is_buffer:
+        return None
     if tensor.part is not None:
         return 2
     axes = [axis for axis, size in enumerate(tensor.shape) if str(size).startswith("capacity")]

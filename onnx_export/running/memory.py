@@ -22,12 +22,13 @@ class Memory(NamedTuple):
     ----------
     parts : mapping of str to int
         Bytes of each part, with room for all of the capacity: ``packed``, ``scale``, ``norm``,
-        ``zero``, ``sinks`` and ``tail`` of a quantized cache, ``plain`` of any other.
+        ``zero``, ``sinks`` and ``tail`` of a quantized cache, ``buffer`` of one in buffers,
+        ``plain`` of any other.
     used : int
         Bytes that hold something. The system gives memory as it is written to, so that this is what
         the cache takes of the machine, to a page a tensor.
     float16 : int
-        Bytes of as many tokens in float16.
+        Bytes of as many tokens in float16; not known of buffers.
     """
 
     parts: Mapping[str, int]
@@ -64,7 +65,7 @@ def memory_of(
         width = DTYPES[tensor.dtype].itemsize
         shape = next(growing) if tensor.grows else fixed[tensor.past]
         nbytes = math.prod(shape) * width
-        part = tensor.part.partition("_")[2] if tensor.part else "plain"
+        part = tensor.part.partition("_")[2] or "buffer" if tensor.part else "plain"
         parts[part] = parts.get(part, 0) + nbytes
         used += nbytes if tensor.grows else _filled_bytes(layout, tensor, shape, lengths)
         float16 += 2 * _elements(tensor) * sum(lengths)

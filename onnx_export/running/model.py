@@ -17,6 +17,7 @@ from nsq_ref.extras import extra
 from nsq_ref.files import kinds
 from onnx_export import custom_ops
 from onnx_export.operators.cache_layout import CacheLayout
+from onnx_export.operators.schema import BUFFER_ATTENTION
 
 with extra("onnx", __name__):
     import onnx
@@ -94,6 +95,11 @@ class Model:
                 self.path, options, providers=["CPUExecutionProvider"]
             )
         except FAULTS as error:
+            if not library and BUFFER_ATTENTION.name in str(error):
+                raise ValueError(
+                    f"{self.path} has its cache in buffers, which only the native library runs; "
+                    "take it, or rewrite the original with cache='tensors'"
+                ) from error
             fault = kinds.mistaken(self.path, "an ONNX model") or f"{self.path}: {said(error)}"
             raise ValueError(fault) from error
         try:

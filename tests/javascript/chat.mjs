@@ -1,4 +1,5 @@
-// Open the page in a headless browser, choose a model, send a prompt: node chat.mjs PAGE MODEL PROMPT
+// Open the page in a headless browser, choose a model, send a prompt: node chat.mjs PAGE PROMPT FILE...
+// With SCREENSHOT=FILE.png a picture of the page at the end, and what it says to stderr.
 
 import { createServer } from "node:http";
 import { readFile } from "node:fs/promises";
@@ -7,7 +8,7 @@ import { fileURLToPath } from "node:url";
 import chromium from "@sparticuz/chromium";
 import puppeteer from "puppeteer-core";
 
-const [page_file, model, prompt] = process.argv.slice(2);
+const [page_file, prompt, ...files] = process.argv.slice(2);
 const TYPES = { html: "text/html", mjs: "text/javascript", wasm: "application/wasm" };
 const send = (name) => ({ contentType: TYPES[name.split(".").at(-1)] });
 
@@ -27,23 +28,29 @@ try {
   page.on("console", (message) => console.error(message.text()));
   page.on("pageerror", (error) => console.error(error.message));
   // What the page asks a CDN for is the package that is installed here, of the same version.
-  const dist = dirname(fileURLToPath(import.meta.resolve("onnxruntime-web")));
+  const folders = ["onnxruntime-web", "@huggingface/tokenizers"].map(
+    (name) => [`/npm/${name}@`, dirname(fileURLToPath(import.meta.resolve(name)))]);
   await page.setRequestInterception(true);
   page.on("request", async (request) => {
     const url = new URL(request.url());
     if (url.hostname === "127.0.0.1" || url.protocol === "blob:" || url.protocol === "data:") return request.continue();
     const name = basename(url.pathname);
-    const body = await readFile(join(dist, name));
+    const [, folder] = folders.find(([start]) => url.pathname.startsWith(start));
+    const body = await readFile(join(folder, name));
     return request.respond({ status: 200, headers: { "access-control-allow-origin": "*" }, ...send(name), body });
   });
   await page.goto(`http://127.0.0.1:${server.address().port}/${basename(page_file)}`);
   const file = await page.$("#file");
-  await file.uploadFile(model);
+  await file.uploadFile(...files);
   const limit = { timeout: 240_000 };
   await page.waitForFunction(() => !document.getElementById("send").disabled, limit);
   await page.type("#prompt", prompt);
   await page.click("#send");
   await page.waitForFunction(() => document.getElementById("state").textContent.endsWith("a second"), limit);
+  if (process.env.SCREENSHOT) {
+    await page.screenshot({ path: process.env.SCREENSHOT, fullPage: true });
+    console.error(await page.$eval("#state", (element) => element.textContent));
+  }
   console.log(JSON.stringify(await page.$eval("#text", (element) => element.textContent)));
 } finally {
   await browser.close();

@@ -32,6 +32,7 @@ from nsq_ref import (
     oracle,
     packing,
     plots,
+    rivals,
     rounding,
     spec,
     strategies,
@@ -114,6 +115,14 @@ def saved(**arrays: Any) -> Any:
 
 def round_trip(schemes: Any, keys: Any, values: Any) -> Any:
     return comparison.CacheRoundTrip(schemes)(keys, values)
+
+
+def of_rival(schemes: Any) -> Any:
+    return rivals.entry_of(schemes).store(X, X)
+
+
+def calibrated_rival(keys: Any, values: Any) -> Any:
+    return rivals.entry("onnxruntime-int4").calibrated(keys, values).store(X, X)
 
 
 def one_drawn(**fixed: Any) -> Any:
@@ -224,6 +233,17 @@ CALLS: dict[str, Call] = {
         round_trip, schemes=OneOrTwo("nsep4"), keys=Numbers(X), values=Numbers(X)
     ),
     "comparison.layered": call(comparison.layered, arrays=Numbers([X, X]), side="arrays"),
+    "rivals.Entry.store": call(
+        rivals.entry("turboquant4").store, keys=Numbers(X), values=Numbers(X)
+    ),
+    "rivals.Entry.calibrated": call(
+        calibrated_rival, keys=Numbers(X), values=Numbers(X)
+    ),
+    "rivals.Entry.bits_per_element": call(
+        rivals.entry("pca16").bits_per_element, tokens=Integer(5), head_dim=Integer(4),
+        heads=Integer(2),
+    ),
+    "rivals.entry_of": call(of_rival, schemes=OneOrTwo("nsep4")),
     "metrics.relative_error": call(
         metrics.relative_error, x=Numbers(X), x_hat=Numbers(X + 1), axis=Integer(-1)
     ),
@@ -321,7 +341,11 @@ TAKE_NONE = {
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
     "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
-    "scheme.Part", "cli.main", "codec.block_of",
+    "scheme.Part", "cli.main", "rivals.entry", "rivals.entries", "rivals.Entry", "rivals.Codec",
+    "rivals.Codec.encode", "rivals.Codec.decode", "rivals.Codec.coded", "rivals.NormFirst",
+    "rivals.NormFirst.encode", "rivals.NormFirst.decode", "rivals.NormFirst.coded", "rivals.Part",
+    "rivals.SchemeCodec", "rivals.SchemeCodec.encode", "rivals.SchemeCodec.decode",
+    "rivals.SchemeCodec.coded", "rivals.Stored", "codec.block_of",
     "files.StorageError", "files.holds_cache",
     "files.is_quantized", "files.load", "files.read_arrays", "files.save",
 }  # fmt: skip

@@ -23,7 +23,7 @@ LAYERS = [
     },
     {"spec", "kernels", "oracle"},
     {"quantized", "codec"},
-    {"files", "cache", "attention", "bounds", "metrics", "comparison", "strategies"},
+    {"files", "cache", "attention", "bounds", "metrics", "rivals", "comparison", "strategies"},
     {"conformance", "plots", "transformers"},
     {"cli"},
 ]

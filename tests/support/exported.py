@@ -251,8 +251,11 @@ def save(model: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
     return path
 
 
-def session(path: Path, *, native: bool = False) -> onnxruntime.InferenceSession:
+def session(
+    path: Path, *, native: bool = False, reuse: bool = True
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.enable_mem_reuse = reuse
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     if native:

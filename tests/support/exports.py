@@ -66,8 +66,10 @@ class Floats:
     """A model as it was exported."""
 
     def __init__(self, path: Path, batch: int) -> None:
-        self.session = session(path)
-        self.symbolic = 32 if path.stem.startswith("genai-phi-") else 16
+        # Some exporters state shapes that are wrong, by which memory is shared.
+        self.session = session(path, reuse=False)
+        named = {"genai-phi-": 32, "genai-gptoss": 64, "genai011-llama": 8, "genai011-phi": 8}
+        self.symbolic = next((n for k, n in named.items() if path.stem.startswith(k)), 16)
         self.given = {one.name: one for one in self.session.get_inputs()}
         self.outputs = [one.name for one in self.session.get_outputs()]
         self.pasts = [name for name in self.given if name.startswith(("past", "key_", "value_"))]

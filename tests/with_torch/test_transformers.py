@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from transformers import DynamicCache
 
 import nsq_ref as nsq
 import nsq_ref.transformers
-from nsq_ref.transformers import NsqCache, NsqLayer
+from nsq_ref.transformers import NsqCache, NsqLayer, Stored
 from tests.with_torch.reference_cache import reference_cache
-from tests.with_torch.tiny_decoders import CACHE, FAMILIES, decoder, prompt
+from tests.with_torch.tiny_decoders import CACHE, FAMILIES, OTHERS, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
 VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)
@@ -132,6 +133,75 @@ def test_generate_is_that_of_the_reconstruction(family: str, mode: str) -> None:
     assert found[1].shape != dense[1].shape or not torch.equal(found[1], dense[1])
 
 
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str) -> None:
+    """K1 B1 A3, with one row that is padded."""
+    ids, mask = (x[:2] for x in padded())
+    model = decoder(family)
+    config = model.config
+
+    def found(model: Any, cache: Any) -> Any:
+        return generated(model, ids, cache, attention_mask=mask)
+
+    dense = found(model, DynamicCache(config=config))
+    assert torch.equal(found(model, NsqCache(config))[1], dense[1])
+    expected = found(model, reference_cache(config, KEY, VALUE))
+    decoded = found(model, NsqCache(config, KEY, VALUE))
+    assert torch.equal(decoded[1], expected[1])
+    assert not torch.equal(decoded[1], dense[1])
+    reading = decoder(family, "nsq")
+    refused = {"gpt oss": "learned sinks", "bloom": "not for BloomForCausalLM.*use 'eager'"}
+    if family in refused:
+        with pytest.raises(ValueError, match=refused[family]):
+            found(reading, NsqCache(config, KEY, VALUE))
+        return
+    read = found(reading, NsqCache(config, KEY, VALUE, attention_mask=mask))
+    expected = found(model, reference_cache(config, KEY, VALUE, LEADS[:2]))
+    assert torch.equal(read[0], expected[0])
+    assert (read[1] - expected[1]).abs().max() <= 5e-4 * expected[1].abs().max()
+
+
+@attentions
+def test_autocast(attention: str) -> None:
+    """Keys are float32 there, rotated, and values bfloat16."""
+    model, ids = decoder("llama", attention), prompt(1, 40)
+    logits = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for cache in (NsqCache(model.config), DynamicCache(config=model.config)):
+            logits.append(stepwise(model, cache, ids, [30, 1, 4, 5]))
+        sealed = stepwise(model, NsqCache(model.config, KEY, VALUE), ids, [30, 1, 4, 5])
+    assert torch.equal(*logits)
+    assert not torch.equal(sealed, logits[0])
+
+
+def test_caches_stay_outside_of_compiled_graphs() -> None:
+    """A compiled model takes 20 seconds to find out that its logits are the same."""
+    for function in (NsqLayer.update, Stored.plain, nsq_ref.transformers.attention):
+        assert function._torchdynamo_disable
+
+
+@attentions
+def test_threads_with_caches_of_their_own(attention: str) -> None:
+    model, ids = decoder("llama", attention), prompt(2, 50)
+
+    def run(_: int) -> Any:
+        return stepwise(model, NsqCache(model.config, KEY, VALUE), ids, MIXED)
+
+    expected = run(0)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(run, range(4)))
+
+
+def test_two_turns() -> None:
+    """A cache goes on with a longer conversation; what is said meanwhile comes in one pass."""
+    model, ids = decoder("qwen2"), prompt()
+    both = []
+    for cache in (NsqCache(model.config, KEY, VALUE), reference_cache(model.config, KEY, VALUE)):
+        said = generated(model, ids, cache)[0]
+        both.append(generated(model, torch.cat([said, prompt(1, 21, seed=2)], 1), cache)[1])
+    assert torch.equal(*both)
+
+
 @attentions
 def test_an_assistant_is_that_of_the_reconstruction(attention: str) -> None:
     """The assistant's own cache is transformers', the model's is ours; many drafts are rejected."""
@@ -205,8 +275,8 @@ def test_another_mask_is_obeyed() -> None:
     mask = torch.ones(1, 1, 1, 41, dtype=torch.bool)
     mask[..., 20:25] = False
     logits = []
-    for attention in ("sdpa", "nsq"):
-        model = decoder("llama", attention)
+    for function in ("sdpa", "nsq"):
+        model = decoder("llama", function)
         cache = NsqCache(model.config, KEY, VALUE)
         stepwise(model, cache, ids, [40])
         with torch.no_grad():
@@ -217,8 +287,8 @@ def test_another_mask_is_obeyed() -> None:
 def test_capped_scores_are_those_of_transformers() -> None:
     ids, mask = padded()
     both = []
-    for attention in ("eager", "nsq"):
-        model = decoder("gemma2", attention)
+    for function in ("eager", "nsq"):
+        model = decoder("gemma2", function)
         both.append(stepwise(model, DynamicCache(config=model.config), ids, [30], mask))
     for row, lead in enumerate(LEADS):
         torch.testing.assert_close(*(x[row, lead:] for x in both), atol=1e-4, rtol=1e-4)

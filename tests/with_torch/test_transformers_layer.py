@@ -254,7 +254,16 @@ def test_refused_passes() -> None:
     wrong[1, 0, 1, 3, 2] = torch.inf
     for tensors, kind, message in [
         (x.to("meta"), ValueError, "^key_states is on meta; NsqCache runs on the CPU"),
-        (tokens(3, rows=2), ValueError, r"^keys has shape \[2, 2, 3, 4\]; this cache takes \[1, 2"),
+        (
+            tokens(3, rows=2),
+            ValueError,
+            r"^NsqCache holds 1 rows and the model runs 2; reset\(\) it",
+        ),
+        (
+            x.double(),
+            TypeError,
+            r"^key_states is torch\.float64; NsqCache keeps .*model\.float\(\)",
+        ),
         (x.to(torch.bfloat16), TypeError, "^keys has dtype bfloat16 and this cache keeps float32"),
         (wrong, ValueError, r"^values\[0, 1, 3, 2\] is inf"),
     ]:

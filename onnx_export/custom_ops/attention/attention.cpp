@@ -1,14 +1,19 @@
 // The steps of a call, and what its lengths, positions and biases may be.
 #include <limits>
 
+#include "attention/buffer.h"
 #include "attention/work.h"
 
 namespace nsq {
 namespace {
 
+int64_t most_tokens(const Side& side) {
+  return side.scheme.sink_tokens + side.capacity + side.scheme.block_size - 1;
+}
+
 Status check_positions(const Work& work, int64_t row) {
   const AttentionCall& call = work.call;
-  const auto [past, added, length] = work.rows[row];
+  const int64_t added = work.rows[row].added, length = work.rows[row].length;
   if (call.position_ids == nullptr) {
     if (added == 0 || length <= call.rotary_positions) return Status();
     return Status::error("cos has %lld positions, but row %lld needs position %lld",
@@ -24,6 +29,38 @@ Status check_positions(const Work& work, int64_t row) {
   return Status();
 }
 
+// What the buffers of a row say of themselves: one number in all of them, at least the past's.
+Status read_stored(Work& work, int64_t row) {
+  const AttentionCall& call = work.call;
+  if (call.key.header == nullptr) return Status();
+  Row& lengths = work.rows[row];
+  int64_t stored = -1;
+  for (const Side* side : {&call.key, &call.value}) {
+    const int64_t most = most_tokens(*side);
+    for (int64_t i = 0; i < work.kv_heads; ++i) {
+      const int64_t head = row * work.kv_heads + i;
+      const Header& header = *header_of(side->past_header, side->buffer_bytes, head);
+      const bool empty = header.mark == 0 && header.length == 0;
+      if ((!empty && header.mark != Header::kMark) || header.length < 0 || header.length > most) {
+        return Status::error("past_%s is no cache of this node at row %lld, head %lld; begin with "
+                             "zeros", side->name, shown(row), shown(i));
+      }
+      if (stored >= 0 && header.length != stored) {
+        return Status::error("past_%s has %lld tokens at row %lld, head %lld, and the head before "
+                             "it %lld; give all of one cache", side->name, shown(header.length),
+                             shown(row), shown(i), shown(stored));
+      }
+      stored = header.length;
+    }
+  }
+  if (lengths.past > stored) {
+    return Status::error("past_lengths[%lld] is %lld; past_key and past_value have %lld tokens",
+                         shown(row), shown(lengths.past), shown(stored));
+  }
+  lengths.stored = stored;
+  return Status();
+}
+
 Status read_lengths(Work& work) {
   const AttentionCall& call = work.call;
   NSQ_TRY(work.rows.allocate(call.batch));
@@ -35,20 +72,21 @@ Status read_lengths(Work& work) {
                            "0 and that", shown(b), shown(added), shown(call.tokens));
     }
     for (const Side* side : {&call.key, &call.value}) {
-      const int64_t most =
-          side->scheme.sink_tokens + side->capacity + side->scheme.block_size - 1;
+      const int64_t most = most_tokens(*side);
+      const char* parts = side->header == nullptr ? "_packed and the other parts hold" : " holds";
       if (past < 0 || past > most) {
-        return Status::error("past_lengths[%lld] is %lld; past_%s_packed and the other parts hold "
-                             "0 to %lld tokens", shown(b), shown(past), side->name, shown(most));
+        return Status::error("past_lengths[%lld] is %lld; past_%s%s 0 to %lld tokens", shown(b),
+                             shown(past), side->name, parts, shown(most));
       }
       if (added > most - past) {
         return Status::error(
-            "past_lengths[%lld] is %lld, and %lld tokens more are beyond the %lld that "
-            "past_%s_packed and the other parts hold; give the cache a larger capacity",
-            shown(b), shown(past), shown(added), shown(most), side->name);
+            "past_lengths[%lld] is %lld, and %lld tokens more are beyond the %lld that past_%s%s; "
+            "give the cache a larger capacity", shown(b), shown(past), shown(added), shown(most),
+            side->name, parts);
       }
     }
-    work.rows[b] = {past, added, past + added};
+    work.rows[b] = {past, added, past + added, past};
+    NSQ_TRY(read_stored(work, b));
     if (call.bias != nullptr && added > 0 && call.bias_tokens < past + added) {
       return Status::error("attention_bias is for %lld tokens, but row %lld has %lld after the "
                            "append", shown(call.bias_tokens), shown(b), shown(past + added));
@@ -85,11 +123,16 @@ Status check_bias(const Work& work) {
 
 }  // namespace
 
-Status attend(const AttentionCall& call) {
+Status attend(const AttentionCall& given) {
+  AttentionCall call = given;
   Work work(call);
   NSQ_TRY(read_lengths(work));
   NSQ_TRY(stage(work));
   NSQ_TRY(copy_past(work));
+  for (Side* side : {&call.key, &call.value}) {
+    if (side->header != nullptr) side->past = side->present;
+  }
+  NSQ_TRY(take_back(work));
   NSQ_TRY(seal(work));
   NSQ_TRY(attend(work));
   NSQ_TRY(check_bias(work));

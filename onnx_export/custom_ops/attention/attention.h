@@ -9,8 +9,10 @@
 
 namespace nsq {
 
-// What is stored of keys, or of values: each part for all rows and heads, dense, of the shape that
-// the schema says; null if the scheme does not store it.
+struct Header;  // attention/buffer.h
+
+// What is stored of keys, or of values: each part of the first head of the first row; null if the
+// scheme does not store it. Within a head all is dense, of the shape that the schema says.
 struct Parts {
   uint8_t* packed = nullptr;
   void* scale = nullptr;
@@ -20,6 +22,11 @@ struct Parts {
   void* tail = nullptr;
 };
 
+// Elements of each part: where a head or a token of it begins, how many there are of a head.
+struct Places {
+  int64_t packed, scale, norm, sinks, tail;  // scale is that of zero too
+};
+
 // Keys or values: how they are stored, what is stored, and what is new.
 struct Side {
   const char* name = "";  // for messages
@@ -27,9 +34,16 @@ struct Side {
   int64_t head_dim = 0;
   int64_t capacity = 0;  // sealed tokens of a row at most, a multiple of the block size
   Parts past, present;   // each part of the present is the same memory, or apart from all others
+  Places strides = {};   // from one head to the next, counted through rows and heads
+  // Of a cache in buffers: of the first head, past and present, and bytes from one to the next.
+  Header *past_header = nullptr, *header = nullptr;
+  int64_t buffer_bytes = 0;
   const void* tokens = nullptr;  // new ones, [batch, tokens, kv_heads * head_dim]
   int64_t stride = 0;            // elements from one token to the next
 };
+
+// The elements of a head in each part.
+Places extents(const Side& side);
 
 // What a model fixes.
 struct AttentionOptions {

@@ -1,21 +1,38 @@
 // The cache: what is carried over of the past, full blocks sealed, sinks and tail written.
 #include <cstring>
 
-#include "attention/work.h"
+#include "attention/buffer.h"
+#include "attention/read.h"
 
 namespace nsq {
 
-Places places(const Side& side, int64_t head, int64_t token) {
+namespace {
+
+// Where a sealed token is in a head, and its block's scales.
+Places offsets(const Side& side, int64_t token) {
   const Scheme& scheme = side.scheme;
-  const int64_t scale = scheme.per_token
-      ? head * side.capacity + token
-      : (head * (side.capacity / scheme.block_size) + token / scheme.block_size) * side.head_dim;
-  return {(head * side.capacity + token) * scheme.row_bytes(side.head_dim), scale,
-          head * side.capacity + token, head * scheme.sink_tokens * side.head_dim,
-          head * scheme.block_size * side.head_dim};
+  return {token * scheme.row_bytes(side.head_dim),
+          scheme.per_token ? token : token / scheme.block_size * side.head_dim, token, 0, 0};
+}
+
+}  // namespace
+
+Places extents(const Side& side) {
+  Places all = offsets(side, side.capacity);
+  all.sinks = side.scheme.sink_tokens * side.head_dim;
+  all.tail = side.scheme.block_size * side.head_dim;
+  return all;
+}
+
+Places places(const Side& side, int64_t head, int64_t token) {
+  const Places inside = offsets(side, token), &strides = side.strides;
+  return {head * strides.packed + inside.packed, head * strides.scale + inside.scale,
+          head * strides.norm + inside.norm, head * strides.sinks, head * strides.tail};
 }
 
 namespace {
+
+constexpr float kMostFloat16 = 65504;
 
 bool in_place(const Parts& past, const Parts& present) {
   return past.packed == present.packed && past.scale == present.scale &&
@@ -36,13 +53,23 @@ void carry(const void* from, void* to, int64_t first, int64_t kept, int64_t used
 }
 
 // `head` counts through rows and heads. What is behind the length is cleared, not copied: in the
-// past's memory too it may be of another request.
+// past's memory too it may be of another request. Buffers are copied as they are stored.
 void copy_head(const Work& work, const Side& side, int64_t row, int64_t head) {
   const Scheme& scheme = side.scheme;
-  const Cut past = cut(scheme, work.rows[row].past), now = cut(scheme, work.rows[row].length);
+  const Row& lengths = work.rows[row];
+  const bool buffers = side.header != nullptr;
+  const Cut past = cut(scheme, buffers ? lengths.stored : lengths.past);
+  const Cut now = buffers ? past : cut(scheme, lengths.length);
   const Places first = places(side, head, 0), kept = places(side, head, past.sealed);
-  const Places used = places(side, head, now.sealed), end = places(side, head + 1, 0);
+  const Places used = places(side, head, now.sealed), all = extents(side);
+  const Places end = {first.packed + all.packed, first.scale + all.scale, first.norm + all.norm,
+                      first.sinks + all.sinks, first.tail + all.tail};
   const Parts &a = side.past, &b = side.present;
+  if (buffers) {
+    Header* header = header_of(side.header, side.buffer_bytes, head);
+    std::memset(static_cast<void*>(header), 0, static_cast<size_t>(side.buffer_bytes));
+    *header = *header_of(side.past_header, side.buffer_bytes, head);
+  }
   const auto sealed = [&](const void* from, void* to, int64_t Places::*at, int64_t size) {
     carry(from, to, first.*at * size, kept.*at * size, used.*at * size, end.*at * size);
   };
@@ -59,6 +86,32 @@ void copy_head(const Work& work, const Side& side, int64_t row, int64_t head) {
   plain(a.sinks, b.sinks, &Places::sinks, past.sinks, now.sinks);
   // A tail that is sealed is read where it was.
   plain(a.tail, b.tail, &Places::tail, now.sealed == past.sealed ? past.tail : 0, now.tail);
+}
+
+// The tokens of a past that ends within a sealed block are decoded into the tail (C1).
+bool unseal(const Work& work, const Side& side, int64_t row, int64_t head) {
+  const Row& lengths = work.rows[row];
+  const Cut past = cut(side.scheme, lengths.past);
+  if (past.tail > 0 && past.sealed != cut(side.scheme, lengths.stored).sealed) {
+    const int64_t scales = std::max(side.head_dim, side.scheme.block_size);
+    const int64_t channels = past.tail * side.head_dim;
+    Scratch<float> memory;
+    if (!memory.allocate(2 * scales + side.scheme.block_size + channels).ok()) return false;
+    float* decoded = memory.data() + 2 * scales + side.scheme.block_size;
+    const Room room = {memory.data(), memory.data() + scales, memory.data() + 2 * scales, nullptr};
+    const int64_t first = past.tail_start();
+    Tokens stored = {&side, cut(side.scheme, lengths.stored), lengths.stored, head, nullptr};
+    load(work, stored, first, first + past.tail, room, decoded);
+    if (work.call.dtype == Dtype::float16) {
+      for (int64_t i = 0; i < channels; ++i) {
+        decoded[i] = std::max(-kMostFloat16, std::min(decoded[i], kMostFloat16));
+      }
+    }
+    work.kernels.narrow(decoded, work.call.dtype, channels,
+                        at(side.present.tail, places(side, head, 0).tail, work.call.dtype));
+  }
+  header_of(side.header, side.buffer_bytes, head)->length = lengths.past;
+  return true;
 }
 
 bool seal_block(const Work& work, const Side& side, int64_t row, int64_t head, int64_t number,
@@ -136,6 +189,19 @@ Status copy_past(const Work& work) {
   });
 }
 
+Status take_back(const Work& work) {
+  const AttentionCall& call = work.call;
+  if (call.key.header == nullptr) return Status();
+  bool any = false;
+  for (int64_t b = 0; b < call.batch; ++b) any |= work.rows[b].past < work.rows[b].stored;
+  if (!any) return Status();
+  return work.parallel(call.batch * work.kv_heads, [&](int64_t head) {
+    const int64_t row = head / work.kv_heads;
+    if (work.rows[row].past == work.rows[row].stored) return true;
+    return unseal(work, call.key, row, head) && unseal(work, call.value, row, head);
+  });
+}
+
 Status seal(const Work& work) {
   const AttentionCall& call = work.call;
   // One task a block of a head of a row, those of the longest append in all.
@@ -181,6 +247,11 @@ void write_tails(const Work& work) {
   for (int64_t head = 0; head < call.batch * work.kv_heads; ++head) {
     write_tail(work, call.key, head / work.kv_heads, head);
     write_tail(work, call.value, head / work.kv_heads, head);
+    for (const Side* side : {&call.key, &call.value}) {
+      if (side->header == nullptr) continue;
+      *header_of(side->header, side->buffer_bytes, head) = {
+          Header::kMark, work.rows[head / work.kv_heads].length};
+    }
   }
   for (int64_t b = 0; b < call.batch; ++b) call.present_lengths[b] = work.rows[b].length;
 }

@@ -28,16 +28,13 @@ inline Cut cut(const Scheme& scheme, int64_t length) {
   return {sinks, sealed, length - sinks - sealed};
 }
 
-// The elements at which a key/value head's parts begin, and those of a sealed token of it.
-struct Places {
-  int64_t packed, scale, norm, sinks, tail;
-};
-
+// Where a key/value head's parts begin, and those of a sealed token of it.
 Places places(const Side& side, int64_t head, int64_t token);
 
 // One row of the batch.
 struct Row {
   int64_t past, added, length;
+  int64_t stored;  // tokens that the cache says it has: more than `past` if some are taken back
 };
 
 struct Work {
@@ -88,6 +85,7 @@ struct Work {
 // Steps of a call. After one that fails the past is what it was, in place too.
 Status stage(Work& work);            // new tokens as float32
 Status copy_past(const Work& work);  // to the present, unless that is the same memory
+Status take_back(const Work& work);  // what is stored behind the past: a block cut in two is decoded
 Status seal(const Work& work);       // full blocks, behind those of the past
 Status attend(const Work& work);
 void write_tails(const Work& work);  // sinks and tail

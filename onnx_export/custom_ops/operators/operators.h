@@ -9,6 +9,7 @@ namespace nsq {
 extern const Variants quantize_operator;
 extern const Variants dequantize_operator;
 extern const Variants attention_operator;
+extern const Variants buffer_attention_operator;
 
 // The stored dtypes, the default first.
 constexpr TypeChoices kStoredTypes = {Element::float16, Element::bfloat16, Element::float32};

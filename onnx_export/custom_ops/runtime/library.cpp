@@ -17,7 +17,8 @@ namespace {
 
 OrtStatus* fill(OrtCustomOpDomain* domain, const OrtApi* api) {
   for (const Variants* variants :
-       {&quantize_operator, &dequantize_operator, &attention_operator}) {
+       {&quantize_operator, &dequantize_operator, &attention_operator,
+        &buffer_attention_operator}) {
     for (size_t i = 0; i < variants->count; ++i) {
       OrtStatus* status = api->CustomOpDomain_Add(domain, &variants->first[i].op);
       if (status != nullptr) return status;

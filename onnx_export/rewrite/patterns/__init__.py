@@ -5,6 +5,7 @@ from onnx_export.rewrite.patterns import (
     group_query_attention,
     multi_head_attention,
     onnx_attention,
+    others,
     softmax,
 )
 
@@ -15,4 +16,5 @@ PATTERNS: tuple[Pattern, ...] = (
     multi_head_attention,
     onnx_attention,
     softmax,
+    others,
 )

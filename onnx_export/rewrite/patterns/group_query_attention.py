@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onnx_export.rewrite.found import Cache, Found, Lengths, Refused, Rotary, Tokens
+from onnx_export.rewrite.found import Cache, Found, Lengths, Norm, Refused, Rotary, Tokens
 from onnx_export.rewrite.graph import MODEL_DTYPES, Graph
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ ATTRIBUTES = frozenset(
 NO_PLACE = {
     "k_scale": "its cache is quantized already; export the model with a cache of floats",
     "v_scale": "its cache is quantized already; export the model with a cache of floats",
-    "q_norm_weight": "it normalizes queries itself; export the norm as nodes of its own",
-    "k_norm_weight": "it normalizes keys itself; export the norm as nodes of its own",
 }
 
 
@@ -116,7 +114,17 @@ def match(node: ir.Node, graph: Graph) -> Found | Refused | None:
         head_sink=sink,
         # A sink of each head stands for the one of all.
         smooth_softmax=sink is None and attributes.get_int("smooth_softmax", 0) == 1,
+        query_norm=_norm(node, given, "q"),
+        key_norm=_norm(node, given, "k"),
     )
+
+
+def _norm(node: ir.Node, given: dict[str, ir.Value | None], side: str) -> Norm | None:
+    weight = given.get(f"{side}_norm_weight")
+    if weight is None:
+        return None
+    both = node.attributes.get_float("qk_norm_epsilon", 1e-6)
+    return Norm(weight, node.attributes.get_float(f"{side}_norm_epsilon", both))
 
 
 def _reason(node: ir.Node, given: dict[str, ir.Value | None]) -> str | None:
@@ -134,6 +142,8 @@ def _reason(node: ir.Node, given: dict[str, ir.Value | None]) -> str | None:
     for name, reason in NO_PLACE.items():
         if given.get(name) is not None:
             return f"{name} is given: {reason}"
+    if (given.get("q_norm_weight") is None) != (given.get("k_norm_weight") is None):
+        return "it has one of q_norm_weight and k_norm_weight; it needs both, or neither"
     has_scores = len(node.outputs) > 3 and bool(node.outputs[3].name)
     if node.attributes.get_int("qk_output", 0) or has_scores:
         return "it gives out its scores (qk_output), which nsq.Attention does not"

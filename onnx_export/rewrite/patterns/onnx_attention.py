@@ -12,11 +12,13 @@ from onnx_export.rewrite.patterns.traced import (
     Cached,
     NotUnderstoodError,
     by_tokens,
+    cache_dtype,
     cached,
     mask_shape,
     query_shape,
     refused,
     require_dtypes,
+    require_unscaled,
     trace,
 )
 from onnx_export.rewrite.probe import probes
@@ -81,7 +83,7 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
         if key_behind is None or value_behind is None:
             raise NotUnderstoodError("one of its keys and values is in no cache")
         keys, values = (_outside(graph, node, one, rank) for one in (key_behind, value_behind))
-        nodes = (key_behind.node, value_behind.node, node)
+        nodes = (*key_behind.nodes, *value_behind.nodes, node)
         static = [one.node.op_type == "TensorScatter" for one in (key_behind, value_behind)]
         if any(static):
             lengths = _static(given, key_behind, value_behind)
@@ -95,13 +97,8 @@ def _match(node: ir.Node, graph: Graph) -> Found | None:
             raise NotUnderstoodError(f"{heads} heads of queries meet {one.heads} of {side}")
     if keys.channels != head_dim:
         raise NotUnderstoodError(f"queries have {head_dim} channels, keys {keys.channels}")
-    if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
-        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
-    dtype = graph.model_dtype(keys.cache.past)
-    if dtype is None:
-        raise NotUnderstoodError(
-            f"its cache is {graph.dtype(keys.cache.past)}; nsq.Attention has float32, float16"
-        )
+    require_unscaled(values)
+    dtype = cache_dtype(graph, keys.cache)
     bias, mask = _mask(graph, given.get("attn_mask"), heads, static=lengths.past is not None)
     require_dtypes(
         graph, dtype, queries=query, keys=keys.new.value, values=values.new.value, mask=bias

@@ -6,22 +6,25 @@ scale. What it does is not read off the operators but seen on probes.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref.extras import extra
+from onnx_export.rewrite.evaluate import Seen, evaluate, opaque
 from onnx_export.rewrite.found import Cache, Layout, Refused, Tokens
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.probe import MOVING, Probe, Seen, apply, probes
+from onnx_export.rewrite.probe import MOVING, Probe, long_probe, probes
 
 with extra("rewrite", __name__):
     import onnx_ir as ir
 
 __all__ = [
-    "Behind", "NotUnderstoodError", "by_tokens", "cached", "mask_shape", "query_shape",
-    "refused", "require_dtypes", "scaled", "trace",
+    "Behind", "NotUnderstoodError", "by_tokens", "cache_dtype", "cached", "mask_shape",
+    "never_grows", "query_shape", "refused", "require_dtypes", "require_unscaled", "scaled",
+    "trace",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -30,6 +33,7 @@ Order = Literal["BNDS", "BNSD", "BSH"]
 LAYOUTS: dict[tuple[int, int], Layout] = {
     (4, 2): "BNSD", (4, 1): "BSND", (4, 3): "BNDS", (3, 1): "BSH",
 }  # fmt: skip
+READING = frozenset({"MatMul", "FusedMatMul", "Attention"})
 CLOSE = 1e-5  # of factors: a float32 constant once squared
 
 
@@ -47,17 +51,25 @@ class Behind(NamedTuple):
     past, new : onnx_ir.Value
     steps : tuple of (onnx_ir.Node, int)
         What moves and scales, from the cache on, and which input comes from the cache.
+    last : onnx_ir.Node
+        That makes the present: ``node``, or a Cast behind it that changes nothing.
     """
 
     node: ir.Node
     past: ir.Value
     new: ir.Value
     steps: tuple[tuple[ir.Node, int], ...]
+    last: ir.Node
 
     @property
     def present(self) -> ir.Value:
         """What comes of the append."""
-        return self.node.outputs[0]
+        return self.last.outputs[0]
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """What is replaced with the attention."""
+        return (self.node,) if self.last is self.node else (self.node, self.last)
 
 
 class Cached(NamedTuple):
@@ -94,19 +106,19 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
     steps: list[tuple[ir.Node, int]] = []
     value = operand
     while value is not None and (node := value.producer()) is not None and not node.domain:
-        if node.op_type == "Concat" and len(node.inputs) == 2:
-            past, new = node.inputs
-            if past is not None and new is not None and (source := _input_behind(graph, past)):
-                return Behind(node, source, new, tuple(reversed(steps)))
-        if node.op_type == "TensorScatter":
+        two = node.op_type == "Concat" and len(node.inputs) == 2
+        if two or node.op_type == "TensorScatter":
             past, new = node.inputs[:2]
             if past is not None and new is not None and (source := _input_behind(graph, past)):
-                return Behind(node, source, new, tuple(reversed(steps)))
+                way = tuple(reversed(steps))
+                return Behind(node, source, new, way, _last(graph, node, source))
         index = _moved_input(graph, node)
         if index is None:
             break
         steps.append((node, index))
         value = node.inputs[index]
+    if value is not None and never_grows(graph, value):
+        return None
     if operand is not None and value is not None and (name := _reaches_cache(graph, value)):
         last = value.producer()
         raise NotUnderstoodError(
@@ -115,6 +127,22 @@ def trace(graph: Graph, operand: ir.Value | None) -> Behind | None:
             + ", which is not understood"
         )
     return None
+
+
+def never_grows(graph: Graph, value: ir.Value) -> bool:
+    """Whether a value is an input that attention reads and nothing appends to: of an encoder."""
+    if not value.is_graph_input() or value.is_initializer():
+        return False
+    waiting, read = [value], False
+    while waiting:
+        for user, _ in graph.users(waiting.pop()):
+            if user.op_type in MOVING or constant_factor(graph, user)[0] is not None:
+                waiting += user.outputs
+            elif user.op_type in READING:
+                read = True
+            elif user.op_type != "Shape":
+                return False
+    return read
 
 
 def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = None) -> Cached:
@@ -162,6 +190,8 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
             )
         seed = _seed(probe, layout, count, channels)
         made = _moved(probe, behind, seed)
+        if made.ndim == 3 and order != "BSH" and made.shape[0] % probe.batch == 0:
+            made = made.reshape(probe.batch, -1, *made.shape[1:])  # batch and heads were one axis
         by_head = _by_head(seed, layout, count)
         several = _repeats(made, order, count, heads)
         want = np.repeat(by_head, several, axis=1)
@@ -178,11 +208,29 @@ def cached(graph: Graph, behind: Behind, order: Order, *, heads: int | None = No
         if repeats and (several != repeats or not np.isclose(ratio, factor, rtol=CLOSE)):
             raise NotUnderstoodError(_unlike(behind, "scaled by what is no constant"))
         repeats, factor = several, ratio
+    _require_whole(graph, behind, layout, count, channels)
     return Cached(
         Cache(behind.past, present, layout),
         by_tokens(graph, behind.new, layout),
         count, channels, repeats, factor,
     )  # fmt: skip
+
+
+def _require_whole(graph: Graph, behind: Behind, layout: Layout, heads: int, channels: int) -> None:
+    """Refuse an operand that is cut to a window, which the small probes do not fill."""
+    probe = long_probe(graph)
+    shape = _seed_shape(probe, layout, heads, channels)
+    seen: Seen | None = Seen(opaque(shape, np.float32), known=False)
+    for node, index in behind.steps:
+        inputs = [
+            seen if at == index else probe.value(given) for at, given in enumerate(node.inputs)
+        ]
+        seen = next(iter(evaluate(node, inputs)), None)
+        if seen is None or probe.total not in seen.shape:
+            raise NotUnderstoodError(
+                f"{node.op_type} {node.name} keeps a window of its cache {behind.past.name}; "
+                "export the model without a cache of its own for windows"
+            )
 
 
 def refused(graph: Graph, node: ir.Node, reason: str, *operands: ir.Value | None) -> Refused:
@@ -241,7 +289,7 @@ def same_number(graph: Graph, value: ir.Value | None) -> float | None:
         return float(constant)
     if value is None or ((shape := value.shape) is not None and shape.rank() > 1):
         return None
-    numbers = [probe.number(value) for probe in probes(graph)]
+    numbers = [probe.number(value) for probe in (*probes(graph), long_probe(graph))]
     if any(one is None or one != numbers[0] for one in numbers):
         return None
     return numbers[0]
@@ -265,6 +313,23 @@ def query_shape(graph: Graph, value: ir.Value) -> tuple[int, int]:
     return found.pop()
 
 
+def require_unscaled(values: Cached) -> None:
+    """Refuse values that are multiplied on their way, for which nsq.Attention has no place."""
+    if not math.isclose(values.factor, 1.0, rel_tol=1e-6):
+        raise NotUnderstoodError(f"its values are scaled by {values.factor}")
+
+
+def cache_dtype(graph: Graph, cache: Cache) -> Literal["float32", "float16"]:
+    """Return the dtype of a cache, which nsq.Attention must have."""
+    dtype = graph.model_dtype(cache.past)
+    if dtype is None:
+        raise NotUnderstoodError(
+            f"its cache is {graph.dtype(cache.past)}; nsq.Attention has float32 and float16; "
+            "convert the model"
+        )
+    return dtype
+
+
 def require_dtypes(graph: Graph, dtype: str, **values: ir.Value | None) -> None:
     """Refuse tensors of another dtype than the cache's; what they are is named by the keyword."""
     for name, value in values.items():
@@ -275,19 +340,39 @@ def require_dtypes(graph: Graph, dtype: str, **values: ir.Value | None) -> None:
             raise NotUnderstoodError(f"its {name} {value.name} is {found}, its cache {dtype}")
 
 
-def mask_shape(graph: Graph, value: ir.Value, heads: int) -> None:
-    """Refuse a mask that does not say for each query or for all which tokens are seen."""
+def mask_shape(graph: Graph, value: ir.Value, heads: int, *, flat: bool = False) -> None:
+    """Refuse a mask that does not say for each query or for all which tokens are seen.
+
+    Where it is flat, batch and heads are the first of three axes.
+    """
     for probe in probes(graph):
         seen = probe.value(value)
         if seen is None:
             raise NotUnderstoodError(f"the shape of its mask {value.name} cannot be told")
         sizes = (1,) * (4 - len(seen.shape)) + seen.shape
+        if flat:
+            whole = len(seen.shape) == 3 and seen.shape[0] == probe.batch * heads
+            sizes = (probe.batch, heads, *seen.shape[1:]) if whole else ()
         fits = ({1, probe.batch}, {1, heads}, {1, probe.new}, {probe.total})
         if len(sizes) != 4 or any(size not in fit for size, fit in zip(sizes, fits, strict=True)):
             raise NotUnderstoodError(
                 f"its mask {value.name} has shape {seen.shape} for {probe.batch} rows, "
                 f"{probe.new} new tokens and {probe.total} in all"
             )
+
+
+def _last(graph: Graph, node: ir.Node, past: ir.Value) -> ir.Node:
+    """Return the node of an append, or a Cast that changes nothing behind it, that is an output."""
+    made = node.outputs[0]
+    if made.is_graph_output():
+        return node
+    for user, _ in graph.users(made):
+        same = user.op_type == "Identity" or (
+            user.op_type == "Cast" and user.attributes.get_int("to", 0) == past.dtype
+        )
+        if same and not user.domain and user.outputs[0].is_graph_output():
+            return user
+    return node
 
 
 def _input_behind(graph: Graph, value: ir.Value) -> ir.Value | None:
@@ -345,11 +430,15 @@ def _shape(graph: Graph, behind: Behind) -> tuple[int, ...]:
 
 
 def _seed(probe: Probe, layout: Layout, heads: int, channels: int) -> Array:
-    sizes = {"B": probe.batch, "S": probe.total, "N": heads, "D": channels, "H": heads * channels}
     if min(heads, channels) < 1:
         raise NotUnderstoodError("heads and channels of its cache are stated nowhere")
-    shape = tuple(sizes[axis] for axis in layout)
+    shape = _seed_shape(probe, layout, heads, channels)
     return np.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+
+
+def _seed_shape(probe: Probe, layout: Layout, heads: int, channels: int) -> tuple[int, ...]:
+    sizes = {"B": probe.batch, "S": probe.total, "N": heads, "D": channels, "H": heads * channels}
+    return tuple(sizes[axis] for axis in layout)
 
 
 def _by_head(seed: Array, layout: Layout, heads: int) -> Array:
@@ -381,7 +470,7 @@ def _moved(probe: Probe, behind: Behind, seed: Array) -> Array:
                     f"what {node.op_type} {node.name} does with its cache cannot be told"
                 )
             inputs.append(seen)
-        made = apply(node, inputs)
+        made = next(iter(evaluate(node, inputs)), None)
         if made is None or not made.known:
             raise NotUnderstoodError(f"{node.op_type} {node.name} cannot be followed")
         array = made.array

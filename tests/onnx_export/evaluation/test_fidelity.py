@@ -87,6 +87,15 @@ def test_a_transform_replaces_the_prefilled_cache_only(decoder: Decoder) -> None
     assert abs(result.nll_change) > 1e-3
 
 
+def test_entries_of_the_registry_are_transforms(decoder: Decoder) -> None:
+    trips = round_trips({"fine": "pca48", "turboquant2": "turboquant2", "naive8": "naive8"})
+    results = measure_fidelity(decoder, PASSAGES, trips, prefill_length=P, continuation_length=C)
+    changes = {name: abs(result.nll_change) for name, result in results.items()}
+    assert 0 < changes["fine"] < 1e-3 < changes["turboquant2"]
+    assert trips["turboquant2"].bits_per_element == 2 + 16 / 8
+    assert trips["turboquant2"].elements == 2 * 2 * 2 * 8 * P * len(PASSAGES)
+
+
 def test_transforms_see_the_whole_cache_read_only_and_in_order(decoder: Decoder) -> None:
     seen: list[str] = []
     progress: list[tuple[int, int]] = []

@@ -10,8 +10,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from onnx_export.models.built import GRAPH_VERSION, cached_onnx
+from nsq_ref import Scheme
+from onnx_export.models.attention_forms import GroupedAttention, QuantizedAttention
+from onnx_export.models.built import GRAPH_VERSION, build_onnx, cached_onnx
 from onnx_export.models.decoder import Decoder
+from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.sources import file_sha256
 from tests.support.llama_oracle import TinyModel
 
@@ -91,3 +94,47 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
         cached_onnx(gguf_path, cache_dir=tmp_path, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
     assert Decoder.from_gguf(gguf_path, cache_dir=tmp_path).config.layers == 2
+
+
+def test_forms_share_their_weights(tmp_path: Path) -> None:
+    """One file under many names; one that is damaged is replaced, and the others stay whole."""
+    gguf_path = TinyModel(head_dim=16, explicit_head_dim=True).write(tmp_path / "tiny.gguf")
+    streaming = Scheme.named("streaming4")
+    forms = (GroupedAttention(), QuantizedAttention(streaming, streaming))
+
+    def weights() -> list[Path]:
+        paths = [cached_onnx(gguf_path, cache_dir=tmp_path, attention=form) for form in forms]
+        return [path.with_name("weights.bin") for path in paths]
+
+    first, second = weights()
+    assert first.samefile(second)
+    alone = tmp_path / "alone"
+    build_onnx(GGUFFile(gguf_path), alone, attention=forms[1])
+    intact = {path.name: path.read_bytes() for path in alone.iterdir()}
+    assert {path.name: path.read_bytes() for path in second.parent.iterdir()} == intact
+
+    second.unlink()
+    second.write_bytes(first.read_bytes()[:-1] + b"!")
+    assert weights()[0].samefile(second)
+    first.write_bytes(first.read_bytes()[:-1] + b"!")  # of both
+    weights()
+    assert first.read_bytes() == second.read_bytes() == intact["weights.bin"]
+
+
+def test_where_the_users_folder_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built in a temporary folder, once a process; what the user's folder has is used."""
+    gguf_path = TinyModel().write(tmp_path / "tiny.gguf")
+    blocked = tmp_path / "blocked"
+    blocked.write_bytes(b"not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    first = cached_onnx(gguf_path)
+    assert tmp_path not in first.parents
+    os.utime(first, (1, 1))
+    assert cached_onnx(gguf_path) == first
+    assert first.stat().st_mtime == 1
+    with pytest.raises(OSError, match="blocked"):
+        cached_onnx(gguf_path, cache_dir=blocked)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert tmp_path in cached_onnx(gguf_path).parents

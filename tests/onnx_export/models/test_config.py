@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_export.models.built import cached_onnx
+from nsq_ref import Scheme
+from onnx_export.models.attention_forms import QuantizedAttention
+from onnx_export.models.built import build_onnx, cached_onnx
 from onnx_export.models.config import DecoderConfig, read_config
 from onnx_export.models.gguf import GGUFFile
-from tests.support.llama_oracle import TinyModel, write_gguf
+from onnx_export.running import Session
+from tests.support.llama_oracle import IDS, TinyModel, write_gguf
 
 
 def convert(path: Path) -> None:
@@ -90,7 +93,7 @@ UNSUPPORTED = {
         "llama",
         {"llama.attention.sliding_window": 16},
         {},
-        "key 'llama.attention.sliding_window' asks for",
+        "'llama.attention.sliding_window' is 16, shorter than the context of 64",
     ),
     "rope scaling": (
         "llama",
@@ -98,11 +101,23 @@ UNSUPPORTED = {
         {},
         "'llama.rope.scaling.type' is 'yarn', which is not supported",
     ),
-    "rope scaling by a factor alone": (
+    "rope scaling by no number": (
         "llama",
-        {"llama.rope.scaling.factor": 2.0},
+        {"llama.rope.scaling.factor": "2"},
         {},
-        "'llama.rope.scaling.type' is 'linear', which is not supported",
+        "key 'llama.rope.scaling.factor' must be a positive number, got '2'",
+    ),
+    "attention to what comes": (
+        "llama",
+        {"llama.attention.causal": False},
+        {},
+        "key 'llama.attention.causal' asks for",
+    ),
+    "a constant beyond float32": (
+        "llama",
+        {"llama.rope.freq_base": 3e38},
+        {},
+        "key 'llama.rope.freq_base' must be a positive number, got 3",
     ),
     "partial rotary": (
         "llama",
@@ -176,6 +191,41 @@ def test_unsupported_models_are_refused(name: str, path: Path) -> None:
         convert(path)
     assert str(error.value).startswith(f"{path}: ")
     assert not list(path.parent.glob("cache/onnx/*"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"llama.rope.scaling.type": "linear"}])
+def test_linear_rope_scaling_divides_every_position(keys: dict[str, object], path: Path) -> None:
+    """As in llama.cpp, also where a file only has the factor."""
+    model = TinyModel(rope_factors=(4.0,) * 4)
+    tensors = model.tensors()
+    del tensors["rope_freqs.weight"]
+    write_gguf(path, "llama", model.keys() | keys | {"llama.rope.scaling.factor": 4.0}, tensors)
+    expected, _, _ = model.forward(IDS)
+    found = Session(cached_onnx(path, cache_dir=path.parent)).forward(IDS, num_logits=None)[0]
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_keys_that_change_nothing(path: Path) -> None:
+    """Converters of some time wrote these of every model; a window may be as wide as the text."""
+    model = TinyModel()
+    keys = {
+        "llama.use_parallel_residual": True,
+        "llama.attention.causal": True,
+        "llama.attention.sliding_window": 64,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.expert_count": 0,
+    }
+    bare = cached_onnx(model.write(path), cache_dir=path.parent).read_bytes()
+    write_gguf(path, "llama", model.keys() | keys, model.tensors())
+    assert cached_onnx(path, cache_dir=path.parent).read_bytes() == bare
+
+
+def test_a_context_that_no_table_holds_is_refused(path: Path) -> None:
+    file = GGUFFile(TinyModel(context=2**31).write(path))
+    scheme = Scheme.named("streaming4")
+    with pytest.raises(ValueError, match="context of 2147483648 tokens is more than the 4194304"):
+        build_onnx(file, path.parent / "out", attention=QuantizedAttention(scheme, scheme))
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
 def test_metadata_of_an_onnx_model_holds_the_configuration(path: Path) -> None:

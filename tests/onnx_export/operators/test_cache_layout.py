@@ -94,7 +94,7 @@ LAYOUT = layout_of(
         ('"layer": 0', '"layer": 1', "layer 1 has no schemes"),
         ('"layer": 0', '"layer": 2', "layer=2"),
         ('"layer": 0', '"layer": null', "layer=None"),
-        ('"part": "key_packed"', '"part": "key"', "part 'key' is not one of a cache: key_packed"),
+        ('"part": "key_packed"', '"part": "keys"', "part 'keys' is not one of a cache: key_packed"),
         ("{", "[", "Expecting"),
     ],
 )

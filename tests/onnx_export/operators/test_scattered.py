@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from nsq_ref import Scheme
-from onnx_export.operators import functions
+from onnx_export.operators import attention_model, cache_fields, functions
 from onnx_export.operators.nodes import all_nodes
 from tests.onnx_export.operators.test_attention import follow, runs
-from tests.support.onnx_attention import Config, Expected, Runner, check, make_inputs
+from tests.support.onnx_attention import Config, Expected, Runner, check, check_output, make_inputs
 
 IN_PLACE: dict[str, Any] = {"opset": 24, "in_place": True}
 HOW: dict[str, dict[str, Any]] = {
@@ -131,3 +134,71 @@ def test_only_the_body_of_opset_24_scatters() -> None:
     for opset, scatters in ((21, False), (23, False), (24, True), (25, True)):
         body: onnx.FunctionProto = functions(opset)[-1]
         assert ("TensorScatter" in {node.op_type for node in all_nodes(body.node)}) == scatters
+
+
+@pytest.mark.parametrize("opset", [21, 24])
+def test_a_step_in_which_no_row_has_a_token(opset: int) -> None:
+    """A2 B1. Neither before, with nothing to attend to, nor behind some."""
+    config = Config(key=replace(CODED, sink_tokens=0), value=CODED)
+    runner, expected = Runner(config, 2, opset=opset), Expected(config, 2)
+    rng = np.random.default_rng(0)
+    for tokens, counts in ((1, [0, 0]), (7, [1, 6]), (2, [0, 0])):
+        check(runner, expected, make_inputs(config, rng, expected.cache.lengths, tokens, counts))
+
+
+@pytest.mark.parametrize("value_block", [4, 6])
+def test_blocks_before_the_window_are_not_read(value_block: int) -> None:
+    """A2. Of rows that differ in length: what no query sees is NaN there, and changes nothing."""
+    value = replace(CODED, block_size=value_block)
+    config = Config(
+        head_dim=8, key=CODED, value=value, capacity=48, sliding_window=9, new_lengths=True
+    )  # fmt: skip
+    runner, expected = Runner(config, 2, **IN_PLACE), Expected(config, 2)
+    rng = np.random.default_rng(0)
+    for tokens, counts in ((40, [40, 37]), (3, [3, 1]), (1, [1, 1]), (40, [0, 1])):
+        if tokens == 3:  # the first query of all is token 37, which sees 29 and later ones
+            for side, scheme in (("key", config.key), ("value", config.value)):
+                unseen = (29 - scheme.sink_tokens) // (scheme.block_size or 1)
+                for part in ("scale", "zero"):
+                    runner.cache[f"{side}_{part}"][:, :, :unseen] = np.nan
+        inputs = make_inputs(config, rng, expected.cache.lengths, tokens, counts)
+        result, output = expected.step(inputs), runner.step(inputs)
+        check_output(output, result)
+
+
+def test_no_part_of_the_cache_is_copied(tmp_path: Path) -> None:
+    """In place: of each part comes out of a step what TensorScatter was given, and no other copy.
+
+    A scheme has norms, zeros and sinks, or not; ONNX Runtime's profile says what each node made.
+    """
+    wide = {"heads": 1, "kv_heads": 1, "head_dim": 24, "opset": 24}
+    plain = Scheme(block_size=32, separate_norm=False)
+    for key, value in ((replace(CODED, block_size=32), plain), (plain, plain)):
+        model = attention_model(key, value, **wide)
+        fields = cache_fields(key, value, kv_heads=1, head_dim=24, capacity=32000)
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.log_severity_level = 3
+        options.profile_file_prefix = str(tmp_path / "profile")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        binding = session.io_binding()
+        for name, field in fields.items():
+            array = np.zeros((1, *field.shape), field.dtype)
+            one = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(f"past_{name}", one)
+            binding.bind_ortvalue_output(f"present_{name}", one)
+        for name in ("query", "key", "value"):
+            binding.bind_cpu_input(name, np.ones((1, 1, 24), np.float32))
+        binding.bind_cpu_input("past_lengths", np.array([70]))
+        binding.bind_output("output")
+        binding.bind_output("present_lengths")
+        session.run_with_iobinding(binding)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        made = [
+            (event["args"]["op_name"], int(event["args"]["output_size"]))
+            for event in events
+            if event["name"].endswith("_kernel_time")
+        ]
+        # Reshape says another shape of the same memory, and Range is of all places.
+        large = {name for name, size in made if size >= 32000}
+        assert large - {"Reshape", "Range"} == {"TensorScatter"}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 import nsq_ref as nsq
 from onnx_export.rewrite import rewrite
-from tests.support.exported import Decoder, Original, Rewritten, gqa_model, save
+from tests.support.exported import Decoder, Graph, Original, Rewritten, gqa_model, save
 
 WINDOW = (("local_window_size", 4),)
 SOFTCAP = (("softcap", 2.0),)
@@ -92,6 +93,38 @@ def test_logits_are_the_original_ones_while_nothing_is_sealed(name: str, tmp_pat
         original = Original(path, len(rows), head_dim=config.head_dim)
         rewritten = Rewritten(tmp_path / "out.onnx", len(rows), native=True)
         compare(original, rewritten, config, rows)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_norms_within_the_node(packed: bool, tmp_path: Path) -> None:
+    """Which onnxruntime has on GPUs only: the oracle has them as nodes of their own."""
+    config = Decoder(packed=False, qk_norm=True, rotary=16)
+
+    def apart(graph: Graph) -> None:
+        for node in graph.nodes:
+            epsilon = {"q_out": 0.5, "k_out": 0.25}.get(node.output[0].split(".")[0])
+            if epsilon and node.op_type == "SimplifiedLayerNormalization":
+                next(one for one in node.attribute if one.name == "epsilon").f = epsilon
+
+    def within(graph: Graph) -> None:
+        for index, node in reversed(list(enumerate(graph.nodes))):
+            if node.op_type == "GroupQueryAttention":
+                given = [one.removesuffix(".merged") for one in node.input[:3]]
+                node.input[:3] = given
+                node.input.extend(
+                    [""] * (14 - len(node.input)) + [f"{one}.gains" for one in given[:2]]
+                )
+                epsilons = {"q_norm_epsilon": 0.5, "qk_norm_epsilon": 0.25}
+                node.attribute.extend(helper.make_attribute(*one) for one in epsilons.items())
+                if packed:
+                    all_of = f"{given[0]}.packed"
+                    graph.nodes.insert(index, helper.make_node("Concat", given, [all_of], axis=-1))
+                    node.input[:3] = [all_of, "", ""]
+
+    oracle = Original(save(gqa_model(config, apart), tmp_path / "apart.onnx"))
+    path = save(gqa_model(config, within), tmp_path / "within.onnx")
+    assert rewrite(path, tmp_path / "out.onnx").complete
+    compare(oracle, Rewritten(tmp_path / "out.onnx", native=True), config, np.array([7]))
 
 
 @st.composite

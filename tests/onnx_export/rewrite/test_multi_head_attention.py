@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnx_export.rewrite import rewrite
 from tests.support.exported import Decoder, Graph, Original, Rewritten, mha_model, save
@@ -58,11 +58,45 @@ def test_logits_are_the_original_ones(name: str, counted: bool, tmp_path: Path) 
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("of_queries", [False, True], ids=["of rows", "of queries"])
+def test_biases_of_projections_and_padding(of_queries: bool, tmp_path: Path) -> None:
+    """As what is fused has them: added to queries, keys and values, and counted out of scores."""
+
+    def change(graph: Graph) -> None:
+        drawn = np.random.default_rng(7).standard_normal(3 * PLAIN.hidden)
+        bias = graph.array("of.projections", drawn.astype(np.float32))
+        padding = graph.node("Cast", ["attention_mask"], "padding", to=TensorProto.INT32)
+        if of_queries:
+            one = graph.array("first.axis", np.array([1], np.int64))
+            shape = graph.node("Shape", ["input_ids"], "ids.shape", start=1, end=2)
+            sizes = graph.node("Concat", [one, shape, one], "sizes", axis=0)
+            padding = graph.node("Unsqueeze", [padding, one], "padding.row")
+            padding = graph.node("Expand", [padding, sizes], "padding.rows")
+        made = [one for one in graph.nodes if one.output[0].startswith(("padding", "ids", "sizes"))]
+        graph.nodes[:] = made + [one for one in graph.nodes if one not in made]
+        for node in graph.nodes:
+            if node.op_type == "MultiHeadAttention":
+                node.input[3:5] = [bias, padding]
+
+    path, out = save(mha_model(PLAIN, change), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    assert rewrite(path, out).complete
+    original, rewritten = Original(path, 3), Rewritten(out, 3, native=True)
+    rng, length, padding = np.random.default_rng(8), 0, np.array([0, 2, 5])
+    for width in (6, 1, 1):
+        length += width
+        real = np.arange(length) >= padding[:, None]
+        feeds = {
+            "input_ids": rng.integers(0, 17, (3, width)), "attention_mask": real.astype(np.int64),
+        }  # fmt: skip
+        seen = real[:, length - width :]
+        want, got = original.step(feeds)[seen], rewritten.step(feeds)[seen]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("place", "shape", "reason"),
     [
-        (3, (192,), "bias is given; export the model with the biases"),
-        (4, (2,), "key_padding_mask is given; export the model with a mask"),
+        (4, (2,), "key_padding_mask more is not one number for every token, past and new; export"),
         (8, (1,), "past_sequence_length is given; export the model with a cache that grows"),
         (9, (2, 1, 8), "cache_indirection is given; export"),
         (10, (1,), "it has 11 inputs; 10 are known"),
@@ -72,7 +106,7 @@ def test_inputs_without_a_place(
     place: int, shape: tuple[int, ...], reason: str, tmp_path: Path
 ) -> None:
     def change(graph: Graph) -> None:
-        name = graph.array("more", np.ones(shape, np.float32 if place == 3 else np.int32))
+        name = graph.array("more", np.ones(shape, np.int32))
         for node in graph.nodes:
             if node.op_type == "MultiHeadAttention":
                 node.input.extend([""] * (place + 1 - len(node.input)))

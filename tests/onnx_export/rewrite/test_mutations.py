@@ -131,7 +131,74 @@ def scaled_after_the_mask(layer: Layer) -> None:
 
 
 def masked_twice(layer: Layer) -> None:
+    layer.insert(layer.softmax, 0, "Add", layer.add.input[1])
+
+
+def biased_before_the_scale(layer: Layer) -> None:
+    """By the place of a token among those that are seen."""
+    made = layer.insert(layer.softmax, 0, "Add", layer.add.input[1])
+    node = layer.maker(made)
+    layer.insert(node, 1, "Equal", layer.array("nothing", np.float32(0)))
+    layer.insert(node, 1, "Cast", to=TensorProto.FLOAT)
+    layer.insert(node, 1, "CumSum", layer.array("axis_of_tokens", np.array(3)))
+    layer.insert(layer.softmax, 0, "Mul", layer.array("half", np.float32(0.5)))
+
+
+def masked_by_a_column(layer: Layer) -> None:
     layer.insert(layer.softmax, 0, "Add", layer.array("more", np.float32([[0.5]])))
+
+
+def masked_before_a_softcap(layer: Layer) -> None:
+    cap = layer.array("cap", np.float32(1.5))
+    layer.insert(layer.softmax, 0, "Div", cap)
+    layer.insert(layer.softmax, 0, "Tanh")
+    layer.insert(layer.softmax, 0, "Mul", cap)
+
+
+def masked_by_where_of_the_hidden(layer: Layer) -> None:
+    masked_by_where(layer)
+    node = layer.add
+    hidden = helper.make_node("Not", [node.input[0]], ["is_hidden"])
+    layer.graph.node.insert(list(layer.graph.node).index(node), hidden)
+    node.input[:] = ["is_hidden", node.input[2], node.input[1]]
+
+
+def joined_by_sinks(layer: Layer) -> None:
+    """As gpt-oss writes it."""
+    softmax, values = layer.softmax, layer.values
+    infos = layer.graph.value_info
+    infos.remove(next(one for one in infos if one.name == softmax.output[0]))
+    shape = layer.insert(softmax, 0, "Shape", start=0, end=3)
+    scores = layer.maker(shape).input[0]
+    one = layer.array("one_column", np.array([1]))
+    sizes = layer.insert(softmax, 0, "Concat", one, axis=0)
+    sinks = layer.array("sinks", np.float32([0.5, -1, 2, 0]).reshape(1, 4, 1, 1))
+    softmax.input[0] = sinks
+    layer.insert(softmax, 0, "Expand", sizes)
+    layer.insert(softmax, 0, "Concat", scores, first=False, axis=-1)
+    top = layer.insert(softmax, 0, "ReduceMax", layer.array("last", np.array([-1])), keepdims=1)
+    softmax.input[0] = layer.maker(top).input[0]
+    layer.insert(softmax, 0, "Sub", top)
+    bounds = [layer.array(name, np.array([at])) for name, at in (("s", 0), ("e", -1), ("x", 3))]
+    layer.insert(values, 0, "Slice", *bounds)
+
+
+def joined_by_sinks_that_are_kept(layer: Layer) -> None:
+    """The first column is dropped, which is a token."""
+    joined_by_sinks(layer)
+    for initializer, at in (("s", 1), ("e", 1 << 62)):
+        one = next(one for one in layer.graph.initializer if one.name == initializer)
+        one.CopyFrom(numpy_helper.from_array(np.array([at]), initializer))
+
+
+def cast_before_the_present(layer: Layer) -> None:
+    """To the dtype that it has."""
+    concat = layer.maker("present.1.key")
+    concat.output[0] = "all_keys"
+    for node in layer.users("present.1.key"):
+        node.input[:] = ["all_keys" if one == "present.1.key" else one for one in node.input]
+    cast = helper.make_node("Cast", ["all_keys"], ["present.1.key"], to=TensorProto.FLOAT)
+    layer.graph.node.insert(list(layer.graph.node).index(concat) + 1, cast)
 
 
 def hidden_with_little(layer: Layer) -> None:
@@ -203,6 +270,13 @@ def values_of_the_other_layer(layer: Layer) -> None:
     unsqueeze.input[0] = "present.0.value"
 
 
+def kept_with_a_long_window(layer: Layer) -> None:
+    """Only the last 4096 keys are kept, which a short text does not show."""
+    bounds = [layer.array(name, np.array([at])) for name, at in (("a", -4096), ("b", 1 << 62))]
+    axis = layer.array("axis", np.array([2]))
+    layer.insert(layer.users("present.1.key")[0], 0, "Slice", *bounds, axis)
+
+
 def kept_with_a_window(layer: Layer) -> None:
     """Only the last 4 keys are kept, and the mask is cut to them."""
     bounds = [layer.array(name, np.array([at])) for name, at in (("a", -4), ("b", 1 << 62))]
@@ -220,8 +294,15 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (sliced_to_all, None),
     (masked_by_where, None),
     (at_other_positions, None),
-    (scaled_after_the_mask, "masks scores before they are scaled"),
-    (masked_twice, "is a second mask"),
+    (scaled_after_the_mask, None),
+    (masked_twice, None),
+    (biased_before_the_scale, None),
+    (masked_by_a_column, "its mask more has shape (1, 1)"),
+    (masked_before_a_softcap, "masks scores before their softcap"),
+    (masked_by_where_of_the_hidden, None),
+    (joined_by_sinks, None),
+    (joined_by_sinks_that_are_kept, "its weights are multiplied with no values"),
+    (cast_before_the_present, None),
     (hidden_with_little, "in its scores is not understood"),
     (scores_squashed, "in its scores is not understood"),
     (capped_otherwise, "is no softcap"),
@@ -235,6 +316,7 @@ SOFTMAX: list[tuple[Change, str | None]] = [
     (present_summed, "of its cache is read by ReduceSum sums too"),
     (values_of_the_other_layer, "is the cache of"),
     (kept_with_a_window, "cannot be followed"),
+    (kept_with_a_long_window, "keeps a window of its cache past_key_values.1.key"),
 ]
 
 

@@ -12,7 +12,7 @@ from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.probe import axes_of, probes
 from tests.support.exports import EXPORTS, Floats, Text
 
-NAMES = ["dynamo-llama-18-sdpa", "mobius-gemma3-default", "optimum-gemma2-18"]
+NAMES = ["dynamo-llama-18-sdpa", "mobius-gemma3-default", "optimum-gemma2-18", "optimum-gpt_oss-18"]
 
 
 @pytest.mark.parametrize("name", NAMES)

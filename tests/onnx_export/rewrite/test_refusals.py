@@ -171,7 +171,7 @@ def test_options_without_a_place(attributes: dict[str, Any], reason: str, tmp_pa
     ("place", "reason"),
     [
         (12, "k_scale is given: its cache is quantized already"),
-        (14, "q_norm_weight is given: it normalizes queries itself"),
+        (14, "it has one of q_norm_weight and k_norm_weight; it needs both, or neither"),
         (17, "it has 18 inputs; 17 are known"),
     ],
 )
@@ -183,6 +183,32 @@ def test_inputs_without_a_place(place: int, reason: str, tmp_path: Path) -> None
             given.extend([""] * (place - len(given)) + [name])
 
     assert all_refused(gqa_model(Decoder(), change), tmp_path).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("operator", "place", "reason"),
+    [
+        ("Attention", 4, "keys and values are one tensor of five axes; export the model with"),
+        ("PagedAttention", 3, "its cache is in pages; export the model without paged attention"),
+        ("DecoderMaskedMultiHeadAttention", 5, "its cache is a buffer for beams"),
+        ("SparseAttention", 3, "it sees blocks of its cache, which nsq.Attention does not"),
+    ],
+)
+def test_caches_of_another_kind(operator: str, place: int, reason: str, tmp_path: Path) -> None:
+    """Each once, and not its inputs again."""
+
+    def change(graph: Graph) -> None:
+        for node in [attention(graph, layer) for layer in range(2)]:
+            pasts = list(node.input[3:5])
+            node.op_type = operator
+            del node.attribute[:]
+            node.input[:] = [node.input[0], *[""] * (place - 1), *pasts]
+
+    path = save(gqa_model(Decoder(), change), tmp_path / "model.onnx")
+    report = rewrite(path, tmp_path / "out.onnx")
+    assert len(report.attentions) == 2
+    assert all((one.reason or "").startswith(reason) for one in report.attentions)
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_dtypes_without_a_place(tmp_path: Path) -> None:
@@ -214,9 +240,12 @@ def test_heads_of_unknown_size(tmp_path: Path) -> None:
 
 
 def test_functions_of_the_model(tmp_path: Path) -> None:
-    """Attention in one is refused, as is a cache that one reads."""
+    """Those with attention are inlined, also from within others, and the rest stays."""
 
     def in_function(graph: Graph) -> None:
+        body = helper.make_node("Identity", ["x"], ["y"])
+        opsets = [helper.make_opsetid("", 21)]
+        graph.functions.append(helper.make_function("local", "Same", ["x"], ["y"], [body], opsets))
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         for layer in (1, 0):
             node = attention(graph, layer)
@@ -226,8 +255,35 @@ def test_functions_of_the_model(tmp_path: Path) -> None:
             call = helper.make_node(f"Layer{layer}", given, node.output, domain="local")
             graph.nodes[graph.nodes.index(node)] = call
 
-    reason = all_refused(gqa_model(Decoder(), in_function), tmp_path)
-    assert reason == "it is in the function local::Layer0; inline that first"
+    path = save(gqa_model(Decoder(), in_function), tmp_path / "model.onnx")
+    report = rewrite(path, tmp_path / "out.onnx")
+    assert report.complete
+    plain = save(gqa_model(Decoder()), tmp_path / "plain.onnx")
+    rewrite(plain, tmp_path / "same.onnx")
+    texts = []
+    for name in ("out", "same"):
+        model = onnx.load(tmp_path / f"{name}.onnx")
+        left = {one.name for one in model.functions if one.domain == "local"}
+        assert left == ({"Same"} if name == "out" else set())
+        texts.append([(one.op_type, one.domain, one.attribute) for one in model.graph.node])
+    assert texts[0] == texts[1]
+
+
+def test_nodes_in_another_order(tmp_path: Path) -> None:
+    """As converters to float16 leave them, and ONNX Runtime reads them."""
+    path = save(gqa_model(Decoder()), tmp_path / "plain.onnx")
+    rewrite(path, tmp_path / "same.onnx")
+    model = onnx.load(path)
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    report = rewrite(save(model, tmp_path / "model.onnx"), tmp_path / "out.onnx")
+    assert report.complete
+    made = {one.name for one in (*model.graph.input, *model.graph.initializer)} | {""}
+    made |= {one.name for one in onnx.load(tmp_path / "out.onnx").graph.input}
+    for node in onnx.load(tmp_path / "out.onnx").graph.node:
+        assert made.issuperset(node.input)
+        made.update(node.output)
 
 
 def all_refused(model: onnx.ModelProto, folder: Path) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +65,36 @@ def test_top_p_looks_on_where_the_first_tokens_are_too_few() -> None:
         for top_p in (0.05, 0.5, 0.97):
             tokens, _ = Sampling(1.0, top_p=top_p).probabilities(logits)
             assert tokens.tolist() == list(expected(logits, 1.0, None, top_p))
+
+
+def sorted_plainly(logits: Any, temperature: float, top_p: float) -> npt.NDArray[np.int64]:
+    """Return the tokens of top-p in order, after all of them are sorted."""
+    scores = np.asarray(logits, np.float64)
+    weights = np.exp((scores - scores.max()) / temperature)
+    order = np.argsort(-weights, kind="stable")
+    return order[: int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1]
+
+
+@given(
+    st.integers(0, 2**32), st.sampled_from([0.0, 1e-9, 0.01, 1.0, 8.0, 300.0]),
+    st.integers(1, 700), st.sampled_from([1e-3, 0.5, 0.9, 0.999, 1.0]), st.booleans(),
+)  # fmt: skip
+def test_top_p_is_that_of_sorting_everything(
+    seed: int, spread: float, size: int, top_p: float, coarse: bool
+) -> None:
+    """Token by token, in the same order, and so with the same draw; many are equally likely."""
+    logits = spread * np.random.default_rng(seed).standard_normal(size)
+    if coarse:
+        logits = np.round(logits, 1)
+    wanted = sorted_plainly(logits, 0.7, top_p)
+    sampling = Sampling(0.7, top_p=top_p, seed=seed)
+    tokens, _ = sampling.probabilities(logits)
+    assert tokens.tolist() == wanted.tolist()
+    (generator,), (same,) = sampling.generators(1), sampling.generators(1)
+    weights = np.exp((logits - logits.max()) / 0.7)[wanted]
+    reached = np.cumsum(weights / weights.sum())
+    place = np.searchsorted(reached, same.random() * reached[-1], side="right")
+    assert sampling.choose(logits, generator) == wanted[min(int(place), len(wanted) - 1)]
 
 
 @given(LOGITS, st.integers(0, 2**32))

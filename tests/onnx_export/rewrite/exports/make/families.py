@@ -5,7 +5,7 @@
 With `few`, models whose heads would have 8 channels have half as many heads of 16, since
 GroupQueryAttention in onnxruntime refuses fewer.
 
-Made with torch 2.13.0 and transformers 5.24.0.
+Made with torch 2.13.0 and transformers 5.24.0; for `genai_older.py` with transformers 4.57.6.
 """
 
 import json
@@ -45,13 +45,34 @@ FAMILIES = {
     ),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 8}),
     "phi": ("Phi", {"num_key_value_heads": 4}),
+    "phi3long": (
+        "Phi3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+         "original_max_position_embeddings": 8,
+         "rope_scaling": {"type": "longrope", "short_factor": [1 + i / 10 for i in range(8)],
+                          "long_factor": [2 + i / 3 for i in range(8)]}},
+    ),
+    "gptoss": (
+        "GptOss",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "sliding_window": 8,
+         "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 16,
+         "max_position_embeddings": 64,
+         "layer_types": ["sliding_attention", "full_attention"],
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                          "truncate": False, "original_max_position_embeddings": 4096}},
+    ),
 }  # fmt: skip
+FAMILIES["gemma3small"] = (
+    "Gemma3",
+    {**FAMILIES["gemma3"][1], "intermediate_size": 16, "max_position_embeddings": 64},
+)
+FEW = ("phi3long", "gptoss")
 
 
 def make(family: str, folder: Path, **changes: object) -> Path:
     """Write a random model of a family as transformers does, and return its folder."""
     name, options = FAMILIES[family]
-    config_name = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
+    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
     config = getattr(transformers, config_name)(**{**SHAPE, **options, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -59,6 +80,8 @@ def make(family: str, folder: Path, **changes: object) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif family == "gptoss":  # whose experts are left as they are in memory
+                parameter.normal_(0, 0.25)
     path = folder / family
     model.save_pretrained(path)
     _write_tokenizer(path)
@@ -80,7 +103,7 @@ def _write_tokenizer(path: Path) -> None:
 if __name__ == "__main__":
     for each, (_, own) in FAMILIES.items():
         few = {}
-        if sys.argv[2:] == ["few"] and own.get("head_dim") != 16:
+        if sys.argv[2:] == ["few"] and each not in FEW and own.get("head_dim") != 16:
             few = {"num_attention_heads": 2, "num_key_value_heads": 1}
             if each == "phi":  # which rotates half of its channels
                 few["num_attention_heads"] = 1

@@ -25,11 +25,15 @@ MADE = [
     ("phi", "fp32", "cpu", []),
     ("gemma2", "fp32", "cpu", []),
     ("mistral", "fp32", "cpu", []),
+    ("phi3long", "fp32", "cpu", []),
+    ("gptoss", "fp16", "cuda", []),
+    ("qwen3", "int4", "webgpu", ["use_webgpu_fp32=true"]),  # norms within the attention
+    ("qwen3", "int4", "webgpu", ["use_webgpu_fp32=true", "fuse_qk_norm_gqa=false"], "-apart"),
 ]
 
 
 def main(families: Path) -> None:
-    for family, precision, provider, options in MADE:
+    for family, precision, provider, options, *suffix in MADE:
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run(
                 [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", families / family,
@@ -41,7 +45,7 @@ def main(families: Path) -> None:
             if not path.exists():
                 print(family, precision, provider, done.stderr[-2000:])
                 continue
-            keep(path, f"genai-{family}-{provider}-{precision}")
+            keep(path, f"genai-{family}-{provider}-{precision}{''.join(suffix)}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,11 @@ from nsq_ref.cli.options import (
 from nsq_ref.cli.output import on_terminal, print_json, print_table, stages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nsq_ref import Scheme
     from nsq_ref.conformance.findings import Report
+    from nsq_ref.conformance.known import KnownLine
     from nsq_ref.conformance.operations import Port
     from nsq_ref.conformance.ports import Hello
 
@@ -73,6 +76,20 @@ OperationOption = Annotated[
 ]
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
+]
+
+
+RequireOption = Annotated[
+    str | None,
+    typer.Option(
+        "--require",
+        metavar="LIST",
+        help="Exit 1 unless these were asked: operations and dtypes, as encode,decode,float16.",
+    ),
+]
+KnownOption = Annotated[
+    Path | None,
+    typer.Option("--known", metavar="FILE", help="Cases that fail, and why; each must still fail."),
 ]
 
 
@@ -127,12 +144,15 @@ def check(
         bool,
         typer.Option("--coverage", help="Print which case shows which mistake; check nothing."),
     ] = False,
+    require: RequireOption = None,
+    known: KnownOption = None,
     as_json: JsonOption = False,
     junit: JunitOption = None,
 ) -> None:
     """Check an implementation: which rule is broken, where, and why.
 
-    Exits 0 if it conforms, 1 if not, 2 for bad use.
+    Exits 0 if all that was asked conforms, 1 if not or if something required was not asked, 2 for
+    bad use.
     """
     from nsq_ref.conformance import ports
     from nsq_ref.conformance.check import run
@@ -144,7 +164,10 @@ def check(
                 raise ValueError(f"{option} has no effect with --coverage; leave it out")
         _show_coverage(_checked_schemes(schemes, every, changes), _dtypes(dtypes), seed, as_json)
     if directory is not None:
-        about_answers = ("directory", "schemes", "only", "allow", "partial", "as_json", "junit")
+        about_answers = (
+            "directory", "schemes", "only", "allow", "partial", "require", "known", "as_json",
+            "junit",
+        )  # fmt: skip
         for name, option in given(context).items():
             if name not in about_answers:
                 raise ValueError(
@@ -153,7 +176,10 @@ def check(
                 )
         command = ["nsq", "check", "--dir", str(directory)]
         answers = _folder(directory)
-        _judge(*answers, shlex.join(command), schemes, only, allow, partial, as_json, junit)
+        _judge(
+            *answers, shlex.join(command), schemes, only, allow, partial, require, known, as_json,
+            junit,
+        )  # fmt: skip
     targets = {"decode": decode, "attend": attend, "stream": stream}
     named = [name for name, value in targets.items() if value is not None]
     if target is None and not named:
@@ -173,6 +199,8 @@ def check(
     for name, value in (*targets.items(), ("custom-ops", custom_ops)):
         command += [f"--{name}", value] if value else []
     command += [*_repeated(changes, allow, seed, dtypes, partial), *(["--quick"] * quick)]
+    command += [] if known is None else ["--known", str(known)]
+    deviations = _known(known)
     asked_schemes = _checked_schemes(schemes, every, changes)
     port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
     try:
@@ -181,7 +209,7 @@ def check(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
                 refusals=kind != "model", only=only, command=shlex.join(command), progress=told,
-                quick=quick,
+                quick=quick, require=_required(require), known=deviations,
             )  # fmt: skip
     finally:
         port.close()
@@ -231,6 +259,8 @@ def verify(
     only: CaseOption = None,
     allow: AllowOption = None,
     partial: PartialOption = False,
+    require: RequireOption = None,
+    known: KnownOption = None,
     as_json: JsonOption = False,
     junit: JunitOption = None,
 ) -> None:
@@ -242,7 +272,9 @@ def verify(
     hello = ports.read_hello(sys.stdin.buffer)
     command = shlex.join(["nsq", "gen", *_questions(hello)]) + " | YOUR PROGRAM | nsq verify"
     answers = ports.Stream("the pipe", sys.stdin.buffer)
-    _judge(hello, answers, command, schemes, only, allow, partial, as_json, junit)
+    _judge(
+        hello, answers, command, schemes, only, allow, partial, require, known, as_json, junit
+    )  # fmt: skip
 
 
 def vectors(
@@ -278,20 +310,23 @@ def _folder(directory: Path) -> tuple[Hello, Port]:
 
 def _judge(
     hello: Hello, answers: Port, command: str, schemes: list[str] | None, only: str | None,
-    allow: list[str] | None, partial: bool, as_json: bool, junit: Path | None,
+    allow: list[str] | None, partial: bool, require: str | None, known: Path | None,
+    as_json: bool, junit: Path | None,
 ) -> NoReturn:  # fmt: skip
     """Judge answers that were given already."""
     from nsq_ref.conformance.check import run
 
     for name in schemes or ():
-        if name not in (known := [one for one, _ in hello.schemes]):
-            raise ValueError(f"--scheme {name}: the questions are about {', '.join(known)}")
+        if name not in (about := [one for one, _ in hello.schemes]):
+            raise ValueError(f"--scheme {name}: the questions are about {', '.join(about)}")
+    options = _repeated(allow=allow, partial=partial)
+    options += [] if known is None else ["--known", str(known)]
     with stages() as told:
         report = run(
             answers, hello.schemes, hello.operations, required=(), seed=hello.seed,
             latitudes=allow or (), dtypes=hello.dtypes, partial=partial, chosen=schemes, only=only,
-            command=" ".join([command, *map(shlex.quote, _repeated(allow=allow, partial=partial))]),
-            progress=told,
+            command=" ".join([command, *map(shlex.quote, options)]), progress=told,
+            require=_required(require), known=_known(known),
         )  # fmt: skip
     _show_report(report, as_json, junit)
 
@@ -329,6 +364,17 @@ def _repeated(
     options += [text for one in dtypes or () for text in ("--dtype", one.value)]
     options += ["--seed", str(seed)] if seed else []
     return [*options, *(["--partial"] if partial else [])]
+
+
+def _required(text: str | None) -> list[str]:
+    """Read a list of operations and dtypes."""
+    return [] if text is None else [name.strip() for name in text.split(",")]
+
+
+def _known(path: Path | None) -> Sequence[KnownLine]:
+    from nsq_ref.conformance.known import read_known
+
+    return () if path is None else read_known(path)
 
 
 def _checked_schemes(

@@ -8,7 +8,7 @@ Examples
 >>> from nsq_ref import conformance
 >>> report = conformance.check(encode=nsq.quantize, scheme="naive4")
 >>> print(conformance.as_text(report).splitlines()[-2])
-CONFORMS to naive4 in all that was asked: encode ... cases.
+CONFORMS SO FAR to naive4: encode ... cases.
 """
 
 from nsq_ref.conformance.check import check

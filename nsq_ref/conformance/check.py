@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.findings import Explained, Finding, Report, SchemeReport
-from nsq_ref.conformance.judge import Latitudes, judge
-from nsq_ref.conformance.judge.diagnose import Judged, diagnose
-from nsq_ref.conformance.operations import (
-    CASE_DTYPES,
-    NOT_IMPLEMENTED,
-    OPERATIONS,
-    Answer,
-    Case,
-    Failure,
-    Operation,
-    Port,
-    same_arrays,
-)
+from nsq_ref.conformance.findings import Report
+from nsq_ref.conformance.judge import Latitudes
+from nsq_ref.conformance.known import KnownLine, read_known, reasons_of
+from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case, Operation, Port
 from nsq_ref.conformance.ports import Callables, Folder, Stream
+from nsq_ref.conformance.ports.functions import require_signature
+from nsq_ref.conformance.session import Progress, Session
 from nsq_ref.scheme import Scheme
 
-ASKED_AGAIN = 3  # cases of each operation
-Progress = Callable[[str, int, int], None]
+REQUIRABLE = (*OPERATIONS, *CASE_DTYPES)
 
 
 def check(
@@ -42,6 +34,8 @@ def check(
     dtypes: Sequence[str] = CASE_DTYPES,
     partial: bool = False,
     quick: bool = False,
+    require: Sequence[str] = (),
+    known: str | Path | None = None,
 ) -> Report:
     """Check Python callables in this process, as ``nsq check`` does in one of their own.
 
@@ -68,6 +62,10 @@ def check(
         Let pass what the port says it does not implement.
     quick : bool
         Ask one case of a kind, and none that must be looked for.
+    require : sequence of str
+        Operations and dtypes of input without which nothing conforms.
+    known : path, optional
+        A file of known deviations, as `nsq_ref.conformance.known` describes it.
 
     Returns
     -------
@@ -76,10 +74,14 @@ def check(
 
     Raises
     ------
+    OSError
+        For a file of deviations that cannot be read.
     TypeError
-        For a scheme, a seed, latitudes or dtypes of another kind.
+        For a scheme, a seed, latitudes or dtypes of another kind, and for a function that cannot be
+        called as its operation is.
     ValueError
-        For an unknown scheme, latitude or dtype, and where there is nothing to check.
+        For an unknown scheme, latitude or dtype, for a deviation that names no case, and where
+        there is nothing to check.
 
     Examples
     --------
@@ -97,11 +99,15 @@ def check(
     if not operations:
         raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
     chosen = family_scheme("scheme", scheme)
+    for operation, function in given.items():
+        if function is not None:
+            require_signature(operation, function, operation)
     port = Callables("callables", **given)
     name = scheme if isinstance(scheme, str) else "scheme"
     return run(
         port, [(name, chosen)], operations, seed=seed, latitudes=latitudes, dtypes=dtypes,
-        partial=partial, quick=quick,
+        partial=partial, quick=quick, require=require,
+        known=() if known is None else read_known(known),
     )  # fmt: skip
 
 
@@ -121,6 +127,8 @@ def run(
     command: str = "",
     progress: Progress | None = None,
     quick: bool = False,
+    require: Sequence[str] = (),
+    known: Sequence[KnownLine] = (),
 ) -> Report:
     """Ask a port all cases of some schemes, and judge it.
 
@@ -134,8 +142,10 @@ def run(
     required : sequence of str, optional
         Operations that the port must implement; all by default. Another one that it implements
         in no case is noted, not failed.
-    seed, latitudes, dtypes, partial, quick
+    seed, latitudes, dtypes, partial, quick, require
         As `check` takes them.
+    known : sequence of KnownLine
+        Cases that fail, and why.
     refusals : bool
         Ask what must be refused, too; an ONNX graph cannot refuse.
     chosen : sequence of str, optional
@@ -155,7 +165,7 @@ def run(
     Raises
     ------
     ValueError
-        For an unknown latitude, dtype, scheme or case.
+        For an unknown latitude, dtype, scheme or case, and for a deviation that names no case.
 
     Examples
     --------
@@ -167,10 +177,14 @@ def run(
     """
     seed = as_integer("seed", seed, least=0)
     latitudes, dtypes = _names("latitudes", latitudes), _names("dtypes", dtypes)
+    require = _names("require", require)
     allowed = Latitudes.parse(latitudes)
     unknown = [dtype for dtype in dtypes if dtype not in CASE_DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"dtypes={list(dtypes)} are not some of {', '.join(CASE_DTYPES)}")
+    for name in require:
+        if name not in REQUIRABLE:
+            raise ValueError(f"require={name!r} is not one of {', '.join(REQUIRABLE)}")
     asked_of = [name for name, _ in schemes if chosen is None or name in chosen]
     absent = set(chosen or ()) - set(asked_of)
     if absent:
@@ -200,34 +214,46 @@ def run(
             port.cases = number
         if isinstance(port, Folder) and (others := port.beyond(number)):
             notes.append(f"not judged: {others[0]}, which answers no case; there are {len(others)}")
-    total = sum(len(selected) for *_, selected in questions)
+    left_out = [f"{dtype} input" for dtype in CASE_DTYPES if dtype not in dtypes]
+    left_out += [] if refusals else ["input that must be refused, as a graph cannot refuse"]
+    left_out += ["all but a case of a kind, as this was a quick run"] if quick else []
+    left_out += [] if only is None else [f"all cases but {only}"]
+    whole = not left_out and set(operations) == set(OPERATIONS)
+    notes += _unused(known, [(name, [c for _, c in some]) for name, _, some in questions], whole)
     must = tuple(operations if required is None else required)
-    reports, done = [], 0
-    unclaimed: dict[Operation, list[str]] = defaultdict(list)
-    if not refusals:
-        notes.append("not asked: input that must be refused, as a graph cannot refuse")
-    if left_out := [dtype for dtype in CASE_DTYPES if dtype not in dtypes]:
-        notes.append(f"not asked: {' and '.join(left_out)} input")
-    if quick:
-        notes.append("not asked: all but a case of a kind, as this was a quick run")
-    if only is not None:
-        notes.append(f"not asked: all cases but {only}")
+    must = tuple(name for name in OPERATIONS if name in (*must, *require))
+    total, done = sum(len(selected) for *_, selected in questions), itertools.count()
+    reports = []
     for name, scheme, selected in questions:
-        asked = []
-        for at, case in selected:
+        session = Session(
+            name, scheme, allowed, must, reasons_of(known, name, (case for _, case in selected)),
+            repeats=not isinstance(port, Stream),
+        )  # fmt: skip
+
+        def told(operation: Operation, name: str = name) -> None:
             if progress:
-                progress(f"{name}: {case.operation}", done, total)
-            asked.append((case, port.ask(at, case)))
-            done += 1
-        again = [] if isinstance(port, Stream) else _asked_again(port, selected, asked)
-        one, of_scheme = _scheme_report(name, scheme, asked, again, allowed, must, progress)
-        reports.append(one)
-        for operation in of_scheme:
-            unclaimed[operation].append(name)
-    for operation, names in unclaimed.items():
-        where = "" if len(names) == len(questions) else f" for {', '.join(names)}"
-        notes.append(f"{operation} is not implemented{where}")
-    return Report(port.name, seed, latitudes, reports, partial, command, notes)
+                progress(f"{name}: {operation}", next(done), total)
+
+        session.ask(port, selected, told)
+        reports.append(session.report(progress))
+    return Report(
+        port.name, seed, latitudes, reports, partial, command, notes, left_out, require
+    )  # fmt: skip
+
+
+def _unused(
+    known: Sequence[KnownLine], asked: Sequence[tuple[str, Sequence[Case]]], whole: bool
+) -> Iterator[str]:
+    """Refuse lines about no case that there is; where not all is asked, count them."""
+    unused = [
+        line for line in known
+        if not any(line.names(name, case) for name, of_it in asked for case in of_it)
+    ]  # fmt: skip
+    if unused and whole:
+        about = ", ".join(name for name, _ in asked)
+        raise ValueError(f"{unused[0].where} names no case of {about}")
+    if unused:
+        yield f"not judged: {len(unused)} of {len(known)} known deviations, as they were not asked"
 
 
 def _names(name: str, given: Sequence[str]) -> tuple[str, ...]:
@@ -245,86 +271,3 @@ def _why_not(only: str, name: str, everything: Sequence[Case]) -> str:
             "dtype, or must be refused, which a graph cannot"
         )
     return f"there is no case {only!r} of {name}; cases are named like encode/exact-tie/0"
-
-
-def _asked_again(
-    port: Port,
-    numbered: Sequence[tuple[int, Case]],
-    asked: Sequence[tuple[Case, Answer | Failure]],
-) -> list[Finding]:
-    """Ask some cases once more: what a port keeps between calls must not show."""
-    seen: Counter[str] = Counter()
-    findings = []
-    for (number, case), (_, answer) in zip(numbered, asked, strict=True):
-        if not isinstance(answer, Answer) or answer.status == NOT_IMPLEMENTED:
-            continue
-        seen[case.operation] += 1
-        if seen[case.operation] > ASKED_AGAIN:
-            continue
-        second = port.ask(number, case)
-        if isinstance(second, Failure) and second.kind == "missing":
-            continue  # a port that failed too often is not asked any more, which is told as that
-        if (
-            isinstance(second, Failure)
-            or second.status != answer.status
-            or not same_arrays(answer.arrays, second.arrays)
-        ):
-            what = "the same question got another answer later: something is kept between calls"
-            findings.append(Finding(case, "again", "B2", what))
-    return findings
-
-
-def _scheme_report(
-    name: str, scheme: Scheme, asked: Sequence[tuple[Case, Answer | Failure]],
-    again: Sequence[Finding], latitudes: Latitudes, required: Sequence[Operation],
-    progress: Progress | None,
-) -> tuple[SchemeReport, list[Operation]]:  # fmt: skip
-    judged: list[Judged] = []
-    failures: list[tuple[Case, Failure]] = []
-    missing: list[Case] = []
-    reasons: dict[str, None] = {}
-    explained: list[Explained] = []
-    counts: Counter[str] = Counter()
-    stages: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    repeated = {id(f.case): f for f in again}
-    for case, answer in asked:
-        if isinstance(answer, Failure):
-            failures.append((case, answer))
-        elif answer.status == NOT_IMPLEMENTED:
-            missing.append(case)
-            if answer.message:
-                reasons[answer.message] = None
-        else:
-            verdict = judge(case, answer, latitudes)
-            findings = verdict.findings
-            if id(case) in repeated:
-                findings = [repeated[id(case)], *findings]
-                verdict.stages.insert(0, "again")
-            judged.append(Judged(case, answer, findings))
-            explained += verdict.explained
-            counts[case.operation] += 1
-            wrong = {f.stage for f in findings}
-            for stage in verdict.stages:
-                tally = stages[case.operation, stage]
-                tally[0] += 1
-                tally[1] += stage in wrong
-    unclaimed: list[Operation] = []
-    for operation in OPERATIONS:
-        of_it = [case for case, _ in asked if case.operation == operation]
-        refused = [case for case in missing if case.operation == operation]
-        if of_it and len(of_it) == len(refused) and operation not in required:
-            unclaimed.append(operation)
-            missing = [case for case in missing if case.operation != operation]
-    report = SchemeReport(
-        name=name,
-        scheme=scheme,
-        judged=dict(counts),
-        stages={key: (done, wrong) for key, (done, wrong) in stages.items()},
-        diagnoses=diagnose(judged, latitudes, progress),
-        explained=explained,
-        failures=failures,
-        not_implemented=missing,
-        reasons=list(reasons) if missing else [],
-        cases=[case for case, _ in asked],
-    )
-    return report, unclaimed

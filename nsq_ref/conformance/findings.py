@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import Case, Failure
+from nsq_ref.conformance.operations import OPERATIONS, Case, Failure, Operation
+from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Diagnosis", "Explained", "Finding", "Report", "SchemeReport"]
+__all__ = ["Deviation", "Diagnosis", "Explained", "Finding", "Report", "SchemeReport"]
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,38 @@ class Explained:
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """A case of which the port's author knows that it fails.
+
+    Nothing changes one, so that threads may share it.
+
+    Parameters
+    ----------
+    case : Case
+    reason : str
+        The author's.
+    what : str
+        What is wrong in it now; empty where it no longer fails.
+    """
+
+    case: Case
+    reason: str
+    what: str = ""
+
+
+@dataclass(frozen=True)
 class Diagnosis:
-    """A known mistake that, made in the reference, gives what the port gave.
+    """What explains some findings, or what they have in common where nothing does.
 
     Nothing changes one, so that threads may share it.
 
     Parameters
     ----------
     rule : str
-        The rule that the mistake breaks.
+        The rule that is broken.
     mistake : str
-        Its name in `mistakes.MISTAKES`, or empty where no known mistake fits.
+        The name in `mistakes.MISTAKES` of what, made in the reference, gives what the port gave;
+        empty where no known mistake does.
     says : str
         A sentence for the implementer, counts included.
     stages : tuple of str
@@ -83,7 +105,9 @@ class Diagnosis:
     findings : tuple of Finding
         What it explains, the clearest first.
     alike : tuple of str
-        Other mistakes of which these cases cannot tell it.
+        Other mistakes, or rules, of which these cases cannot tell it.
+    steps : int
+        Where nothing else is wrong, by how many float32 steps a value is off; 0 otherwise.
     """
 
     rule: str
@@ -92,6 +116,7 @@ class Diagnosis:
     stages: tuple[str, ...]
     findings: tuple[Finding, ...]
     alike: tuple[str, ...] = ()
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,9 @@ class SchemeReport:
         What the port said of them, each once.
     cases : sequence of Case
         All that were asked, in order.
+    known, mended : sequence of Deviation
+        Cases that fail as the port's author says, and those that no longer do. Findings and
+        failures of known ones are nowhere else.
     """
 
     name: str
@@ -131,6 +159,31 @@ class SchemeReport:
     not_implemented: Sequence[Case] = ()
     reasons: Sequence[str] = ()
     cases: Sequence[Case] = ()
+    known: Sequence[Deviation] = ()
+    mended: Sequence[Deviation] = ()
+
+    def checked(self, operation: str) -> int:
+        """Return how many cases of an operation the verdict rests on, of those that a port claims.
+
+        Examples
+        --------
+        >>> SchemeReport("nsep4", Scheme(axis="token"), {"encode": 83}, {}).checked("encode")
+        83
+        """
+        without = [*(case for case, _ in self.failures), *self.not_implemented]
+        without += [one.case for one in self.known]
+        return self.judged.get(operation, 0) + sum(one.operation == operation for one in without)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """All operations about which something can be asked: without blocks no cache grows.
+
+        Examples
+        --------
+        >>> SchemeReport("nsep4", Scheme(axis="token"), {}, {}).operations
+        ['encode', 'decode', 'attend']
+        """
+        return [name for name in OPERATIONS if name != "stream" or self.scheme.block_size]
 
     @property
     def title(self) -> str:
@@ -172,6 +225,10 @@ class Report:
         The command that repeats the run; `report` appends ``--scheme`` and ``--case`` to it.
     notes : sequence of str
         What else the reader should know.
+    left_out : sequence of str
+        What was not asked besides operations, such as ``float16 input``.
+    required : sequence of str
+        Operations and dtypes that must have been asked.
     """
 
     port: str
@@ -181,17 +238,75 @@ class Report:
     partial: bool = False
     command: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
+    left_out: Sequence[str] = ()
+    required: Sequence[str] = ()
 
     @property
     def conforms(self) -> bool:
-        """Whether all that was asked was answered rightly, and anything was asked."""
-        return bool(self.schemes) and all(map(self.conforms_to, self.schemes))
+        """Whether all that was asked was answered rightly, and anything and all required was."""
+        return bool(self.schemes) and all(map(self.conforms_to, self.schemes)) and not self.unmet
 
     def conforms_to(self, one: SchemeReport) -> bool:
         """Return whether all that was asked of one scheme was answered rightly, and anything."""
         return (
             not one.diagnoses
             and not one.failures
+            and not one.mended
             and (self.partial or not one.not_implemented)
             and sum(one.judged.values()) > 0
         )
+
+    @property
+    def not_asked(self) -> list[str]:
+        """What was not asked: operations first, each with the schemes where not all lack it.
+
+        Examples
+        --------
+        >>> one = SchemeReport("nsep4", Scheme(axis="token"), {"encode": 83}, {})
+        >>> Report("mine", 0, (), [one], left_out=["float16 input"]).not_asked
+        ['decode', 'attend', 'float16 input']
+        """
+        return [*self._without(lambda one, name: not _asked(one, name)), *self.left_out]
+
+    @property
+    def unclaimed(self) -> list[str]:
+        """Operations that the port says it does not have, and need not have."""
+        return self._without(lambda one, name: _asked(one, name) and not one.checked(name))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the schemes was asked and implemented, and nothing is a deviation."""
+        missing = any(one.not_implemented or one.known for one in self.schemes)
+        return not (self.not_asked or self.unclaimed or missing)
+
+    @property
+    def unmet(self) -> list[str]:
+        """What is required and was not asked, or is not implemented."""
+        return [name for name in self.required if not self._met(name)]
+
+    def _met(self, name: str) -> bool:
+        if name not in OPERATIONS:  # a dtype
+            return any(str(x.dtype) == name for x in self._inputs())
+        about = [one for one in self.schemes if name in one.operations]
+        return bool(about) and all(one.judged.get(name) for one in about)
+
+    def _inputs(self) -> Iterator[Array]:
+        for one in self.schemes:
+            missing = {id(case) for case in one.not_implemented}
+            for case in one.cases:
+                if id(case) not in missing and "x" in case.inputs:
+                    yield case.inputs["x"]
+
+    def _without(self, lacks: Callable[[SchemeReport, Operation], bool]) -> list[str]:
+        found = []
+        for name in OPERATIONS:
+            about = [one for one in self.schemes if name in one.operations]
+            if names := [one.name for one in about if lacks(one, name)]:
+                where = "" if len(names) == len(about) else f" of {', '.join(names)}"
+                found.append(f"{name}{where}")
+        return found
+
+
+def _asked(one: SchemeReport, name: Operation) -> bool:
+    """Whether a case of an operation was asked; reports of tests name none."""
+    return bool(one.judged.get(name)) or any(case.operation == name for case in one.cases)

@@ -14,7 +14,7 @@ from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
 Operation = Literal["encode", "decode", "attend", "stream"]
-FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing"]
+FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing", "not asked"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 CASE_DTYPES = ("float32", "float16", "bfloat16")  # of x in a case
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer

@@ -25,7 +25,8 @@ class JudgingDecode(Judging):
         got = self._structure(layout)["x_hat"]
         expected = self.reference.model.decode(parts, scheme, shape)
         allowed = self._flushed(got, expected)
-        if (steps := self.latitudes.gain_folding) and np.isfinite(got).all():
+        steps = max(self.latitudes.gain_folding, self.latitudes.supposed.decoded)
+        if steps and np.isfinite(got).all():
             far = np.abs(ordered(got) - ordered(expected))
             allowed["gain-folding"] = far <= steps
         self._compare("x_hat", got, expected, allowed, lambda at: self._decode_story(parts, at))

@@ -3,23 +3,72 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nsq_ref.conformance.findings import Diagnosis, Finding
 from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
+from nsq_ref.conformance.judge.stages import ON_TIES
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import OPERATIONS, Answer, Case, Operation
+from nsq_ref.conformance.rules import RULES
 from nsq_ref.environment import in_default_environment
 
 ORDER = tuple(STAGES)
-UNEXPLAINABLE = ("refusal", "structure", "again")  # stages that no other arithmetic explains
+UNEXPLAINABLE = ("chance", "refusal", "structure", "again")  # no other arithmetic explains them
+FIRST_STAGES = ("chance", "again")  # of what goes on to be judged
 STORED_FACTORS = ("norm", "gain")  # the stages at which they are compared
 LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
 PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
+MOST_STEPS = 3  # by which something may be off that is taken for arithmetic of less precision
+
+# Rules of a stage itself, not of what it is made from.
+OWN_RULES: dict[str, tuple[str, ...]] = {
+    "sinks": ("K1",),
+    "norm": ("N1", "M1"),
+    "outlier_index": ("O1",),
+    "outliers": ("O1",),
+    "zero": ("S2", "S3"),
+    "scale": ("S1", "S2", "S3", "S4"),
+    "codes": ("Q1", "Q2"),
+    "packed": ("P1",),
+    "gain": ("M2", "M3"),
+    "tail": ("B1", "C1"),
+    "x_hat": ("D1",),
+    "output": ("A1", "A2"),
+}
+# What a few steps may be off at each stage, in the order in which it is believed: a norm moves all
+# channels of a token alike, and a direction shows in scales, too.
+OFF: dict[str, tuple[str, ...]] = {
+    "norm": ("norm",),
+    "outliers": ("norm", "direction"),
+    "zero": ("norm", "direction"),
+    "scale": ("norm", "scale", "direction"),
+    "codes": ("norm", "quotient", "direction"),
+    "gain": ("norm", "gain"),
+    "x_hat": ("decoded",),
+}
+# What is said of each, and what does that.
+OFF_BY: dict[str, tuple[str, str]] = {
+    "norm": ("norms", "an approximate root or reciprocal root, or a sum in float32"),
+    "direction": ("directions", "an approximate division, or a product with a reciprocal"),
+    "scale": ("scales, before they are narrowed,", "an approximate division"),
+    "quotient": ("quotients", "an approximate division, or a product with a reciprocal"),
+    "gain": ("gains, before they are narrowed,", "an approximate division or root"),
+    "decoded": ("decoded values", "an approximate root, division or product"),
+}
+
+
+class _Candidate(NamedTuple):
+    """A mistake, and what is still wrong where the reference makes it."""
+
+    left: int  # findings, or where it explains a part, elements
+    mistake: Mistake
+    findings: list[Finding]
 
 
 class Judged(NamedTuple):
@@ -53,11 +102,16 @@ def diagnose(
         if any(one.findings for one in answers):
             _Search(operation, answers, latitudes, known, found, progress).run()
     # What is wrong on plain data comes first: input that is taken or refused by way of it follows.
-    unexplained = sorted(
-        (one for one in found.values() if not one.mistake),
-        key=lambda one: not any(_is_plain(f) for f in one.findings),
-    )
-    return [*(one for one in found.values() if one.mistake), *unexplained]
+    ranked = sorted(found.values(), key=_place)
+    return [one for one in ranked if one.findings]
+
+
+def _place(one: Diagnosis) -> int:
+    if "chance" in one.stages:
+        return 0
+    if one.mistake or one.steps:
+        return 1
+    return 2 if any(_is_plain(f) for f in one.findings) else 3
 
 
 @functools.lru_cache(maxsize=512)
@@ -77,6 +131,10 @@ class _Search:
     found: dict[str, Diagnosis]
     progress: Callable[[str, int, int], None] | None
 
+    def __post_init__(self) -> None:
+        self._by_chance = any(f.stage == "chance" for one in self.answers for f in one.findings)
+        self._alone = len(self.answers) == 1
+
     def run(self) -> None:
         for stage in UNEXPLAINABLE:
             self._unexplained(stage, [f for one in self.answers for f in one.findings])
@@ -92,27 +150,39 @@ class _Search:
         while stages := {f.stage for f in findings} - given_up:
             stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
-            chosen = self._best(stage, mistakes, findings, given_up == set(UNEXPLAINABLE))
-            if chosen is None:
+            part = given_up == set(UNEXPLAINABLE) and not self._by_chance
+            whole, parts = self._candidates(stage, mistakes, findings, part)
+            less = None if whole else self._off_by_steps(stage, mistakes, findings)
+            if less is not None:
+                findings = less
+                continue
+            if not (ranked := whole or parts):
                 self._unexplained(stage, findings)
                 given_up.add(stage)
                 continue
-            mistake, left, alike = chosen
+            least, mistake, left = ranked[0]
+            alike = tuple(m.name for size, m, _ in ranked[1:] if size == least)
             self._explain(mistake, findings, left, alike)
             mistakes.append(mistake)
             self.known.append(mistake)
             findings = left
 
-    def _findings(self, one: Judged, reference: Reference) -> Sequence[Finding]:
+    def _findings(
+        self, one: Judged, reference: Reference, latitudes: Latitudes | None = None
+    ) -> Sequence[Finding]:
         kept = [f for f in one.findings if f.stage in UNEXPLAINABLE]
-        if any(f.stage != "again" for f in kept):  # the others end the judging
+        if any(f.stage not in FIRST_STAGES for f in kept):  # the others end the judging
             return kept
-        return [*kept, *judge(one.case, one.answer, self.latitudes, reference).findings]
+        latitudes = latitudes or self.latitudes
+        return [*kept, *judge(one.case, one.answer, latitudes, reference).findings]
 
-    def _best(
+    def _candidates(
         self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding], part: bool
-    ) -> tuple[Mistake, list[Finding], tuple[str, ...]] | None:
-        """Return the mistake that explains a stage, or `part` of it, what it leaves, and others."""
+    ) -> tuple[list[_Candidate], list[_Candidate]]:
+        """Return the mistakes that explain a stage, and those that explain most of it.
+
+        The best come first; with `part` False there are none of the latter.
+        """
         wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
         failing = [one for one in self.answers if id(one.case) in wrong]
         failing.sort(key=lambda one: -wrong[id(one.case)])  # the sooner is a candidate given up
@@ -120,8 +190,8 @@ class _Search:
         candidates = [
             m for m in MISTAKES.values() if self.operation in m.operations and m not in mistakes
         ]
-        explained: list[tuple[int, Mistake, list[Finding]]] = []
-        partly: list[tuple[int, Mistake, list[Finding]]] = []
+        explained: list[_Candidate] = []
+        partly: list[_Candidate] = []
         before = sum(wrong.values())
         for number, mistake in enumerate(candidates):
             if self.progress:
@@ -132,7 +202,7 @@ class _Search:
             for one in failing:
                 here = found[id(one.case)] = self._findings(one, reference)
                 still += sum(f.wrong for f in here if f.stage == stage)
-                if still > (1 - LEAST_SHARE) * before:
+                if still > (1 - LEAST_SHARE) * before * part:
                     break
             else:
                 found |= {id(one.case): self._findings(one, reference) for one in others}
@@ -141,38 +211,101 @@ class _Search:
                 if len(left) >= len(findings) or _before(stage, left) > _before(stage, findings):
                     continue  # it spoils more than it explains
                 if spoiled == 0:
-                    explained.append((len(left), mistake, left))
+                    explained.append(_Candidate(len(left), mistake, left))
                 elif part and spoiled <= (1 - LEAST_SHARE) * before:
-                    partly.append((spoiled, mistake, left))
-        ranked = sorted(explained or partly, key=lambda one: one[0])
-        if not ranked:
+                    partly.append(_Candidate(spoiled, mistake, left))
+
+        def order(one: _Candidate) -> tuple[int, bool]:
+            # A single case tells little: what its stage itself may do wrong is the likelier.
+            return one.left, self._alone and one.mistake.rule not in OWN_RULES[stage]
+
+        return sorted(explained, key=order), sorted(partly, key=order)
+
+    def _off_by_steps(
+        self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding]
+    ) -> list[Finding] | None:
+        """Explain a stage by a value that is a few steps off, and return what that leaves."""
+        if all(f.what.endswith(ON_TIES) for f in findings if f.stage == stage):
+            return None  # they are rounded otherwise
+        failing = {id(f.case) for f in findings}
+        wrong = [one for one in self.answers if id(one.case) in failing]
+        reference = reference_with(*(m.name for m in mistakes))
+        before, found = self.latitudes.supposed, []
+        for steps, (place, what) in itertools.product(
+            range(1, MOST_STEPS + 1), enumerate(self._suspects(stage))
+        ):
+            supposed = replace(before, **{what: steps})
+            if steps <= getattr(before, what):
+                continue
+            latitudes = replace(self.latitudes, supposed=supposed)
+            left: list[Finding] = []
+            for one in wrong:
+                here = self._findings(one, reference, latitudes)
+                if any(f.stage == stage for f in here):
+                    break
+                left += here
+            else:
+                found.append((len(left), steps, place, what, left))
+        if not found:
             return None
-        least, mistake, left = ranked[0]
-        alike = tuple(m.name for size, m, _ in ranked[1:] if size == least)
-        return mistake, left, alike
+        count, steps, _, what, left = min(found, key=lambda one: one[:3])
+        alike = {_rule_of(other, self.answers[0].case) for size, _, _, other, _ in found
+                 if size == count and other != what}  # fmt: skip
+        self.latitudes = replace(self.latitudes, supposed=replace(before, **{what: steps}))
+        many, cause = OFF_BY[what]
+        by = "a float32 step" if steps == 1 else f"up to {steps} float32 steps"
+        says = f"{many} that are {by} off explain all of them, as {cause} gives"
+        rule = _rule_of(what, self.answers[0].case)
+        self._record(f"{self.operation} {what}", rule, "", says, findings, left,
+                     tuple(sorted(alike - {rule})), steps)  # fmt: skip
+        return left
+
+    def _suspects(self, stage: str) -> list[str]:
+        """What may be off: not a norm or direction where there is none, nor what was right."""
+        scheme = self.answers[0].case.scheme
+        if stage not in OFF or self.operation not in ("encode", "decode"):
+            return []
+        found = list(OFF[stage])
+        if not scheme.separate_norm:
+            found = [one for one in found if one not in ("norm", "direction")]
+        elif stage != "norm" and scheme.magnitude == "norm" and "norm" in found:
+            found.remove("norm")  # a stored norm was judged before
+        return found
 
     def _explain(
         self, mistake: Mistake, findings: Sequence[Finding], left: Sequence[Finding],
         alike: tuple[str, ...],
     ) -> None:  # fmt: skip
         """Record a mistake, with the findings that it makes vanish."""
-        remaining = {(id(f.case), f.stage) for f in left}
-        gone = [f for f in findings if (id(f.case), f.stage) not in remaining]
-        before = self.found.get(mistake.name)
-        if before is not None:
-            gone = [*before.findings, *gone]
+        rule = mistake.rule
+        gone = _gone(findings, left)
+        if gone and gone[0].stage in STORED_FACTORS:
+            rule = mistake.factor_rules.get(gone[0].case.scheme.magnitude, rule)
+        self._record(mistake.name, rule, mistake.name, mistake.says, findings, left, alike)
+
+    def _record(
+        self, name: str, rule: str, mistake: str, says: str, findings: Sequence[Finding],
+        left: Sequence[Finding], alike: tuple[str, ...], steps: int = 0,
+    ) -> None:  # fmt: skip
+        """Record what makes findings vanish, and say how much of their first stage it explains."""
+        gone = _gone(findings, left)
+        if (before := self.found.get(name)) is not None:
+            gone = sorted([*before.findings, *gone], key=_order)
             alike = before.alike
         if not gone:
             return
-        gone.sort(key=lambda f: (OPERATIONS.index(f.case.operation), ORDER.index(f.stage)))
         stages = tuple(dict.fromkeys(f.stage for f in gone))
         operation = gone[0].case.operation
         first = [f for f in gone if (f.case.operation, f.stage) == (operation, stages[0])]
-        says = f"{_amount(first)}: {mistake.says}."
-        rule = mistake.rule
-        if stages[0] in STORED_FACTORS:
-            rule = mistake.factor_rules.get(gone[0].case.scheme.magnitude, rule)
-        self.found[mistake.name] = Diagnosis(rule, mistake.name, says, stages, tuple(gone), alike)
+        rest = sum(f.wrong for f in left
+                   if (f.case.operation, f.stage) == (operation, stages[0]))  # fmt: skip
+        amount = _amount(first)
+        if rest:
+            whole = sum(f.wrong for f in first) + rest
+            amount = f"{amount}, of {whole} in all"
+            says = f"{says}. This does not explain the other {rest}"
+        says = f"{amount}: {says}."
+        self.found[name] = Diagnosis(rule, mistake, says, stages, tuple(gone), alike, steps)
 
     def _needs_blocks(self, findings: Sequence[Finding]) -> bool:
         """Whether half of what has several blocks is wrong, and all that has one right: B1."""
@@ -185,10 +318,15 @@ class _Search:
     def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
         """Record what no known mistake explains, one entry a rule."""
         here = [f for f in findings if f.stage == stage]
+        if stage == "refusal":
+            here = self._refused_throughout(here)
         if not here:
             return
         rules = [f.rule for f in here]
-        if stage not in UNEXPLAINABLE:
+        if stage == "chance":
+            first = min(rules, key=list(RULES).index)  # rules are in the order of computation
+            rules = [first] * len(rules)
+        elif stage not in UNEXPLAINABLE:
             # Where plain random data is wrong too, the engineered cases tell nothing more.
             plain = [f.rule for f in here if _is_plain(f)]
             rule, count = Counter(plain or rules).most_common(1)[0]
@@ -198,11 +336,66 @@ class _Search:
         for rule in dict.fromkeys(rules):
             of_rule = [f for f, r in zip(here, rules, strict=True) if r == rule]
             name = f"{self.operation} {stage} {rule}"
-            if stage in UNEXPLAINABLE:
+            if stage == "chance":
+                says = (
+                    f"the port is not deterministic, as with a race, atomic sums or memory that "
+                    f"nobody wrote. {_cases(of_rule)}: {of_rule[0].what}."
+                )
+            elif stage in UNEXPLAINABLE:
                 says = f"{_cases(of_rule)}: {of_rule[0].what}."
+            elif all(f.what.endswith(ON_TIES) for f in of_rule):
+                says = f"{_amount(of_rule)}, all of them on ties, which are not rounded to even."
+            elif self._by_chance:
+                says = f"{_amount(of_rule)}, which may be chance, too."
             else:
                 says = f"{_amount(of_rule)}; no mistake that is known here gives these values."
             self.found[name] = Diagnosis(rule, "", says, (stage,), tuple(of_rule))
+
+    def _refused_throughout(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Record once that all valid input is refused, or all of a dtype; return the others."""
+        refused = [f for f in findings if f.case.refused_by is None]
+        ids = {id(f.case) for f in refused}
+        valid = [one.case for one in self.answers if one.case.refused_by is None]
+        groups: list[tuple[str, set[int]]] = [("", {id(case) for case in valid})]
+        dtypes = dict.fromkeys(case.inputs["x"].dtype.name for case in valid if "x" in case.inputs)
+        groups += [
+            (dtype, {id(case) for case in valid if case.inputs["x"].dtype == dtype})
+            for dtype in dtypes
+        ]
+        for dtype, group in groups:
+            if len(group) < 2 or not group <= ids:
+                continue
+            of_it = [f for f in refused if id(f.case) in group]
+            what = f"all valid {dtype} input" if dtype else f"every valid case of {self.operation}"
+            rule = _REFUSING[self.operation]
+            says = (
+                f"{what} is refused, {_cases(of_it)}, so that nothing else can be judged; "
+                f"the first answer: {of_it[0].what}."
+            )
+            name = f"{self.operation} refuses {dtype}"
+            self.found[name] = Diagnosis(rule, "", says, ("refusal",), tuple(of_it))
+            ids -= group
+        return [f for f in findings if f.case.refused_by is not None or id(f.case) in ids]
+
+
+_REFUSING = {"encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1"}
+
+
+def _rule_of(what: str, case: Case) -> str:
+    """The rule that is broken where a value is a few steps off."""
+    at = {"norm": "N1", "direction": "N2", "quotient": "Q1", "decoded": "D1"}
+    return at.get(what) or default_rule(what, case.scheme)
+
+
+def _gone(findings: Sequence[Finding], left: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that are no longer there, the first stage first."""
+    remaining = {(id(f.case), f.stage) for f in left}
+    gone = [f for f in findings if (id(f.case), f.stage) not in remaining]
+    return sorted(gone, key=_order)
+
+
+def _order(finding: Finding) -> tuple[int, int]:
+    return OPERATIONS.index(finding.case.operation), ORDER.index(finding.stage)
 
 
 def _before(stage: str, findings: Iterable[Finding]) -> int:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from nsq_ref.conformance.judge.around import Around, among, between
 from nsq_ref.conformance.judge.arrays import (
     bits_of,
     element_of,
@@ -16,7 +17,7 @@ from nsq_ref.conformance.judge.arrays import (
     place_of,
     text_of,
 )
-from nsq_ref.conformance.judge.stages import Judging, MeaninglessError
+from nsq_ref.conformance.judge.stages import ON_TIES, Judging, MeaninglessError
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Field
 
@@ -38,6 +39,7 @@ class JudgingEncode(Judging):
     def _judge_blocks(self, x: Array, parts: Mapping[str, Array]) -> None:
         """The stages of `spec.encode`, in its order, each from the port's own stage before."""
         reference, scheme, latitudes = self.reference, self.scheme, self.latitudes
+        supposed = latitudes.supposed
         spec, head_dim = reference.spec, x.shape[-1]
         rows = spec.block_slices(x.shape[-2], scheme)
         own = reference.model.block_of(parts, scheme, head_dim)
@@ -62,12 +64,14 @@ class JudgingEncode(Judging):
             expected = spec.stored_factor(x, x, norm, scheme)
             self._compare(
                 "norm", own.norm, expected,
-                {**self._near_norm(own.norm, norm), **self._flushed(own.norm, expected)},
+                {**self._near_norm(own.norm, norm, supposed.norm),
+                 **self._flushed(own.norm, expected)},
                 lambda index: self._norm_story(x, norm, index),
             )  # fmt: skip
             if scheme.norm_dtype == "float32" and np.isfinite(own.norm).all():
                 used = own.norm
         direction = spec.direction_of(x, used)
+        around = Around(reference, scheme, supposed, x, used)
         directions, index = of_tokens(direction), own.outlier_index
 
         coded = np.ones((*x.shape[:-2], len(rows), head_dim), bool)
@@ -78,13 +82,20 @@ class JudgingEncode(Judging):
                 raise MeaninglessError
             coded = ~spec.mark(index, head_dim)
             expected = each(spec.kept_outliers, directions, of_blocks(index))
-            self._compare("outliers", own.outliers, expected)
+            near = [
+                each(spec.kept_outliers, of_tokens(d), of_blocks(index)) for d in around.directions
+            ]
+            self._compare("outliers", own.outliers, expected, among(own.outliers, near))
 
-        low, high = (
-            each(lambda d, c, side=side: spec.extent(d, c, scheme)[side], directions,
-                 of_blocks(coded))
-            for side in (0, 1)
-        )  # fmt: skip
+        def extents(direction: Array) -> list[Array]:
+            return [
+                each(lambda d, c, side=side: spec.extent(d, c, scheme)[side],
+                     of_tokens(direction), of_blocks(coded))
+                for side in (0, 1)
+            ]  # fmt: skip
+
+        low, high = extents(direction)
+        near_extents = [extents(d) for d in around.directions]
 
         def range_story(at: tuple[int, ...]) -> Iterator[tuple[str, str]]:
             yield "minimum", text_of(low[at])
@@ -101,6 +112,8 @@ class JudgingEncode(Judging):
                 self._compare(
                     "zero", own.zero, expected,
                     {**self._near_scale(own.zero, low, spec.range_zero),
+                     **between(own.zero, [spec.range_zero(end, scheme)
+                                           for end, _ in near_extents]),
                      **self._flushed(own.zero, expected)}, range_story,
                 )  # fmt: skip
             span = spec.range_span(low, high, own.zero, scheme)
@@ -108,6 +121,8 @@ class JudgingEncode(Judging):
             self._compare(
                 "scale", own.scale, expected,
                 {**self._near_scale(own.scale, span, spec.scale_of),
+                 **between(own.scale, around.scales(
+                     [span, *(spec.range_span(*ends, own.zero, scheme) for ends in near_extents)])),
                  **self._flushed(own.scale, expected)}, range_story,
             )  # fmt: skip
         else:  # the encoder's choice (S4), but not just anything
@@ -124,11 +139,24 @@ class JudgingEncode(Judging):
             code, directions, own_scale, own_zero, of_blocks(coded), of_tokens(norm, axis=-1)
         )
         scale, zero = (self._each_token(part, rows) for part in (own.scale, own.zero))
+        free = (
+            np.concatenate(
+                [
+                    np.broadcast_to(c, d.shape)
+                    for c, d in zip(of_blocks(coded), directions, strict=True)
+                ],
+                axis=-2,
+            )
+            & (norm != 0)[..., None]
+        )
+        near_tie = (
+            self._near_tie(own.codes, codes, direction, scale, zero) if latitudes.tie_ulp else {}
+        )
         self._compare(
             "codes", own.codes, codes,
-            self._near_tie(own.codes, codes, direction, scale, zero) if latitudes.tie_ulp else {},
+            {**near_tie, **around.codes(own.codes, codes, free, scale, zero)},
             lambda at: self._code_story(x, norm, direction, scale, zero, at),
-            what=self._code_words(own.codes, codes),
+            what=self._code_words(own.codes, codes, direction, scale, zero),
         )  # fmt: skip
         if self.verdict.findings and _renamed(own.codes, codes):
             last = self.verdict.findings[-1]
@@ -148,7 +176,8 @@ class JudgingEncode(Judging):
             expected = spec.stored_factor(x, y, norm, scheme)
             self._compare(
                 "gain", own.norm, expected,
-                {**self._near_norm(own.norm, gain), **self._flushed(own.norm, expected)},
+                {**self._near_norm(own.norm, gain, supposed.gain),
+                 **around.gains(own.norm, y), **self._flushed(own.norm, expected)},
                 lambda at: iter([
                     ("norm", text_of(norm[at])),
                     ("||y||", text_of(reference.rounding.norm(y)[at])),
@@ -156,8 +185,8 @@ class JudgingEncode(Judging):
                 ]),
             )  # fmt: skip
 
-    def _near_norm(self, got: Array, exact: Array) -> dict[str, Array]:
-        steps = self.latitudes.norm_ulp
+    def _near_norm(self, got: Array, exact: Array, supposed: int) -> dict[str, Array]:
+        steps = max(self.latitudes.norm_ulp, supposed)
         if not steps:
             return {}
         dtype = FLOAT_DTYPES[self.scheme.norm_dtype]
@@ -193,11 +222,18 @@ class JudgingEncode(Judging):
             near[at] = not on_it and steps <= self.latitudes.tie_ulp
         return {"tie-ulp": near}
 
-    def _code_words(self, got: Array, expected: Array) -> str:
+    def _code_words(
+        self, got: Array, expected: Array, direction: Array, scale: Array, zero: Array
+    ) -> str:
         off = np.abs(got.astype(int) - expected)
         if not off.any():
             return ""
+        scale, zero = scale.astype(np.float32), zero.astype(np.float32)
+        doubled = 2 * (direction - zero) / self.reference.spec.where_zero(scale, np.inf)
+        on_ties = np.abs(np.fmod(doubled, 2)) == 1
         most = int(off.max())
+        if on_ties[off > 0].all() and most == 1:
+            return f"codes differ, {ON_TIES}"
         return "codes differ, by one at most" if most == 1 else f"codes differ, by up to {most}"
 
     def _norm_story(self, x: Array, norm: Array, at: tuple[int, ...]) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 LATITUDES = {
@@ -12,6 +12,18 @@ LATITUDES = {
     "gain-folding": "decoded values within so many float32 steps, as from (norm / ||y||) * y",
     "flush-subnormals": "0 in place of subnormal numbers",
 }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """By how many float32 steps values may be off before they are used, as a diagnosis supposes."""
+
+    norm: int = 0  # one number for all channels of a token
+    direction: int = 0
+    scale: int = 0  # before it is narrowed
+    quotient: int = 0
+    gain: int = 0  # before it is narrowed
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Latitudes:
     tie_ulp: int = 0
     gain_folding: int = 0
     flush_subnormals: bool = False
+    supposed: Steps = field(default=Steps(), repr=False)  # never by name
 
     @classmethod
     def parse(cls, names: list[str] | tuple[str, ...]) -> Latitudes:

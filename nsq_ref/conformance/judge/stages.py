@@ -20,6 +20,7 @@ from nsq_ref.scheme import Field, Scheme
 
 # What each stage compares, in the order in which an implementer writes and mends them.
 STAGES = {
+    "chance": "answers",
     "again": "answers",
     "refusal": "refusals",
     "structure": "arrays",
@@ -36,6 +37,8 @@ STAGES = {
     "x_hat": "decoded values",
     "output": "outputs",
 }
+
+ON_TIES = "by one, and on ties only"  # what is wrong with codes that another rounding makes
 
 # The rules that a stage can break: the one that is named where nothing tells more, then others
 # that a case's chief flag may point to.
@@ -57,6 +60,17 @@ _PART_RULES = {
     "packed": "P1", "norm": "M1", "scale": "S1", "zero": "S2", "outlier_index": "O1",
     "outliers": "O1", "sinks": "K1", "tail": "B1", "x_hat": "D1", "output": "A1",
 }  # fmt: skip
+
+
+def stage_of(part: str) -> str:
+    """Return the stage at which an array is compared first.
+
+    Examples
+    --------
+    >>> stage_of("packed"), stage_of("scale")
+    ('codes', 'scale')
+    """
+    return "codes" if part == "packed" else part
 
 
 def default_rule(stage: str, scheme: Scheme) -> str:

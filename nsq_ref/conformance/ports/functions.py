@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -171,6 +172,42 @@ def _expected(name: str, case: Case) -> str:
     if name == "tail":
         return f"it should be {x.dtype}, as x is"
     return f"the scheme stores {layout[name].dtype if name in layout else 'no such part'}"
+
+
+# --- signatures ---------------------------------------------------------------------------------
+
+_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "encode": (("x", "scheme"), ()),
+    "decode": (("parts", "scheme", "shape"), ()),
+    "attend": (
+        ("query", "keys", "values", "key_scheme", "value_scheme"),
+        ("scale", "causal", "softcap", "sliding_window"),
+    ),
+    "stream": (("x", "scheme", "steps", "row"), ()),
+}
+
+
+def require_signature(operation: str, function: Callable[..., Any], name: str) -> None:
+    """Refuse a function that cannot be called as its operation is; TypeError says how it is.
+
+    Examples
+    --------
+    >>> require_signature("encode", lambda x: x, "mine:encode")
+    Traceback (most recent call last):
+    TypeError: mine:encode takes (x); it is called as encode(x, scheme): too many ...
+    """
+    positional, named = _CALLS[operation]
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is built in nothing is known
+        return
+    try:
+        signature.bind(*positional, **dict.fromkeys(named))
+    except TypeError as error:
+        how = ", ".join([*positional, *(["*", *named] if named else [])])
+        raise TypeError(
+            f"{name} takes {signature}; it is called as {operation}({how}): {error}"
+        ) from None
 
 
 # --- by name ------------------------------------------------------------------------------------

@@ -86,8 +86,7 @@ class Process(Port):
         """Send a case and wait for its answer."""
         if self._failures[case.operation] >= MOST_FAILURES:
             return Failure(
-                "missing",
-                f"not asked: {MOST_FAILURES} earlier cases of {case.operation} failed",
+                "not asked", f"{MOST_FAILURES} earlier cases of {case.operation} got no answer"
             )
         result = self._ask(request_of(number, case), number)
         if isinstance(result, Failure):

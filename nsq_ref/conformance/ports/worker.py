@@ -24,7 +24,7 @@ from nsq_ref.conformance.operations import (
     TargetError,
 )
 from nsq_ref.conformance.ports.frames import read_frame, write_frame
-from nsq_ref.conformance.ports.functions import Callables, function_named
+from nsq_ref.conformance.ports.functions import Callables, function_named, require_signature
 from nsq_ref.conformance.ports.library import Library
 from nsq_ref.conformance.ports.messages import case_of, reply_of, text_array
 from nsq_ref.conformance.ports.onnx_model import Model
@@ -97,7 +97,12 @@ def _load(spec: Mapping[str, str | None]) -> dict[str, Port]:
         elif kind == "model":
             ports[operation] = Model(target, operation, custom_ops)
         else:
-            ports[operation] = Callables(target, **{operation: function_named(target)})
+            function = function_named(target)
+            try:
+                require_signature(operation, function, target)
+            except TypeError as error:
+                raise TargetError(str(error)) from None
+            ports[operation] = Callables(target, **{operation: function})
     if isinstance(library := ports.get("encode"), Library):
         ports = dict.fromkeys(OPERATIONS, library) | ports
     return ports

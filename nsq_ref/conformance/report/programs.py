@@ -12,8 +12,6 @@ from nsq_ref.conformance.report.text import finding_text
 from nsq_ref.conformance.report.words import (
     axes_of,
     case_name,
-    checked_in,
-    checked_of,
     command_for,
     findings_of,
     printable,
@@ -33,8 +31,9 @@ def as_json(report: Report) -> dict[str, Any]:
     -------
     dict
         ``specVersion``, ``port``, ``command``, ``seed``, ``latitudes``, ``partial``, ``conforms``,
-        ``notes``, ``notChecked``, the operations of which no case was asked or implemented, and
-        ``schemes``, a list with, for each scheme:
+        ``whole`` (whether all was asked), ``notAsked`` (what was not), ``required``, ``unmet``
+        (what of it was not asked), ``notes``, ``notChecked``, the operations of which no case was
+        asked or implemented, and ``schemes``, a list with, for each scheme:
 
         ``name``, ``scheme``, ``conforms``
             The scheme as `Scheme.to_dict` gives it.
@@ -45,7 +44,7 @@ def as_json(report: Report) -> dict[str, Any]:
         ``stages``
             List of ``operation``, ``stage``, and in how many cases it was ``judged`` and ``wrong``.
         ``diagnoses``
-            List of ``rule``, ``title``, ``mistake``, ``says``, ``stages``, ``alike`` and
+            List of ``rule``, ``title``, ``mistake``, ``says``, ``stages``, ``alike``, ``steps`` and
             ``findings``, each of which has ``case``, ``flags``, ``stage``, ``rule``, ``what``,
             ``index``, ``axes`` (what the index counts), ``got``, ``expected``, ``shown`` (list of
             ``name`` and ``value``), ``wrong``, ``of`` and ``command``.
@@ -55,6 +54,9 @@ def as_json(report: Report) -> dict[str, Any]:
             List of ``case``, ``kind`` and ``message``.
         ``notImplemented``
             Ids of cases.
+        ``known``, ``mended``
+            Lists of ``case``, ``reason`` and ``what``: deviations that are known, and those that
+            are no more.
 
     Examples
     --------
@@ -72,8 +74,15 @@ def as_json(report: Report) -> dict[str, Any]:
         "latitudes": list(report.latitudes),
         "partial": report.partial,
         "conforms": report.conforms,
-        "notes": [printable(note) for note in report.notes],
-        "notChecked": [name for name in OPERATIONS if not checked_in(report, name)],
+        "whole": report.is_whole,
+        "notAsked": [printable(what) for what in report.not_asked],
+        "required": list(report.required),
+        "unmet": report.unmet,
+        "notes": [
+            *(f"not asked: {what}" for what in report.left_out),
+            *map(printable, report.notes),
+        ],
+        "notChecked": [name for name in OPERATIONS if not _checked(report, name)],
         "schemes": [_scheme_json(report, one) for one in report.schemes],
     }
 
@@ -93,7 +102,7 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
             {
                 "rule": diagnosis.rule,
                 "title": RULES[diagnosis.rule].title if diagnosis.rule in RULES else "",
-                **_fields(diagnosis, "mistake", "says", "stages", "alike"),
+                **_fields(diagnosis, "mistake", "says", "stages", "alike", "steps"),
                 "findings": [
                     _finding_json(finding, command_for(report, one.name, finding.case))
                     for finding in diagnosis.findings
@@ -111,7 +120,14 @@ def _scheme_json(report: Report, one: SchemeReport) -> dict[str, Any]:
         ],
         "notImplemented": _plain(one.not_implemented),
         "reasons": list(one.reasons),
+        "known": [_fields(known, "case", "reason", "what") for known in one.known],
+        "mended": [_fields(mended, "case", "reason", "what") for mended in one.mended],
     }
+
+
+def _checked(report: Report, operation: str) -> int:
+    """Return how many cases of an operation the verdict rests on."""
+    return sum(one.checked(operation) for one in report.schemes)
 
 
 def _finding_json(finding: Finding, command: str) -> dict[str, Any]:
@@ -145,7 +161,8 @@ def as_junit(report: Report) -> str:
 
     A scheme is a test suite, a case a test case. Wrong ones fail, those without an answer are
     errors, and those not implemented fail too, or are skipped in a partial check. Operations that a
-    port need not have and does not have are skipped.
+    port need not have and does not have are skipped, and so are known deviations, which fail where
+    they are none any more. What is required and was not asked is an error of its own.
 
     Parameters
     ----------
@@ -176,7 +193,9 @@ def as_junit(report: Report) -> str:
             wrong.setdefault(case_name(finding.case), []).append(finding)
         failures = {case_name(case): failure for case, failure in one.failures}
         missing = {case_name(case) for case in one.not_implemented}
-        checked = {operation for operation in OPERATIONS if checked_of(one, operation)}
+        checked = {operation for operation in OPERATIONS if one.checked(operation)}
+        known = {case_name(deviation.case): deviation for deviation in one.known}
+        mended = {case_name(deviation.case): deviation for deviation in one.mended}
         allowed: dict[str, list[str]] = {}
         for explained in one.explained:
             text = f"allowed by {explained.latitude}: {explained.what}"
@@ -203,14 +222,25 @@ def as_junit(report: Report) -> str:
             if name in missing or case.operation not in checked:
                 kind = "failure" if name in missing and not report.partial else "skipped"
                 _outcome(element, kind, "not implemented", "not implemented", "")
+            if name in known:
+                _outcome(
+                    element, "skipped", "known", f"known: {known[name].reason}", known[name].what
+                )
+            if name in mended:
+                said = f"no longer fails, though known: {mended[name].reason}"
+                _outcome(element, "failure", "mended", said, "")
             if name in allowed:
                 out = ElementTree.SubElement(element, "system-out")
                 out.text = printable("\n".join(allowed[name]))
-        if not report.conforms_to(one) and not (wrong or failures or missing):
+        if not report.conforms_to(one) and not (wrong or failures or missing or mended):
             element = ElementTree.SubElement(
                 suite, "testcase", classname=f"nsq.{printable(one.name)}", name="any case"
             )
             _outcome(element, "error", "nothing was checked", "no case was answered", "")
+    for name in report.unmet:
+        for suite in root[:1]:  # a test case needs a suite
+            element = ElementTree.SubElement(suite, "testcase", classname="nsq.required", name=name)
+            _outcome(element, "error", "not asked", f"{name} is required, and was not asked", "")
     for element in [*root, root]:
         counted = {"tests": "testcase", "failures": "failure", "errors": "error"}
         for name, tag in {**counted, "skipped": "skipped"}.items():

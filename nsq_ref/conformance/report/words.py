@@ -85,17 +85,6 @@ def axes_of(finding: Finding) -> tuple[str, ...]:
     return (*LEADING[leading], *last)
 
 
-def checked_in(report: Report, operation: str) -> int:
-    """Return how many cases of an operation the verdict rests on, of those that a port claims."""
-    return sum(checked_of(one, operation) for one in report.schemes)
-
-
-def checked_of(one: SchemeReport, operation: str) -> int:
-    """Return how many cases of an operation the verdict on one scheme rests on."""
-    unanswered = [*(case for case, _ in one.failures), *one.not_implemented]
-    return one.judged.get(operation, 0) + sum(case.operation == operation for case in unanswered)
-
-
 def findings_of(one: SchemeReport) -> list[Finding]:
     """Return all that was found wrong."""
     return [finding for diagnosis in one.diagnoses for finding in diagnosis.findings]

@@ -244,16 +244,20 @@ class Report:
     @property
     def conforms(self) -> bool:
         """Whether all that was asked was answered rightly, and anything and all required was."""
-        return bool(self.schemes) and all(map(self.conforms_to, self.schemes)) and not self.unmet
+        answered = any(sum(one.judged.values()) for one in self.schemes)
+        return answered and all(map(self.conforms_to, self.schemes)) and not self.unmet
 
     def conforms_to(self, one: SchemeReport) -> bool:
-        """Return whether all that was asked of one scheme was answered rightly, and anything."""
+        """Return whether all that was asked of one scheme was answered rightly, and anything.
+
+        In a partial check a scheme may be left out altogether.
+        """
         return (
             not one.diagnoses
             and not one.failures
             and not one.mended
             and (self.partial or not one.not_implemented)
-            and sum(one.judged.values()) > 0
+            and (sum(one.judged.values()) > 0 or bool(self.partial and one.not_implemented))
         )
 
     @property

@@ -346,36 +346,48 @@ class _Search:
             elif all(f.what.endswith(ON_TIES) for f in of_rule):
                 says = f"{_amount(of_rule)}, all of them on ties, which are not rounded to even."
             elif self._by_chance:
-                says = f"{_amount(of_rule)}, which may be chance, too."
+                self._add_to_chance(of_rule)
+                continue
             else:
                 says = f"{_amount(of_rule)}; no mistake that is known here gives these values."
             self.found[name] = Diagnosis(rule, "", says, (stage,), tuple(of_rule))
 
+    def _add_to_chance(self, findings: Sequence[Finding]) -> None:
+        """Let what cannot be explained belong to a port that is not deterministic."""
+        name = next(one for one in self.found if one.startswith(f"{self.operation} chance"))
+        before = self.found[name]
+        self.found[name] = replace(
+            before,
+            says=f"{before.says} {_amount(findings)} may come of it.",
+            stages=(*before.stages, findings[0].stage),
+            findings=(*before.findings, *findings),
+        )
+
     def _refused_throughout(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Record once that all valid input is refused, or all of a dtype; return the others."""
-        refused = [f for f in findings if f.case.refused_by is None]
-        ids = {id(f.case) for f in refused}
+        """Record once that all valid input is refused, or all of some dtypes; return the others."""
+        refused = {id(f.case) for f in findings if f.case.refused_by is None}
         valid = [one.case for one in self.answers if one.case.refused_by is None]
-        groups: list[tuple[str, set[int]]] = [("", {id(case) for case in valid})]
-        dtypes = dict.fromkeys(case.inputs["x"].dtype.name for case in valid if "x" in case.inputs)
-        groups += [
-            (dtype, {id(case) for case in valid if case.inputs["x"].dtype == dtype})
-            for dtype in dtypes
-        ]
-        for dtype, group in groups:
-            if len(group) < 2 or not group <= ids:
-                continue
-            of_it = [f for f in refused if id(f.case) in group]
-            what = f"all valid {dtype} input" if dtype else f"every valid case of {self.operation}"
-            rule = _REFUSING[self.operation]
-            says = (
-                f"{what} is refused, {_cases(of_it)}, so that nothing else can be judged; "
-                f"the first answer: {of_it[0].what}."
-            )
-            name = f"{self.operation} refuses {dtype}"
-            self.found[name] = Diagnosis(rule, "", says, ("refusal",), tuple(of_it))
-            ids -= group
-        return [f for f in findings if f.case.refused_by is not None or id(f.case) in ids]
+        of_dtype: dict[str, set[int]] = {}
+        for case in valid:
+            if "x" in case.inputs:
+                of_dtype.setdefault(case.inputs["x"].dtype.name, set()).add(id(case))
+        dtypes = [dtype for dtype, of_it in of_dtype.items() if of_it <= refused]
+        if len(valid) > 1 and len(refused) == len(valid):
+            what, group = f"every valid case of {self.operation}", refused
+        else:
+            what = f"all valid {' and '.join(dtypes)} input"
+            group = set().union(*(of_dtype[dtype] for dtype in dtypes))
+        if len(group) < 2:
+            return list(findings)
+        of_it = [f for f in findings if id(f.case) in group]
+        says = (
+            f"{what} is refused, {_cases(of_it)}, so that nothing else can be judged there; "
+            f"the first answer: {of_it[0].what}."
+        )
+        self.found[f"{self.operation} refuses"] = Diagnosis(
+            _REFUSING[self.operation], "", says, ("refusal",), tuple(of_it)
+        )
+        return [f for f in findings if id(f.case) not in group]
 
 
 _REFUSING = {"encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1"}

@@ -25,7 +25,7 @@ from nsq_ref.scheme import SPEC_VERSION
 STYLES = {"bad": "1;31", "good": "1;32", "head": "1"}  # numbers of ANSI escapes
 MOST_FAMILIES = 8  # of cases that one list names
 MOST_ELEMENTS = 256  # of an input that is shown
-ONCE = ("chance", "again", "refusal")  # stages of which one example tells enough
+ONCE = ("again", "refusal")  # stages of which one example tells enough
 MOST_CHARACTERS = 500  # of one line of a port's message
 
 
@@ -130,7 +130,7 @@ def _report_lines(report: Report) -> Iterator[Line]:
     yield from _deviation_lines(report)
     yield from _not_implemented_lines(report)
     yield from _explained_lines(report, alone)
-    if not report.conforms:
+    if not all(map(report.conforms_to, report.schemes)):
         yield from _stage_lines(report)
     if alone:
         yield from _input_lines(alone)
@@ -145,7 +145,7 @@ def _only_case(report: Report) -> Case | None:
 
 
 def _verdict_lines(report: Report) -> Iterator[Line]:
-    names = " and ".join(one.title for one in report.schemes)
+    answered = [one for one in report.schemes if sum(one.judged.values())]
     checked = sum(one.checked(operation) for one in report.schemes for operation in OPERATIONS)
     if not checked:
         yield Line("NOTHING WAS CHECKED: no case was asked.", style="bad")
@@ -159,8 +159,10 @@ def _verdict_lines(report: Report) -> Iterator[Line]:
         return
     judged = [(op, sum(one.judged.get(op, 0) for one in report.schemes)) for op in OPERATIONS]
     known = sum(len(one.known) for one in report.schemes)
-    if all(map(report.conforms_to, report.schemes)):
-        which = names if len(report.schemes) < 4 else f"all {len(report.schemes)} schemes"
+    if answered and all(map(report.conforms_to, report.schemes)):
+        which = f"all {len(answered)} schemes"
+        if len(answered) < 4:
+            which = " and ".join(one.title for one in answered)
         far = " SO FAR" * (not report.is_whole)
         deviations = f", but for {_count(known, 'known deviation')}" if known else ""
         style = "bad" if report.unmet else "good"
@@ -234,6 +236,8 @@ def _table_lines(report: Report) -> Iterator[Line]:
     for one in report.schemes:
         good = report.conforms_to(one)
         verdict = "conforms" if good else "does not conform"
+        if good and not sum(one.judged.values()):
+            verdict = "not implemented"
         remarks = [" ".join(dict.fromkeys(d.rule for d in one.diagnoses))]
         unasked = sum(failure.kind == "not asked" for _, failure in one.failures)
         without = len(one.failures) - unasked

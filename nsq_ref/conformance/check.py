@@ -214,7 +214,8 @@ def run(
             port.cases = number
         if isinstance(port, Folder) and (others := port.beyond(number)):
             notes.append(f"not judged: {others[0]}, which answers no case; there are {len(others)}")
-    left_out = [f"{dtype} input" for dtype in CASE_DTYPES if dtype not in dtypes]
+    absent_dtypes = [dtype for dtype in CASE_DTYPES if dtype not in dtypes]
+    left_out = [f"{' and '.join(absent_dtypes)} input"] if absent_dtypes else []
     left_out += [] if refusals else ["input that must be refused, as a graph cannot refuse"]
     left_out += ["all but a case of a kind, as this was a quick run"] if quick else []
     left_out += [] if only is None else [f"all cases but {only}"]

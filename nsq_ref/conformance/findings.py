@@ -313,4 +313,4 @@ class Report:
 
 def _asked(one: SchemeReport, name: Operation) -> bool:
     """Whether a case of an operation was asked; reports of tests name none."""
-    return bool(one.judged.get(name)) or any(case.operation == name for case in one.cases)
+    return bool(one.checked(name)) or any(case.operation == name for case in one.cases)

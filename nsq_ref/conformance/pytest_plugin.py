@@ -9,23 +9,29 @@ is asked for something.
 
 from __future__ import annotations
 
+import pickle
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 if TYPE_CHECKING:
-    from nsq_ref.conformance.findings import Diagnosis, Explained, Finding
-    from nsq_ref.conformance.judge import Latitudes
-    from nsq_ref.conformance.operations import Answer, Case, Operation, Port
+    from nsq_ref.conformance.findings import Report
+    from nsq_ref.conformance.known import KnownLine
+    from nsq_ref.conformance.operations import Case, Operation, Port
+    from nsq_ref.conformance.session import Session
     from nsq_ref.scheme import Scheme
 
 TARGETS = ("encode", "decode", "attend", "stream")
 DTYPES = ("float32", "float16", "bfloat16")
 LEAST_TIMEOUT = 0.1  # seconds
-OPTIONS = ("custom_ops", "scheme", "all", "seed", "allow", "dtype", "timeout")
+OPTIONS = (
+    "custom_ops", "scheme", "set", "all", "case", "operation", "seed", "allow", "dtype", "partial",
+    "quick", "require", "known", "timeout",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -34,9 +40,15 @@ class Run(NamedTuple):
     targets: dict[str, str]
     schemes: list[tuple[str, Scheme]]
     operations: list[Operation]
+    claimed: list[Operation]
     seed: int
-    latitudes: Latitudes
+    latitudes: list[str]
     dtypes: list[str]
+    only: str | None
+    partial: bool
+    quick: bool
+    require: list[str]
+    known: list[KnownLine]
     refusals: bool
     custom_ops: str | None
     timeout: float
@@ -45,6 +57,9 @@ class Run(NamedTuple):
 
 RUN = pytest.StashKey[Run]()
 PORT: pytest.StashKey[Port] = pytest.StashKey()
+SESSIONS: pytest.StashKey[dict[str, Session]] = pytest.StashKey()
+REPORT: pytest.StashKey[Report] = pytest.StashKey()
+FROM_WORKERS = pytest.StashKey[list[bytes]]()
 
 
 class WrongAnswer(Exception):  # noqa: N818 - the port's error, not ours
@@ -66,11 +81,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     many: dict[str, Any] = {"action": "append"}
     one = "a scheme to check; may be repeated (default: nsep+pchan4)"
     option("scheme", one, metavar="NAME", **many)
+    option("set", "change a field of the scheme; may be repeated", metavar="FIELD=VALUE", **many)
     option("all", "check all named schemes", action="store_true")
+    option("case", "one case only, as encode/exact-tie/3", metavar="ID")
+    one = "an operation to check; may be repeated (default: all that there are)"
+    option("operation", one, choices=TARGETS, **many)
     option("seed", "seed of the drawn cases (default: 0)", type=int, metavar="N")
     one = "a difference to allow, such as norm-ulp=1; may be repeated"
     option("allow", one, metavar="LATITUDE", **many)
     option("dtype", "a dtype of the input; may be repeated (default: all)", choices=DTYPES, **many)
+    option("partial", "skip what the port says it does not implement", action="store_true")
+    option("quick", "one case of a kind, for while you write", action="store_true")
+    one = "fail unless these were asked: operations and dtypes, as encode,decode,float16"
+    option("require", one, metavar="LIST")
+    option("known", "cases that fail, and why; each must still fail", metavar="FILE")
     option("custom-ops", "operators that ONNX models need", metavar="FILE")
     option("timeout", "seconds for one answer (default: 30)", type=float, metavar="S")
 
@@ -118,8 +142,33 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the port."""
-    _close(session.config)
+    """Ask some cases again, end the port, and judge all together."""
+    config = session.config
+    run, port = config.stash.get(RUN, None), config.stash.get(PORT, None)
+    if run is None:
+        return
+    sessions = _sessions(config, run)
+    try:
+        if port is not None:
+            for one in sessions.values():
+                one.ask_again(port)
+    finally:
+        _close(config)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["nsq"] = pickle.dumps(_told(sessions))
+        return
+    name = ", ".join(dict.fromkeys(run.targets.values()))
+    config.stash[REPORT] = report = _report(config, run, sessions, name)
+    if not report.conforms and any(one.cases for one in report.schemes) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker of pytest-xdist was answered."""
+    told = getattr(node, "workeroutput", {}).get("nsq")
+    if told is not None:
+        node.config.stash.setdefault(FROM_WORKERS, []).append(told)
 
 
 # First, so that -k and the like choose among these items too.
@@ -130,6 +179,8 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     if run is None:
         return
     added = []
+    if run.only is not None and not any(True for _ in _cases(run)):
+        raise pytest.UsageError(f"--nsq-case {run.only} is not among what is asked")
     for number, (name, case) in enumerate(_cases(run)):
         title = f"nsq[{name}/{case.operation}/{case.id}]"
         # The part before :: stands for the file, as JUnit files and schedulers expect one.
@@ -142,25 +193,15 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what was judged, and what was not asked: passing tests alone do not tell."""
-    run = config.stash.get(RUN, None)
-    if run is None:
+    """Print what `nsq check` would, once: passing tests alone do not tell what was not asked."""
+    report = config.stash.get(REPORT, None)
+    if report is None:
         return
-    judged: dict[str, dict[str, int]] = {}
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, ()):
-            if report.nodeid.startswith("nsq::nsq["):
-                name, operation, _ = report.nodeid.removeprefix("nsq::nsq[").split("/", 2)
-                counts = judged.setdefault(name, {})
-                counts[operation] = counts.get(operation, 0) + 1
-    for name, counts in judged.items():
-        total = [f"{operation} {counts[operation]}" for operation in TARGETS if operation in counts]
-        terminalreporter.write_line(f"nsq: {name}, cases judged: {', '.join(total)}")
-    absent = [name for name in TARGETS if not any(name in counts for counts in judged.values())]
-    absent += [f"{dtype} input" for dtype in DTYPES if dtype not in run.dtypes]
-    absent += [] if run.refusals else ["input that must be refused, as a graph cannot refuse"]
-    if absent:
-        terminalreporter.write_line(f"nsq: not checked: {', '.join(absent)}")
+    from nsq_ref.conformance.report import as_text
+
+    terminalreporter.section("nsq")
+    for line in as_text(report, color=terminalreporter.hasmarkup).splitlines():
+        terminalreporter.write_line(line)
 
 
 class CaseItem(pytest.Item):
@@ -172,27 +213,38 @@ class CaseItem(pytest.Item):
 
     def runtest(self) -> None:
         """Ask the port and judge its answer."""
-        from nsq_ref.conformance.operations import NOT_IMPLEMENTED, Failure
+        from nsq_ref.conformance.operations import Failure
         from nsq_ref.conformance.report import case_name, finding_text, printable
 
         run = self.config.stash[RUN]
+        session = _sessions(self.config, run)[self.scheme]
         answer = self.config.stash[PORT].ask(self.number, self.case)
-        name = case_name(self.case)
+        verdict = session.take(self.number, self.case, answer)
+        name, text = case_name(self.case), ""
         command = f"{run.command} --scheme {shlex.quote(self.scheme)} --case {shlex.quote(name)}"
         if isinstance(answer, Failure):
-            raise WrongAnswer(f"{name}: {answer.kind}\n  {printable(answer.message)}\n  {command}")
-        if answer.status == NOT_IMPLEMENTED:
+            text = f"{name}: {answer.kind}\n  {printable(answer.message)}\n  {command}"
+        elif verdict is None:
             said = printable(answer.message) or "the port says so"
-            if self.case.operation in run.targets:
-                raise WrongAnswer(f"{name}: not implemented\n  {said}\n  {command}")
-            pytest.skip(f"not implemented: {said}")
-        diagnoses, explained = _verdict(self.case, answer, run.latitudes)
-        for one in explained:
-            text = f"allowed by {one.latitude}: {printable(one.what)}"
-            self.user_properties.append(("nsq", text))
-        if diagnoses:
-            texts = [finding_text(_clearest(diagnosis)) for diagnosis in diagnoses]
-            raise WrongAnswer("\n\n".join(texts) + f"\n\nJust this case:\n  {command}")
+            if run.partial or self.case.operation not in run.claimed:
+                pytest.skip(f"not implemented: {said}")
+            text = f"{name}: not implemented\n  {said}\n  {command}"
+        else:
+            for one in verdict.explained:
+                allowed = f"allowed by {one.latitude}: {printable(one.what)}"
+                self.user_properties.append(("nsq", allowed))
+            if verdict.findings:
+                texts = [finding_text(finding) for finding in verdict.findings]
+                text = "\n\n".join(texts) + f"\n\nJust this case:\n  {command}"
+        known = next((line for line in run.known if line.names(self.scheme, self.case)), None)
+        if known is not None and text:
+            pytest.xfail(known.reason)
+        if known is not None:
+            raise WrongAnswer(
+                f"{name} no longer fails; take it out of the known deviations ({known.where})"
+            )
+        if text:
+            raise WrongAnswer(text)
 
     def repr_failure(
         self,
@@ -210,76 +262,128 @@ class CaseItem(pytest.Item):
 
 
 def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
+    from nsq_ref.cli.options import changed_fields
+    from nsq_ref.conformance.check import REQUIRABLE
     from nsq_ref.conformance.family import FAMILY, scheme_named
     from nsq_ref.conformance.judge import Latitudes
+    from nsq_ref.conformance.known import read_known
     from nsq_ref.conformance.operations import OPERATIONS
     from nsq_ref.conformance.ports import target_kind
 
-    names: list[str] = config.getoption("nsq_scheme") or ["nsep+pchan4"]
-    if config.getoption("nsq_all"):
-        if config.getoption("nsq_scheme"):
-            raise ValueError("--nsq-all checks every named scheme; leave --nsq-scheme out")
-        names = list(FAMILY)
-    schemes = [(name, scheme_named(name)) for name in dict.fromkeys(names)]
+    given = {name: config.getoption(f"nsq_{name}") for name in OPTIONS}
+    if given["all"] and (given["scheme"] or given["set"]):
+        other = "scheme" if given["scheme"] else "set"
+        raise ValueError(f"--nsq-all checks every named scheme; leave --nsq-{other} out")
+    names: list[str] = list(FAMILY) if given["all"] else given["scheme"] or ["nsep+pchan4"]
+    fields = changed_fields(given["set"])
+    schemes = [(name, replace(scheme_named(name), **fields)) for name in dict.fromkeys(names)]
     kind = target_kind(targets["encode"]) if "encode" in targets else ""
     does_all = kind in ("library", "program")
-    allowed: list[str] = config.getoption("nsq_allow") or []
-    seed: int = config.getoption("nsq_seed") or 0
+    asked = [operation for operation in OPERATIONS if does_all or operation in targets]
+    claimed = [operation for operation in asked if operation in targets]
+    if given["operation"]:
+        if absent := [name for name in given["operation"] if name not in asked]:
+            raise ValueError(f"--nsq-operation {absent[0]}: nothing was given that does it")
+        asked = claimed = [name for name in asked if name in given["operation"]]
+    seed: int = given["seed"] or 0
     if seed < 0:
         raise ValueError(f"--nsq-seed {seed} must be at least 0")
-    timeout: float | None = config.getoption("nsq_timeout")
+    timeout: float | None = given["timeout"]
     if timeout is not None and not timeout >= LEAST_TIMEOUT:
         raise ValueError(f"--nsq-timeout {timeout} must be at least {LEAST_TIMEOUT}")
-    custom_ops: str | None = config.getoption("nsq_custom_ops")
-    dtypes: list[str] = config.getoption("nsq_dtype") or []
+    require = [name.strip() for name in given["require"].split(",")] if given["require"] else []
+    if unknown := [name for name in require if name not in REQUIRABLE]:
+        raise ValueError(f"--nsq-require {unknown[0]} is not one of {', '.join(REQUIRABLE)}")
+    Latitudes.parse(given["allow"] or [])
     words = ["nsq", "check"]
     for name, target in targets.items():
         words += [target] if name == "encode" else [f"--{name}", target]
-    words += ["--custom-ops", custom_ops] if custom_ops is not None else []
+    words += [] if given["custom_ops"] is None else ["--custom-ops", given["custom_ops"]]
     words += ["--seed", str(seed)] if seed else []
     words += ["--timeout", f"{timeout:g}"] if timeout is not None else []
-    for dtype in dtypes:
-        words += ["--dtype", dtype]
-    for latitude in allowed:
-        words += ["--allow", latitude]
+    for name in ("set", "dtype", "allow"):
+        words += [word for one in given[name] or () for word in (f"--{name}", one)]
+    words += [f"--{name}" for name in ("partial", "quick") if given[name]]
+    words += [] if given["known"] is None else ["--known", given["known"]]
+    try:
+        known = [] if given["known"] is None else read_known(Path(given["known"]))
+    except OSError as error:
+        raise ValueError(f"--nsq-known {given['known']}: {error.strerror}") from error
     return Run(
-        targets,
-        schemes,
-        [operation for operation in OPERATIONS if does_all or operation in targets],
-        seed,
-        Latitudes.parse(allowed),
-        dtypes or list(DTYPES),
-        kind != "model",
-        custom_ops,
-        30.0 if timeout is None else timeout,
-        shlex.join(words),
-    )
+        targets, schemes, asked, [n for n in OPERATIONS if n in claimed or n in require], seed,
+        given["allow"] or [], given["dtype"] or list(DTYPES), given["case"], given["partial"],
+        given["quick"], require, known, kind != "model", given["custom_ops"],
+        30.0 if timeout is None else timeout, shlex.join(words),
+    )  # fmt: skip
 
 
 def _cases(run: Run) -> Iterator[tuple[str, Case]]:
     from nsq_ref.conformance.cases import cases
 
     for name, scheme in run.schemes:
-        for case in cases(scheme, run.operations, run.seed, run.dtypes):
-            if run.refusals or case.refused_by is None:
+        for case in cases(scheme, run.operations, run.seed, run.dtypes, quick=run.quick):
+            if (run.refusals or case.refused_by is None) and (
+                run.only in (None, f"{case.operation}/{case.id}")
+            ):
                 yield name, case
 
 
-def _verdict(
-    case: Case, answer: Answer, latitudes: Latitudes
-) -> tuple[list[Diagnosis], list[Explained]]:
-    from nsq_ref.conformance.judge import judge
-    from nsq_ref.conformance.judge.diagnose import Judged, diagnose
+def _sessions(config: pytest.Config, run: Run) -> dict[str, Session]:
+    """Return what was asked about each scheme."""
+    from nsq_ref.conformance.judge import Latitudes
+    from nsq_ref.conformance.session import Session
 
-    verdict = judge(case, answer, latitudes)
-    return diagnose([Judged(case, answer, verdict.findings)], latitudes), verdict.explained
+    if SESSIONS not in config.stash:
+        allowed = Latitudes.parse(run.latitudes)
+        config.stash[SESSIONS] = {
+            name: Session(name, scheme, allowed, run.claimed, {}) for name, scheme in run.schemes
+        }
+    return config.stash[SESSIONS]
 
 
-def _clearest(diagnosis: Diagnosis) -> Finding:
-    """The first finding, with the rule and the words of the diagnosis, which knows more."""
-    finding = diagnosis.findings[0]
-    what = diagnosis.says if diagnosis.mistake else finding.what
-    return replace(finding, rule=diagnosis.rule, what=what)
+def _told(sessions: dict[str, Session]) -> list[Any]:
+    """Return what a worker was answered, without the cases, which every process can make."""
+    return [
+        (number, answer, [
+            (f.stage, f.rule, f.what) for f in (v.findings if v else ())
+            if f.stage in ("again", "chance")
+        ])
+        for one in sessions.values()
+        for number, case, answer in one.asked
+        for v in [one.verdicts.get(id(case))]
+    ]  # fmt: skip
+
+
+def _report(config: pytest.Config, run: Run, sessions: dict[str, Session], name: str) -> Report:
+    """Judge all together; what workers of pytest-xdist were answered, too."""
+    from nsq_ref.conformance.findings import Finding, Report
+    from nsq_ref.conformance.known import reasons_of
+
+    everything = list(_cases(run))
+    for text in config.stash.get(FROM_WORKERS, []):
+        for number, answer, repeated in pickle.loads(text):
+            scheme, case = everything[number]
+            verdict = sessions[scheme].take(number, case, answer)
+            for stage, rule, what in repeated:
+                if verdict is not None:
+                    verdict.findings.insert(0, Finding(case, stage, rule, what))
+                    verdict.stages.insert(0, stage)
+    asked = 0
+    for scheme, one in sessions.items():
+        one.known = reasons_of(run.known, scheme, (case for _, case, _ in one.asked))
+        asked += len(one.asked)
+    absent = [dtype for dtype in DTYPES if dtype not in run.dtypes]
+    left_out = [f"{' and '.join(absent)} input"] if absent else []
+    left_out += [] if run.refusals else ["input that must be refused, as a graph cannot refuse"]
+    left_out += ["all but a case of a kind, as this was a quick run"] if run.quick else []
+    left_out += [] if run.only is None else [f"all cases but {run.only}"]
+    if asked < len(everything):
+        left_out.append(f"{len(everything) - asked} cases that pytest did not run")
+    reports = [one.report() for one in sessions.values()]
+    return Report(
+        name, run.seed, tuple(run.latitudes), reports, run.partial, run.command, (), left_out,
+        run.require,
+    )  # fmt: skip
 
 
 def _only_distributes(config: pytest.Config) -> bool:

@@ -63,14 +63,20 @@ class Session:
         """Ask and judge all, then ask some again: what a port keeps, or leaves to chance, shows."""
         for number, case in questions:
             told(case.operation)
-            self.asked.append((number, case, port.ask(number, case)))
-        for _, case, answer in self.asked:
-            if isinstance(answer, Answer) and answer.status != NOT_IMPLEMENTED:
-                self.verdicts[id(case)] = judge(case, answer, self.latitudes)
+            self.take(number, case, port.ask(number, case))
         if self.repeats:
-            self._ask_again(port)
+            self.ask_again(port)
 
-    def _ask_again(self, port: Port) -> None:
+    def take(self, number: int, case: Case, answer: Answer | Failure) -> Verdict | None:
+        """Judge an answer, if there is one."""
+        self.asked.append((number, case, answer))
+        if isinstance(answer, Failure) or answer.status == NOT_IMPLEMENTED:
+            return None
+        self.verdicts[id(case)] = verdict = judge(case, answer, self.latitudes)
+        return verdict
+
+    def ask_again(self, port: Port) -> None:
+        """Find out what a port keeps between questions, or leaves to chance."""
         found = [
             finding for number, case, answer in self._worth_asking_again()
             if (finding := asked_again(

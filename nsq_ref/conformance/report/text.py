@@ -207,7 +207,7 @@ def _not_implemented(report: Report) -> list[str]:
     missing = {id(case) for one in report.schemes for case in one.not_implemented}
     groups: dict[str, list[bool]] = {}
     for one in report.schemes:
-        for case in one.cases:
+        for case in dict.fromkeys([*one.cases, *one.not_implemented]):
             x = case.inputs.get("x")
             names = [case.operation, f"{case.scheme.bits} bits"]
             names += [] if x is None else [f"{x.dtype.name} input"]

@@ -84,7 +84,7 @@ def judged(how: str, folder: Path, frames: list[Frame], *options: str, code: int
 @pytest.mark.parametrize("how", ["pipe", "files"])
 def test_the_scheme_that_is_asked_for_is_judged(tmp_path, frames, how) -> None:
     """Whichever it is, by the answers to its own questions, and no other."""
-    assert "CONFORMS to pchan4 in" in judged(how, tmp_path, frames, "--scheme", "pchan4")
+    assert "CONFORMS SO FAR to pchan4: " in judged(how, tmp_path, frames, "--scheme", "pchan4")
     first = judged(how, tmp_path, frames, "--scheme", "nsep3", code=1)
     assert "DOES NOT CONFORM to nsep3" in first
     assert "without an answer" not in first

@@ -38,15 +38,16 @@ def test_json_survives_a_round_trip_and_keeps_its_keys() -> None:
     found = json.loads(json.dumps(as_json(report)))
     assert found == as_json(report)
     assert " ".join(found) == (
-        "specVersion port command seed latitudes partial conforms notes notChecked schemes"
+        "specVersion port command seed latitudes partial conforms whole notAsked required unmet "
+        "notes notChecked schemes"
     )
     first, second = found["schemes"]
     assert " ".join(first) == (
         "name scheme conforms cases judged stages diagnoses explained failures notImplemented "
-        "reasons"
+        "reasons known mended"
     )
     (diagnosis,) = first["diagnoses"]
-    assert " ".join(diagnosis) == "rule title mistake says stages alike findings"
+    assert " ".join(diagnosis) == "rule title mistake says stages alike steps findings"
     assert diagnosis["findings"][0] == {
         "case": "encode/exact-tie/0",
         "flags": ["exact-tie"],
@@ -121,7 +122,7 @@ def test_operations_that_a_port_does_not_claim_are_not_passed() -> None:
     one = right_report(cases=[*one.cases, a_case("ones/0", "attend")])
     root = ElementTree.fromstring(as_junit(report_of(one)))
     assert (root.get("tests"), root.get("failures"), root.get("skipped")) == ("4", "0", "1")
-    assert "Not checked: attend, stream." in as_text(report_of(one))
+    assert "Not implemented: attend." in as_text(report_of(one))
 
 
 def test_junit_loses_no_finding_on_a_case_that_is_not_listed() -> None:

@@ -21,8 +21,12 @@ def cases_of(
     operations: Sequence[str] = OPERATIONS,
     seed: int = 0,
     dtypes: Sequence[str] = CASE_DTYPES,
+    *,
+    quick: bool = False,
 ) -> list[Case]:
     """Return what `cases` does. Nobody may write to them."""
+    if quick:
+        return _quick(family_scheme("scheme", scheme), tuple(operations), seed, tuple(dtypes))
     if tuple(dtypes) != CASE_DTYPES:
         return cases(scheme, operations, seed, dtypes)
     made = _all(family_scheme("scheme", scheme), seed)
@@ -36,6 +40,13 @@ def _all(scheme: Scheme, seed: int) -> list[Case]:
         for array in case.inputs.values():
             array.flags.writeable = False
     return made
+
+
+@functools.cache
+def _quick(
+    scheme: Scheme, operations: tuple[str, ...], seed: int, dtypes: tuple[str, ...]
+) -> list[Case]:
+    return cases(scheme, operations, seed, dtypes, quick=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -258,6 +258,21 @@ def test_a_verdict_names_what_was_not_asked() -> None:
         assert report["notChecked"] == ["decode", "attend", "stream"]
 
 
+def test_what_is_required_and_what_is_known_decide_the_exit_code(tmp_path, wrong) -> None:
+    """Q1. 1 where something required was not asked; 0 where all that fails is known."""
+    quick = ("--scheme", "pchan4", "--dtype", "float32", "--quick")
+    said("check", "nsq_ref:quantize", *quick, "--require", "encode,float32")
+    text = said("check", "nsq_ref:quantize", *quick, "--require", "encode, decode", code=1)
+    assert "Required, but not asked or not implemented: decode.\n" in text
+    text = said("check", f"{wrong}:away", *quick, code=1)
+    found = json.loads(said("check", f"{wrong}:away", *quick, "--json", code=1))
+    cases = {f["case"] for one in found["schemes"][0]["diagnoses"] for f in one["findings"]}
+    known = tmp_path / "known"
+    known.write_text("".join(f"{case}: ties\n" for case in cases))
+    text = said("check", f"{wrong}:away", *quick, "--known", known)
+    assert f"but for {len(cases)} known deviation" in text
+
+
 def test_one_case_of_many_schemes_is_no_conformance() -> None:
     text = said("check", "nsq_ref:quantize", "--all", "--case", "encode/ordinary/0")
     assert "CONFORMS" not in text
@@ -296,6 +311,9 @@ def test_latitude_is_named_in_the_report() -> None:
         (["gen", "--set", f"sink_tokens={2**31}", "--dir", "never"], "sink_tokens=2147483648"),
         (["check", "--dir", "absent"], "absent"),
         (["check", "nsq_ref:quantize", "--dir", "tests"], "--dir"),
+        (["check", "nsq_ref:quantize", "--require", "luck"], "require='luck' is not one of"),
+        (["check", "nsq_ref:quantize", "--known", "absent"], "absent: No such file"),
+        (["check", "math:sqrt"], "it is called as encode(x, scheme)"),
         (["gen", "--scheme", "nsep5", "--dir", "never"], "nsep5"),
         (["vectors", "--output", "/proc/never/vectors.zip"], "never"),
     ],

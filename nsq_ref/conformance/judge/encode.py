@@ -158,10 +158,9 @@ class JudgingEncode(Judging):
             lambda at: self._code_story(x, norm, direction, scale, zero, at),
             what=self._code_words(own.codes, codes, direction, scale, zero),
         )  # fmt: skip
-        if self.verdict.findings and _renamed(own.codes, codes):
-            last = self.verdict.findings[-1]
-            if last.stage == "codes":
-                self.verdict.findings[-1] = replace(last, rule="P1")
+        last = self.verdict.findings[-1] if self.verdict.findings else None
+        if last is not None and last.stage == "codes" and _renamed(own.codes, codes):
+            self.verdict.findings[-1] = replace(last, rule="P1")
         lowest, highest = scheme.code_range
         if (own.codes < lowest).any() or (own.codes > highest).any():
             raise MeaninglessError
@@ -273,7 +272,13 @@ class JudgingEncode(Judging):
 
 def _renamed(got: Array, expected: Array) -> bool:
     """Whether every code is stored, most of them wrongly, as one other code."""
-    pairs = np.unique(np.stack([expected.ravel(), got.ravel()]), axis=1)
-    kinds = [len(np.unique(side)) for side in pairs]
-    different = int((pairs[0] != pairs[1]).sum())
-    return bool(kinds[0] == kinds[1] == pairs.shape[1] >= 4 and 2 * different > pairs.shape[1])
+    least = min(int(got.min()), int(expected.min()))
+    span = max(int(got.max()), int(expected.max())) - least + 1
+    pairs = (expected.astype(np.int64) - least) * span + (got.astype(np.int64) - least)
+    counts = np.bincount(pairs.ravel(), minlength=span * span).reshape(span, span) > 0
+    kinds = int(counts.sum())
+    different = kinds - int(np.diagonal(counts).sum())
+    return bool(
+        int(counts.any(axis=0).sum()) == int(counts.any(axis=1).sum()) == kinds >= 4
+        and 2 * different > kinds
+    )

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
+from nsq_ref import rounding
+
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
@@ -16,6 +20,7 @@ from nsq_ref.conformance.mistakes.norms import NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.reference import Mistake
 from nsq_ref.conformance.mistakes.tiles import TILES
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Scheme
 
 
@@ -63,6 +68,13 @@ def _factor(magnitude: str) -> list[str]:
 
 def _narrow(scheme: Scheme) -> bool:
     return scheme.scale_dtype != "float32"
+
+
+def _at_most_one(scheme: Scheme) -> bool:
+    """Whether the largest code times the scale of a direction of 1 is no more than 1."""
+    levels = np.float32(scheme.code_range[1])
+    scale = rounding.narrow(np.float32([1]) / levels, FLOAT_DTYPES[scheme.scale_dtype])
+    return bool(scale.astype(np.float32) * levels <= 1)
 
 
 def _tile_of(name: str) -> int:
@@ -210,8 +222,11 @@ REASONS: tuple[Reason, ...] = (
     _reason("within range", "A norm of float16 input is far below the largest float32.",
         lambda scheme, dtype: dtype == "float16", _takes("N1")),
     _reason("within range", "A norm that is a float32 is one in this norm_dtype (M4).",
-        lambda scheme, dtype: scheme.norm_dtype == "float32"
-        or (scheme.norm_dtype == "bfloat16" and dtype == "float16"), _takes("M4")),
+        lambda scheme, dtype: scheme.norm_dtype == "float32" and scheme.magnitude == "norm",
+        _takes("M4")),
+    _reason("within range", "Norms and gains of float16 input are far below the largest (M4).",
+        lambda scheme, dtype: scheme.norm_dtype != "float16" and dtype == "float16",
+        _takes("M4")),
     _reason("within range", "Directions lie in [-1, 1] (S5).",
         lambda scheme, dtype: scheme.separate_norm, _takes("S5", "O1")),
     _reason("within range", "float16 holds a quotient, a minimum or an outlier of float16 input.",
@@ -220,6 +235,17 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.outlier_channels == 0, _takes("O1")),
     _reason("within range", "A decoded value is no larger than the stored norm (D3).",
         lambda scheme, dtype: scheme.separate_norm and scheme.magnitude == "norm", _takes("D3")),
+    _reason("within range",
+        "qmax times 1 / qmax is 1 or less in float32, and so is every |y|: a decoded value is no "
+        "larger than the gain, which is finite (D3).",
+        lambda scheme, dtype: scheme.separate_norm and scheme.symmetric and _at_most_one(scheme),
+        _takes("D3")),
+    _reason("within range",
+        "qmax times 1 / qmax is 1 or less, and so is every |y|: a decoded value is no larger than "
+        "the gain, which has the dtype of the tail (C1).",
+        lambda scheme, dtype: scheme.separate_norm and scheme.symmetric and _at_most_one(scheme)
+        and scheme.norm_dtype == dtype,
+        ["tokens of a crop overflow"]),
     _reason("within range", "Products of a float16 and a float16 are far below the largest "
         "float32 (D3).",
         lambda scheme, dtype: scheme.norm_dtype == "float16" if scheme.separate_norm
@@ -328,22 +354,6 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",
         ["subnormals flushed in decode", "decoded values flushed"]),
 )  # fmt: skip
-
-
-# Cells of the named schemes of which neither is known yet: a case that shows, or why none can.
-OPEN = frozenset({
-    ("nsep+pchan4-lsq-float32", "takes what D3 refuses", "float32"),
-    ("nsep+pchan4-lsq-float32", "takes what D3 refuses", "bfloat16"),
-    ("nsep+pchan4-lsq-float32", "least squares in float64 alone", "float16"),
-    ("nsep+pchan4-lsq-float32", "least squares in float64 alone", "bfloat16"),
-    ("nsep+pchan4-bfloat16", "epsilon 1e-12 added to the norm", "float16"),
-    ("nsep+pchan4-search", "epsilon 1e-12 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-12 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-10 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-08 added to the norm", "float16"),
-    ("streaming2", "tokens of a crop overflow", "float16"),
-    ("streaming3", "tokens of a crop overflow", "float16"),
-})  # fmt: skip
 
 
 def reason(mistake: Mistake | str, scheme: Scheme, dtype: str) -> Reason | None:

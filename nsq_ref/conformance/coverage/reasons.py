@@ -319,7 +319,7 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.scale_rule == "search",
         ["reciprocal of the number of levels", "range in double precision",
          "range that includes zero", "negative scale forced to zero",
-         "magnitude of a negative scale", "scale at least 1e-08",
+         "magnitude of a negative scale", "scale at least 1e-08", "range shared by heads",
          "scales narrowed with ties away from zero", "cast before the clamp",
          *(f"last partial tile of {n} tokens out of the range" for n in (16, 32, 64)),
          *_starting("sequences counted")]),

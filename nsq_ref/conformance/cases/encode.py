@@ -14,7 +14,7 @@ from nsq_ref.conformance.cases.families import FAMILIES, Also, with_sinks
 from nsq_ref.conformance.cases.halves import narrow_ties
 from nsq_ref.conformance.cases.pools import Draw
 from nsq_ref.conformance.cases.steps import gain_midpoints, tiny_ties
-from nsq_ref.conformance.cases.tiles import channel_tiles, tile_edges
+from nsq_ref.conformance.cases.tiles import channel_tiles, long_sequences, tile_edges
 from nsq_ref.conformance.operations import CASE_DTYPES, Case
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
@@ -65,6 +65,10 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
                 if number not in (4, 5) or dtype == "float32":
                     inputs, name = {"x": recipe.make(dtype)}, f"{flag}/{first + number}"
                     yield Case(name, "encode", scheme, (flag,), inputs, None, recipe)
+    for recipe in () if quick else long_sequences(scheme, Draw(seed, "long-sequence")):
+        for first, dtype in zip(FIRST.values(), CASE_DTYPES, strict=True):
+            inputs, name = {"x": recipe.make(dtype)}, f"long-sequence/{first}"
+            yield Case(name, "encode", scheme, ("long-sequence",), inputs, None, recipe)
     for dtype in () if quick else NARROW:
         numbers: dict[str, Iterator[int]] = defaultdict(partial(count, FIRST[dtype]))
         for flag, coded in narrow_ties(scheme, seed, dtype):

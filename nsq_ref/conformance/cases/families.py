@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref import rounding
 from nsq_ref.conformance.cases.encoders import WRONG_ENCODERS, wrong_encoders
 from nsq_ref.conformance.cases.halves import tuned_ties
 from nsq_ref.conformance.cases.pools import FORMATS, POOL, Draw, factor_ties, near_ties, telling

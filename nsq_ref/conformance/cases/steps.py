@@ -97,21 +97,20 @@ def gain_midpoints(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Array]:
         block = block.astype(kind).astype(np.float64)
         for stage in range(4, 11):
             y = _dequantized(block, scheme)[5]
-            squares = sum(Fraction(v) ** 2 for v in y.tolist())
-            product = sum(
-                Fraction(a) * Fraction(b) for a, b in zip(block[5].tolist(), y.tolist(), strict=True)
-            )
+            wide, coded = (list(map(Fraction, row.tolist())) for row in (block[5], y))
+            squares = sum(v * v for v in coded)
+            product = sum(a * b for a, b in zip(wide, coded, strict=True))
             if stage == 4:
                 step = Fraction(2) ** (int(np.frexp(float(product / squares))[1]) - 24)
                 middle = (product / squares // step + Fraction(1, 2)) * step
             elif stage == 10:
                 break
             left = middle * squares - product
-            block[5, stage] += float(left / Fraction(float(y[stage]))) if y[stage] else 0.0
+            block[5, stage] += float(left / coded[stage]) if coded[stage] else 0.0
             block = block.astype(kind).astype(np.float64)
         x = block.astype(np.float32)
-        wide, y = block[5], _dequantized(block, scheme)[5]
-        gain = np.float32(in_order(wide, y) / in_order(y, y))
+        y = _dequantized(block, scheme)[5]
+        gain = np.float32(in_order(block[5], y) / in_order(y, y))
         if gain != spec.encode(x, scheme).norm[5]:
             yield x.astype(kind)
             return

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from nsq_ref import rounding
-
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
@@ -102,7 +101,8 @@ REASONS: tuple[Reason, ...] = (
     _reason("no norm", "No norm is separated: it is 1, and 1 is stored nowhere (N1).",
         lambda scheme, dtype: not scheme.separate_norm,
         [*_names(NORMS), *_names(FACTORS), *_OF_LENGTHS, "reciprocal of the norm",
-         *_starting("norm narrowed to"), *_starting("norm at least"), "codes of a zero token",
+         *_starting("norm narrowed to", "norm at least", "factors counted"),
+         "codes of a zero token",
          "direction from the float64 norm", "reciprocal root", "zero test on the norm in float16",
          *(name for name in _TILES if name.endswith("out of the norm")), "gain renormalised",
          "epsilon 1e-12 added to the norm", "epsilon 1e-10 added to the norm",
@@ -137,6 +137,7 @@ REASONS: tuple[Reason, ...] = (
     _reason("one block", "A sequence is one block (B1).",
         lambda scheme, dtype: scheme.block_size is None,
         ["scales of the first block", "scales of the block before",
+         *_starting("blocks counted modulo"),
          "blocks counted without the last, short one"]),
     _reason("no sinks", "There are no sinks (K1).",
         lambda scheme, dtype: scheme.sink_tokens == 0, ["sinks in the range"]),
@@ -147,6 +148,7 @@ REASONS: tuple[Reason, ...] = (
         [name for name in _TILES
          if "token" in name and name.endswith("out of the range")]
         + ["scales of outlier channels", "scales shifted for later sequences",
+           *_starting("blocks counted modulo"),
            "zero tokens outside the range",
            *_starting("scales counted modulo", "sinks in the range")]),
     _reason("axis", "No minimum or maximum is over channels.",

@@ -90,7 +90,8 @@ def test_cases_are_as_declared(name: str) -> None:
         elif case.operation != "encode":
             assert case.refused_by is None
         elif case.refused_by is None:
-            quantize(case.inputs["x"], case.scheme, "numpy")
+            if case.recipe is None:  # the large ones lie far from any end
+                quantize(case.inputs["x"], case.scheme, "numpy")
         else:
             with pytest.raises(ValueError, match=r"not finite|beyond|is (nan|inf|-inf)"):
                 quantize(case.inputs["x"], case.scheme, "numpy")

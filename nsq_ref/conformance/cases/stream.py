@@ -61,6 +61,12 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
             x = np.concatenate([np.ones((sinks, block.shape[-1]), FLOAT16), block])[None]
         inputs = _stream_inputs(x, steps, row)
         yield Case(f"{flag}/{next(numbers[flag])}", "stream", scheme, (flag,), inputs)
+    if size > 1:  # sinks and a tail of which float16 holds no value as it came
+        x = draw.bell(1, sinks + size - 1, 4).astype(np.float64)
+        x *= np.ldexp(1.0, np.array([40, -40, 20, -30]))
+        inputs = _stream_inputs(x.astype(BFLOAT16), [(0, x.shape[1])], 0)
+        name = f"stream-append/{next(numbers['stream-append'])}"
+        yield Case(name, "stream", scheme, ("stream-append",), inputs)
     for number, (x, rule) in enumerate(_refused(scheme, draw, size, head_dim)):
         inputs = _stream_inputs(x, [(0, sinks), (0, x.shape[1] - sinks)], 0)
         yield Case(f"refused-step/{number}", "stream", scheme, ("refused-step",), inputs, rule)

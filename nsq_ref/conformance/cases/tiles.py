@@ -126,7 +126,7 @@ def long_sequences(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
     size, sinks, kept = scheme.block_size, scheme.sink_tokens, scheme.outlier_channels
     length = min(max(257 * size + 1, 2049), LONG) if size else LONG
     places = [0, 4096, 2**16 - 1, 2**16, LONG - 1] if not size else []
-    lone = [(sinks + token, *rest) for token, *rest in _lone(0, places, scheme)]
+    lone = [(sinks + place, channel, LONE) for channel, place in enumerate(places)]
     lone += [(sinks + 2 + i, 6 + i, OUTLIER) for i in range(kept) if 2 + i < length]
     yield Recipe((sinks + length, 6 + kept), _seed(draw), _sinks(scheme, 6 + kept) + tuple(lone))
 

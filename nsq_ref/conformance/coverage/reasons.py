@@ -72,7 +72,7 @@ def _narrow(scheme: Scheme) -> bool:
 def _at_most_one(scheme: Scheme) -> bool:
     """Whether the largest code times the scale of a direction of 1 is no more than 1."""
     levels = np.float32(scheme.code_range[1])
-    scale = rounding.narrow(np.float32([1]) / levels, FLOAT_DTYPES[scheme.scale_dtype])
+    scale = rounding.narrow(np.ones(1, np.float32) / levels, FLOAT_DTYPES[scheme.scale_dtype])
     return bool(scale.astype(np.float32) * levels <= 1)
 
 
@@ -91,6 +91,10 @@ def _takes(*rules: str) -> list[str]:
 
 def _within_blocks_of(most: int) -> Callable[[Scheme, str], bool]:
     return lambda scheme, dtype: (scheme.block_size or most + 1) <= most
+
+
+def _input_of(narrow: str) -> Callable[[Scheme, str], bool]:
+    return lambda scheme, dtype: dtype == narrow
 
 
 def _plain_input_of(narrow: str) -> Callable[[Scheme, str], bool]:
@@ -140,7 +144,7 @@ REASONS: tuple[Reason, ...] = (
          *_starting("blocks counted modulo"),
          "blocks counted without the last, short one"]),
     _reason("no sinks", "There are no sinks (K1).",
-        lambda scheme, dtype: scheme.sink_tokens == 0, ["sinks in the range"]),
+        lambda scheme, dtype: scheme.sink_tokens == 0, _starting("sinks in ")),
     _reason("one sink", "One sink comes in one piece (K1).",
         lambda scheme, dtype: scheme.sink_tokens < 2, ["sinks from one append"]),
     _reason("axis", "No minimum or maximum is over tokens.",
@@ -209,6 +213,10 @@ REASONS: tuple[Reason, ...] = (
         ["tokens of a crop overflow"]),
     *(_reason("narrow already", "Directions are the input, which has that dtype.",
           _plain_input_of(narrow), [f"directions in {narrow}"])
+      for narrow in ("float16", "bfloat16")),
+    *(_reason("narrow already", "What is kept as it came has that dtype (K1, B1).",
+          _input_of(narrow),
+          [f"sinks in {narrow}", f"tail in {narrow}"])
       for narrow in ("float16", "bfloat16")),
     _reason("narrow already", "A maximum of the input has the dtype of scales.",
         lambda scheme, dtype: not scheme.separate_norm and dtype == scheme.scale_dtype

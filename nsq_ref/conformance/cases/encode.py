@@ -19,7 +19,7 @@ from nsq_ref.conformance.operations import CASE_DTYPES, Case
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
-_WITH_OWN_SINKS = ("not-finite", "sinks")
+_WITH_OWN_SINKS = ("not-finite", "sinks", "kept-as-it-came")
 
 # Cases of narrow inputs are numbered from here; those of float32 input go before them.
 FIRST = {"float32": 0, "float16": 100, "bfloat16": 200}
@@ -37,6 +37,7 @@ _TWINS = (
     "exact-tie", "tiny-norm", "subnormal-norm", "norm-narrowing", "norm-overflow", "scale-range",
     "scale-overflow", "decoded-overflow", "narrow-range", "collapse", "outlier-channels", "search",
     "norm-epsilon", "scale-epsilon", "largest-half", "sequences",
+    "kept-as-it-came",
 )  # fmt: skip
 
 

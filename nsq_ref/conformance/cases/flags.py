@@ -165,6 +165,8 @@ FLAGS: dict[str, Flag] = {
     "long-sequence": Flag("B1", "Tiles",
         "66,000 tokens, or 258 blocks: an index of 16 bits, or one of 8 for blocks, wraps."),
     "sinks-in-pieces": Flag("K1", "Sinks", "Sinks that come in several appends, empty ones too."),
+    "kept-as-it-came": Flag("K1", "Range",
+        "Sinks and a tail of values that float16 does not hold: neither goes through it."),
     "refused-step": Flag("I2", "Validation",
         "An append that must be refused: NaN or infinity in a sink, a block or the tail, or a norm "
         "beyond its dtype in a block that is sealed."),

@@ -98,7 +98,7 @@ def norm(x: Any) -> Float32:
     -----
     The square of a float32 is exact in float64. A float64 sum of D of them, in whatever
     order, is off by at most (D - 1) units of 2**-53; where both ends of that interval round
-    to one float32, that is the answer. The rare others are decided in exact fractions.
+    to one float32, that is the answer. The rare others are decided in exact integers.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def norm(x: Any) -> Float32:
     relative = (x.shape[-1] + 8) * _UNIT
     lower, upper = _float32(root * (1 - relative)), _float32(root * (1 + relative))
     for index in zip(*np.nonzero(lower < upper), strict=True):
-        exact = sum((Fraction(float(value)) ** 2 for value in x[index]), Fraction())
+        exact = Fraction(sum(step * step for step in _in_least_steps(x[index])), 2**298)
         lower[index] = _nearer(lower[index], upper[index], exact, power=2)
     return lower
 
@@ -146,13 +146,18 @@ def least_squares_gain(x: Any, y: Any) -> Float32:
     slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
     lower, upper = _float32(quotient - slack), _float32(quotient + slack)
     for index in zip(*np.nonzero(lower < upper), strict=True):
-        a, b = ([Fraction(float(value)) for value in row[index]] for row in (x, y))
-        exact = sum((u * v for u, v in zip(a, b, strict=True)), Fraction()) / sum(v * v for v in b)
+        a, b = _in_least_steps(x[index]), _in_least_steps(y[index])
+        exact = Fraction(sum(u * v for u, v in zip(a, b, strict=True)), sum(v * v for v in b))
         # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.
         nearest = float(exact) * np.array([1 - 4 * _UNIT, 1 + 4 * _UNIT])
         least, greatest = np.sort(_float32(nearest))
         lower[index] = _nearer(least, greatest, exact, power=1)
     return lower
+
+
+def _in_least_steps(values: Float32) -> list[int]:
+    """Return each value as a number of the least subnormals of float32, 2^-149."""
+    return [int(value) for value in (values.astype(np.float64) * 2.0**149).tolist()]
 
 
 def _float32(value: Array) -> Float32:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from nsq_ref import Scheme
-from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.cases import cases, input_dtype
 from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case
 
@@ -27,10 +28,18 @@ def cases_of(
     """Return what `cases` does. Nobody may write to them."""
     if quick:
         return _quick(family_scheme("scheme", scheme), tuple(operations), seed, tuple(dtypes))
-    if tuple(dtypes) != CASE_DTYPES:
-        return cases(scheme, operations, seed, dtypes)
     made = _all(family_scheme("scheme", scheme), seed)
-    return [case for case in made if case.operation in operations]
+    asked = (None, *dtypes)
+    return [one for one in made if one.operation in operations and input_dtype(one) in asked]
+
+
+def small_cases_of(*arguments: Any) -> list[Case]:
+    """Return those of them that are small: the large ones take most of the time."""
+    return [
+        case
+        for case in cases_of(*arguments)
+        if sum(array.size for array in case.inputs.values()) < 10_000
+    ]
 
 
 @functools.cache
@@ -54,4 +63,12 @@ def cases_made_once() -> Iterator[None]:
     """For a module that imports it: all checks in this process ask the same cases."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checking, "cases", cases_of)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cases_made_once() -> Iterator[None]:
+    """The same, without the large cases."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "cases", small_cases_of)
         yield

@@ -96,6 +96,7 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
     yield "softcap", query * np.float32(4), keys, values, scheme, {"softcap": 2.0}
     for query, keys, values, options in _long(sinks, draw):
         yield "long-attention", query, keys, values, scheme, options
+    yield "value-head-dim", *drawn(2, 1, 1, 5, 3, 8), scheme, {}
 
 
 def _long(sinks: int, draw: Draw) -> Iterator[tuple[Float32, Float32, Float32, dict[str, float]]]:
@@ -123,3 +124,7 @@ def _long(sinks: int, draw: Draw) -> Iterator[tuple[Float32, Float32, Float32, d
     for place in (15, 16, 63, 64, 127, 128, 255, 256, tokens - 2, tokens - 1):  # nearly one-hot
         keys = along(np.where(at == place, 12, -2).astype(np.float32))
         yield query[:2, :1], keys[:1], value[:1], {"causal": float(place % 2)}
+    # A window whose first token is inside a tile, and as heavy as the others.
+    level = draw.bell(2, tokens, head_dim) * np.float32(0.25)
+    for window, queries in ((200, 3), (100, 1), (65, 2)):
+        yield query[:, :queries], level, value + 8, {"sliding_window": window}

@@ -21,7 +21,7 @@ from nsq_ref.scheme import Scheme
 _DECODED = (
     "ordinary", "leading-axes", "zero-token", "zero-channel", "negative-zero", "block-boundary",
     "sinks", "padding", "tiny-norm", "norm-narrowing", "scale-range", "collapse",
-    "outlier-channels", "sequences", "channel-tile",
+    "outlier-channels", "sequences", "channel-tile", "long-sequence",
 )  # fmt: skip
 _WIDEST = 512  # of a decoded case's channels
 

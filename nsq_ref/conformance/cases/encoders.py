@@ -62,19 +62,15 @@ class Encoder(NamedTuple):
     factor: Callable[[Float32, Float32, Float32, Scheme], Array] = spec.factor
     concerns: Callable[[Scheme], bool] = lambda scheme: True  # whether it can be wrong there
 
-    def __call__(self, x: Float32, scheme: Scheme) -> list[Array]:
+    def __call__(self, x: Float32, scheme: Scheme, right: Step | None = None) -> list[Array]:
         """Encode blocks ``[N, T, D]``: codes, stored factors, scales, zeros, outliers.
 
-        Codes are clamped, and factors narrowed, whatever made them.
+        Codes are clamped, and factors narrowed, whatever made them. `right` is what `begun` returns
+        for the same blocks, which need not be begun again where this is no mistake.
         """
-        norm, direction = np.ones(x.shape[:-1], np.float32), x
-        if scheme.separate_norm:
-            norm = self.norm(x)
-            direction = self.direction(x, norm)
-        index = spec.outlier_channels(direction, scheme)
-        coded = ~spec.mark(index, x.shape[-1])
-        low, high = spec.extent(direction, coded, scheme)
-        step = Step(x, norm, direction, index, coded, low, high, scheme, low, low)
+        same = self.norm is rounding.norm and self.direction is spec.direction_of
+        step = right if right is not None and same else self.begun(x, scheme)
+        norm, index, coded = step.norm, step.outlier_index, step.coded
         scale, zero = self.scale(step)
         step = step._replace(scale=scale.astype(np.float32), zero=zero.astype(np.float32))
         clamped = np.clip(self.code(step), *scheme.code_range).astype(np.float32)
@@ -87,6 +83,17 @@ class Encoder(NamedTuple):
         else:
             stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
         return [codes, stored, scale, zero, outliers]
+
+    def begun(self, x: Float32, scheme: Scheme) -> Step:
+        """Return what is known of blocks before their scales are."""
+        norm, direction = np.ones(x.shape[:-1], np.float32), x
+        if scheme.separate_norm:
+            norm = self.norm(x)
+            direction = self.direction(x, norm)
+        index = spec.outlier_channels(direction, scheme)
+        coded = ~spec.mark(index, x.shape[-1])
+        low, high = spec.extent(direction, coded, scheme)
+        return Step(x, norm, direction, index, coded, low, high, scheme, low, low)
 
 
 def _normed(scheme: Scheme) -> bool:

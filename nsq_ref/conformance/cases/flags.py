@@ -162,7 +162,11 @@ FLAGS: dict[str, Flag] = {
     "long-attention": Flag("A1", "Tiles",
         "About 300 tokens over the borders of tiles and blocks: weights like a comb, growing and "
         "falling scores, heavy tails, constant offsets, and nearly all weight on one token."),
+    "long-sequence": Flag("B1", "Tiles",
+        "66,000 tokens, or 258 blocks: an index of 16 bits, or one of 8 for blocks, wraps."),
     "sinks-in-pieces": Flag("K1", "Sinks", "Sinks that come in several appends, empty ones too."),
+    "kept-as-it-came": Flag("K1", "Range",
+        "Sinks and a tail of values that float16 does not hold: neither goes through it."),
     "refused-step": Flag("I2", "Validation",
         "An append that must be refused: NaN or infinity in a sink, a block or the tail, or a norm "
         "beyond its dtype in a block that is sealed."),

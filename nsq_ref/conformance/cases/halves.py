@@ -13,7 +13,7 @@ import numpy as np
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.encoders import Encoder, further_encoders, wrong_encoders
-from nsq_ref.conformance.cases.pools import FORMATS, Draw, midpoint, telling
+from nsq_ref.conformance.cases.pools import FORMATS, Draw, Pool, midpoint, telling
 from nsq_ref.conformance.cases.ties import squares_of
 from nsq_ref.conformance.mistakes.arithmetic import divisor
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
@@ -61,13 +61,14 @@ def narrow_ties(scheme: Scheme, seed: int, dtype: str) -> Iterator[tuple[str, Ar
         for flag, x in _exhausted(scheme, dtype):
             yield flag, x.astype(kind)
     search = scheme.scale_rule == "search"
+    encoded = {name: Pool.of(pool, scheme) for name, pool in pools.items()}
     for flag, name in FLAGS.items():
         encoders = wrong_encoders(flag, scheme) + further_encoders(flag, scheme)
         if flag == "outlier-narrowing" and not (scheme.outlier_channels and scheme.separate_norm):
             continue
         names = [name, "factors"] if flag == "norm-accumulation" else [name]
         names += ["codes"] if flag == "scale-epsilon" else []
-        for pool in (pools[name] for name in names if name in pools):
+        for pool in (encoded[name] for name in names if name in encoded):
             for x in telling(pool, scheme, encoders, 1, same_scales=search):
                 yield flag, x.astype(kind)
 

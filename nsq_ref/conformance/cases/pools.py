@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import rounding, spec
-from nsq_ref.conformance.cases.encoders import Encoder
+from nsq_ref.conformance.cases.encoders import Encoder, Step
 from nsq_ref.conformance.mistakes.arithmetic import in_order
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.scheme import Scheme
@@ -93,8 +93,28 @@ def differences(some: Iterable[Array], others: Iterable[Array]) -> npt.NDArray[n
     return np.asarray(np.sum(counts, axis=0))
 
 
+class Pool(NamedTuple):
+    """Blocks ``[N, T, D]``, and how they are to be encoded, which many wrong encoders differ from.
+
+    Examples
+    --------
+    >>> Pool.of(np.float32([[[7], [3.2]]]), Scheme(separate_norm=False)).right[0].tolist()
+    [[[7.0], [3.0]]]
+    """
+
+    blocks: Float32
+    begun: Step
+    right: list[Array]
+
+    @classmethod
+    def of(cls, blocks: Float32, scheme: Scheme) -> Pool:
+        """Encode the blocks."""
+        begun = Encoder().begun(blocks, scheme)
+        return cls(blocks, begun, Encoder()(blocks, scheme, begun))
+
+
 def telling(
-    pool: Float32, scheme: Scheme, wrong: Iterable[Encoder], most: int = 2, *,
+    pool: Float32 | Pool, scheme: Scheme, wrong: Iterable[Encoder], most: int = 2, *,
     same_scales: bool = False,
 ) -> Iterator[Float32]:  # fmt: skip
     """Yield the blocks of a pool on which wrong encoders differ most, at most some of each.
@@ -103,9 +123,9 @@ def telling(
     makes other scales do not count: where they are its choice, they tell nothing.
     """
     yielded: set[int] = set()
-    right = Encoder()(pool, scheme)
+    blocks, begun, right = pool if isinstance(pool, Pool) else Pool.of(pool, scheme)
     for encoder in wrong:
-        given = encoder(pool, scheme)
+        given = encoder(blocks, scheme, begun)
         counts = differences(right, given)
         if same_scales:
             counts = np.where(differences(right[2:4], given[2:4]) == 0, counts, 0)
@@ -113,7 +133,7 @@ def telling(
         found = 0
         for index in order[counts[order] > 0].tolist():
             if index not in yielded:
-                yield pool[index]
+                yield blocks[index]
             yielded.add(index)
             found += int(counts[index])
             if found >= 4:

@@ -54,11 +54,18 @@ def stream_cases(encoded: Iterable[Case], scheme: Scheme, seed: int) -> Iterator
         x = _rows(draw, steps, row, size, head_dim).astype(dtype)
         if flag == "crop-saturation":
             block = _decoded_beyond_float16(scheme, draw, size, head_dim)
+            if block is None and not scheme.symmetric:
+                block = _looked_for_beyond_float16(scheme, size)
             if block is None:  # the scheme decodes to nothing so large
                 continue
-            x = np.concatenate([np.ones((sinks, head_dim), FLOAT16), block])[None]
+            x = np.concatenate([np.ones((sinks, block.shape[-1]), FLOAT16), block])[None]
         inputs = _stream_inputs(x, steps, row)
         yield Case(f"{flag}/{next(numbers[flag])}", "stream", scheme, (flag,), inputs)
+    if size > 1:  # sinks and a tail of which float16 holds no value as it came
+        x = draw.bell(1, sinks + size - 1, 4).astype(np.float64)
+        x *= np.ldexp(1.0, np.array([40, -40, 20, -30]))
+        inputs = _stream_inputs(x.astype(BFLOAT16), [(0, x.shape[1])], 0)
+        yield Case("kept-as-it-came/0", "stream", scheme, ("kept-as-it-came",), inputs)
     for number, (x, rule) in enumerate(_refused(scheme, draw, size, head_dim)):
         inputs = _stream_inputs(x, [(0, sinks), (0, x.shape[1] - sinks)], 0)
         yield Case(f"refused-step/{number}", "stream", scheme, ("refused-step",), inputs, rule)
@@ -179,4 +186,28 @@ def _decoded_beyond_float16(scheme: Scheme, draw: Draw, size: int, head_dim: int
         for block in pool[beyond][:8]:
             if refusal(block, replace(scheme, sink_tokens=0)) is None:
                 return np.asarray(block)
+    return None
+
+
+def _looked_for_beyond_float16(scheme: Scheme, size: int) -> Array | None:
+    """Return such a block of an asymmetric scheme with a gain, where chance finds none.
+
+    The first channel's scale is rounded up, so that its largest code is more than 1, and what a
+    second channel is larger than its code raises the gain of the first token.
+    """
+    least = np.arange(128, 1000) / 1024
+    x = np.zeros((len(least), min(size, 25), 3))
+    x[:, 0, 0], x[:, 1::3, 0], x[:, 3::3, 1] = 65504, 512, 512
+    x[:, 2::3, 0], x[:, 2::3, 2] = -512 * least[:, None], 512 * np.sqrt(1 - least**2)[:, None]
+    pool = x.astype(FLOAT16)
+    block = spec.encode(pool.astype(np.float32), scheme)
+    largest = block.scale * np.float32(scheme.code_range[1]) + block.zero
+    second = np.arange(6000, 30000, 16)
+    pool = np.repeat(pool[[np.argmax(largest[:, 0, 0])]], len(second), axis=0)
+    pool[:, 0, 1] = second
+    decoded = spec.decode(spec.encode(pool.astype(np.float32), scheme), scheme)
+    for few in pool[decoded[:, 0, 0] >= 65520]:
+        whole = np.concatenate([few[:1], np.resize(few[1:], (size - 1, 3))])
+        if refusal(whole, replace(scheme, sink_tokens=0)) is None:
+            return np.asarray(whole)
     return None

@@ -85,10 +85,10 @@ def _completed(row: list[int], scheme: Scheme, largest: int) -> list[int]:
     # With one scale a token, no other channel may be beyond its extremes.
     most = max(row)
     copies = 0 if scheme.axis == "channel" else rest // (most * most)
-    return [*outliers, *row, *[most] * copies, *_four_squares(rest - copies * most * most)]
+    return [*outliers, *row, *[most] * copies, *four_squares(rest - copies * most * most)]
 
 
-def _four_squares(number: int) -> list[int]:
+def four_squares(number: int) -> list[int]:
     """Return four integers whose squares add up to a number, the largest first."""
     for a in range(isqrt(number), -1, -1):
         for b in range(min(a, isqrt(number - a * a)), -1, -1):
@@ -204,7 +204,7 @@ def factor_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     # Each of four tokens makes the scale of its channel 1 / (qmax + 1): its norm is qmax + 1.
     most = scheme.code_range[1]
     block = np.zeros((5, 9))
-    block[:4, :4], block[:4, 5:] = most * np.eye(4), _four_squares(2 * most + 1)
+    block[:4, :4], block[:4, 5:] = most * np.eye(4), four_squares(2 * most + 1)
     tie = 1 + 2.0 ** -FORMATS[scheme.norm_dtype].precision
     exponents = range(14, 23) if scheme.scale_dtype == "float32" else range(24, 30)
     found = 0

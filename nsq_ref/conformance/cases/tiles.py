@@ -19,6 +19,7 @@ from nsq_ref.scheme import Scheme
 TOKENS = 2047  # the last partial tile of every size but 2048 is one token short of whole
 TOKEN_TILES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 CHANNEL_TILES = (32, 64, 128, 256, 512)
+LONG = 66_000  # tokens: more than 16 bits count
 HEAD_DIMS = (80, 96, 192, 320, 512, 33, 129, 257)
 LONE, OUTLIER = 4096, 32768  # beside which 63 is nothing; exact in float16
 
@@ -118,6 +119,16 @@ def channel_tiles(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
                 lone.append((token, places[(i + 1) % len(places)], -LONE))
         tokens = sinks + kept + len(places)
         yield Recipe((tokens, head_dim), _seed(draw), _sinks(scheme, head_dim) + tuple(lone))
+
+
+def long_sequences(scheme: Scheme, draw: Draw) -> Iterator[Recipe]:
+    """Yield so many tokens that an index of 16 bits wraps, or so many blocks that one of 8 does."""
+    size, sinks, kept = scheme.block_size, scheme.sink_tokens, scheme.outlier_channels
+    length = min(max(257 * size + 1, 2049), LONG) if size else LONG
+    places = [0, 4096, 2**16 - 1, 2**16, LONG - 1] if not size else []
+    lone = [(sinks + place, channel, LONE) for channel, place in enumerate(places)]
+    lone += [(sinks + 2 + i, 6 + i, OUTLIER) for i in range(kept) if 2 + i < length]
+    yield Recipe((sinks + length, 6 + kept), _seed(draw), _sinks(scheme, 6 + kept) + tuple(lone))
 
 
 def sequences(scheme: Scheme, draw: Draw) -> Iterator[Array]:

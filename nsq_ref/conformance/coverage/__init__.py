@@ -4,8 +4,8 @@ A mistake that no case shows has a reason why none can (`reasons`); `matrix` fin
 """
 
 from nsq_ref.conformance.coverage.matrix import Cell, answered, coverage, shows
-from nsq_ref.conformance.coverage.reasons import OPEN, REASONS, REFUSALS, Reason, reason
+from nsq_ref.conformance.coverage.reasons import REASONS, REFUSALS, Reason, reason
 
 __all__ = [
-    "OPEN", "REASONS", "REFUSALS", "Cell", "Reason", "answered", "coverage", "reason", "shows",
+    "REASONS", "REFUSALS", "Cell", "Reason", "answered", "coverage", "reason", "shows",
 ]  # fmt: skip

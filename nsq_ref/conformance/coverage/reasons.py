@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
+from nsq_ref import rounding
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
@@ -16,6 +19,7 @@ from nsq_ref.conformance.mistakes.norms import NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.reference import Mistake
 from nsq_ref.conformance.mistakes.tiles import TILES
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Scheme
 
 
@@ -65,6 +69,13 @@ def _narrow(scheme: Scheme) -> bool:
     return scheme.scale_dtype != "float32"
 
 
+def _at_most_one(scheme: Scheme) -> bool:
+    """Whether the largest code times the scale of a direction of 1 is no more than 1."""
+    levels = np.float32(scheme.code_range[1])
+    scale = rounding.narrow(np.ones(1, np.float32) / levels, FLOAT_DTYPES[scheme.scale_dtype])
+    return bool(scale.astype(np.float32) * levels <= 1)
+
+
 def _tile_of(name: str) -> int:
     """The number in the name of a mistake."""
     return next(int(word) for word in name.split() if word.isdigit())
@@ -82,6 +93,10 @@ def _within_blocks_of(most: int) -> Callable[[Scheme, str], bool]:
     return lambda scheme, dtype: (scheme.block_size or most + 1) <= most
 
 
+def _input_of(narrow: str) -> Callable[[Scheme, str], bool]:
+    return lambda scheme, dtype: dtype == narrow
+
+
 def _plain_input_of(narrow: str) -> Callable[[Scheme, str], bool]:
     return lambda scheme, dtype: not scheme.separate_norm and dtype == narrow
 
@@ -90,7 +105,8 @@ REASONS: tuple[Reason, ...] = (
     _reason("no norm", "No norm is separated: it is 1, and 1 is stored nowhere (N1).",
         lambda scheme, dtype: not scheme.separate_norm,
         [*_names(NORMS), *_names(FACTORS), *_OF_LENGTHS, "reciprocal of the norm",
-         *_starting("norm narrowed to"), *_starting("norm at least"), "codes of a zero token",
+         *_starting("norm narrowed to", "norm at least", "factors counted"),
+         "codes of a zero token",
          "direction from the float64 norm", "reciprocal root", "zero test on the norm in float16",
          *(name for name in _TILES if name.endswith("out of the norm")), "gain renormalised",
          "epsilon 1e-12 added to the norm", "epsilon 1e-10 added to the norm",
@@ -125,9 +141,10 @@ REASONS: tuple[Reason, ...] = (
     _reason("one block", "A sequence is one block (B1).",
         lambda scheme, dtype: scheme.block_size is None,
         ["scales of the first block", "scales of the block before",
+         *_starting("blocks counted modulo"),
          "blocks counted without the last, short one"]),
     _reason("no sinks", "There are no sinks (K1).",
-        lambda scheme, dtype: scheme.sink_tokens == 0, ["sinks in the range"]),
+        lambda scheme, dtype: scheme.sink_tokens == 0, _starting("sinks in ")),
     _reason("one sink", "One sink comes in one piece (K1).",
         lambda scheme, dtype: scheme.sink_tokens < 2, ["sinks from one append"]),
     _reason("axis", "No minimum or maximum is over tokens.",
@@ -135,6 +152,7 @@ REASONS: tuple[Reason, ...] = (
         [name for name in _TILES
          if "token" in name and name.endswith("out of the range")]
         + ["scales of outlier channels", "scales shifted for later sequences",
+           *_starting("blocks counted modulo"),
            "zero tokens outside the range",
            *_starting("scales counted modulo", "sinks in the range")]),
     _reason("axis", "No minimum or maximum is over channels.",
@@ -196,6 +214,10 @@ REASONS: tuple[Reason, ...] = (
     *(_reason("narrow already", "Directions are the input, which has that dtype.",
           _plain_input_of(narrow), [f"directions in {narrow}"])
       for narrow in ("float16", "bfloat16")),
+    *(_reason("narrow already", "What is kept as it came has that dtype (K1, B1).",
+          _input_of(narrow),
+          [f"sinks in {narrow}", f"tail in {narrow}"])
+      for narrow in ("float16", "bfloat16")),
     _reason("narrow already", "A maximum of the input has the dtype of scales.",
         lambda scheme, dtype: not scheme.separate_norm and dtype == scheme.scale_dtype
         and scheme.symmetric,
@@ -210,8 +232,11 @@ REASONS: tuple[Reason, ...] = (
     _reason("within range", "A norm of float16 input is far below the largest float32.",
         lambda scheme, dtype: dtype == "float16", _takes("N1")),
     _reason("within range", "A norm that is a float32 is one in this norm_dtype (M4).",
-        lambda scheme, dtype: scheme.norm_dtype == "float32"
-        or (scheme.norm_dtype == "bfloat16" and dtype == "float16"), _takes("M4")),
+        lambda scheme, dtype: scheme.norm_dtype == "float32" and scheme.magnitude == "norm",
+        _takes("M4")),
+    _reason("within range", "Norms and gains of float16 input are far below the largest (M4).",
+        lambda scheme, dtype: scheme.norm_dtype != "float16" and dtype == "float16",
+        _takes("M4")),
     _reason("within range", "Directions lie in [-1, 1] (S5).",
         lambda scheme, dtype: scheme.separate_norm, _takes("S5", "O1")),
     _reason("within range", "float16 holds a quotient, a minimum or an outlier of float16 input.",
@@ -220,6 +245,17 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.outlier_channels == 0, _takes("O1")),
     _reason("within range", "A decoded value is no larger than the stored norm (D3).",
         lambda scheme, dtype: scheme.separate_norm and scheme.magnitude == "norm", _takes("D3")),
+    _reason("within range",
+        "qmax times 1 / qmax is 1 or less in float32, and so is every |y|: a decoded value is no "
+        "larger than the gain, which is finite (D3).",
+        lambda scheme, dtype: scheme.separate_norm and scheme.symmetric and _at_most_one(scheme),
+        _takes("D3")),
+    _reason("within range",
+        "qmax times 1 / qmax is 1 or less, and so is every |y|: a decoded value is no larger than "
+        "the gain, which has the dtype of the tail (C1).",
+        lambda scheme, dtype: scheme.separate_norm and scheme.symmetric and _at_most_one(scheme)
+        and scheme.norm_dtype == dtype,
+        ["tokens of a crop overflow"]),
     _reason("within range", "Products of a float16 and a float16 are far below the largest "
         "float32 (D3).",
         lambda scheme, dtype: scheme.norm_dtype == "float16" if scheme.separate_norm
@@ -293,7 +329,7 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.scale_rule == "search",
         ["reciprocal of the number of levels", "range in double precision",
          "range that includes zero", "negative scale forced to zero",
-         "magnitude of a negative scale", "scale at least 1e-08",
+         "magnitude of a negative scale", "scale at least 1e-08", "range shared by heads",
          "scales narrowed with ties away from zero", "cast before the clamp",
          *(f"last partial tile of {n} tokens out of the range" for n in (16, 32, 64)),
          *_starting("sequences counted")]),
@@ -328,22 +364,6 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",
         ["subnormals flushed in decode", "decoded values flushed"]),
 )  # fmt: skip
-
-
-# Cells of the named schemes of which neither is known yet: a case that shows, or why none can.
-OPEN = frozenset({
-    ("nsep+pchan4-lsq-float32", "takes what D3 refuses", "float32"),
-    ("nsep+pchan4-lsq-float32", "takes what D3 refuses", "bfloat16"),
-    ("nsep+pchan4-lsq-float32", "least squares in float64 alone", "float16"),
-    ("nsep+pchan4-lsq-float32", "least squares in float64 alone", "bfloat16"),
-    ("nsep+pchan4-bfloat16", "epsilon 1e-12 added to the norm", "float16"),
-    ("nsep+pchan4-search", "epsilon 1e-12 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-12 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-10 added to the norm", "float16"),
-    ("streaming2", "epsilon 1e-08 added to the norm", "float16"),
-    ("streaming2", "tokens of a crop overflow", "float16"),
-    ("streaming3", "tokens of a crop overflow", "float16"),
-})  # fmt: skip
 
 
 def reason(mistake: Mistake | str, scheme: Scheme, dtype: str) -> Reason | None:

@@ -130,6 +130,27 @@ def _tiles_of(tile: int) -> Change:
     return _weighted(weights)
 
 
+def _window_from_tiles_of(tile: int) -> Change:
+    """Start a window at the first whole tile that is seen, for all queries."""
+
+    def attend(original: Function, query: Any, keys: Any, values: Any, options: Any) -> Any:
+        tokens, queries = keys.shape[1], query.shape[1]
+        first = max(tokens - queries + 1 - (options["sliding_window"] or tokens), 0)
+        start = -(-first // tile) * tile
+        if not options["causal"] or start > tokens - queries:
+            return original(query, keys, values, options)
+        return original(query, keys[:, start:], values[:, start:], options)
+
+    return around(attend)
+
+
+def _values_as_wide_as_keys(
+    original: Function, query: Any, keys: Any, values: Any, options: Any
+) -> Any:
+    seen = np.arange(values.shape[-1]) < keys.shape[-1]
+    return original(query, keys, np.where(seen, values, 0), options)
+
+
 def _without_maximum(s: Any) -> Any:
     p = np.exp(s.astype(np.float32))
     return np.nan_to_num((p / p.sum(axis=-1, keepdims=True)).astype(np.float64))
@@ -164,6 +185,12 @@ ATTENTION = [
         _option(scale=lambda scale, query, keys: query.shape[-1] ** -0.5)),
     _formula("softcap left out", "scores are not capped",
         _option(softcap=lambda cap, query, keys: None)),
+    _formula("values no wider than keys",
+        "channels of values past those of keys are 0",
+        around(_values_as_wide_as_keys)),
+    *(_mask(f"window from whole tiles of {n}",
+          f"what a window sees before a whole tile of {n} keys is left out",
+          _window_from_tiles_of(n)) for n in (16, 32, 64)),
     _formula("query heads in turn", "query heads are dealt out to key/value heads in turn",
         around(_heads_in_turn)),
     _mask("own position left out", "queries do not see their own position",

@@ -19,7 +19,8 @@ from nsq_ref.conformance.mistakes.changes import (
     knowing_both,
     place,
 )
-from nsq_ref.conformance.mistakes.reference import Mistake, Reference
+from nsq_ref.conformance.mistakes.reference import Change, Mistake, Reference
+from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Scheme
 
 
@@ -60,7 +61,27 @@ def _shared_by_heads(result: Any, direction: Any, coded: Any, scheme: Scheme) ->
     )
 
 
+def _narrow(dtype: str) -> Function:
+    """Return what rounds to a dtype, and back to the one that it was."""
+    return lambda values: values.astype(F32).astype(FLOAT_DTYPES[dtype]).astype(values.dtype)
+
+
+def _sinks_in(dtype: str) -> Change:
+    return around(
+        lambda original, x, scheme: (
+            _narrow(dtype)(original(x, scheme)[0]), original(x, scheme)[1],
+        )
+    )  # fmt: skip
+
+
+def _tail_in(dtype: str) -> Change:
+    return after(lambda parts, *_: {**parts, "tail": _narrow(dtype)(parts["tail"])})
+
+
 BLOCKS = [
+    *(Mistake(f"sinks in {dtype}", "K1", f"sinks went through {dtype}; they are kept as they came",
+          ("encode",), {"model.split_sinks": _sinks_in(dtype)})
+      for dtype in ("float16", "bfloat16")),
     Mistake("sinks in the range", "K1", "sinks enter the scales of the tokens behind them",
         ENCODE, {"model.split_sinks": knowing_both(_remember_sinks),
                  "model.seal": knowing_both(_remember_sinks_of),
@@ -220,6 +241,8 @@ CACHES = [
     Mistake("no sinks after a crop", "K1",
         "a cache cropped to fewer tokens than sinks does not fill its sinks again",
         STREAM, {"model.append": around(_append_without_sinks_again)}),
+    *(Mistake(f"tail in {dtype}", "B1", f"the tail went through {dtype}; it is kept as it came",
+          STREAM, {"model.stored": _tail_in(dtype)}) for dtype in ("float16", "bfloat16")),
     Mistake("tail quantized early", "B1",
         "the tail went through the quantizer; it is kept as it came",
         STREAM, {"model.stored": knowing_both(_with_coded_tail)}),

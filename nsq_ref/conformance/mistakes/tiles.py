@@ -21,6 +21,7 @@ _ranked = place("spec.outlier_channels", "O1", ENCODE)
 _read = place("spec.decode_blocks", "B1", READ)
 
 TOKENS = (16, 32, 64, 128, 256, 512, 1024)
+MANY = (4096, 65535, 65536)  # which indices of 16 bits, and grids of GPUs, count
 CHANNELS = (32, 64, 128, 256, 512)
 Count = Function  # of what is kept of so many tokens or channels
 
@@ -122,13 +123,34 @@ def _reading(chosen: Function) -> Change:
     return around(decode_blocks)
 
 
+def _rows_read(chosen: Count) -> Change:
+    """Read the codes of other tokens: ``chosen(their numbers)``."""
+
+    def block_of(original: Function, parts: Any, scheme: Scheme, head_dim: int) -> Any:
+        block = original(parts, scheme, head_dim)
+        rows = chosen(np.arange(block.codes.shape[-2]))
+        return block._replace(codes=block.codes[..., rows, :])
+
+    return around(block_of)
+
+
+def _factors_read(chosen: Count) -> Change:
+    """Decode with the stored factors of other tokens."""
+
+    def decode_blocks(original: Function, block: Any, scheme: Scheme) -> Any:
+        norm = block.norm[..., chosen(np.arange(block.norm.shape[-1]))]
+        return original(block._replace(norm=norm), scheme)
+
+    return around(decode_blocks)
+
+
 TILES = [
     *(_extent(f"last partial tile of {n} tokens out of the range",
           f"the tokens behind whole tiles of {n} have no part in minimum and maximum",
           _range_over("channel", whole_tiles(n))) for n in TOKENS),
     *(_extent(f"tokens past {n} out of the range",
           f"tokens past the first {n} have no part in minimum and maximum",
-          _range_over("channel", first_ones(n))) for n in (*TOKENS, 2048)),
+          _range_over("channel", first_ones(n))) for n in (*TOKENS, 2048, *MANY)),
     _extent("first token out of the range", "the first token has no part in minimum and maximum",
         _range_without(0)),
     _extent("last token out of the range", "the last token has no part in minimum and maximum",
@@ -172,6 +194,15 @@ TILES = [
     _read("blocks counted without the last, short one",
         "sequences are decoded as if each had only its whole blocks' scales before it",
         _reading(lambda n, b, count, blocks: n * max(blocks - 1, 1) + b), "B2"),
+    *(_read(f"blocks counted modulo {n}",
+          f"blocks {n} and up are decoded with the scales of those {n} before",
+          _reading(lambda s, b, count, blocks, n=n: s * blocks + b % n)) for n in (2, 4, 256)),
+    *(place("model.block_of", "P1", READ)(f"tokens counted modulo {n}",
+          f"tokens {n} and up are read where those {n} before are",
+          _rows_read(lambda token, n=n: token % n)) for n in (64, 128, 1024)),
+    *(_read(f"factors counted modulo {n}",
+          f"tokens {n} and up are decoded with the norms of those {n} before",
+          _factors_read(lambda token, n=n: token % n)) for n in (128, 1024)),
     *(_read(f"scales counted modulo {n}",
           f"sequences {n} and up are decoded with the scales of those {n} before",
           _reading(lambda s, b, count, blocks, n=n: s % n * blocks + b), "B2") for n in (4, 8)),

@@ -19,10 +19,11 @@ from nsq_ref import Scheme, scheme_names
 from nsq_ref.conformance import as_json
 from nsq_ref.conformance.check import check
 from nsq_ref.conformance.findings import Diagnosis, Report
-from tests.support.cases import cases_made_once
+from nsq_ref.conformance.operations import CASE_DTYPES
+from tests.support.cases import cases_of, checking, small_cases_made_once
 from tests.support.wrong_ports import RIGHT, Knobs, Port
 
-__all__ = ["cases_made_once"]  # the fixture
+__all__ = ["small_cases_made_once"]  # the fixture
 
 # Narrow blocks, so that what belongs to a block shows in few tokens.
 CACHE = Scheme(symmetric=False, magnitude="lsq", block_size=4, sink_tokens=2)
@@ -57,10 +58,12 @@ SCHEMES = {
 }  # fmt: skip
 
 
-def report_on(knobs: Knobs, scheme: Scheme, operations: Sequence[str]) -> Report:
+def report_on(
+    knobs: Knobs, scheme: Scheme, operations: Sequence[str], dtypes: Sequence[str] = CASE_DTYPES
+) -> Report:
     port = Port(knobs)
     chosen: dict[str, Any] = {name: getattr(port, name) for name in operations}
-    return check(**chosen, scheme=scheme)
+    return check(**chosen, scheme=scheme, dtypes=dtypes)
 
 
 def diagnoses(report: Report) -> Sequence[Diagnosis]:
@@ -76,6 +79,18 @@ def test_a_port_from_the_text_alone_conforms(name: str) -> None:
     report = report_on(RIGHT, SCHEMES[name], ("encode", "decode"))
     assert report.conforms, [(d.rule, d.says) for d in diagnoses(report)]
     assert not report.schemes[0].explained
+
+
+@pytest.mark.parametrize("name", ["nsep+out4", "everything"])
+def test_a_port_from_the_text_alone_conforms_on_large_cases(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1 N1 B1 B2. Lone extremes at the edges of tiles."""
+    monkeypatch.setattr(
+        checking, "cases",
+        lambda *given: [one for one in cases_of(*given) if 10_000 < one.inputs["x"].size < 40_000],
+    )  # fmt: skip
+    assert report_on(RIGHT, SCHEMES[name], ("encode",), ("float32",)).conforms
 
 
 @pytest.mark.parametrize("name", ["cache", "plain cache", "everything", "streaming4", "streaming2"])
@@ -422,7 +437,10 @@ def named(mutant: Mutant) -> str:
 
 @functools.cache
 def report_of(mutant: Mutant) -> Report:
-    return report_on(Knobs(**dict(mutant.knobs)), SCHEMES[mutant.scheme], mutant.operations)
+    scheme, knobs = SCHEMES[mutant.scheme], dict(mutant.knobs)
+    # Of other dtypes, only what is kept as it came tells more, or what is computed in them.
+    dtypes = CASE_DTYPES if scheme.sink_tokens or "compute" in knobs else ("float32",)
+    return report_on(Knobs(**knobs), scheme, mutant.operations, dtypes)
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *UNKNOWN], ids=named)

@@ -90,7 +90,8 @@ def test_cases_are_as_declared(name: str) -> None:
         elif case.operation != "encode":
             assert case.refused_by is None
         elif case.refused_by is None:
-            quantize(case.inputs["x"], case.scheme, "numpy")
+            if case.recipe is None:  # the large ones lie far from any end
+                quantize(case.inputs["x"], case.scheme, "numpy")
         else:
             with pytest.raises(ValueError, match=r"not finite|beyond|is (nan|inf|-inf)"):
                 quantize(case.inputs["x"], case.scheme, "numpy")
@@ -163,12 +164,12 @@ def test_deterministic() -> None:
 @pytest.mark.parametrize(
     ("name", "pinned"),
     [
-        ("nsep+pchan4", "c11c0b62e059bd00"),
-        ("streaming4", "10ef5f4103c2340f"),
-        ("nsep+out4", "cc7ecb75c15b6ebb"),
-        ("naive2", "45c4c4e575ba1aaf"),
-        ("bfloat16", "39b3d1ef111c5a4d"),
-        ("search", "09c0c4f1402135ae"),
+        ("nsep+pchan4", "06563709c4597d5a"),
+        ("streaming4", "f7cc37fb2499f0ba"),
+        ("nsep+out4", "d9ad0cef69300a07"),
+        ("naive2", "45c7081f706a39a9"),
+        ("bfloat16", "b8e519b7b2c30ab6"),
+        ("search", "d2655d5a4c563e44"),
     ],
 )
 def test_pinned(name: str, pinned: str) -> None:
@@ -461,7 +462,7 @@ def test_schemes_that_are_too_large_are_refused(field: str, most: int) -> None:
 
 def test_cases_of_a_named_scheme() -> None:
     assert digest(cases("naive2")) == digest(cases(Scheme.named("naive2")))
-    assert len(cases("nsep+pchan4-lsq", ["attend"])) == 38
+    assert len(cases("nsep+pchan4-lsq", ["attend"])) == 42
     pair: Any = Scheme.named("KIVI-K2V4")
     with pytest.raises(TypeError, match="scheme is a pair"):
         cases(pair)

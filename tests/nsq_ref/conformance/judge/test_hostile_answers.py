@@ -16,7 +16,7 @@ from nsq_ref.conformance.mistakes.reference import Reference
 from nsq_ref.conformance.operations import DONE, Answer, Case
 from nsq_ref.conformance.ports import Callables
 from tests.ports import functions
-from tests.support.cases import cases_of
+from tests.support.cases import small_cases_of
 
 RIGHT = Callables("right", functions.encode, functions.decode, functions.attend, functions.stream)
 SCHEMES = (
@@ -30,7 +30,7 @@ def answered() -> list[tuple[Case, Answer]]:
     """Cases of many schemes with the right answers, made once."""
     if not CASES:
         for name in SCHEMES:
-            for case in cases_of(name):
+            for case in small_cases_of(name):
                 answer = RIGHT.ask(0, case)
                 if isinstance(answer, Answer) and answer.status == DONE:
                     CASES.append((case, answer))

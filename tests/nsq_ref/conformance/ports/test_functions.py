@@ -234,7 +234,7 @@ def test_an_error_that_reads_as_a_refusal_says_where_it_is() -> None:
     """A bug in a port may raise what refuses: the report leads to its line."""
 
     def stumbles(x: Any, scheme: Scheme) -> Any:
-        return np.concatenate([x, x[0]])
+        return np.concatenate([x, x[..., 0]])
 
     report = check(encode=stumbles, scheme="naive4", dtypes=["float32"])
     what = report.schemes[0].diagnoses[0].findings[0].what

@@ -122,23 +122,3 @@ def reasons_of(
         if line is not None:
             found[id(case)] = line
     return found
-
-
-def require_used(
-    lines: Sequence[KnownLine], everything: Sequence[tuple[str, Sequence[Case]]]
-) -> None:
-    """Refuse a line that names no case of any scheme; ``everything`` are names and all cases.
-
-    Examples
-    --------
-    >>> require_used([KnownLine("mine:3", "", "encode/tie", "*", "why")], [("nsep4", [])])
-    Traceback (most recent call last):
-    ValueError: mine:3 names no case of nsep4: encode/tie/*
-    """
-    for line in lines:
-        if not any(line.names(name, case) for name, cases in everything for case in cases):
-            of = ", ".join(name for name, _ in everything)
-            scheme = f"{line.scheme}/" if line.scheme else ""
-            raise ValueError(
-                f"{line.where} names no case of {of}: {scheme}{line.family}/{line.members}"
-            )

@@ -349,6 +349,7 @@ MUTANTS = [
     # Caches
     caching("B1", tail="quantized"),
     caching("B1", tail="float32"),
+    caching("B1", tail="float16"),
     caching("B1", seal_late=True),
     caching("B1", block=1),
     caching("B1", "plain cache", growing=True),
@@ -412,7 +413,6 @@ UNKNOWN = [
     decoding("D1", decode="float16"),
     decoding("D1", decode="renormalised twice"),
     decoding("D1", length="hypot"),
-    caching("B1", tail="float16"),
 ]
 
 # Two mistakes at once: both are named, in whichever order.

@@ -64,7 +64,7 @@ def answers(draw: Any) -> tuple[Case, Answer]:
 
 
 @given(answers(), st.sampled_from([Latitudes(), Latitudes(1, 2, 2, True)]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_bits_are_judged_and_diagnosed(given_: Any, latitudes: Latitudes) -> None:
     """Every finding goes into a diagnosis, and none is an error of the kit."""
     case, answer = given_

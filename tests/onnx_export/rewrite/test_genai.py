@@ -240,6 +240,9 @@ def test_our_loop_runs_buffers_too(tmp_path: Path) -> None:
     for session in (buffers, tensors):
         session.crop(45)
     assert ours(buffers, [4, 5], 20) == ours(tensors, [4, 5], 20)
+    with pytest.raises(ValueError, match="is a buffer, whose bytes its operator alone knows"):
+        buffers.pretend(9)
+    assert ours(buffers, [6], 9) == ours(tensors, [6], 9)
     again = ours(fork, [1], 3)
     buffers.restore(tmp_path / "state")
     assert ours(buffers, [1], 3) == again

@@ -38,12 +38,13 @@ Text text_of(const int64_t* dims, int rank) {
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {
-  const int64_t a_bytes = a.byte_count(), b_bytes = b.byte_count();
-  if (a_bytes == 0 || b_bytes == 0) return false;
   const auto a_first = reinterpret_cast<uintptr_t>(a.data);
   const auto b_first = reinterpret_cast<uintptr_t>(b.data);
-  return a_first < b_first + static_cast<uintptr_t>(b_bytes) &&
-         b_first < a_first + static_cast<uintptr_t>(a_bytes);
+  // Mostly the lower one ends before the other begins: of that one the size is not asked for.
+  const auto lower_bytes =
+      static_cast<uintptr_t>(a_first < b_first ? a.byte_count() : b.byte_count());
+  const uintptr_t apart = a_first < b_first ? b_first - a_first : a_first - b_first;
+  return apart < lower_bytes && (a_first < b_first ? b : a).byte_count() > 0;
 }
 
 }  // namespace

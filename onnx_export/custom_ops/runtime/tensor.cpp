@@ -40,11 +40,8 @@ Text text_of(const int64_t* dims, int rank) {
 bool overlap(const Tensor& a, const Tensor& b) {
   const auto a_first = reinterpret_cast<uintptr_t>(a.data);
   const auto b_first = reinterpret_cast<uintptr_t>(b.data);
-  // Mostly the lower one ends before the other begins: of that one the size is not asked for.
-  const auto lower_bytes =
-      static_cast<uintptr_t>(a_first < b_first ? a.byte_count() : b.byte_count());
-  const uintptr_t apart = a_first < b_first ? b_first - a_first : a_first - b_first;
-  return apart < lower_bytes && (a_first < b_first ? b : a).byte_count() > 0;
+  return a.bytes > 0 && b.bytes > 0 && a_first < b_first + static_cast<uintptr_t>(b.bytes) &&
+         b_first < a_first + static_cast<uintptr_t>(a.bytes);
 }
 
 }  // namespace

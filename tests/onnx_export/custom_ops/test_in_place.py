@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ LEAST = 1 << 20  # bytes: less than any of the large tensors has, and more than 
 
 def grown(call: Callable[[], object]) -> int:
     """Return by how many bytes this process was larger at most, in memory, than before the call."""
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be taken, and not seen
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets what it was at most
     before = resident("VmRSS")
     call()

@@ -81,6 +81,7 @@ benchmark: $(VENV)/benchmark.done
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.conformance
 	$(BIN)/python -m benchmarks.transformers
+	$(BIN)/python -m benchmarks.genai
 
 # An environment of each extra alone, and where people run it, which need not be like here.
 extras places:

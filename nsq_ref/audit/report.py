@@ -19,7 +19,7 @@ from nsq_ref.audit.policy import CONTEXT, FLOAT_BITS, LIMIT, Choice, Policy, cho
 from nsq_ref.audit.sinks import Sink, leading_sinks, sinks_of
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
-__all__ = ["DEFINITIONS", "SCHEMES", "Audit", "LayerAudit", "audit", "audit_layers"]
+__all__ = ["DEFINITIONS", "SCHEMES", "Audit", "LayerAudit", "audit", "audit_layers", "summary"]
 
 SCHEMES = ("naive4", "pchan4", "nsep+pchan4", "streaming4", "streaming3", "streaming2")
 """What is predicted and measured; the first is that of the paper's failure modes."""
@@ -176,12 +176,17 @@ class Audit:
             return [f"every layer: {default}, the default; all of it is {within}"]
         same = sum(one == policy.default for one in policy.layers.values())
         sentences = [f"{same} of {len(self.layers)} layers: {default}, the default; {within}"]
-        for layer, why in policy.reasons.items():
-            schemes = policy.layers[layer]
+        groups: dict[KeyValueSchemes | None, list[int]] = {}
+        for number in policy.reasons:
+            groups.setdefault(policy.layers[number], []).append(number)
+        for schemes, numbers in groups.items():
             chosen = "floating point"
             if schemes is not None:
                 chosen = f"keys {scheme_text(schemes.key)}, values {scheme_text(schemes.value)}"
-            sentences.append(f"layer {layer}: {chosen}; {'; '.join(why)}")
+            plural = "s" * (len(numbers) > 1)
+            why = "; ".join(policy.reasons[numbers[0]])
+            such = f"layer {numbers[0]}: " * (len(numbers) > 1)
+            sentences.append(f"layer{plural} {_runs(numbers)}: {chosen}; {such}{why}")
         return sentences
 
     def judged(self, side: str, name: str) -> list[float]:
@@ -329,6 +334,28 @@ def audit_layers(
     )
 
 
+def summary(found: Audit) -> str:
+    """Return one line that says what was audited.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.ones((2, 1, 3, 9, 4), np.float32)
+    >>> summary(audit(x, x, schemes=["naive4"]))
+    '2 layers of 3 heads, 9 tokens of 4 channels; without queries'
+    """
+    shapes = {layer.shape[1:4] for layer in found.layers}
+    count = len(found.layers)
+    layers = f"{count} layer{'s' * (count > 1)}"
+    if len(shapes) == 1:
+        heads, tokens, channels = shapes.pop()
+        layers += f" of {heads} head{'s' * (heads > 1)}, {tokens} tokens of {channels} channels"
+    else:
+        layers += f" of {len(shapes)} shapes"
+    weighed = "errors weighted by the model's own queries" if found.queries else "without queries"
+    return f"{layers}; {weighed}"
+
+
 def _audited(
     layer: Layer, schemes: dict[str, Scheme], default: KeyValueSchemes, limit: float
 ) -> LayerAudit:
@@ -345,6 +372,17 @@ def _audited(
         side_figures(layer.keys), side_figures(layer.values), tuple(sinks),
         key, value, *choices,
     )  # fmt: skip
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Write ascending numbers, neighbours as a range."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in runs)
 
 
 def _policy(layers: Sequence[LayerAudit], default: KeyValueSchemes) -> Policy:

@@ -126,7 +126,7 @@ def _of_gguf(path: Path, text: str, tokens: int, progress: Progress | None) -> C
     empty = np.zeros((1, config.kv_heads, 0, config.head_dim), np.float32)
     feeds = {name.replace("present", "past_key_values"): empty for name in caches}
     feeds |= {"input_ids": ids[None], "num_logits": np.array(0, np.int64)}
-    found = _run(proto, built.parent, feeds, caches, queries)
+    found = _run(proto, built, feeds, caches, queries)
     shape = 1, config.heads, len(ids), config.head_dim
     unscaled = np.float32(config.head_dim**0.5)  # the graph scales queries before it names them
     layers = [
@@ -176,7 +176,7 @@ def _of_onnx(path: Path, text: str, tokens: int) -> Captured:
     tables = {one.name: one for one in proto.graph.initializer}
     why = next((fault for one in found if (fault := _no_queries(one, tables))), "")
     asked = [] if why else [str(one.query.value.name) for one in found]
-    values = _run(proto, path.parent, feeds, presents, asked)
+    values = _run(proto, path, feeds, presents, asked)
     layers = []
     for one in sorted(found, key=lambda one: numbers[one]):
         keys, cached = (
@@ -279,7 +279,7 @@ def _ids(tokenizer: Any, text: str, most: int) -> tuple[NDArray[np.int64], int]:
 
 def _run(
     proto: onnx.ModelProto,
-    folder: Path,
+    path: Path,
     feeds: Mapping[str, Array],
     outputs: list[str],
     hidden: list[str],
@@ -291,7 +291,7 @@ def _run(
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
-    options.add_session_config_entry(EXTERNAL, str(folder.absolute()))
+    options.add_session_config_entry(EXTERNAL, str(path.parent.absolute()))
     try:
         session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -299,4 +299,4 @@ def _run(
         wanted = [*outputs, *hidden]
         return dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
     except FAULTS as error:
-        raise ValueError(f"{folder}: ONNX Runtime does not run the model: {said(error)}") from error
+        raise ValueError(f"{path}: ONNX Runtime does not run it: {said(error)}") from error

@@ -127,7 +127,9 @@ def round_trip(x: Float32, scheme: Scheme) -> tuple[Float32, Scheme]:
     try:
         return dequantize(quantize(x, scheme)), scheme
     except RangeError:
-        wide = replace(scheme, scale_dtype="float32", norm_dtype="float32")
+        wide = replace(scheme, scale_dtype="float32")
+        if scheme.separate_norm:
+            wide = replace(wide, norm_dtype="float32")
         return dequantize(quantize(x, wide)), wide
 
 
@@ -137,7 +139,7 @@ def predicted_error(x: Float32, scheme: Scheme, moment: Float64) -> Float64:
 
     What is smaller than half a step rounds to zero, and is lost as it is; what a range that was
     searched for leaves out is clipped. All else errs as if uniformly over a step, and independently
-    (E6 of the bounds).
+    (E6 of the bounds). Of a token with a norm or a gain of its own, the error along it is mended.
 
     Parameters
     ----------
@@ -164,12 +166,18 @@ def predicted_error(x: Float32, scheme: Scheme, moment: Float64) -> Float64:
     if scheme.outlier_channels:
         raise ValueError(f"{scheme} has outlier channels, of which nothing is predicted")
     tokens, total = x.shape[2], np.zeros(x.shape[1])
-    uniform = np.diagonal(moment, axis1=1, axis2=2)
     for block in _blocks(x, scheme):
         factor = token_norms(block)[..., None] if scheme.separate_norm else np.ones(1)
-        known, variance = _expected(block / np.where(factor == 0, 1, factor), scheme)
-        known, variance = known * factor, (variance * np.square(factor)).sum(axis=2)
-        total += (variance * uniform).sum(axis=(0, 2)) + _sum_of_squares(known, moment)
+        direction = block / np.where(factor == 0, 1, factor)
+        known, variance = _expected(direction, scheme)
+        weights = np.diagonal(moment, axis1=1, axis2=2)[:, None]
+        if scheme.separate_norm:  # the token's factor mends what is along it
+            known = known - (known * direction).sum(axis=-1, keepdims=True) * direction
+            seen = direction @ moment
+            along = (seen * direction).sum(axis=-1, keepdims=True)
+            weights = weights - 2 * direction * seen + np.square(direction) * along
+        total += (variance * np.square(factor) * weights).sum(axis=(0, 2, 3))
+        total += _sum_of_squares(known * factor, moment)
     error: Float64 = np.sqrt(np.maximum(total, 0) / (len(x) * tokens))
     return error
 
@@ -231,7 +239,7 @@ class Losses:
     def __init__(
         self, layer: Layer, side: Side, attention: SampledAttention | None = None
     ) -> None:
-        self._side, self._attention = side, attention
+        self._side, self._number, self._attention = side, layer.number, attention
         self._x = layer.keys if side == "key" else layer.values
         self._moment = second_moment(layer, side)
         self._spread = _spread(self._x.astype(np.float64), self._moment)
@@ -245,7 +253,13 @@ class Losses:
 
     @in_default_environment
     def _measured(self, scheme: Scheme) -> SideLoss:
-        x_hat, used = round_trip(self._x, scheme)
+        try:
+            x_hat, used = round_trip(self._x, scheme)
+        except RangeError as error:  # float32 does not hold it either
+            raise RangeError(
+                f"{self._side}s of layer {self._number}: {error}",
+                error.part, error.index, error.fault,
+            ) from None  # fmt: skip
         measured = _root_mean(x_hat.astype(np.float64) - self._x, self._moment)
         relative = np.where(measured == 0, 0.0, measured / self._spread)
         predicted = predicted_error(self._x, scheme, self._moment)

@@ -13,7 +13,6 @@ import numpy as np
 from nsq_ref.audit.figures import SideFigures
 from nsq_ref.audit.findings import THRESHOLDS
 from nsq_ref.audit.pictures import HeatMap, heat_map, line_chart
-from nsq_ref.audit.policy import LIMIT
 from nsq_ref.audit.report import DEFINITIONS, Audit, LayerAudit, summary
 from nsq_ref.dtypes import Float64
 
@@ -42,7 +41,7 @@ def html_page(found: Audit, title: str = "keys and values") -> str:
     >>> x = np.random.default_rng(0).standard_normal((2, 1, 3, 40, 8)).astype(np.float32)
     >>> page = html_page(audit(x, x, schemes=["naive4"]), "random")
     >>> page.count("<figure"), "http" in page
-    (9, False)
+    (10, False)
     """
     layers = [layer.number for layer in found.layers]
     parts = {
@@ -109,24 +108,20 @@ def _main(found: Audit, layers: Sequence[int]) -> str:
         for side in ("key", "value")
     ]
     names = list(found.layers[0].key_losses)
-    lines = {
-        name: (
-            [_dict(layer, name, "measured") for layer in found.layers],
-            [_dict(layer, name, "predicted") for layer in found.layers],
-        )
+    errors = {
+        name: (_errors(found, name, "measured"), _errors(found, name, "predicted"))
         for name in names
     }
-    figures.append(
-        line_chart(
-            "logits", "error of the logits: lines measured, circles predicted", layers, lines,
-            "root mean square",
-        )
-    )  # fmt: skip
+    title = "error of the logits: lines measured, circles predicted"
+    figures.append(line_chart("logits", title, layers, errors))
+    losses = {name: (found.judged("key", name), []) for name in names}
+    title = "what each layer loses of its keys; across, the limit"
+    figures.append(line_chart("judged", title, layers, losses, found.limit))
     return "".join(figures)
 
 
-def _dict(layer: LayerAudit, name: str, figure: str) -> float:
-    return float(layer.key_losses[name].to_dict()[figure])
+def _errors(found: Audit, name: str, figure: str) -> list[float]:
+    return [float(layer.key_losses[name].to_dict()[figure]) for layer in found.layers]
 
 
 def _channels(found: Audit, layers: Sequence[int]) -> str:
@@ -216,21 +211,24 @@ def _judged(found: Audit) -> str:
 
 
 def _losses(found: Audit) -> str:
+    return "".join(_table(found, side) for side in ("key", "value"))
+
+
+def _table(found: Audit, side: str) -> str:
     names = list(found.layers[0].key_losses)
-    heads = [f"{side} {name}" for side in ("K", "V") for name in names]
-    rows = []
-    for layer in found.layers:
-        cells = [
-            _cell(losses[name].judged, found.limit)
-            for losses in (layer.key_losses, layer.value_losses)
-            for name in names
-        ]
-        rows.append(f"<tr><td>{layer.number}</td>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["layer", *heads])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    columns = [found.judged(side, name) for name in names]
+    rows = "".join(
+        f"<tr><td>{layer.number}</td>{''.join(_cell(loss, found.limit) for loss in losses)}</tr>"
+        for layer, losses in zip(found.layers, zip(*columns, strict=True), strict=True)
+    )
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in [f"{side}s", *names])
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
 
 
-def _cell(loss: float, limit: float = LIMIT) -> str:
+def _cell(loss: float, limit: float) -> str:
     over = ' class="over"' if loss > limit else ""
     return f"<td{over}>{loss:.1%}</td>"
 

@@ -155,7 +155,7 @@ def heat_map(name: str, one: HeatMap) -> str:
     where = ""
     if len(at):
         where = f", layer {one.layers[at[0][0]]}, {_column(int(at[0][1]), one)}"
-    said = f"{one.title}: at most {_number(float(most))}{where}"
+    said = f"{one.title}, at most {_number(float(most))}{where}"
     data = {
         "values": [[_short(value) for value in row] for row in one.values.tolist()],
         "layers": list(one.layers), "group": one.group,
@@ -175,17 +175,20 @@ def line_chart(
     title: str,
     layers: Sequence[int],
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    ylabel: str,
+    limit: float | None = None,
 ) -> str:
     """Return a figure of HTML with a line for each scheme, measured, and marks where predicted.
 
+    A limit is a line across.
+
     Examples
     --------
-    >>> figure = line_chart("error", "error", [0, 1], {"naive4": ([1.0, 2.0], [1.1, 2.0])}, "rms")
+    >>> figure = line_chart("error", "error", [0, 1], {"naive4": ([1.0, 2.0], [1.1, 2.0])})
     >>> figure.count("<polyline"), figure.count('<circle class="predicted"')
     (1, 2)
     """
     positive = [v for pair in lines.values() for side in pair for v in side if v > 0]
+    positive += [] if limit is None else [limit]
     low, high = (min(positive), max(positive)) if positive else (0.5, 1.0)
     low, high = low / 1.2, max(high * 1.2, low * 1.5)
     height, right = 260.0, 120
@@ -205,6 +208,8 @@ def line_chart(
         parts.append(_text(LEFT - 6, y + 4, _number(tick), "end"))
     for row in range(0, len(layers), _step(len(layers), width / 30)):
         parts.append(_text(x_of(row), TOP + height + 14, layers[row], "middle"))
+    if limit is not None:
+        parts.append(f'<path class="limit" d="M{LEFT} {y_of(limit):.1f}h{width}"/>')
     ends = []
     for index, (scheme, (measured, predicted)) in enumerate(lines.items()):
         color, dash = LINES[index % len(LINES)], DASHES[index % len(DASHES)]
@@ -234,7 +239,7 @@ def line_chart(
     return (
         f'<figure class="chart" id="{name}"><figcaption>{html.escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {LEFT + WIDTH + 10} {TOP + height + 36:.0f}" role="img" '
-        f'aria-label="{html.escape(title)}: {html.escape(ylabel)}">{frame}{"".join(parts)}</svg>'
+        f'aria-label="{html.escape(title)}">{frame}{"".join(parts)}</svg>'
         "</figure>"
     )
 

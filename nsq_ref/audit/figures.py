@@ -125,7 +125,7 @@ def side_figures(x: Float32) -> SideFigures:
     )  # fmt: skip
 
 
-def token_norms(x: Float32) -> Float64:
+def token_norms(x: Array) -> Float64:
     """Return the norm of every token, float64, the last axis left out.
 
     Examples

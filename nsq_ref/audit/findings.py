@@ -93,7 +93,11 @@ def in_words(findings: Sequence[Finding], sinks: Sequence[Sink]) -> list[str]:
         where = f"layer {most.layer}, head {most.head}"
         if most.channel is not None:
             where += f", channel {most.channel}"
-        figure = "no variation" if most.figure >= 1e6 else f"{most.figure:.{2 if most.figure < 1 else 1}f}"
+        figure = (
+            "no variation"
+            if most.figure >= 1e6
+            else f"{most.figure:.{2 if most.figure < 1 else 1}f}"
+        )
         sentences.append(
             f"{kind} of {side}s: {heads}, at most {figure} ({where}); {MEANINGS[kind]}"
         )

@@ -81,8 +81,8 @@ def failure_modes(ratio: float, losses: Sequence[float], limit: float) -> list[M
     ...     print(mode.number, mode.holds, mode.words)
     1 True holds: the ratio is 17.2, and naive4 loses 90% of this layer, 10% of a usual one
     2 False does not hold: it is for ratios below 10
-    >>> failure_modes(18.0, [0.1, 0.1], 0.25)[0].words
-    'the ratio of 18.0 says so, the loss does not: naive4 loses 10% of this layer, 10% of a usual one'
+    >>> failure_modes(18.0, [0.1], 0.25)[0].words
+    'the ratio of 18.0 says so, the loss does not: naive4 loses 10% of this layer'
     """
     first, others = losses[0], losses[1:]
     usual = float(np.median(others)) if len(others) else 0.0

@@ -12,7 +12,7 @@ import numpy as np
 
 from nsq_ref.audit.figures import SideFigures
 from nsq_ref.audit.findings import THRESHOLDS
-from nsq_ref.audit.pictures import HeatMap, heat_map, line_chart
+from nsq_ref.audit.pictures import HeatMap, Lines, heat_map, line_chart
 from nsq_ref.audit.report import DEFINITIONS, Audit, LayerAudit, summary
 from nsq_ref.dtypes import Float64
 
@@ -79,11 +79,12 @@ def _advice(found: Audit) -> str:
 
 def _figures(found: Audit) -> str:
     policy = found.policy
+    greatest = max(one.key.outlier_ratio.max() for one in found.layers)
     shown = {
         "bits an element": f"{policy.bits_per_element:.2f}",
         "of float16": f"{policy.nbytes / policy.float16_nbytes:.1%}",
         "K outlier ratio, first layer": f"{found.layer_0_ratio:.1f}",
-        "K outlier ratio, greatest": f"{max(one.key.outlier_ratio.max() for one in found.layers):.1f}",
+        "K outlier ratio, greatest": f"{greatest:.1f}",
         "naive4 loses of keys, median layer": f"{np.median(found.judged('key', 'naive4')):.1%}",
         "as recommended": _worst(found),
     }
@@ -108,13 +109,13 @@ def _main(found: Audit, layers: Sequence[int]) -> str:
         for side in ("key", "value")
     ]
     names = list(found.layers[0].key_losses)
-    errors = {
+    errors: Lines = {
         name: (_errors(found, name, "measured"), _errors(found, name, "predicted"))
         for name in names
     }
     title = "error of the logits: lines measured, circles predicted"
     figures.append(line_chart("logits", title, layers, errors))
-    losses = {name: (found.judged("key", name), []) for name in names}
+    losses: Lines = {name: (found.judged("key", name), []) for name in names}
     title = "what each layer loses of its keys; across, the limit"
     figures.append(line_chart("judged", title, layers, losses, found.limit))
     return "".join(figures)

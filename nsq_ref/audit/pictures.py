@@ -10,12 +10,13 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from nsq_ref.dtypes import Array, Float64
 
-__all__ = ["HeatMap", "heat_map", "line_chart", "png"]
+__all__ = ["HeatMap", "Lines", "heat_map", "line_chart", "png"]
 
 # cividis, which can be told without red and green, at 17 places.
 COLORS = (
@@ -25,6 +26,9 @@ COLORS = (
 # Okabe and Ito's; the first is that of the text.
 LINES = ("currentColor", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 DASHES = ("", "9 3", "2 3", "9 3 2 3", "14 4", "5 5", "1 5")
+Lines: TypeAlias = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Of each scheme what was measured in each layer, and what was predicted; or nothing."""
+
 WIDTH, LEFT, TOP = 640, 44, 8
 MISSING = 255  # the colour of what there is not: transparent
 
@@ -40,16 +44,17 @@ def palette() -> Array:
     anchors = np.array([list(bytes.fromhex(one)) for one in COLORS.split()], np.float64)
     at = np.linspace(0, len(anchors) - 1, MISSING)
     columns = [np.interp(at, np.arange(len(anchors)), column) for column in anchors.T]
-    return np.stack(columns, axis=1).round().astype(np.uint8)
+    colors: Array = np.stack(columns, axis=1).round().astype(np.uint8)
+    return colors
 
 
 def png(levels: Array) -> bytes:
-    """Return a PNG of levels, uint8 ``[rows, columns]``: 0 to 254 of the palette, 255 for nothing.
+    r"""Return a PNG of levels, uint8 ``[rows, columns]``: 0 to 254 of the palette, 255 for nothing.
 
     Examples
     --------
     >>> png(np.zeros((2, 3), np.uint8))[:8]
-    b'\\x89PNG\\r\\n\\x1a\\n'
+    b'\x89PNG\r\n\x1a\n'
     """
     rows, columns = levels.shape
     lines = np.zeros((rows, columns + 1), np.uint8)  # each begins with its filter, none
@@ -174,7 +179,7 @@ def line_chart(
     name: str,
     title: str,
     layers: Sequence[int],
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Lines,
     limit: float | None = None,
 ) -> str:
     """Return a figure of HTML with a line for each scheme, measured, and marks where predicted.
@@ -227,12 +232,13 @@ def line_chart(
             for i, v in enumerate(side)
         ]  # fmt: skip
         ends.append((y_of(measured[-1]), scheme, color, dash))
-    at = TOP
+    at = float(TOP)
     for y, scheme, color, dash in sorted(ends):
         at = max(y, at + 15)
         parts.append(
             f'<path class="key" style="stroke:{color}" stroke-dasharray="{dash}" '
-            f'd="M{LEFT + width + 4} {at:.1f}h22"/>' + _text(LEFT + width + 30, at + 4, scheme, "start")
+            f'd="M{LEFT + width + 4} {at:.1f}h22"/>'
+            + _text(LEFT + width + 30, at + 4, scheme, "start")
         )
     parts.append(_text(LEFT + width / 2, TOP + height + 30, "layer", "middle"))
     frame = f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width}" height="{height:.0f}"/>'

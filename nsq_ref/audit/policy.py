@@ -6,7 +6,7 @@
 3. Where float16 does not hold a norm or a scale of the layer, norms and scales are float32.
 4. Where what the scheme loses by a round trip on the layer is more than the limit, it gets the next
    width of 3, 4 and 8 bits. What is judged is the error of the attention's output for real queries,
-   this side alone; without queries, the error over what tells tokens apart.
+   this side alone; without queries, the error over what tells tokens apart, every channel alike.
 5. Where 8 bits are not within the limit either, the layer stays in floating point, both sides of
    it.
 """
@@ -72,12 +72,12 @@ def choose(default: Scheme, sinks: int, limit: float, measure: Measure) -> Choic
     >>> choose(Scheme.named("streaming2"), 1, 0.25, measure).reasons
     ('streaming2 loses 40.0%, streaming3 26.7%; more than 25%',)
     """
-    reasons = []
+    reasons: list[str] = []
     start = default
     if min(sinks, MOST_SINKS) > default.sink_tokens:
         start = replace(default, sink_tokens=min(sinks, MOST_SINKS))
         reasons.append(f"the first {sinks} tokens stand out: {start.sink_tokens} stay as they are")
-    refused = []
+    refused: list[str] = []
     for scheme in _wider(start):
         loss = measure(scheme)
         if loss.judged <= limit:
@@ -115,7 +115,9 @@ def scheme_text(scheme: Scheme) -> str:
     for name in scheme_names():
         values = Scheme.named(name).to_dict()
         differences[name] = {k: v for k, v in fields.items() if v != values[k]}
-    nearest = min(differences, key=lambda name: (len(differences[name]), "bits" in differences[name]))
+    nearest = min(
+        differences, key=lambda name: (len(differences[name]), "bits" in differences[name])
+    )
     return " ".join([nearest, *(f"{k}={v}" for k, v in differences[nearest].items())])
 
 

@@ -24,6 +24,11 @@ from onnx_export.models.config import read_config
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.json_tokenizer import TOKENIZER, read_tokenizer
 from onnx_export.models.tokenizer import Tokenizer
+from onnx_export.rewrite import files
+from onnx_export.rewrite.found import Found
+from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.patterns import PATTERNS
+from onnx_export.rewrite.survey import layer_numbers, survey
 from onnx_export.running.model import FAULTS, said
 
 with extra("onnx", __name__):
@@ -101,7 +106,7 @@ def captured(
     >>> from onnx_export.models.tiny import tiny_gguf
     >>> found = captured(tiny_gguf(tempfile.mkdtemp()), "A text of some tokens, which are bytes.")
     >>> found.tokens, found.layers[1].keys.shape, found.layers[1].queries.shape
-    (38, (1, 2, 38, 8), (1, 4, 38, 8))
+    (39, (1, 2, 39, 8), (1, 4, 39, 8))
     """
     tokens = as_integer("tokens", tokens, least=LEAST_TOKENS)
     path = Path(model)
@@ -124,7 +129,7 @@ def _of_gguf(path: Path, text: str, tokens: int, progress: Progress | None) -> C
     caches = [f"present.{i}.{side}" for i in numbers for side in ("key", "value")]
     queries = [f"blk.{i}.query" for i in numbers]
     empty = np.zeros((1, config.kv_heads, 0, config.head_dim), np.float32)
-    feeds = {name.replace("present", "past_key_values"): empty for name in caches}
+    feeds: dict[str, Array] = {name.replace("present", "past_key_values"): empty for name in caches}
     feeds |= {"input_ids": ids[None], "num_logits": np.array(0, np.int64)}
     found = _run(proto, built, feeds, caches, queries)
     shape = 1, config.heads, len(ids), config.head_dim
@@ -138,13 +143,6 @@ def _of_gguf(path: Path, text: str, tokens: int, progress: Progress | None) -> C
 
 
 def _of_onnx(path: Path, text: str, tokens: int) -> Captured:
-    with extra("rewrite", __name__):
-        from onnx_export.rewrite import files
-        from onnx_export.rewrite.found import Found
-        from onnx_export.rewrite.graph import Graph
-        from onnx_export.rewrite.patterns import PATTERNS
-        from onnx_export.rewrite.survey import layer_numbers, survey
-
     tokenizer = path.parent / TOKENIZER
     if not tokenizer.is_file():
         raise ValueError(f"{path} has no {TOKENIZER} beside it; put that of its model there")
@@ -188,7 +186,7 @@ def _of_onnx(path: Path, text: str, tokens: int) -> Captured:
     return Captured(tuple(layers), len(ids), length, why)
 
 
-def _no_queries(found: Any, tables: Mapping[str, onnx.TensorProto]) -> str:
+def _no_queries(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:
     """Return why queries as they meet the keys are not had; empty where they are."""
     if found.query_norm is not None or found.projection_bias is not None:
         return "queries are normalized, or get a bias, within the attention"
@@ -199,17 +197,17 @@ def _no_queries(found: Any, tables: Mapping[str, onnx.TensorProto]) -> str:
 
 
 def _queries(
-    found: Any, values: Mapping[str, Array], tables: Mapping[str, onnx.TensorProto], folder: Path
+    found: Found, values: Mapping[str, Array], tables: Mapping[str, onnx.TensorProto], folder: Path
 ) -> NDArray[np.float32]:
     """Return queries as they meet the keys, rotated if the attention does it."""
-    given, width = values[found.query.value.name], found.heads * found.head_dim
+    given, width = values[str(found.query.value.name)], found.heads * found.head_dim
     if found.key is None:  # packed, the queries first
         given = given[..., :width]
     queries = _heads(given, found.query.layout, found.heads)
     if found.rotary is None:
         return queries
     cosine, sine = (
-        onnx.numpy_helper.to_array(tables[one.name], str(folder))[: queries.shape[2]]
+        onnx.numpy_helper.to_array(tables[str(one.name)], str(folder))[: queries.shape[2]]
         for one in (found.rotary.cos, found.rotary.sin)
     )
     return _rotated(queries, cosine, sine, found.rotary.interleaved)
@@ -224,7 +222,7 @@ def _rotated(
     if not interleaved:
         parts = (slice(0, half), slice(half, 2 * half))
     first, second = (x[..., part] for part in parts)
-    turned = x.copy()
+    turned: NDArray[np.float32] = x.copy()
     turned[..., parts[0]] = first * cosine - second * sine
     turned[..., parts[1]] = second * cosine + first * sine
     return turned
@@ -235,7 +233,8 @@ def _heads(array: Array, layout: str, heads: int) -> NDArray[np.float32]:
     if layout == "BSH":
         array, layout = array.reshape(*array.shape[:2], heads, -1), "BSND"
     order = [layout.index(axis) for axis in "BNSD"]
-    return np.ascontiguousarray(array.transpose(order), np.float32)
+    moved: NDArray[np.float32] = np.ascontiguousarray(array.transpose(order), np.float32)
+    return moved
 
 
 def _feeds(path: Path, proto: onnx.ModelProto, ids: NDArray[np.int64]) -> dict[str, Array]:

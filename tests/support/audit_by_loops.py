@@ -44,7 +44,9 @@ def logit_error(x: Any, x_hat: Any, queries: Any, scale: float) -> list[float]:
     group = len(queries[0]) // len(x[0])
     for head in range(len(x[0])):
         squares: list[float] = []
-        every = [q for row in queries for one in row[head * group : (head + 1) * group] for q in one]
+        every = [
+            q for row in queries for one in row[head * group : (head + 1) * group] for q in one
+        ]
         for before, after in zip(x, x_hat, strict=True):
             for token, restored in zip(before[head], after[head], strict=True):
                 error = [float(a) - float(b) for a, b in zip(restored, token, strict=True)]
@@ -67,14 +69,18 @@ def attention_output_error(
             outputs = []
             for known in (keys[of], keys_hat[of]):
                 logits = [
-                    scale * math.fsum(float(a) * float(b) for a, b in zip(own[position], key, strict=True))
+                    scale
+                    * math.fsum(
+                        float(a) * float(b) for a, b in zip(own[position], key, strict=True)
+                    )
                     for key in known[: position + 1]
                 ]
                 weights = [math.exp(logit - max(logits)) for logit in logits]
                 total = math.fsum(weights)
                 outputs.append(
                     [
-                        math.fsum(w * float(v) for w, v in zip(weights, channel, strict=True)) / total
+                        math.fsum(w * float(v) for w, v in zip(weights, channel, strict=True))
+                        / total
                         for channel in zip(*values[of][: position + 1], strict=True)
                     ]
                 )

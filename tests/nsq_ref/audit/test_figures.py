@@ -57,15 +57,17 @@ def test_an_outlier_channel(place: tuple[int, int, int, int], side: str, times: 
 
 @settings(max_examples=15)
 @given(PLACES, st.sampled_from(["key", "value"]), st.floats(12, 1e3), st.sampled_from([-1, 1]))
-def test_a_bias(
-    place: tuple[int, int, int, int], side: str, deviations: float, sign: int
-) -> None:
+def test_a_bias(place: tuple[int, int, int, int], side: str, deviations: float, sign: int) -> None:
     layer, head, channel, seed = place
     sides = dict(zip(("key", "value"), plain(seed), strict=True))
     one = sides[side][layer, 0, head, :, channel].astype(np.float64)
     one = (one - one.mean()) / one.std() + sign * deviations
     sides[side][layer, 0, head, :, channel] = one
-    biases = [one for one in found(**{f"{k}s": v for k, v in sides.items()}).findings if one.kind == "bias"]
+    biases = [
+        one
+        for one in found(**{f"{k}s": v for k, v in sides.items()}).findings
+        if one.kind == "bias"
+    ]
     assert [one[1:5] for one in biases] == [(side, layer, head, channel)]
     assert biases[0].figure == pytest.approx(deviations, rel=1e-3)
 
@@ -141,7 +143,9 @@ def test_scale_and_the_order_of_heads_do_not_matter(
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2), st.integers(2, 7), st.integers(1, 5))
 def test_figures_are_those_of_plain_loops(seed: int, batch: int, tokens: int, width: int) -> None:
     random = np.random.default_rng(seed)
-    x = (random.standard_normal((batch, 2, tokens, width)) + random.integers(-3, 4)).astype(np.float32)
+    x = (random.standard_normal((batch, 2, tokens, width)) + random.integers(-3, 4)).astype(
+        np.float32
+    )
     figures = side_figures(x)
     for head, expected in enumerate(audit_by_loops.side(x.tolist())):
         of_head = {name: getattr(figures, name)[head] for name in FIELDS}

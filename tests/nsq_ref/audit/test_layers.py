@@ -92,7 +92,11 @@ def test_refused(arrays: dict[str, Any], message: str) -> None:
         ({"keys": "abc"}, TypeError, "keys has dtype"),
         ({"keys": np.ones((1, 2, 6, 4), np.int32)}, TypeError, "keys has dtype int32"),
         ({"keys": [ONE, ONE]}, ValueError, "there are keys of layer 1, but no values"),
-        ({"queries": np.full((1, 1, 2, 6, 4), np.nan)}, ValueError, r"queries\[0, 0, 0, 0, 0\] is nan"),
+        (
+            {"queries": np.full((1, 1, 2, 6, 4), np.nan)},
+            ValueError,
+            r"queries\[0, 0, 0, 0, 0\] is nan",
+        ),
         ({"schemes": ["naive5"]}, ValueError, "naive5"),
         ({"schemes": ["outlier4"]}, ValueError, "outlier4 has outlier channels"),
         ({"default": "naive4"}, ValueError, "default of keys has no block size"),

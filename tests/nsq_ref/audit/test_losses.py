@@ -86,7 +86,9 @@ def test_the_loss_of_a_layer_does_not_depend_on_its_scale() -> None:
     second = audit(x * 8, x * 8, schemes=SCHEMES)
     for name in SCHEMES:
         for side in ("key", "value"):
-            np.testing.assert_allclose(first.judged(side, name), second.judged(side, name), rtol=0.02)
+            np.testing.assert_allclose(
+                first.judged(side, name), second.judged(side, name), rtol=0.02
+            )
 
 
 def test_what_is_exact_loses_nothing() -> None:

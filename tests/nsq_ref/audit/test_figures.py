@@ -85,6 +85,14 @@ def test_a_sink_by_its_norm(layer: int, token: int, seed: int, times: float, sid
     assert sinks[0].figure == pytest.approx(times, rel=0.5)
 
 
+def test_a_token_that_stands_out_in_few_heads_is_no_sink() -> None:
+    keys, values = plain(2)
+    keys[1, :, :2, 7] *= 0.05  # of two heads of four
+    assert found(keys, values).sinks == ()
+    keys[1, :, 2, 7] *= 0.05
+    assert [sink[:2] for sink in found(keys, values).sinks] == [(1, 7)]
+
+
 def test_a_sink_by_its_attention() -> None:
     keys, values = plain(3)
     queries = np.repeat(keys[::-1], 2, axis=2)

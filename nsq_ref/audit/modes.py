@@ -20,8 +20,8 @@ STANDS_OUT = 2.0  # times the median of the other layers
 CAVEATS = {
     1: (
         "The ratio of 15 rests on one model, Qwen2-7B at 17.2. GPT-J has 18.2 in layer 1 and loses "
-        "next to nothing; values had 39.6 (Gemma 4 31B) without harm. What counts is the loss, not the "
-        "ratio. Schemes with one scale a channel do not have this failure."
+        "next to nothing; values had 39.6 (Gemma 4 31B) without harm. What counts is the loss, not "
+        "the ratio. Schemes with one scale a channel do not have this failure."
     ),
     2: (
         "The paper explains it by norms that fit poorly into scales of a token. That is no "

@@ -9,6 +9,7 @@ import re
 import zlib
 
 import numpy as np
+import pytest
 
 from nsq_ref.audit import Audit, audit, html_page
 from nsq_ref.audit.pictures import HeatMap, heat_map, palette, png
@@ -67,7 +68,7 @@ def test_maps_hold_the_figures() -> None:
     assert maps[2]["group"] == 8
 
 
-def test_layers_of_several_shapes_and_many_channels() -> None:
+def test_layers_of_several_shapes() -> None:
     random = np.random.default_rng(1)
     shapes = [(1, 2, 20, 8), (1, 3, 30, 16)]
     layers = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -75,12 +76,18 @@ def test_layers_of_several_shapes_and_many_channels() -> None:
     maps = [json.loads(one) for one in Elements(html_page(found)).data if one.startswith("{")]
     assert [value is None for value in maps[0]["values"][0]] == [False, False, True]
     assert len(maps[2]["values"][0]) == 3 * 16
-    wide = np.ones((140, 1, 2, 2, 512), np.float32)
-    wide[77, ..., 500] = 9
-    page = html_page(audit(wide, wide, schemes=["naive4"]))
-    assert len(page) < 4_000_000
-    peaks = next(json.loads(one) for one in Elements(page).data if '"group":256' in one)["values"]
-    assert int(np.argmax(peaks[77])) == 250  # of two neighbours the greater
+
+
+def test_neighbours_of_many_channels_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = np.ones((5, 1, 2, 2, 64), np.float32)
+    wide[3, 0, 1, :, 50] = 9
+    found = audit(wide, wide, schemes=["naive4"])
+    for most, channel in ((640, 64 + 50), (639, 32 + 25), (320, 32 + 25), (161, 16 + 12)):
+        monkeypatch.setattr("nsq_ref.audit.page.MOST_CELLS", most)
+        data = [json.loads(one) for one in Elements(html_page(found)).data if one.startswith("{")]
+        peaks = np.array(data[2]["values"])
+        assert peaks.size <= most
+        assert np.unravel_index(peaks.argmax(), peaks.shape) == (3, channel)
 
 
 def decoded(data: bytes) -> tuple[Array, Array]:

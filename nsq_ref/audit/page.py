@@ -82,7 +82,7 @@ def _figures(found: Audit) -> str:
     greatest = max(one.key.outlier_ratio.max() for one in found.layers)
     shown = {
         "bits an element": f"{policy.bits_per_element:.2f}",
-        "of float16": f"{policy.nbytes / policy.float16_nbytes:.1%}",
+        "of float16": f"{policy.cache_nbytes / policy.float16_nbytes:.1%}",
         "K outlier ratio, first layer": f"{found.layer_0_ratio:.1f}",
         "K outlier ratio, greatest": f"{greatest:.1f}",
         "naive4 loses of keys, median layer": f"{np.median(found.judged('key', 'naive4')):.1%}",

@@ -132,7 +132,7 @@ class Policy:
         Of every layer; None stays in floating point.
     reasons : dict of int to tuple of str
         Of layers that do not have the default, what led to it.
-    nbytes, float16_nbytes : int
+    cache_nbytes, float16_nbytes : int
         Of the cache of what was audited, sinks and layers in floating point counted as float16.
     bits_per_element : float
         Of the same.
@@ -151,7 +151,7 @@ class Policy:
     default: KeyValueSchemes
     layers: dict[int, KeyValueSchemes | None]
     reasons: dict[int, tuple[str, ...]]
-    nbytes: int
+    cache_nbytes: int
     float16_nbytes: int
     bits_per_element: float
     bits_at_4096: float
@@ -183,7 +183,7 @@ class Policy:
             "policy": self.to_rewrite(),
             "is_default": self.is_default,
             "reasons": {str(layer): list(why) for layer, why in self.reasons.items()},
-            "bytes": self.nbytes,
+            "bytes": self.cache_nbytes,
             "float16_bytes": self.float16_nbytes,
             "bits_per_element": self.bits_per_element,
             "bits_per_element_at_4096_tokens": self.bits_at_4096,

@@ -171,9 +171,9 @@ def _show(name: str, found: Audit, note: str) -> None:
     for words in found.advice():
         typer.echo(f"  {words}")
     policy = found.policy
-    share = policy.nbytes / policy.float16_nbytes
+    share = policy.cache_nbytes / policy.float16_nbytes
     typer.echo(
-        f"  {policy.nbytes:,} bytes, {share:.1%} of float16; {policy.bits_per_element:.2f} bits an "
+        f"  {policy.cache_nbytes:,} bytes, {share:.1%} of float16; {policy.bits_per_element:.2f} bits an "
         f"element here, {policy.bits_at_4096:.2f} at 4096 tokens"
     )
 

@@ -94,7 +94,7 @@ def test_memory_is_that_of_the_schemes() -> None:
     x = normal(2)
     policy = audit(x, x, schemes=["naive4"]).policy
     quantized = quantize(x.astype(np.float16), STREAMING4)
-    assert policy.nbytes == 2 * quantized.nbytes
+    assert policy.cache_nbytes == 2 * quantized.nbytes
     assert policy.float16_nbytes == 2 * 2 * x.size
     assert policy.bits_per_element == pytest.approx(quantized.bits_per_element)
     assert policy.bits_at_4096 == STREAMING4.bits_per_element(4096, 32, np.float16)

@@ -174,7 +174,8 @@ def _show(name: str, found: Audit, note: str) -> None:
     share = policy.cache_nbytes / policy.float16_nbytes
     typer.echo(
         f"  {policy.cache_nbytes:,} bytes, {share:.1%} of float16; "
-        f"{policy.bits_per_element:.2f} bits an element here, {policy.bits_at_4096:.2f} at 4096 tokens"
+        f"{policy.bits_per_element:.2f} bits an element here, "
+        f"{policy.bits_at_4096:.2f} at 4096 tokens"
     )
 
 

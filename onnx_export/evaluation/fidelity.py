@@ -67,17 +67,17 @@ class TransformFidelity:
     @property
     def nll_change_error(self) -> float:
         """Standard error of `nll_change`, paired by passage."""
-        return _standard_error(np.subtract(self.nll, self.baseline_nll))
+        return standard_error(np.subtract(self.nll, self.baseline_nll))
 
     @property
     def perplexity(self) -> float:
         """Exponential of the mean NLL with the transform; infinite if that overflows."""
-        return _perplexity(self.nll)
+        return perplexity(self.nll)
 
     @property
-    def baseline_perplexity(self) -> float:
+    def baselineperplexity(self) -> float:
         """Exponential of the mean NLL with the untouched cache."""
-        return _perplexity(self.baseline_nll)
+        return perplexity(self.baseline_nll)
 
     @property
     def perplexity_change(self) -> float:
@@ -93,7 +93,7 @@ class TransformFidelity:
         if math.isinf(self.perplexity):
             return math.inf
         moves = np.multiply(self.perplexity, self.nll)
-        return _standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
+        return standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
 
 
 @dataclass(frozen=True)
@@ -341,12 +341,26 @@ def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> 
             raise ValueError(f"transform {name!r} returned {kind} that are not finite")
 
 
-def _perplexity(nll: tuple[float, ...]) -> float:
+def perplexity(nll: tuple[float, ...]) -> float:
+    """Exponential of the mean; infinite if that overflows.
+
+    Examples
+    --------
+    >>> perplexity((0.0, 0.0)), perplexity((1000.0,))
+    (1.0, inf)
+    """
     try:
         return math.exp(math.fsum(nll) / len(nll))
     except OverflowError:
         return math.inf
 
 
-def _standard_error(samples: NDArray[np.float64]) -> float:
+def standard_error(samples: NDArray[np.float64]) -> float:
+    """Sample deviation over the root of their number.
+
+    Examples
+    --------
+    >>> standard_error(np.array([0.0, 2.0]))
+    1.0
+    """
     return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))

@@ -3,7 +3,7 @@
 The protocol is *prefill and continuation*. With P the prefill length and C the continuation length,
 for every passage of tokens ``t[0], t[1], ...``:
 
-1. The model reads ``t[0:P]`` once, which fills the cache.
+1. The model reads ``t[0:P]``, which fills the cache (in one pass up to 1024 tokens).
 2. A transform, such as quantization and dequantization, replaces the keys and values of that cache.
 3. The model reads ``t[P:P+C]`` in one forward pass with the replaced cache as its past. The logits
    after ``t[P]``, ..., ``t[P+C-1]`` are scored against the tokens that follow, ``t[P+1:P+C+1]``.
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_integer, as_integer_array
+from onnx_export.evaluation.protocols import continued, prefilled
 from onnx_export.models.built import Progress
 from onnx_export.models.decoder import Decoder, KeyValueCache
 
@@ -75,7 +76,7 @@ class TransformFidelity:
         return perplexity(self.nll)
 
     @property
-    def baselineperplexity(self) -> float:
+    def baseline_perplexity(self) -> float:
         """Exponential of the mean NLL with the untouched cache."""
         return perplexity(self.baseline_nll)
 
@@ -260,13 +261,12 @@ def measure_fidelity(
             progress(f"passage {passage + 1} of {len(tokens)}", done, total)
 
     for passage, row in enumerate(tokens):
-        _, keys, values = decoder.forward(row[None, :prefill_length], num_logits=0)
-        keys.flags.writeable = values.flags.writeable = False
+        keys, values = prefilled(decoder, row[:prefill_length])
         report(passage)
 
         def continuation_nll(cache: KeyValueCache, row: NDArray[np.int64] = row) -> float:
-            logits, _, _ = decoder.forward(row[None, prefill_length:stop], cache)
-            return mean_nll(logits[0], row[prefill_length + 1 : stop + 1])
+            logits = continued(decoder, row[prefill_length:stop], cache)
+            return mean_nll(logits, row[prefill_length + 1 : stop + 1])
 
         baseline.append(continuation_nll((keys, values)))
         report(passage)

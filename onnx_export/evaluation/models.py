@@ -26,15 +26,33 @@ from onnx_export.running import Model, Session
 with extra("onnx", __name__):
     import onnx
 
-__all__ = ["CausalModel", "DecoderModel", "OnnxModel", "Opened", "as_model", "open_model"]
+__all__ = ["CausalModel", "DecoderModel", "OnnxModel", "Opened", "Reader", "as_model", "open_model"]
 
 PathLike = str | os.PathLike[str]
 Logits = NDArray[np.float32]
 SUMS = "SHA256SUMS"
 
 
-class CausalModel(Protocol):
-    """A decoder for one sequence, its cache in the hands of whoever calls it.
+class Reader(Protocol):
+    """What reads tokens, its cache in the hands of whoever calls it."""
+
+    def forward(
+        self,
+        input_ids: NDArray[np.int64],
+        past: KeyValueCache | None = None,
+        *,
+        num_logits: int | None = None,
+    ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
+        """Read new tokens ``[1, sequence]`` after those whose keys and values are in ``past``.
+
+        Returns logits float32 ``[1, sequence, vocab_size]``, or of the last ``num_logits`` tokens
+        (which may be none), and keys and values of all tokens, each float32
+        ``[layers, 1, kv_heads, past + sequence, head_dim]``.
+        """
+
+
+class CausalModel(Reader, Protocol):
+    """A decoder for one sequence, whose results can be kept.
 
     Attributes
     ----------
@@ -60,20 +78,6 @@ class CausalModel(Protocol):
     @property
     def context_length(self) -> int | None:
         """Tokens that it was made for."""
-
-    def forward(
-        self,
-        input_ids: NDArray[np.int64],
-        past: KeyValueCache | None = None,
-        *,
-        num_logits: int | None = None,
-    ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
-        """Read new tokens ``[1, sequence]`` after those whose keys and values are in ``past``.
-
-        Returns logits float32 ``[1, sequence, vocab_size]``, or of the last ``num_logits`` tokens
-        (which may be none), and keys and values of all tokens, each float32
-        ``[layers, 1, kv_heads, past + sequence, head_dim]``.
-        """
 
 
 class Opened(NamedTuple):

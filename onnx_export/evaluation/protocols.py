@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
 from onnx_export.evaluation.methods import Bound, KeyValueCache
-from onnx_export.evaluation.models import CausalModel
+from onnx_export.evaluation.models import CausalModel, Reader
 from onnx_export.evaluation.scoring import Reference
 from onnx_export.evaluation.streaming import StreamedCache
 
@@ -233,12 +233,8 @@ class Lengths(_Continuation):
         ]
 
 
-class _Streamed(Protocol):
-    """The past is what a growing quantized cache gives back."""
-
-
 @dataclass(frozen=True)
-class Decode(_Streamed):
+class Decode(Protocol):
     """Teacher-forced from an empty cache: every key and value is made under the quantized cache.
 
     Tokens are read in pieces that end where a block is full, which is sealed then: a query reads
@@ -296,8 +292,8 @@ class Decode(_Streamed):
 
 
 @dataclass(frozen=True)
-class Free(_Streamed):
-    """The model writes on by itself, greedily: how long is the text that of the float32 cache?
+class Free(Protocol):
+    """The model writes on by itself, greedily, beside the text that it writes in float32.
 
     The prompt is read as `Decode` reads, and each new token after it, one by one.
 
@@ -350,7 +346,8 @@ class Free(_Streamed):
         """Write under the quantized cache."""
         shapes, other = reference
         cache = StreamedCache(method, shapes, self.block)
-        new, written = unit.tokens, []
+        new = unit.tokens
+        written: list[int] = []
         while len(written) < self.new_tokens:
             written.append(int(_read(model, cache, new, 1)[-1].argmax()))
             new = np.array(written[-1:])
@@ -389,7 +386,7 @@ def protocol_named(protocol: Protocol | str) -> Protocol:
     return PROTOCOLS[protocol]()
 
 
-def prefilled(model: CausalModel, tokens: Ids) -> KeyValueCache:
+def prefilled(model: Reader, tokens: Ids) -> KeyValueCache:
     """Return keys and values of tokens, in float32; long texts are read in pieces."""
     cache: KeyValueCache | None = None
     for start in range(0, len(tokens), PIECE):
@@ -402,9 +399,10 @@ def prefilled(model: CausalModel, tokens: Ids) -> KeyValueCache:
     return cache
 
 
-def continued(model: CausalModel, tokens: Ids, cache: KeyValueCache) -> NDArray[np.float32]:
-    """Return the logits ``[tokens, vocab_size]`` after each token, read in one pass after a cache."""
-    return model.forward(tokens[None], cache)[0][0]
+def continued(model: Reader, tokens: Ids, cache: KeyValueCache) -> NDArray[np.float32]:
+    """Return the logits ``[tokens, vocab_size]`` of tokens, read in one pass after a cache."""
+    logits: NDArray[np.float32] = model.forward(tokens[None], cache)[0][0]
+    return logits
 
 
 def _read(

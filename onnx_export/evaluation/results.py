@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class Figures:
             shown[figure] = one | {"passages": values.tolist()}
         if scored:
             shown["perplexity"] = perplexity(tuple(self.passages("nll")))
-        return _finite(shown)
+        return {name: _finite(one) for name, one in shown.items()}
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Evaluation:
         pairs = [(one, first) for one in self.records if one != first]
         pairs += [
             (worse, better)
-            for better, worse in zip(order, order[1:], strict=False)
+            for better, worse in itertools.pairwise(order)
             if (worse, better) not in pairs
         ]
         return [self.compare(one, other, figure, label) for one, other in pairs]

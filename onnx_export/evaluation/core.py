@@ -1,11 +1,11 @@
-"""`evaluate`: every method on every passage by a protocol; what was done already is not done again."""
+"""`evaluate`: every method on every passage by a protocol, but for what was done already."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,17 @@ class Job:
                 _sha256(self.calibration) if method is not None and method.needs_calibration else ""
             ),
         }
+
+    def same(self, other: Job) -> bool:
+        """Whether it is the same work, as it is known again.
+
+        Arrays of two jobs are not compared by ``==``, so that this is.
+        """
+        return self._known() == other._known()
+
+    def _known(self) -> tuple[Any, ...]:
+        methods = [(one.name, one.to_dict()) for one in self.methods]
+        return self.protocol, methods, _sha256(self.calibration), self.fingerprint
 
     def missing(self, unit: Unit, store: Store) -> list[Method]:
         """Return the methods without figures; that of the float32 cache comes with the first."""
@@ -163,6 +174,7 @@ def evaluate(
     """
     methods, protocol = methods_of(entries), protocol_named(protocol)
     workers = as_integer("workers", workers, least=1)
+    source = _source(model) if workers > 1 or scheduler is not None else None
     opened = as_model(model)
     rows = _rows("tokens", tokens, opened)
     calibrating = () if calibration is None else _rows("calibration", calibration, opened)
@@ -173,7 +185,7 @@ def evaluate(
                 f"{one.name} has static scales; give calibration, tokens of other text"
             )
     units = protocol.checked(rows, opened.context_length)
-    job = Job(protocol, methods, calibrating, opened.fingerprint)
+    job, name = Job(protocol, methods, calibrating, opened.fingerprint), opened.name
     kept = store if isinstance(store, Store) else Store(store)
     total = len(units) * (1 + len(methods))
     missing = [job.missing(unit, kept) for unit in units]
@@ -189,8 +201,8 @@ def evaluate(
         else:
             kept.put(job.task(unit, method), record)
         if progress is not None:
-            name = "float32" if method is None else method.name
-            progress(f"{opened.name}, passage {unit.passage + 1}: {name}", done, total)
+            what = "float32" if method is None else method.name
+            progress(f"{name}, passage {unit.passage + 1}: {what}", done, total)
 
     if workers == 1 and scheduler is None:
         worker = Worker(opened, job)
@@ -199,15 +211,16 @@ def evaluate(
                 unit, [one for one in some if one.name not in refused]
             ):
                 keep(unit, method, record)
-    elif todo:
+    elif todo and source is not None:
         from onnx_export.evaluation.workers import spread  # noqa: PLC0415
 
-        spread(_source(model, opened), job, todo, keep, workers=workers, scheduler=scheduler)
-    return _evaluation(opened, job, rows, units, kept, refused)
+        del opened, model  # of which each process opens its own
+        spread(source, job, todo, keep, folder=kept.folder, workers=workers, scheduler=scheduler)
+    return _evaluation(name, job, rows, units, kept, refused)
 
 
 def _evaluation(
-    model: CausalModel,
+    name: str,
     job: Job,
     rows: Sequence[Ids],
     units: Sequence[Unit],
@@ -220,7 +233,7 @@ def _evaluation(
             found = [_found(store, job.task(unit, method)) for unit in units]
             records[method.name] = collected(units, found)
     return Evaluation(
-        model={"name": model.name, "fingerprint": model.fingerprint},
+        model={"name": name, "fingerprint": job.fingerprint},
         protocol=job.protocol.to_dict(),
         text={
             "passages": len(rows),
@@ -263,14 +276,15 @@ def _rows(name: str, tokens: Any, model: CausalModel) -> tuple[Ids, ...]:
     return tuple(np.ascontiguousarray(row, np.int64) for row in given)
 
 
-def _source(model: Any, opened: CausalModel) -> Opened:
+def _source(model: Any) -> Opened:
     """Return how other processes open the model."""
     if isinstance(model, Opened):
         return model
     if isinstance(model, str | os.PathLike):
         return Opened(os.path.abspath(model))
     raise ValueError(
-        f"workers of other processes open {opened.name} anew; give its file, not the model itself"
+        f"workers of other processes open the model anew; give its file, not a "
+        f"{type(model).__name__}"
     )
 
 
@@ -280,6 +294,3 @@ def _sha256(rows: Sequence[Ids]) -> str:
         digest.update(f"{len(row)} ".encode())
         digest.update(np.ascontiguousarray(row, "<i8").tobytes())
     return digest.hexdigest()
-
-
-Keep = Callable[[Unit, "Method | None", Record], None]

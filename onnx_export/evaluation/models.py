@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nsq_ref.dtypes import DTYPES
 from nsq_ref.extras import extra
+from onnx_export.evaluation.exported import exported_layout, side_of
 from onnx_export.evaluation.methods import KeyValueCache
 from onnx_export.models.built import Progress
 from onnx_export.models.decoder import Decoder
@@ -132,7 +133,9 @@ class DecoderModel:
 
 
 class OnnxModel:
-    """An exported decoder whose cache are tensors that grow, as its metadata ``nsq.cache`` says.
+    """An exported decoder whose cache are tensors that grow, in float32 or float16.
+
+    A float16 cache is given out as float32, and what is given back is rounded to float16.
 
     Parameters
     ----------
@@ -166,7 +169,7 @@ class OnnxModel:
             )
         if not layout.tensors or not all(one.grows for one in layout.tensors):
             raise ValueError(f"{path} has no cache of float keys and values that grows")
-        sides = [[one for one in layout.tensors if _side(one.past) == side] for side in (0, 1)]
+        sides = [[one for one in layout.tensors if side_of(one.past) == side] for side in (0, 1)]
         if not sides[0] or len(sides[0]) != len(sides[1]):
             raise ValueError(
                 f"{path}: of its cache {len(sides[0])} tensors are keys and {len(sides[1])} values "
@@ -210,6 +213,11 @@ class OnnxModel:
             np.stack([cached[name].transpose(axes) for name in names]).astype(np.float32)
             for names, axes in zip(self._sides, self._axes, strict=True)
         )
+        if keys.shape[3] != tokens:
+            raise ValueError(
+                f"{self.name} keeps {keys.shape[3]} of {tokens} tokens; only caches that keep all "
+                "are evaluated"
+            )
         return logits.astype(np.float32, copy=False), keys, values
 
 
@@ -264,7 +272,7 @@ def open_model(
             )
             return DecoderModel(decoder, found.name)
     name = found.parent.name if found.name == "model.onnx" else found.name
-    return OnnxModel(Model(found, threads=threads), name)
+    return OnnxModel(Model(found, threads=threads, layout=exported_layout(found)), name)
 
 
 def as_model(model: CausalModel | Decoder | Opened | PathLike) -> CausalModel:
@@ -283,13 +291,6 @@ def as_model(model: CausalModel | Decoder | Opened | PathLike) -> CausalModel:
     if isinstance(model, str | os.PathLike):
         return open_model(model)
     return model
-
-
-def _side(name: str) -> int | None:
-    words = name.lower().replace("past_key_values", "").replace("key_cache", "key")
-    if "value" in words:
-        return 1
-    return 0 if "key" in words else None
 
 
 def _axes(shape: tuple[int | str, ...], path: Path) -> tuple[int, ...]:

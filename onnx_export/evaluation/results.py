@@ -250,7 +250,7 @@ class Evaluation:
         pairs += [
             (worse, better)
             for better, worse in itertools.pairwise(order)
-            if (worse, better) not in pairs
+            if (worse, better) not in pairs and (better, worse) not in pairs
         ]
         return [self.compare(one, other, figure, label) for one, other in pairs]
 

@@ -113,6 +113,8 @@ def evaluate(
         name = {"window": "context"}.get(name, name)  # noqa: PLW2901
         if name in OWN_OPTIONS and protocol not in OWN_OPTIONS[name]:
             raise ValueError(f"{option} is of {', '.join(OWN_OPTIONS[name])}, not of {protocol}")
+    if prefill == 0 and protocol != "decode":
+        raise ValueError("--prefill 0 is of decode; give at least 1")
     if scheduler is not None and "workers" in given(context):
         raise ValueError("--workers are processes of this machine; leave it out with --scheduler")
     with extra("eval", "nsq eval"):
@@ -124,13 +126,13 @@ def evaluate(
     atomic.require_writable(*files, make_folders=True)
     own = {name: value for name, value in given(context).items() if name in OWN_OPTIONS}
     prefill = prefill if protocol != "free" or "prefill" in own else 128
-    chosen: Protocol = {
-        "prefill": lambda: protocols.Prefill(prefill, continuation),
-        "windows": lambda: protocols.Windows(window, stride),
-        "lengths": lambda: protocols.Lengths(_numbers(lengths), continuation),
-        "decode": lambda: protocols.Decode(prefill, continuation, block),
-        "free": lambda: protocols.Free(prefill, new_tokens, block),
-    }[protocol]()
+    known: dict[str, Protocol] = {
+        "prefill": protocols.Prefill(prefill or 1, continuation),
+        "lengths": protocols.Lengths(_numbers(lengths), continuation),
+        "decode": protocols.Decode(prefill, continuation, block),
+        "free": protocols.Free(prefill or 1, new_tokens, block),
+    }
+    chosen = known[protocol] if protocol in known else protocols.Windows(window, stride)
     methods = _methods(scheme or [], key, value, policy or [])
     found: list[Evaluation] = []
     failed: list[str] = []

@@ -110,7 +110,11 @@ def _top(logits: Logits) -> Ids:
     count = min(TOP, logits.shape[1])
     found = np.empty((len(logits), count), np.int64)
     for rows in _slices(len(logits)):
-        some = np.sort(np.argpartition(logits[rows], -count, axis=1)[:, -count:], axis=1)
-        order = np.argsort(-np.take_along_axis(logits[rows], some, 1), axis=1, kind="stable")
-        found[rows] = np.take_along_axis(some, order, 1)
+        some = logits[rows]
+        best = np.sort(np.argpartition(some, -count, axis=1)[:, -count:], axis=1)
+        least = np.take_along_axis(some, best, 1).min(axis=1, keepdims=True)
+        for row in np.nonzero((some >= least).sum(axis=1) > count)[0]:  # equal ones are left out
+            best[row] = np.sort(np.argsort(-some[row], kind="stable")[:count])
+        order = np.argsort(-np.take_along_axis(some, best, 1), axis=1, kind="stable")
+        found[rows] = np.take_along_axis(best, order, 1)
     return found

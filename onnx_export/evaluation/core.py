@@ -26,7 +26,7 @@ __all__ = ["Job", "evaluate"]
 
 Ids = NDArray[np.int64]
 
-RECORDS = 1  # what records hold; other ones are measured anew
+RECORDS = 2  # what records hold; other ones are measured anew
 CALIBRATED = 512  # tokens of a passage that are read at once for static scales
 
 
@@ -78,6 +78,7 @@ class Worker:
         self.model, self.job = model, job
         self._bound: dict[str, Bound] = {}
         self._calibration: KeyValueCache | None = None
+        self._layers = 0
 
     def measured(
         self, unit: Unit, methods: Iterable[Method]
@@ -94,13 +95,15 @@ class Worker:
 
     def _method(self, method: Method) -> Bound:
         if method.name not in self._bound:
-            _, keys, _ = self.model.forward(np.zeros((1, 1), np.int64), num_logits=0)
+            if not self._layers:
+                _, keys, _ = self.model.forward(np.zeros((1, 1), np.int64), num_logits=0)
+                self._layers = len(keys)
             if method.needs_calibration and self._calibration is None and self.job.calibration:
                 caches = [prefilled(self.model, one) for one in self.job.calibration]
                 every = zip(*caches, strict=True)
                 first, second = (np.concatenate(side, axis=-2) for side in every)
                 self._calibration = first, second
-            self._bound[method.name] = method.bound(len(keys), self._calibration)
+            self._bound[method.name] = method.bound(self._layers, self._calibration)
         return self._bound[method.name]
 
 

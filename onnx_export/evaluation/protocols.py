@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
-from onnx_export.evaluation.methods import Bound, KeyValueCache
+from onnx_export.evaluation.methods import Bound, KeyValueCache, Size
 from onnx_export.evaluation.models import CausalModel, Reader
 from onnx_export.evaluation.scoring import Reference
 from onnx_export.evaluation.streaming import StreamedCache
@@ -240,7 +240,7 @@ class Decode(Protocol):
     Tokens are read in pieces that end where a block is full, which is sealed then: a query reads
     blocks before its own from their codes, and its own block, the tail, unquantized. Token by token
     that is the same, but for the last token of a block, which `nsq_ref.KVCache` seals before it is
-    attended to.
+    attended to. Bits an element are the mean over the scored tokens: a tail grows and goes.
 
     Parameters
     ----------
@@ -287,8 +287,8 @@ class Decode(Protocol):
         """Read all under the quantized cache, and score the last tokens."""
         shapes, scored = reference
         cache = StreamedCache(method, shapes, self.block)
-        logits = _read(model, cache, unit.tokens[:-1], len(scored.logits))
-        return _scored(scored, logits) | {"size": list(cache.size)}
+        logits, size = _read(model, cache, unit.tokens[:-1], len(scored.logits))
+        return _scored(scored, logits) | {"size": list(size)}
 
 
 @dataclass(frozen=True)
@@ -348,16 +348,18 @@ class Free(Protocol):
         cache = StreamedCache(method, shapes, self.block)
         new = unit.tokens
         written: list[int] = []
+        sizes = Size(0, 0, 0)
         while len(written) < self.new_tokens:
-            written.append(int(_read(model, cache, new, 1)[-1].argmax()))
-            new = np.array(written[-1:])
+            logits, size = _read(model, cache, new, 1)
+            written.append(int(logits[-1].argmax()))
+            new, sizes = np.array(written[-1:]), sizes.plus(size)
         same = np.equal(written, other)
         return {
             "tokens": written,
             "first_divergence": len(same) if same.all() else int(np.argmin(same)),
             "agreement": float(same.mean()),
             "diversity": _diversity(written),
-            "size": list(cache.size),
+            "size": list(sizes),
         }
 
 
@@ -407,21 +409,25 @@ def continued(model: Reader, tokens: Ids, cache: KeyValueCache) -> NDArray[np.fl
 
 def _read(
     model: CausalModel, cache: StreamedCache, tokens: Ids, wanted: int
-) -> NDArray[np.float32]:
-    """Read tokens under a growing cache; return the logits of the last ones."""
+) -> tuple[NDArray[np.float32], Size]:
+    """Read tokens under a growing cache.
+
+    Returns the logits of the last ones, and what the cache took, summed over their steps.
+    """
     found: list[NDArray[np.float32]] = []
-    start = 0
+    size, start = Size(0, 0, 0), 0
     while start < len(tokens):
         piece = tokens[start : start + cache.piece(len(tokens) - start)]
         behind = len(tokens) - start - len(piece)
         scored = max(0, min(len(piece), wanted - behind))
         logits, keys, values = model.forward(piece[None], cache.past, num_logits=scored)
+        if scored:
+            found.append(logits[0])
+            size = size.plus(cache.sizes(range(len(piece) - scored, len(piece))))
         new = np.s_[..., -len(piece) :, :]
         cache.append(keys[new], values[new])
         start += len(piece)
-        if scored:
-            found.append(logits[0])
-    return np.concatenate(found)
+    return np.concatenate(found), size
 
 
 def _scored(reference: Reference, logits: NDArray[np.float32]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -65,11 +66,16 @@ class StreamedCache:
         keys, values = (array[..., : self.length, :] for array in self._arrays)
         return keys, values
 
-    @property
-    def size(self) -> Size:
-        """What it takes: the tail and sinks are what is not sealed."""
-        elements = sum(array[..., : self.length, :].size for array in self._arrays)
-        return self._sealed._replace(kept_elements=elements - self._sealed.sealed_elements)
+    def sizes(self, new: Iterable[int] = (-1,)) -> Size:
+        """Return what it takes, summed over steps: those at which token ``new`` has come next.
+
+        By default it is what it takes now. Tail and sinks are what is not sealed.
+        """
+        token = sum(array[..., :1, :].size for array in self._arrays)
+        lengths = [self.length + 1 + one for one in new]
+        bits, elements, _ = self._sealed
+        kept = token * sum(lengths) - elements * len(lengths)
+        return Size(bits * len(lengths), elements * len(lengths), kept)
 
     def piece(self, most: int) -> int:
         """Return how many of the next tokens are read at once: up to where a block is full.

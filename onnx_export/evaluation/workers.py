@@ -27,7 +27,7 @@ Found = list[tuple["Method | None", Record]]
 Keep = Callable[[Unit, "Method | None", Record], None]
 
 TRIES = 3  # of a passage whose worker is killed every time
-TIMEOUT = 30  # seconds, until a scheduler answers
+TIMEOUT = 10  # seconds, until a scheduler answers
 
 _opening = threading.Lock()
 
@@ -134,7 +134,7 @@ def _on_cluster(scheduler: str, source: Opened, job: Job, todo: Todo, keep: Keep
             client.submit(_measured, source, job, unit, methods, pure=False): unit
             for unit, methods in todo
         }
-        for future in distributed.as_completed(futures):
+        for future in distributed.as_completed(futures, loop=client.loop):
             try:
                 found = future.result()
             except distributed.KilledWorker as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,21 @@ def test_decoding_reads_what_a_cache_has_sealed(decoder: Decoder) -> None:
         np.testing.assert_allclose(last, expected[250:], rtol=1e-4, atol=1e-8)
         assert not recorded[:129].round(8).any()
         assert (recorded[129:] > 0).all()
+
+
+def test_bits_of_decoding_are_of_every_step(decoder: Decoder) -> None:
+    """As `KVCache` has them in float16, before the block is sealed that a token fills."""
+    found = evaluate(decoder, TEXT[:1], ["streaming3"], protocol=Decode(200, 100))
+    scheme = nsq.Scheme.named("streaming3")
+    bits = elements = 0.0
+    for length in range(201, 301):
+        sealed = (length - 2) // 128 * 128
+        blocks = replace(scheme, sink_tokens=0).bits_per_element(sealed, 8) * sealed * 8
+        bits += blocks + 16 * 8 * (length - sealed)
+        elements += 8 * length
+    size = found.figures("streaming3").size.to_dict()
+    assert size["bits_per_element"] == pytest.approx(bits / elements)
+    assert size["sealed_bits_per_element"] == pytest.approx(3 + 16 / 8 + 32 / 128)
 
 
 def test_decoding_costs_what_the_deployed_cache_costs(gguf: Path, decoder: Decoder) -> None:

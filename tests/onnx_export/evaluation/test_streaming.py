@@ -43,7 +43,7 @@ def test_it_is_the_cache_that_is_deployed(name: str, pieces: list[int]) -> None:
         expected = deployed.dequantize()
         assert keys[layer].tobytes() == expected[0].tobytes()
         assert values[layer].tobytes() == expected[1].tobytes()
-    assert cache.size.to_dict()["bits_per_element"] == deployed.bits_per_element
+    assert cache.sizes().to_dict()["bits_per_element"] == deployed.bits_per_element
 
 
 def test_schemes_without_blocks_get_blocks() -> None:
@@ -67,8 +67,8 @@ def test_windows_of_others_are_their_own() -> None:
         values[..., :172, :], kivi.value(-X32[..., :300, :]).x_hat[..., :172, :]
     )
     other = kivi.value(X32[..., :300, :])
-    assert cache.size.sealed_bits == once.sealed_bits + other.sealed_bits
-    assert cache.size.kept_elements == once.kept_elements + other.kept_elements
+    assert cache.sizes().sealed_bits == once.sealed_bits + other.sealed_bits
+    assert cache.sizes().kept_elements == once.kept_elements + other.kept_elements
 
 
 def test_static_scales_are_counted_once() -> None:
@@ -79,7 +79,7 @@ def test_static_scales_are_counted_once() -> None:
         cache.append(new, new)
     keys = entry("onnxruntime-int4").calibrated(X32, X32).key(X32)
     np.testing.assert_array_equal(cache.past[0], keys.x_hat)
-    assert cache.size.sealed_bits == 2 * keys.sealed_bits
+    assert cache.sizes().sealed_bits == 2 * keys.sealed_bits
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def evaluate(
     if scheduler is not None and "workers" in given(context):
         raise ValueError("--workers are processes of this machine; leave it out with --scheduler")
     with extra("eval", "nsq eval"):
+        import scipy.stats  # noqa: F401 - before the work, not behind it
+
         from onnx_export.evaluation import protocols
         from onnx_export.models.sources import default_cache_dir
     from nsq_ref.files import atomic

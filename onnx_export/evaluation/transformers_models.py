@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ with extra("transformers", __name__):
 __all__ = ["TransformersModel"]
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class TransformersModel:
@@ -51,7 +53,14 @@ class TransformersModel:
             ).eval()
         except OSError as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        known = inspect.signature(self._model.forward).parameters
+        self._cache = "cache" if "cache" in known else "past_key_values"  # as releases call it
         text = self._model.config.get_text_config()
+        others = set(getattr(text, "layer_types", None) or ()) - ATTENTIONS
+        if others:
+            raise ValueError(
+                f"{path} has layers of {sorted(others)[0]}, which have no cache of keys and values"
+            )
         self.name = path.name
         self.vocab_size: int | None = text.vocab_size
         self.context_length: int | None = getattr(text, "max_position_embeddings", None)
@@ -75,9 +84,9 @@ class TransformersModel:
         with torch.inference_mode():
             made = self._model(
                 input_ids=torch.tensor(input_ids),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=max(wanted, 1),  # 0 means all
+                **{self._cache: cache},
             )
         logits = made.logits[:, made.logits.shape[1] - wanted :]
         return logits.numpy(), self._stacked(cache, "keys"), self._stacked(cache, "values")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +21,7 @@ from onnx_export.models.json_tokenizer import tokenizer_files
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tiny import tiny_gguf
 from onnx_export.models.tokenizer import Tokenizer
+from tests.project.test_tutorials import commands
 from tests.support.command import NSQ, nsq, refused, said
 from tests.support.exports import EXPORTS
 
@@ -197,6 +200,25 @@ def test_models_that_are_none(folder: Path, tmp_path: Path) -> None:
     whisper = EXPORTS / "decoder-whisper-18.onnx"
     line = refused("eval", whisper, "--tokenizer", gguf, cwd=tmp_path)
     assert "no output is what 'past_key_values.0.encoder.key' has grown to" in line
+
+
+def test_the_page_runs(folder: Path, tmp_path: Path) -> None:
+    """docs/evaluation.md, its commands and its policy."""
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    for name in ("model.gguf", "models/one.gguf"):
+        shutil.copy(folder / "tiny.gguf", tmp_path / name)
+    (policy,) = re.findall("```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "policy.json").write_text(policy)
+    told = [shlex.split(command) for command, _ in commands(page)]
+    assert len(told) == 3
+    for command in told:
+        assert command.pop(0) == "nsq"
+        few = () if "--passages" in command else ("--passages", 2)
+        nsq(*command, *few, cwd=tmp_path)
+    assert (tmp_path / "decode.md").read_text().startswith("# one.gguf")
+    for kind in ("prefill", "windows", "lengths", "decode", "free"):
+        assert f"| `{kind}` |" in page
 
 
 def test_a_full_disk_is_a_line_and_loses_nothing(folder: Path, tmp_path: Path) -> None:

@@ -175,6 +175,8 @@ def test_figures_are_of_tokens_and_passages(found: Evaluation) -> None:
         assert shown["nll"]["change_error"] == pytest.approx((nll - base).std(ddof=1) / 2)
         assert shown["perplexity"] == pytest.approx(math.exp(nll.mean()))
         assert shown["top1"]["mean"] == pytest.approx(np.mean([one["top1"] for one in records]))
+        sizes = np.sum([one["size"] for one in records], axis=0)
+        assert found.figures(name).size == tuple(sizes.tolist())
     # Codes, a scale for each token; a norm, and a scale a channel, for 40 tokens of 8 channels.
     bits = [table["schemes"][name]["bits_per_element"] for name in NAMES]
     assert bits == [4 + 16 / 8, 8 + 16 / 8, 4 + 16 / 8 + 16 / 40]

@@ -70,11 +70,12 @@ def test_static_scales_are_of_other_text() -> None:
     method = Method.of({"default": "onnxruntime-int4", "layers": {"1": "naive4"}})
     with pytest.raises(ValueError, match="has static scales; give calibration"):
         method.bound(4)
-    other = (3 * KEYS, 3 * VALUES)
-    (keys, _), _ = method.bound(4, other).replaced(KEYS, VALUES)
+    other = (3 * KEYS, 5 * VALUES)
+    (keys, values), _ = method.bound(4, other).replaced(KEYS, VALUES)
     for layer in (0, 2, 3):
         calibrated = entry("onnxruntime-int4").calibrated(other[0][layer], other[1][layer])
         np.testing.assert_array_equal(keys[layer], calibrated.key(KEYS[layer]).x_hat)
+        np.testing.assert_array_equal(values[layer], calibrated.value(VALUES[layer]).x_hat)
 
 
 WRONG = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from nsq_ref.cli.decoding import INTERRUPTED
 from nsq_ref.cli.errors import about, extra
 from nsq_ref.cli.options import JsonOption, file_name, given
 from nsq_ref.cli.output import print_json, print_table, stages
@@ -139,7 +142,7 @@ def evaluate(
     found: list[Evaluation] = []
     failed: list[str] = []
     paths = _found(models)
-    with stages() as told:
+    with _goes_on(), stages() as told:
         for path in paths:
             try:
                 found.append(
@@ -177,6 +180,16 @@ def evaluate(
         raise ValueError(f"{len(failed)} of {len(paths)} models failed. {'. '.join(failed)}")
     if any(one.refused for one in found):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _goes_on() -> Iterator[None]:
+    """Say what becomes of a run that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("nsq: interrupted; the same command goes on with what is finished", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _methods(

@@ -58,7 +58,7 @@ class Reference:
     array([0.])
     >>> changed = reference.scores(logits[:, ::-1])
     >>> changed.kl.round(4), changed.top1, changed.top5, (changed.nll - reference.nll).round(4)
-    (array([4.0665]), array([0.]), array([0.8]), array([5.]))
+    (array([3.8659]), array([0.]), array([0.8]), array([5.]))
     """
 
     def __init__(self, logits: Logits, targets: Ids) -> None:

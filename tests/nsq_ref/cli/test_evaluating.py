@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from nsq_ref import Scheme
+from nsq_ref.cli import evaluating
 from onnx_export.models.attention_forms import QuantizedAttention
 from onnx_export.models.built import build_onnx
 from onnx_export.models.gguf import GGUFFile
@@ -219,6 +221,13 @@ def test_the_page_runs(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "decode.md").read_text().startswith("# one.gguf")
     for kind in ("prefill", "windows", "lengths", "decode", "free"):
         assert f"| `{kind}` |" in page
+
+
+def test_an_interruption_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, evaluating._goes_on():
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_full_disk_is_a_line_and_loses_nothing(folder: Path, tmp_path: Path) -> None:

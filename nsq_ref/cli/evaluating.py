@@ -239,8 +239,10 @@ def _evaluated(
     tokens = reporting(words, length, passages, stride=stride, files=text)
     apart = options["workers"] > 1 or options["scheduler"] is not None
     calibrates = any(one.needs_calibration for one in methods)
+    source = Opened(str(path.absolute()), threads) if apart else model
+    del model  # of which each process opens its own
     return evaluate(
-        Opened(str(path.absolute()), threads) if apart else model,
+        source,
         tokens,
         methods,
         protocol=protocol,

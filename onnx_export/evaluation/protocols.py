@@ -9,7 +9,7 @@ made under the quantized cache, sealed block by block. `Free` lets the model wri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nsq_ref.arrays import as_integer
 from onnx_export.evaluation.methods import Bound, KeyValueCache, Size
 from onnx_export.evaluation.models import CausalModel, Reader
-from onnx_export.evaluation.scoring import Reference
+from onnx_export.evaluation.scoring import Reference, Scores
 from onnx_export.evaluation.streaming import StreamedCache
 
 __all__ = [
@@ -273,22 +273,33 @@ class Decode(Protocol):
         cache: KeyValueCache | None = None
         if unit.context:
             cache = prefilled(model, unit.tokens[: unit.context])
-        logits: list[NDArray[np.float32]] = []
+        logits = np.empty((0, 0), np.float32)
         for start in range(unit.context, len(unit.tokens) - 1, PIECE):
             new = unit.tokens[start : min(start + PIECE, len(unit.tokens) - 1)]
             one, *rest = model.forward(new[None], cache)
             cache = rest[0], rest[1]
-            logits.append(one[0])
+            if not logits.size:  # once, as a long text has gigabytes of them
+                rows = len(unit.tokens) - 1 - unit.context
+                logits = np.empty((rows, one.shape[2]), np.float32)
+            logits[start - unit.context :][: len(new)] = one[0]
         shapes = tuple(array.shape for array in cache) if cache else ()
-        reference = Reference(np.concatenate(logits), unit.tokens[unit.context + 1 :])
+        reference = Reference(logits, unit.tokens[unit.context + 1 :])
         return (shapes, reference), {"nll": _numbers(reference.nll)}
 
     def measured(self, model: CausalModel, unit: Unit, reference: Any, method: Bound) -> Record:
         """Read all under the quantized cache, and score the last tokens."""
         shapes, scored = reference
         cache = StreamedCache(method, shapes, self.block)
-        logits, size = _read(model, cache, unit.tokens[:-1], len(scored.logits))
-        return _scored(scored, logits) | {"size": list(size)}
+        parts: list[Scores] = []
+        sizes, start = Size(0, 0, 0), 0
+        for logits, size in _read(model, cache, unit.tokens[:-1], len(scored.logits)):
+            parts.append(scored.scores(logits, start))
+            sizes, start = sizes.plus(size), start + len(logits)
+        figures = {
+            name: _numbers(np.concatenate([getattr(one, name) for one in parts]))
+            for name in Scores._fields
+        }
+        return figures | {"size": list(sizes)}
 
 
 @dataclass(frozen=True)
@@ -350,7 +361,7 @@ class Free(Protocol):
         written: list[int] = []
         sizes = Size(0, 0, 0)
         while len(written) < self.new_tokens:
-            logits, size = _read(model, cache, new, 1)
+            ((logits, size),) = _read(model, cache, new, 1)
             written.append(int(logits[-1].argmax()))
             new, sizes = np.array(written[-1:]), sizes.plus(size)
         same = np.equal(written, other)
@@ -409,28 +420,30 @@ def continued(model: Reader, tokens: Ids, cache: KeyValueCache) -> NDArray[np.fl
 
 def _read(
     model: CausalModel, cache: StreamedCache, tokens: Ids, wanted: int
-) -> tuple[NDArray[np.float32], Size]:
+) -> Iterator[tuple[NDArray[np.float32], Size]]:
     """Read tokens under a growing cache.
 
-    Returns the logits of the last ones, and what the cache took, summed over their steps.
+    Yields the logits of the last ones as they come, and what the cache took, summed over their
+    steps.
     """
-    found: list[NDArray[np.float32]] = []
-    size, start = Size(0, 0, 0), 0
+    start = 0
     while start < len(tokens):
         piece = tokens[start : start + cache.piece(len(tokens) - start)]
         behind = len(tokens) - start - len(piece)
         scored = max(0, min(len(piece), wanted - behind))
         logits, keys, values = model.forward(piece[None], cache.past, num_logits=scored)
         if scored:
-            found.append(logits[0])
-            size = size.plus(cache.sizes(range(len(piece) - scored, len(piece))))
+            yield logits[0], cache.sizes(range(len(piece) - scored, len(piece)))
         new = np.s_[..., -len(piece) :, :]
         cache.append(keys[new], values[new])
         start += len(piece)
-    return np.concatenate(found), size
 
 
 def _scored(reference: Reference, logits: NDArray[np.float32]) -> Record:
+    if len(logits) != len(reference.logits):
+        raise ValueError(
+            f"the model gives logits of {len(logits)} tokens, not of {len(reference.logits)}"
+        )
     scores = reference.scores(logits)
     return {name: _numbers(array) for name, array in scores._asdict().items()}
 

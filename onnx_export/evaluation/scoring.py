@@ -71,27 +71,29 @@ class Reference:
             ]
         )
 
-    def scores(self, logits: Logits) -> Scores:
-        """Compare logits of the same shape.
+    def scores(self, logits: Logits, start: int = 0) -> Scores:
+        """Compare logits of the same tokens, or of some from one on.
 
         Raises
         ------
         ValueError
             Where they are not finite.
         """
-        if logits.shape != self.logits.shape:
-            raise ValueError(f"logits have shape {logits.shape}, not {self.logits.shape}")
+        some = slice(start, start + len(logits))
+        own, targets = self.logits[some], self.targets[some]
+        if logits.shape != own.shape:
+            raise ValueError(f"logits have shape {logits.shape}, not {own.shape}")
         kl, nll = np.empty((2, len(logits)))
         for rows in _slices(len(logits)):
             if not np.isfinite(logits[rows]).all():
                 raise ValueError("the model's logits are not finite with this cache")
-            p, q = _log_softmax(self.logits[rows]), _log_softmax(logits[rows])
+            p, q = _log_softmax(own[rows]), _log_softmax(logits[rows])
             # It is never below 0 but by rounding.
             kl[rows] = np.maximum(np.einsum("tv,tv->t", np.exp(p), p - q), 0)
-            nll[rows] = -q[np.arange(len(q)), self.targets[rows]]
-        top = _top(logits)
-        shared = (top[:, :, None] == self._top[:, None, :]).any(axis=1).mean(axis=1)
-        return Scores(kl, nll, (top[:, 0] == self._top[:, 0]).astype(np.float64), shared)
+            nll[rows] = -q[np.arange(len(q)), targets[rows]]
+        top, exact = _top(logits), self._top[some]
+        shared = (top[:, :, None] == exact[:, None, :]).any(axis=1).mean(axis=1)
+        return Scores(kl, nll, (top[:, 0] == exact[:, 0]).astype(np.float64), shared)
 
 
 def _slices(tokens: int) -> list[slice]:

@@ -125,6 +125,9 @@ def evaluate(
 
         from onnx_export.evaluation import protocols
         from onnx_export.models.sources import default_cache_dir
+    if scheduler is not None:
+        with extra("scheduler", "--scheduler"):
+            import distributed  # noqa: F401
     from nsq_ref.files import atomic
 
     files = {path for path in (output, markdown) if path is not None}
@@ -233,7 +236,8 @@ def _evaluated(
     from onnx_export.evaluation.passages import choosing, reporting
 
     words = _tokenizer(path, tokenizer)
-    model = open_model(path, threads=threads, progress=options["progress"])
+    with extra("transformers", f"{path}, a model of transformers,"):
+        model = open_model(path, threads=threads, progress=options["progress"])
     length = protocol.tokens_needed(model.context_length)
     stride = protocol.stride if isinstance(protocol, Windows) else None
     tokens = reporting(words, length, passages, stride=stride, files=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -319,7 +320,18 @@ def _pair(spec: Any) -> Sides:
 def _shown(sides: Sequence[Codec]) -> dict[str, Any]:
     key, value = (
         {"codec": "Scheme", **codec.to_dict()} if isinstance(codec, SchemeCodec) else
-        codec.to_dict()
+        codec.to_dict() | _digests(codec)
         for codec in sides
     )  # fmt: skip
     return {"key": key, "value": value}
+
+
+def _digests(codec: Codec) -> dict[str, str]:
+    """Return checksums of the arrays of a codec, of which `Codec.to_dict` tells the shape."""
+    found: dict[str, str] = {}
+    for name, value in vars(codec).items():
+        if isinstance(value, np.ndarray):
+            found[f"{name}_sha256"] = hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
+        elif isinstance(value, Codec):
+            found |= {f"{name}.{inner}": digest for inner, digest in _digests(value).items()}
+    return found

@@ -78,6 +78,16 @@ def test_static_scales_are_of_other_text() -> None:
         np.testing.assert_array_equal(values[layer], calibrated.value(VALUES[layer]).x_hat)
 
 
+def test_scales_are_part_of_what_a_method_is() -> None:
+    static = entry("onnxruntime-int4")
+    shown = [Method.of(one).to_dict() for one in (
+        static, static.calibrated(KEYS, VALUES), static.calibrated(KEYS, 2 * VALUES),
+    )]  # fmt: skip
+    assert shown[0] != shown[1] != shown[2]
+    assert shown[1]["key"] == shown[2]["key"]
+    assert Method.of(static.calibrated(KEYS, VALUES)).to_dict() == shown[1]
+
+
 WRONG = {
     "no such name": ("nsep+pcan4", ValueError, "unknown scheme name 'nsep\\+pcan4'"),
     "no such value": ("naive4/nsep", ValueError, "unknown scheme name 'nsep'"),

@@ -331,7 +331,7 @@ def _digests(codec: Codec) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in vars(codec).items():
         if isinstance(value, np.ndarray):
-            found[f"{name}_sha256"] = hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
+            found[f"{name}_sha256"] = hashlib.sha256(value.tobytes()).hexdigest()
         elif isinstance(value, Codec):
             found |= {f"{name}.{inner}": digest for inner, digest in _digests(value).items()}
     return found

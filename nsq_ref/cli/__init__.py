@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from nsq_ref.cli import arrays, audit, conformance, demo, onnx
+from nsq_ref.cli import arrays, audit, conformance, demo, evaluating, onnx
 from nsq_ref.cli.errors import exit_codes
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ VERBS: tuple[Callable[..., None], ...] = (
 )
 for verb in VERBS:
     app.command()(verb)
+app.command("eval")(evaluating.evaluate)
 app.add_typer(onnx.app, name="onnx", help="Write ONNX models.")
 
 

@@ -14,8 +14,9 @@ import torch
 from transformers import DynamicCache
 
 import nsq_ref as nsq
-import nsq_ref.transformers
-from nsq_ref.transformers import NsqCache, NsqLayer, Stored
+import nsq_ref.transformers.cache
+from nsq_ref.transformers import NsqCache, NsqLayer, attention
+from nsq_ref.transformers.passes import Stored
 from tests.with_torch.reference_cache import reference_cache
 from tests.with_torch.tiny_decoders import CACHE, FAMILIES, OTHERS, decoder, prompt
 
@@ -150,9 +151,8 @@ def test_other_families(family: str) -> None:
     assert torch.equal(decoded[1], expected[1])
     assert not torch.equal(decoded[1], dense[1])
     reading = decoder(family, "nsq")
-    refused = {"gpt oss": "learned sinks", "bloom": "not for BloomForCausalLM.*use 'eager'"}
-    if family in refused:
-        with pytest.raises(ValueError, match=refused[family]):
+    if family == "bloom":
+        with pytest.raises(ValueError, match=r"not for BloomForCausalLM.*use 'eager'"):
             found(reading, NsqCache(config, KEY, VALUE))
         return
     read = found(reading, NsqCache(config, KEY, VALUE, attention_mask=mask))
@@ -176,7 +176,7 @@ def test_autocast(attention: str) -> None:
 
 def test_caches_stay_outside_of_compiled_graphs() -> None:
     """A compiled model takes 20 seconds to find out that its logits are the same."""
-    for function in (NsqLayer.update, Stored.plain, nsq_ref.transformers.attention):
+    for function in (NsqLayer.update, Stored.plain, attention):
         assert function._torchdynamo_disable
 
 
@@ -330,7 +330,8 @@ def test_layers_by_policy() -> None:
     reference.layers[0] = DynamicCache(config=model.config).layers[0]
     assert torch.equal(found[1], generated(model, ids, reference)[1])
     dense = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
-    assert cache.nbytes == dense + cache.layers[1].kv_cache.nbytes < 2 * dense
+    token = dense // 49  # the last pass, which is kept as it came
+    assert cache.nbytes == dense + cache.layers[1].kv_cache.nbytes + token < 2 * dense
 
 
 # --- examples that are run ----------------------------------------------------------------------
@@ -338,7 +339,7 @@ def test_layers_by_policy() -> None:
 
 def test_examples_of_the_module() -> None:
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-    result = doctest.testmod(nsq_ref.transformers, optionflags=flags)
+    result = doctest.testmod(nsq_ref.transformers.cache, optionflags=flags)
     assert result.attempted > 5
     assert not result.failed
 

@@ -365,8 +365,8 @@ class KVCache:
         """Attend to the cache as it is stored, without decoding it.
 
         Each row's queries are its last tokens, whose keys and values have been appended before, or
-        are ``ahead``. The result is that of `attention.attend` on the decoded arrays within rule A3's
-        tolerance.
+        are ``ahead``. The result is that of `attention.attend` on the decoded arrays within the
+        tolerance of rule A3.
 
         Parameters
         ----------

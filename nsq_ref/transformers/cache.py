@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,13 +94,7 @@ class NsqCache(Cache):
             )
         usual = _schemes(key, value, block_size)
         layers = DynamicCache(config=config).layers
-        # Keys of an image come once, and are read where transformers keeps them.
-        images = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
-        full = {
-            index: KINDS[type(layer)]
-            for index, layer in enumerate(layers)
-            if type(layer) in KINDS and index not in images
-        }
+        full = {i: KINDS[type(layer)] for i, layer in enumerate(layers) if type(layer) in KINDS}
         if not full:
             raise ValueError("config has no layer of full attention, so none to quantize")
         chosen = _chosen(policy, len(layers), block_size)
@@ -129,6 +122,22 @@ class NsqCache(Cache):
         return sum(x.nbytes for x in caches + tensors if x is not None)
 
 
+def _held(side: int) -> property:
+    """Return what models find as ``keys`` or ``values`` of a layer, which are those of an image."""
+
+    def decoded(layer: NsqLayer) -> Tensor | None:
+        cache = layer.kv_cache
+        if cache is None:
+            return None
+        none = (
+            torch.empty(cache.batch, cache.kv_heads, 0, dim, dtype=layer.dtype)
+            for dim in (cache.head_dim, cache.value_head_dim)
+        )
+        return Stored.both(Pass(cache, layer._length, *none))[side]
+
+    return property(decoded, lambda layer, _: None)  # transformers' own class clears what it holds
+
+
 class NsqLayer(DynamicLayer):
     """Keys and values of one layer, as `NsqCache` makes it.
 
@@ -145,9 +154,12 @@ class NsqLayer(DynamicLayer):
     ----------
     kv_cache : KVCache or None
         What is stored; None before the first pass.
+    keys, values : tensor or None
+        The same, decoded when something computes with them.
     """
 
     supports_early_init = False
+    keys, values = _held(0), _held(1)
 
     def __init__(self, schemes: Schemes, padding: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -191,12 +203,11 @@ class NsqLayer(DynamicLayer):
         # The last block is kept, so that `crop` can take back tokens that a block was sealed with.
         last = this.split(self._leads, max(scheme.block_size or 1 for scheme in self.schemes))
         self.kv_cache, self._last = last.after(self._leads), last
-        self.is_initialized = True
+        self.is_initialized, self.dtype = True, key_states.dtype
         self._length += this.tokens
         if not this.start:
             return key_states, value_states
-        decode = functools.cache(this.decoded)
-        return Stored(this, 0, decode), Stored(this, 1, decode)
+        return Stored.both(this)
 
     def _empty(self, keys: Tensor, values: Tensor) -> KVCache:
         """Return the cache for keys and values of these shapes."""

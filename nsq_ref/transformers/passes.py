@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,12 +57,16 @@ class Pass(NamedTuple):
     def _joined(self, stored: Any, new: Tensor) -> Tensor:
         """Put what is stored, each row up to ``start``, before what is new."""
         most = torch.finfo(new.dtype).max
-        past = new.new_zeros(*new.shape[:2], self.start, new.shape[3])
+        batch, kv_heads, tokens, head_dim = new.shape
+        joined = new.new_empty(batch, kv_heads, self.start + tokens, head_dim)
         for row, length in enumerate(self.before.lengths.tolist()):
-            # float16 has no number so large as some of float32.
-            kept = torch.from_numpy(stored[row, :, :length]).clamp_(-most, most)
-            past[row, :, self.start - length :] = kept
-        return torch.cat([past, new], 2)
+            past = torch.from_numpy(stored[row, :, :length])
+            if new.dtype != torch.float32:  # which has no number so large as some of float32
+                past.clamp_(-most, most)
+            joined[row, :, : self.start - length] = 0
+            joined[row, :, self.start - length : self.start] = past
+        joined[:, :, self.start :] = new
+        return joined
 
 
 class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
@@ -78,6 +83,12 @@ class Stored(torch.Tensor):  # type: ignore[misc, unused-ignore]
         self, source: Pass, side: int, decode: Callable[[], tuple[Tensor, Tensor]]
     ) -> None:
         self.source, self._side, self._decode = source, side, decode
+
+    @classmethod
+    def both(cls, source: Pass) -> tuple[Tensor, Tensor]:
+        """Return keys and values, which are decoded together."""
+        decode = functools.cache(source.decoded)
+        return cls(source, 0, decode), cls(source, 1, decode)
 
     @torch.compiler.disable
     def plain(self) -> Tensor:

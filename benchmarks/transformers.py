@@ -2,10 +2,11 @@
 
 Run as ``python -m benchmarks.transformers [--json FILE]``; memory is measured on Linux only. All
 caches read the same text. Each reads the prompt in one pass, as ``generate`` does, and then decodes
-tokens in turns with the others, so many that each of them quantizes a block at least once. What is
-resident is the growth of a process of its own, in which another cache of the same kind was filled
-before. Likelihood is that of tokens that follow a prompt, a few a pass. Backends of
-``QuantizedCache`` that are not installed are said to be missing.
+tokens in turns with the others, so many that each of them quantizes a block at least once.
+Likelihood is that of tokens that follow a prompt, a few a pass. What is resident is the growth of a
+process of its own, in which another cache of the same kind was filled before; keys and values are
+random there, as bytes do not depend on them. Backends of ``QuantizedCache`` that are not installed
+are said to be missing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
         rows = speeds(runs)
         del runs
         rows += likelihoods(model, names, ids, options)
-        rows += memory(names, folder, options)
+        rows += memory(names, model.config, options)
     notes = [
         f"transformers {transformers.__version__}, torch {torch.__version__}, one row, "
         f"SmolLM2-135M-Instruct with {options.dtype} weights, {options.threads} threads",
@@ -253,13 +254,13 @@ def likelihoods(model: Any, names: list[str], ids: Any, options: argparse.Namesp
     return rows
 
 
-def memory(names: list[str], folder: str, options: argparse.Namespace) -> list[Row]:
+def memory(names: list[str], config: Any, options: argparse.Namespace) -> list[Row]:
     """Return by how much a process grows with a cache."""
     grown = {}
     for name in names:
         # Not forked: a child that shares pages with this process would not count them.
         with multiprocessing.get_context("spawn").Pool(1) as alone:
-            grown[name] = alone.apply(grown_by, (name, folder, options))
+            grown[name] = alone.apply(grown_by, (name, config, options))
     return [
         Row(f"{name}: resident, {count / 1e6:.1f} MB", spread([count / grown[FLOAT]]),
             f"of {FLOAT}'s")
@@ -267,19 +268,24 @@ def memory(names: list[str], folder: str, options: argparse.Namespace) -> list[R
     ]  # fmt: skip
 
 
-def grown_by(name: str, folder: str, options: argparse.Namespace) -> int:
-    """Return the bytes by which this process grows with a second cache, made, filled and held."""
+def grown_by(name: str, config: Any, options: argparse.Namespace) -> int:
+    """Return the bytes by which this process grows with a second cache, filled and held."""
     use_threads(options.threads)
+    import torch
+
     from onnx_export.evaluation.resident import resident_bytes
 
-    model, ids = model_in(folder, options), text_of(options)
+    shape = 1, config.num_key_value_heads, options.tokens, config.head_dim
 
     def filled() -> Any:
-        run = Run(model, name, ids[:, : options.tokens])
-        run.step(int(ids[0, options.tokens]))  # by which no cache keeps the prompt as it came
+        cache = candidates(config)[name].make()
+        for layer in range(config.num_hidden_layers):
+            for tokens in (options.tokens, 1):  # by the second no cache keeps the prompt as it came
+                one = torch.randn(2, *shape, dtype=getattr(torch, options.dtype))
+                cache.update(*one[:, :, :, :tokens].clone(), layer)
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what is free is no cache's
-        return run.cache, resident_bytes()
+        return cache, resident_bytes()
 
     first, before = filled()
     second, after = filled()

@@ -183,6 +183,32 @@ def schemes_of(cache: NsqCache) -> list[Any]:
     return [getattr(layer, "schemes", None) for layer in cache.layers]
 
 
+def test_rows_of_states_go_with_those_of_attention() -> None:
+    layer = NsqCache(config_of("zamba2")).layers[1]
+    layer.update_recurrent_state(torch.arange(6.0).view(2, 3))
+    layer.update(*tokens(30, rows=2))
+    before = held(layer)
+    layer.batch_select_indices(torch.tensor([1, 1]))
+    assert held(layer) == before[len(before) // 2 :] * 2
+    assert layer.recurrent_states[0].tolist() == [[3, 4, 5]] * 2
+    assert not layer.is_croppable
+    layer.reset()
+    assert (layer.kv_cache, layer.keys, layer.recurrent_states[0].abs().max()) == (None, None, 0)
+
+
+def test_what_a_layer_holds() -> None:
+    """Models that read it find padding as zeros, and what is stored decoded."""
+    x, layer = tokens(30, rows=2, dtype=torch.bfloat16), NsqLayer((KEY, VALUE), [4, 0])
+    assert layer.keys is None
+    layer.update(*x)
+    assert layer.kv_cache is not None
+    stored = [torch.from_numpy(side).to(torch.bfloat16) for side in layer.kv_cache.dequantize()]
+    for shown, side in zip((layer.keys, layer.values), stored, strict=True):
+        assert (shown.shape, shown.dtype) == (x.shape[1:], torch.bfloat16)
+        assert torch.equal(shown[0], torch.cat([torch.zeros(2, 4, 4), side[0, :, :26]], 1))
+        assert torch.equal(shown[1], side[1])
+
+
 def test_policies() -> None:
     config, usual = config_of("llama"), nsq.Scheme.named("streaming4")
     sized = nsq.Scheme.named("nsep+pchan4")
@@ -288,4 +314,4 @@ def test_refused_operations() -> None:
             layer.batch_select_indices(rows)
     with pytest.raises(TypeError, match=r"tokens_to_remove=-1\.5 is not an integer"):
         layer.crop(-1.5)  # type: ignore[arg-type]
-    assert layer.get_max_length() == layer.get_max_cache_shape() == -1
+    assert layer.get_max_length() == -1

@@ -1,27 +1,24 @@
 """SmolLM2-135M in transformers with an `NsqCache`, beside the caches that transformers has.
 
-Run as ``python -m benchmarks.transformers [--json FILE]``; memory is measured on Linux only. All
-caches read the same text. Each reads the prompt in one pass, as ``generate`` does, and then decodes
-tokens in turns with the others, so many that each of them quantizes a block at least once.
-Likelihood is that of tokens that follow a prompt, a few a pass. What is resident is the growth of a
-process of its own, in which another cache of the same kind was filled before; keys and values are
-random there, as bytes do not depend on them. Backends of ``QuantizedCache`` that are not installed
-are said to be missing.
+Run as ``python -m benchmarks.transformers [--json FILE]``, on Linux. The model reads a prompt once,
+in one pass, and all caches take its keys and values. Then they decode the text that follows in
+turns, a token a pass, so many that each of them quantizes a block at least once; and read more of
+it, a few tokens a pass, so that more tokens tell how likely the text is. What is resident is the
+growth of a process of its own, in which another cache of the same kind was filled before; keys and
+values are random there, as bytes do not depend on them. Backends of ``QuantizedCache`` that are not
+installed are said to be missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import inspect
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +26,7 @@ import numpy as np
 from benchmarks.timing import Row, as_text, machine, parser, publish, spread, use_threads
 
 FLOAT = "DynamicCache"
-WEIGHTS = "model.pt"
-PASS = 8  # tokens of a pass, where likelihood is measured
+PASS = 8  # tokens of a turn, and of a pass of several
 
 
 def main() -> None:
@@ -39,25 +35,23 @@ def main() -> None:
     import torch
     import transformers
 
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(folder)
-        model, ids = model_in(folder, options), text_of(options)
-        names, missing = listed(model.config)
-        runs = {name: Run(model, name, ids[:, : options.tokens]) for name in names}
-        following = ids[0, options.tokens :].tolist()
-        for start in range(0, options.steps, PASS):
+    torch.set_num_threads(options.threads)
+    model, ids = model_of(options), text_of(options)
+    names, missing = listed(model.config)
+    prompt = transformers.DynamicCache(config=model.config)
+    forward(model, "sdpa", ids[:, : options.tokens], prompt)
+    runs = {name: Run(model, name, prompt, ids) for name in names}
+    for size, count in ((1, options.steps), (PASS, options.scored)):
+        for _ in range(0, count, PASS):
             for run in runs.values():
-                for token in following[start : start + PASS]:
-                    run.step(token)
-        rows = speeds(runs)
-        del runs
-        rows += likelihoods(model, names, ids, options)
-        rows += memory(names, model.config, options)
+                for _ in range(0, PASS, size):
+                    run.step(size)
+    rows = speeds(runs) + likelihoods(runs) + memory(names, model.config, options)
     notes = [
         f"transformers {transformers.__version__}, torch {torch.__version__}, one row, "
         f"SmolLM2-135M-Instruct with {options.dtype} weights, {options.threads} threads",
-        f"{options.tokens} tokens of prompt; {options.steps} more in turns of {PASS}, of which a "
-        f"token's time is the mean; likelihood of {options.scored} after {options.prompt}",
+        f"{options.tokens} tokens of prompt; {options.steps} more in turns of {PASS}, a token a "
+        f"pass, whose mean is a token's time; {options.scored} more, {PASS} a pass",
         as_text(machine()),
         "'(nsq)' attends to what is stored, '(sdpa)' to decoded keys and values",
         *(f"not measured, as it is not installed: {name}" for name in missing),
@@ -67,9 +61,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    made = parser(
-        "transformers", __doc__, threads=2, tokens=4096, steps=128, prompt=1024, scored=512
-    )
+    made = parser("transformers", __doc__, threads=2, tokens=4096, steps=128, scored=384)
     made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return made.parse_args()
 
@@ -77,29 +69,16 @@ def parsed() -> argparse.Namespace:
 # --- model, text and caches ---------------------------------------------------------------------
 
 
-def save_model(folder: str) -> None:
-    """Write the model as torch does; from the GGUF file transformers reads it in a minute."""
+def model_of(options: argparse.Namespace) -> Any:
     import torch
     import transformers
 
     from onnx_export.models.sources import smollm2_gguf
 
-    gguf = smollm2_gguf()
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    fields = model.config.to_dict()
-    del fields["quantization_config"]  # of the file, whose weights are decoded now
-    torch.save((fields, model.state_dict()), Path(folder) / WEIGHTS)
-
-
-def model_in(folder: str, options: argparse.Namespace) -> Any:
-    import torch
-    import transformers
-
-    torch.set_num_threads(options.threads)
-    fields, weights = torch.load(Path(folder) / WEIGHTS)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-    model.load_state_dict(weights)
-    return model.to(getattr(torch, options.dtype)).eval()
+    gguf, dtype = smollm2_gguf(), getattr(torch, options.dtype)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype
+    ).eval()
 
 
 def text_of(options: argparse.Namespace) -> Any:
@@ -108,8 +87,18 @@ def text_of(options: argparse.Namespace) -> Any:
 
     from benchmarks.decoding import text_of
 
-    longest = max(options.tokens + options.steps, options.prompt + options.scored)
-    return torch.from_numpy(text_of(longest))[None]
+    return torch.from_numpy(text_of(options.tokens + options.steps + options.scored))[None]
+
+
+def forward(model: Any, attention: str, tokens: Any, cache: Any) -> Any:
+    """Return the logits of a pass of few tokens, the last of one of many."""
+    import torch
+
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        return model(tokens, logits_to_keep=PASS, **{name: cache}).logits
 
 
 class Candidate(NamedTuple):
@@ -154,55 +143,48 @@ def listed(config: Any) -> tuple[list[str], list[str]]:
 
 
 class Run:
-    """One cache, its prompt in it, and how long tokens took."""
+    """One cache with the prompt in it: how long tokens took, and how likely they were."""
 
-    def __init__(self, model: Any, name: str, prompt: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, name: str, prompt: Any, ids: Any) -> None:
+        self.model, self.ids = model, ids
         self.attention, make = candidates(model.config)[name]
-        self.cache = make()
-        takes = inspect.signature(model.forward).parameters
-        self._name = "cache" if "cache" in takes else "past_key_values"
-        warm = copy.deepcopy(self.cache)  # what is compiled once is no part of the prefill
-        self.forward(prompt[:, :300], warm)
-        self.forward(prompt[:, :1], warm)
-        begin = time.perf_counter()
-        self.forward(prompt, self.cache)
-        self.prefill = time.perf_counter() - begin
-        self.seconds: list[float] = []
+        for layers in (prompt.layers[:1], prompt.layers):  # what is compiled once is not timed
+            self.cache, begin = make(), time.perf_counter()
+            for index, layer in enumerate(layers):
+                self.cache.update(layer.keys, layer.values, index)
+            self.filled = time.perf_counter() - begin
+        self.at = self.start = int(prompt.get_seq_length())
+        self.seconds: list[float] = []  # of passes of one token
+        self.losses: list[float] = []
 
-    def forward(self, tokens: Any, cache: Any, kept: int = 1) -> Any:
-        """Return the last logits."""
-        import torch
+    def step(self, size: int) -> None:
+        """Read so many tokens of the text."""
+        from torch.nn.functional import cross_entropy
 
-        if self.model.config._attn_implementation != self.attention:
-            self.model.set_attn_implementation(self.attention)
-        with torch.no_grad():
-            return self.model(tokens, logits_to_keep=kept, **{self._name: cache}).logits
-
-    def step(self, token: int) -> None:
-        """Decode one token."""
-        import torch
-
-        begin = time.perf_counter()
-        self.forward(torch.tensor([[token]]), self.cache)
-        self.seconds.append(time.perf_counter() - begin)
+        begin, tokens = time.perf_counter(), self.ids[:, self.at : self.at + size]
+        logits = forward(self.model, self.attention, tokens, self.cache)
+        taken = time.perf_counter() - begin
+        if size == 1 and self.at != self.start:  # the first pass warms up
+            self.seconds.append(taken)
+        self.at += size
+        target = self.ids[0, self.at - size + 1 : self.at + 1]
+        self.losses += cross_entropy(logits[0].float(), target, reduction="none").tolist()
 
 
 # --- what is measured ---------------------------------------------------------------------------
 
 
 def speeds(runs: dict[str, Run]) -> list[Row]:
-    """Return what a token and the prompt took, and the bytes of all tensors by arithmetic."""
+    """Return what a token took, and taking in the prompt, and the bytes by arithmetic."""
     rows, first = [], runs[FLOAT]
+    usual = np.mean(first.seconds)
     for name, run in runs.items():
-        ratio = np.mean(run.seconds) / np.mean(first.seconds)
-        rows.append(
-            Row(f"{name}: a token", spread([float(ratio)]), f"of {FLOAT}'s time",
-                spread([float(np.mean(run.seconds))]))
-        )  # fmt: skip
+        ratio, seconds = float(np.mean(run.seconds) / usual), float(np.mean(run.seconds))
+        unit = f"of {FLOAT}'s time"
+        rows.append(Row(f"{name}: a token", spread([ratio]), unit, spread([seconds])))
     for name, run in runs.items():
-        figure = spread([run.prefill / first.prefill])
-        rows.append(Row(f"{name}: prompt", figure, f"of {FLOAT}'s time", spread([run.prefill])))
+        figure = spread([run.filled / len(first.cache.layers)])
+        rows.append(Row(f"{name}: taking in a layer's prompt", figure, "seconds"))
     for name, run in runs.items():
         figure = spread([nbytes_of(run.cache) / nbytes_of(first.cache)])
         rows.append(Row(f"{name}: bytes by arithmetic", figure, f"of {FLOAT}'s"))
@@ -231,25 +213,14 @@ def nbytes_of_layer(layer: Any) -> int:
     return found
 
 
-def likelihoods(model: Any, names: list[str], ids: Any, options: argparse.Namespace) -> list[Row]:
+def likelihoods(runs: dict[str, Run]) -> list[Row]:
     """Return how much less likely the same tokens are, and the standard error of that."""
-    from torch.nn.functional import cross_entropy
-
-    stop = options.prompt + options.scored
-    losses = {}
-    for name in names:
-        run, found = Run(model, name, ids[:, : options.prompt]), []
-        for start in range(options.prompt, stop, PASS):
-            logits = run.forward(ids[:, start : start + PASS], run.cache, PASS)
-            target = ids[0, start + 1 : start + PASS + 1]
-            found.append(cross_entropy(logits[0].float(), target, reduction="none").numpy())
-        losses[name] = np.concatenate(found)
     rows = []
-    for name, loss in losses.items():
-        more = loss - losses[FLOAT]
+    for name, run in runs.items():
+        more = np.array(run.losses) - np.array(runs[FLOAT].losses)
         error = float(more.std(ddof=1) / len(more) ** 0.5)
         figure = spread([float(more.mean() + k * error) for k in (-1, 0, 1)])
-        what = f"{name}: NLL {loss.mean():.3f} a token"
+        what = f"{name}: NLL {np.mean(run.losses):.4f} a token"
         rows.append(Row(what, figure, "nats more; a standard error each way"))
     return rows
 

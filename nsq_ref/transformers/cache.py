@@ -34,7 +34,7 @@ class NsqCache(Cache):
     For one thread at a time, as all caches of transformers.
 
     Each layer of full attention has a `KVCache`; layers of other kinds, such as those with a
-    sliding window, are transformers' own, as in a ``DynamicCache``.
+    sliding window, and recurrent states are transformers' own, as in a ``DynamicCache``.
 
     Parameters
     ----------
@@ -123,14 +123,14 @@ class NsqCache(Cache):
 
 
 def _held(side: int) -> property:
-    """Return what models find as ``keys`` or ``values`` of a layer, which are those of an image."""
+    """Return the property ``keys`` or ``values``, which models read that attend to an image."""
 
     def decoded(layer: NsqLayer) -> Tensor | None:
         cache = layer.kv_cache
         if cache is None:
             return None
         none = (
-            torch.empty(cache.batch, cache.kv_heads, 0, dim, dtype=layer.dtype)
+            torch.empty(cache.batch, cache.kv_heads, 0, dim, dtype=layer._dtype)
             for dim in (cache.head_dim, cache.value_head_dim)
         )
         return Stored.both(Pass(cache, layer._length, *none))[side]
@@ -203,7 +203,7 @@ class NsqLayer(DynamicLayer):
         # The last block is kept, so that `crop` can take back tokens that a block was sealed with.
         last = this.split(self._leads, max(scheme.block_size or 1 for scheme in self.schemes))
         self.kv_cache, self._last = last.after(self._leads), last
-        self.is_initialized, self.dtype = True, key_states.dtype
+        self.is_initialized, self._dtype = True, key_states.dtype
         self._length += this.tokens
         if not this.start:
             return key_states, value_states

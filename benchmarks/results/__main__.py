@@ -7,12 +7,15 @@ import sys
 import tempfile
 import time
 
-from benchmarks.results import measure, plans
+from benchmarks.results import facts, measure, needles, plans, structure
 from onnx_export.evaluation.injected import injected_onnx
 from onnx_export.models.decoder import Decoder, cached_onnx
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tokenizer import Tokenizer
+
+FACTS, NEEDLES, STRUCTURE = "facts", "needles", "structure"
+GROUPS = [*plans.GROUPS, FACTS, NEEDLES, STRUCTURE]
 
 
 def say(text: str) -> None:
@@ -28,8 +31,18 @@ def measure_groups(groups: list[str], threads: int | None, most: int | None) -> 
     decoder = Decoder(path, threads=threads)
     chosen = passages(tokenizer, 641, 1)
     _, keys, values = decoder.forward(chosen[:, :512], num_logits=0)
-    calibration = measure.calibrated([n for n in plans.RIVALS if "|" not in n], keys, values)
+    static = plans.RIVALS if "rivals" in groups else ()
+    calibration = measure.calibrated(static, keys, values)
     for group in groups:
+        if group == NEEDLES:
+            needles.run_needles(decoder, tokenizer, keys, say)
+            continue
+        if group == FACTS:
+            facts.run_facts(decoder, tokenizer, keys, say)
+            continue
+        if group == STRUCTURE:
+            structure.run_structure(decoder, tokenizer, say)
+            continue
         for plan in plans.GROUPS[group](keys):
             count = plan.passages if most is None else min(most, plan.passages)
             tokens = passages(tokenizer, 641, count, start=REPORTING_START)
@@ -45,11 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("measure", help="run what is missing of the experiments")
-    verb.add_argument("groups", nargs="*", choices=[*plans.GROUPS, []], metavar="GROUP")
+    verb.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar="GROUP")
     verb.add_argument("--threads", type=int, default=1)
     verb.add_argument("--passages", type=int, help="no more than so many of each plan")
     args = parser.parse_args()
-    measure_groups(args.groups or list(plans.GROUPS), args.threads, args.passages)
+    measure_groups(args.groups or GROUPS, args.threads, args.passages)
 
 
 if __name__ == "__main__":

@@ -69,13 +69,12 @@ class Plan:
     passages: int = 10
     prefill: int = 512
     continuation: int = 128
-    texts: str = "reporting"
     changes: tuple[Change, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the number of passages, to which more may be added."""
         return {
-            "name": self.name, "question": self.question, "texts": self.texts,
+            "name": self.name, "question": self.question, "texts": "reporting",
             "prefill": self.prefill, "continuation": self.continuation,
             "changes": [change_dict(change) for change in self.changes],
             "conditions": {name: one.to_dict() for name, one in self.conditions.items()},

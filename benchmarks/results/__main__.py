@@ -61,7 +61,13 @@ def main() -> None:
     verb.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar="GROUP")
     verb.add_argument("--threads", type=int, default=1)
     verb.add_argument("--passages", type=int, help="no more than so many of each plan")
+    verbs.add_parser("pages", help="write docs/results from what was measured")
     args = parser.parse_args()
+    if args.verb == "pages":
+        from benchmarks.results.pages import write_pages  # which needs matplotlib
+
+        say(f"wrote {', '.join(write_pages())}")
+        return
     measure_groups(args.groups or GROUPS, args.threads, args.passages)
 
 

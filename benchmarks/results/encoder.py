@@ -91,8 +91,9 @@ class Encoder:
     def _norm(self, x: Float32, name: str) -> Float32:
         centred = x - x.mean(axis=-1, keepdims=True)
         deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPSILON)
-        made: Float32 = centred / deviation * self._weights[f"{name}.weight"]
-        return made + self._weights[f"{name}.bias"]
+        scaled = centred / deviation * self._weights[f"{name}.weight"]
+        made: Float32 = scaled + self._weights[f"{name}.bias"]
+        return made
 
 
 def encoder_folder() -> Path:

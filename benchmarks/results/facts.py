@@ -28,7 +28,8 @@ def codes_of_rows(x: Float32) -> NDArray[np.int8]:
     array([[ 1, -7,  3]], dtype=int8)
     """
     scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True) / np.float32(7), np.float32(1e-8))
-    return np.clip(np.rint(x / scale), -7, 7).astype(np.int8)
+    codes: NDArray[np.int8] = np.clip(np.rint(x / scale), -7, 7).astype(np.int8)
+    return codes
 
 
 def run_facts(

@@ -49,6 +49,8 @@ Float32 = NDArray[np.float32]
 class KeyOutlier:
     """A rotary pair of key channels that is multiplied by a factor, its queries divided by it.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     layer, pair : int
@@ -81,6 +83,8 @@ class KeyOutlier:
 @dataclass(frozen=True)
 class KeyBias:
     """A constant that is added to a channel of all keys, after they rotate.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------

@@ -44,7 +44,10 @@ NAMES = (
 
 
 class Form(NamedTuple):
-    """How a needle is written, and how it is asked for; both name ``{name}``, one ``{number}``."""
+    """How a needle is written, and how it is asked for; both name ``{name}``, one ``{number}``.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     needle: str
     question: str
@@ -66,7 +69,7 @@ FORMS: Mapping[str, Form] = {
 
 
 class Question(NamedTuple):
-    """What is asked after a haystack, and what should follow.
+    """What is asked after a haystack, and what should follow; threads may share one to read it.
 
     Attributes
     ----------
@@ -90,7 +93,7 @@ class Haystack:
 
 
 class Answer(NamedTuple):
-    """What became of a question.
+    """What became of a question; nothing changes it, so that threads may share it.
 
     Attributes
     ----------

@@ -162,21 +162,23 @@ def _layers() -> str:
         np.array([kept.mean(f"{layer} {kind}").value for layer in range(layers)])
         for kind in ("keys lost", "none", "outlier")
     )
-    worst = int(outlier.argmax())
+    worst, place = int(outlier.argmax()), int((outlier > outlier[0]).sum()) + 1
+    special = (
+        "So *errors at layer 0 multiply, elsewhere they add* does not hold in this model"
+        if place > 1
+        else "So layer 0 is the worst place for an outlier in this model"
+    )
     return f"""![Damage by layer](layers.png)
 
 Each layer alone is stored by `naive4`, with an outlier of ratio {RATIO} in it and without, all
-others in float32 (prefill 256, n {kept.passages}).
-The third line bounds what an outlier can do: all keys of the prefix are lost, zeros instead of
-them. In layer 0 that costs {number(lost[0])};
-INT4 with the outlier {number(outlier[0])}, without {number(naive[0])}. The layer that suffers
-most from an outlier is {worst}, with {number(outlier[worst])}; layer 0 is
-number {int((outlier > outlier[0]).sum()) + 1} of {layers}. Over layers, what the outlier costs
-goes with what the loss of the keys costs
-(rank correlation {_rank_correlation(outlier, lost):.2f}): a scale that an outlier takes makes a
-row's other channels zeros. So *errors at layer 0 multiply,
-elsewhere they add* is not what happens in this model. What an outlier can cost is what its
-layer's keys are worth."""
+others in float32 (prefill 256, n {kept.passages}). The third line is a measure of what an outlier
+can do: all keys of the prefix are lost, zeros instead of them. In layer 0 that costs
+{number(lost[0])}; INT4 with the outlier {number(outlier[0])}, without {number(naive[0])}. The layer
+that suffers most from its outlier is {worst}, with {number(outlier[worst])}; layer 0 is number
+{place} of {layers}. Over layers, what the outlier costs goes with what the loss of the keys costs
+(rank correlation {_rank_correlation(outlier, lost):.2f}): a scale that an outlier takes makes the
+other channels of a row zeros. {special}: what an outlier costs there is about what the keys of its
+layer are worth."""
 
 
 def _rank_correlation(x: Any, y: Any) -> float:
@@ -255,12 +257,13 @@ def _bits() -> str:
     return text + (
         "\n\nIn all layers at once, " + "; ".join(whole) + ".\n\n"
         f"In the paper layer 0 of Qwen2-7B alone costs {paper['Qwen2-7B layer 0']['naive4']:+g} by "
-        f"INT4 and {paper['Qwen2-7B layer 0']['naive3']:+g} by INT3. Why a coarser scale can be "
-        "the better one: of a channel that is the same in all tokens a code that rounds it to the "
-        "same number everywhere does no harm, as softmax does not see a constant error; where "
-        "it lies near the middle between two codes, the small differences of a row's largest "
-        "element make it jump, by a whole step, from token to token. Which scale has a constant "
-        "near a middle is chance: so the order of bits is no order."
+        f"INT4 and {paper['Qwen2-7B layer 0']['naive3']:+g} by INT3. It explains that by middle "
+        "values, which INT3 makes zeros and INT4 noise. Ours, not measured apart: a channel that "
+        "is the same in all tokens does no harm where every token rounds it to the same code, as "
+        "a softmax does not see a constant error. Near the middle between two codes, small "
+        "differences of a row's largest element make it jump by a whole step from token to token. "
+        "Which scale has a constant near a middle is chance, so the order of bits is none. One "
+        "outlier alone, the largest of its row, is at the end of the range with every scale."
     )
 
 

@@ -1,4 +1,4 @@
-"""The pages of docs/results, written from data; no number on them is typed."""
+"""The pages of docs/results, written from data, which their verdicts follow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import causal_page, errata_page, figures
+from benchmarks.results import causal_page, coverage_page, errata_page, figures
 from benchmarks.results.kept import Kept, Mean, has, load, number, table
 from benchmarks.results.plans import NAIVE, OURS
 from nsq_ref.files import atomic
@@ -314,6 +314,8 @@ def index() -> str:
         "structure": "[Structure](structure.md): a post-LN encoder; keys against values",
         "errata": "[Errata](errata.md): what in the paper does not hold, each with the proof or "
         "the measurement",
+        "coverage": "[Coverage](coverage.md): each of the paper's experiments, and what stands for "
+        "it here",
     }
     listed = "\n".join(f"- {titles[name]}." for name in known)
     toctree = "\n".join(known)
@@ -329,16 +331,14 @@ here, each beside what the paper states.
 
 {listed}
 
-These pages are written by `make results` from the JSON files in `docs/results/data`; no number on
-them is typed. Each file has its
-plan: conditions, lengths and what was changed in the model. `python -m benchmarks.results
-measure` runs what is missing of the plans in
-`benchmarks/results/plans.py`, passage by passage, and goes on where it was stopped. Passages are
-those of [Fidelity](../fidelity.md):
-what was chosen (the factors of the outliers, the form of the needles) was chosen on the
-development set, and everything reported is of the reporting
-set, its first passages. How many of the planned passages were measured stands in the second
-column.
+These pages are written by `make results` from the JSON files in `docs/results/data`: whatever is
+stated of reporting texts comes from there, and so does every verdict. Each file has its plan:
+conditions, lengths and what was changed in the model. `python -m benchmarks.results measure` runs
+what is missing of the plans in `benchmarks/results/plans.py`, passage by passage, and goes on where
+it was stopped. Passages are those of [Fidelity](../fidelity.md): what was chosen (the factors of
+the outliers, the form of the needles) was chosen on the development set, and everything reported is
+of the reporting set, its first passages. How many were measured stands in the second column; where
+it is less than four, the errors are themselves rough, and a verdict is preliminary.
 
 {table(["file", "passages", "question"], plans)}
 
@@ -379,6 +379,7 @@ PAGES: Mapping[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "needles": (needles, ("needles", "paper")),
     "structure": (structure, ("structure", "paper")),
     "errata": (errata_page.page, ("facts", "paper")),
+    "coverage": (coverage_page.page, ()),
 }
 
 

@@ -65,7 +65,7 @@ def wikitext() -> Figure:
         if has(f"causal-{name}"):
             kept = Kept(f"causal-{name}")
             changes = (kept.perplexity_change(f"all {one}") for one in (NAIVE, OURS))
-            ours[name] = tuple(changes)
+            ours[f"{name} (n {kept.passages})"] = tuple(changes)
     _pairs(right, ours)
     right.set_title("here, SmolLM2-135M")
     left.legend(fontsize=8)

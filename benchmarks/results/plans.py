@@ -23,7 +23,7 @@ OURS, NAIVE = "nsep+pchan4", "naive4"
 ABLATION = ("naive4", "nsep4", "outlier4", "nsep+out4", "pchan4", "nsep+pchan4")
 LEFT_OUT = ("outlier4-8ch", "nsep+out4-8ch")
 
-BITS = (2, 3, 4, 5, 8)
+BITS = (2, 3, 4, 8)
 RATIOS = (8.0, RATIO, 24.0)
 TIMES = (0.5, 1.0, 4.0, 8.0)
 

@@ -35,8 +35,8 @@ def rivals() -> str:
     return f"""# What each bit buys: every method on the same passages
 
 SmolLM2-135M-Instruct, prefill {plan["prefill"]}, {plan["continuation"]} tokens scored,
-{kept.passages} reporting passages, each with every method. KL is the divergence from the logits of the float32 cache in nats a token, ± one
-standard error over passages. *Sealed* bits are those of what is coded; methods that keep the last
+{kept.passages} reporting passages, each with every method. KL is the divergence from the logits of
+the float32 cache in nats a token, ± one standard error over passages. *Sealed* bits are those of what is coded; methods that keep the last
 tokens or the first ones unquantized take what stands beside it for 512 tokens of 64 channels. At
 equal sealed bits a comparison flatters a method with a tail, at equal total bits it damns it: a
 longer context lies between. Bold is what NSQ-1 can express: its own profiles (`streaming4` and so

@@ -36,8 +36,9 @@ def rivals() -> str:
 
 SmolLM2-135M-Instruct, prefill {plan["prefill"]}, {plan["continuation"]} tokens scored,
 {kept.passages} reporting passages, each with every method. KL is the divergence from the logits of
-the float32 cache in nats a token, ± one standard error over passages. *Sealed* bits are those of what is coded; methods that keep the last
-tokens or the first ones unquantized take what stands beside it for 512 tokens of 64 channels. At
+the float32 cache in nats a token, ± one standard error over passages. *Sealed* bits are
+those of what is coded; methods that keep the last tokens or the first ones unquantized take what
+stands beside it for 512 tokens of 64 channels. At
 equal sealed bits a comparison flatters a method with a tail, at equal total bits it damns it: a
 longer context lies between. Bold is what NSQ-1 can express: its own profiles (`streaming4` and so
 on), the paper's method and its ablation, plain INT4, and the paper's own form of KIVI
@@ -332,9 +333,11 @@ here, each beside what the paper states.
 These pages are written by `make results` from the JSON files in `docs/results/data`: whatever is
 stated of reporting texts comes from there, and so does every verdict. Each file has its plan:
 conditions, lengths and what was changed in the model. `python -m benchmarks.results measure` runs
-what is missing of the plans in `benchmarks/results/plans.py`, passage by passage, and goes on where
+what is missing of the plans in `benchmarks/results/plans.py`, passage by passage, and goes on
+where
 it was stopped. Passages are those of [Fidelity](../fidelity.md): what was chosen (the factors of
-the outliers, the form of the needles) was chosen on the development set, and everything reported is
+the outliers, the form of the needles) was chosen on the development set, and everything reported
+is
 of the reporting set, its first passages. How many were measured stands in the second column; where
 it is less than four, the errors are themselves rough, and a verdict is preliminary.
 

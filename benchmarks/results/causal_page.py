@@ -163,6 +163,7 @@ def _layers() -> str:
         for kind in ("keys lost", "none", "outlier")
     )
     worst, place = int(outlier.argmax()), int((outlier > outlier[0]).sum()) + 1
+    bounded = int((outlier <= lost).sum())
     special = (
         "So *errors at layer 0 multiply, elsewhere they add* does not hold in this model"
         if place > 1
@@ -175,10 +176,9 @@ others in float32 (prefill 256, n {kept.passages}). The third line is a measure 
 can do: all keys of the prefix are lost, zeros instead of them. In layer 0 that costs
 {number(lost[0])}; INT4 with the outlier {number(outlier[0])}, without {number(naive[0])}. The layer
 that suffers most from its outlier is {worst}, with {number(outlier[worst])}; layer 0 is number
-{place} of {layers}. Over layers, what the outlier costs goes with what the loss of the keys costs
-(rank correlation {_rank_correlation(outlier, lost):.2f}): a scale that an outlier takes makes the
-other channels of a row zeros. {special}: what an outlier costs there is about what the keys of its
-layer are worth."""
+{place} of {layers}. In {bounded} of {layers} layers the outlier costs no more than the loss of all
+keys: a scale that an outlier takes makes the other channels of a row zeros. The rank correlation of
+the two over layers is {_rank_correlation(outlier, lost):.2f}. {special}."""
 
 
 def _rank_correlation(x: Any, y: Any) -> float:

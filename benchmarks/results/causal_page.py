@@ -283,14 +283,24 @@ def _bias() -> str:
     text += "A channel of the keys of each head of every layer has a constant, or a rotary pair an "
     text += f"outlier, to a ratio of {RATIO}; n {min(one.passages for one in kept.values())}.\n\n"
     text += table(["method", "KL, unchanged (128 scored)"] + [titles[n] for n in names], rows)
-    bias = kept.get("bias-all-layers")
-    if bias is not None:
-        text += "\n"
-        for rotation in ("hadamard+q4_0", "turboquant4", "oscar4"):
-            found = bias.difference(rotation, "streaming4")
+    text += "\n"
+    for name in names:
+        one = kept[name]
+        for other in ("hadamard+q4_0", "turboquant4", "oscar4", "kvarn-k4v4", "kivi4"):
+            every, sealed = entry(other).bits_per_element(512, 64, heads=3)
+            found = one.difference(other, "streaming4")
             text += (
-                f"\n- With the constant, {rotation} costs "
-                f"{_ratio(bias, rotation, 'streaming4'):.1f} times what streaming4 costs "
-                f"({'told apart' if found.told else 'not told apart'}: {found})."
+                f"\n- With {titles[name]}, {other} (bits {sealed:.2f}, with its tail "
+                f"{every:.2f}) costs {_ratio(one, other, 'streaming4'):.2g} times what "
+                f"streaming4 costs ({'told apart' if found.told else 'not told apart'}: {found})."
             )
-    return text
+        text += (
+            f"\n- With {titles[name]}, *norms help per-channel scales (pchan4 costs more than "
+            f"nsep+pchan4)*: **{one.verdict('pchan4', OURS)}** ({one.difference('pchan4', OURS)})."
+        )
+    return text + (
+        "\n\nRotations spread a constant over all channels of a token's group, whose scale then has "
+        "to span it; a scale a channel, with a minimum of its own, takes it whole. An outlier that "
+        "turns with position is another thing: it is no constant, and the norm is then nearly its "
+        "alone, so that what norms separate is the outlier and not the token."
+    )

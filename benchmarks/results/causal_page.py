@@ -291,7 +291,7 @@ def _bias() -> str:
             found = one.difference(other, "streaming4")
             text += (
                 f"\n- With {titles[name]}, {other} (bits {sealed:.2f}, with its tail "
-                f"{every:.2f}) costs {_ratio(one, other, 'streaming4'):.2g} times what "
+                f"{every:.2f}) costs {number(_ratio(one, other, 'streaming4'))} times what "
                 f"streaming4 costs ({'told apart' if found.told else 'not told apart'}: {found})."
             )
         text += (
@@ -299,8 +299,9 @@ def _bias() -> str:
             f"nsep+pchan4)*: **{one.verdict('pchan4', OURS)}** ({one.difference('pchan4', OURS)})."
         )
     return text + (
-        "\n\nRotations spread a constant over all channels of a token's group, whose scale then has "
-        "to span it; a scale a channel, with a minimum of its own, takes it whole. An outlier that "
-        "turns with position is another thing: it is no constant, and the norm is then nearly its "
-        "alone, so that what norms separate is the outlier and not the token."
+        "\n\nOur explanation: rotations spread a constant over all channels of a token's group, "
+        "whose scale then has to span it, while a scale a channel with a minimum of its own takes "
+        "it whole. An outlier that turns with position is no constant, and a token's norm is then "
+        "nearly the outlier's alone, so that taking it out moves the outlier's changes into all "
+        "other channels."
     )

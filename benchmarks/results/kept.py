@@ -78,7 +78,9 @@ class Kept:
     def verdict(self, more: str, less: str) -> str:
         """Say whether the first costs more, by the rule of docs/fidelity.md."""
         found = self.difference(more, less)
-        if not found.told or found.count < 2:
+        if found.count < 2:
+            return "one passage only"
+        if not found.told:
             return "not told apart"
         return "holds" if found.value > 0 else "contradicted"
 

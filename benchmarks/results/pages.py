@@ -288,11 +288,9 @@ with norms, change in perplexity.
 """
     for family in families:
         for keys, values in (("K3V8", "K8V3"), ("K2V8", "K8V2"), ("K4V8", "K8V4")):
-            found = kept.difference(f"{family} {keys}", f"{family} {values}")
-            verdict = "not told apart" if not found.told else "holds"
-            verdict = "contradicted" if found.told and found.value < 0 else verdict
+            pair = (f"{family} {keys}", f"{family} {values}")
             text += f"- {family}, *coarse keys cost more than coarse values, {keys} and {values}*: "
-            text += f"**{verdict}** ({found}).\n"
+            text += f"**{kept.verdict(*pair)}** ({kept.difference(*pair)}).\n"
     text += "\n## Principal components of keys\n\nValues in float32, all components in float16.\n\n"
     text += table(["keys by", "KL"], components) + "\n\n"
     for rank in (16, 32, 48):

@@ -114,7 +114,7 @@ def outliers() -> Figure:
             left.plot(one["outlier_ratio"], max(one[OURS], 0.01), "D", color=STYLES[3][0])
             left.annotate(name, (one["outlier_ratio"], max(one[NAIVE], 0.01)), fontsize=7)
     left.set(yscale="log", xlabel="outlier ratio, all heads flattened",
-             ylabel="change in perplexity (.01 or below at .01)", title="paper's models")  # fmt: skip
+             ylabel="change in perplexity (at least .01)", title="paper's models")  # fmt: skip
     kept, facts = Kept("dose"), load("facts")["outlier_ratio"]["none"][0]
     ratios = {"none": max(facts)}
     for name in kept.rows:

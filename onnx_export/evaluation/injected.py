@@ -224,7 +224,7 @@ def changed_keys(keys: Float32, changes: Sequence[Change]) -> Float32:
     keys : numpy.ndarray
         float32 ``[layers, batch, kv_heads, tokens, head_dim]``.
     changes : sequence of KeyOutlier or KeyBias
-        Done in this order.
+        Outliers are done first, as they are in the weights, then biases.
 
     Returns
     -------
@@ -237,7 +237,7 @@ def changed_keys(keys: Float32, changes: Sequence[Change]) -> Float32:
     >>> changed_keys(keys, [KeyOutlier(layer=0, pair=1, factor=8)])[0, 0, 0, 0]
     array([1., 8., 1., 8.], dtype=float32)
     """
-    return _every(keys, changes, lambda part, change: (
+    return _every(keys, _in_order(changes), lambda part, change: (
         part * np.float32(change.factor)
         if isinstance(change, KeyOutlier) else part + np.float32(change.value)
     ))  # fmt: skip
@@ -263,7 +263,7 @@ def restored_keys(keys: Float32, changes: Sequence[Change]) -> Float32:
     >>> restored_keys(keys, [KeyBias(layer=0, channel=2, value=8)])[0, 0, 0, 0]
     array([ 1.,  1., -7.,  1.], dtype=float32)
     """
-    return _every(keys, changes[::-1], lambda part, change: (
+    return _every(keys, _in_order(changes)[::-1], lambda part, change: (
         part / np.float32(change.factor)
         if isinstance(change, KeyOutlier) else part - np.float32(change.value)
     ))  # fmt: skip
@@ -443,6 +443,10 @@ class _Edited:
         path = self._source.with_name(told["location"])
         count, offset = int(told["length"]) // 4, int(told["offset"])
         return np.fromfile(path, "<f4", count, offset=offset).reshape(tuple(tensor.dims))
+
+
+def _in_order(changes: Sequence[Change]) -> list[Change]:
+    return sorted(changes, key=lambda change: isinstance(change, KeyBias))
 
 
 def _heads(change: Change, kv_heads: int) -> list[int]:

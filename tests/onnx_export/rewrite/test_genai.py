@@ -251,6 +251,24 @@ def test_our_loop_runs_buffers_too(tmp_path: Path) -> None:
         Session(folders.genai / "decoder.onnx", library=False)
 
 
+def test_an_optional_input_keeps_its_default(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "genai-llama-cpu-fp32")
+    model = onnx.load(folder / "model.onnx")
+    (last,) = [node for node in model.graph.node if "logits" in node.output]
+    last.output[list(last.output).index("logits")] = "unscaled"
+    model.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "factor"], ["logits"]))
+    kind = model.graph.output[0].type.tensor_type.elem_type
+    model.graph.initializer.append(onnx.helper.make_tensor("factor", kind, [], [-1]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("factor", kind, []))
+    onnx.save(model, folder / "model.onnx")
+    rewrite(folder / "model.onnx", tmp_path / "new" / "decoder.onnx", cache="buffers")
+    rewrite(folder / "model.onnx", tmp_path / "ours" / "model.onnx")
+    one = generator(tmp_path / "new", max_length=100)
+    read(one, [PROMPT[:20]])
+    found = generate(one, 9)
+    assert found == [ours(Session(tmp_path / "ours" / "model.onnx", capacity=99), PROMPT[:20], 9)]
+
+
 def test_the_folder_is_what_genai_wants(tmp_path: Path) -> None:
     folders = make(tmp_path, "genai-llama-cpu-fp32", key="streaming4", value="streaming3")
     before = json.loads((folders.original / "genai_config.json").read_text())

@@ -91,6 +91,8 @@ class Size(NamedTuple):
 class Method:
     """How keys and values of every layer are stored.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     name : str

@@ -55,6 +55,8 @@ class Reader(Protocol):
 class CausalModel(Reader, Protocol):
     """A decoder for one sequence, whose results can be kept.
 
+    One thread at a time uses one.
+
     Attributes
     ----------
     name : str
@@ -82,7 +84,10 @@ class CausalModel(Reader, Protocol):
 
 
 class Opened(NamedTuple):
-    """How a model is opened again, in another process."""
+    """How a model is opened again, in another process.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     path: str
     threads: int | None = None

@@ -48,7 +48,10 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol(ABC):
-    """What is read, and what is scored of it."""
+    """What is read, and what is scored of it.
+
+    Nothing changes one, so that threads may share it.
+    """
 
     name: ClassVar[str]
 
@@ -124,6 +127,8 @@ class _Continuation(Protocol):
 class Prefill(_Continuation):
     """A prefilled cache is quantized at once; the tokens after it are scored: the paper's protocol.
 
+    Nothing changes one, so that threads may share it.
+
     `onnx_export.evaluation.fidelity` says exactly what is scored.
 
     Parameters
@@ -152,6 +157,8 @@ class Prefill(_Continuation):
 @dataclass(frozen=True)
 class Windows(_Continuation):
     """Windows that slide over a long text; of each the last ``stride`` tokens are scored.
+
+    Nothing changes one, so that threads may share it.
 
     What is before them in the window is prefilled and quantized. The first token behind it is
     predicted from float32 alone, and left out: ``stride - 1`` tokens are scored.
@@ -185,6 +192,8 @@ class Windows(_Continuation):
 @dataclass(frozen=True)
 class Lengths(_Continuation):
     """The same tokens are scored after contexts of several lengths, all prefilled and quantized.
+
+    Nothing changes one, so that threads may share it.
 
     Parameters
     ----------
@@ -236,6 +245,8 @@ class Lengths(_Continuation):
 @dataclass(frozen=True)
 class Decode(Protocol):
     """Teacher-forced from an empty cache: every key and value is made under the quantized cache.
+
+    Nothing changes one, so that threads may share it.
 
     Tokens are read in pieces that end where a block is full, which is sealed then: a query reads
     blocks before its own from their codes, and its own block, the tail, unquantized. Token by token
@@ -305,6 +316,8 @@ class Decode(Protocol):
 @dataclass(frozen=True)
 class Free(Protocol):
     """The model writes on by itself, greedily, beside the text that it writes in float32.
+
+    Nothing changes one, so that threads may share it.
 
     The prompt is read as `Decode` reads, and each new token after it, one by one.
 

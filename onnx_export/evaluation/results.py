@@ -31,6 +31,8 @@ RESAMPLES = 9999
 class Difference:
     """A figure of two methods on the same passages.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     first, second : str
@@ -109,6 +111,8 @@ def _mean(samples: Float64, axis: int = -1) -> Float64:
 class Figures:
     """Figures of one method over passages.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     records : tuple of dict
@@ -175,6 +179,8 @@ class Figures:
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------

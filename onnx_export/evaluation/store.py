@@ -16,6 +16,8 @@ __all__ = ["Store"]
 class Store:
     """Figures by what was measured; several processes may write to one folder.
 
+    Threads may share one, and several processes a folder.
+
     Parameters
     ----------
     folder : str or os.PathLike, optional

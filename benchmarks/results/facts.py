@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.results.measure import DATA, Say, rounded, write
 from benchmarks.results.plans import Keys, biases, outliers, several
-from onnx_export.evaluation.injected import changed_keys, outlier_ratio
+from nsq_ref.metrics import outlier_ratio
+from onnx_export.evaluation.injected import changed_keys
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tokenizer import Tokenizer

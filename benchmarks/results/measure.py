@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nsq_ref.files import atomic
 from nsq_ref.rivals import Entry, entry
 from onnx_export.evaluation.injected import Change, KeyOutlier, changed_keys, restored_keys
+from onnx_export.evaluation.scoring import Reference, Scores
 from onnx_export.models.decoder import Decoder, KeyValueCache
 
 DATA = Path(__file__).parents[2] / "docs" / "results" / "data"
@@ -27,7 +28,6 @@ EXACT, HALF, LOST = "float32", "float16", "zeros"
 SIDES = ("key", "value")
 
 Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 Say = Callable[[str], None]
 
 
@@ -110,17 +110,17 @@ def run(
             of_batch, _, _ = decoder.forward(row[None, plan.prefill : stop], cache)
             return np.asarray(of_batch[0])
 
-        exact = log_softmax(logits((keys, values)))
+        exact = Reference(logits((keys, values)), targets)
         rows = {}
         for done, (name, condition) in enumerate(plan.conditions.items()):
             cache = stored.cache(condition, keys, values)
-            rows[name] = figures(exact, log_softmax(logits(cache)), targets)
+            rows[name] = figures(exact.scores(logits(cache)))
             say(f"{plan.name}: passage {number + 1}/{plan.passages}, {done + 1}/"
                 f"{len(plan.conditions)} {name}: KL {rows[name]['kl']:.4f}")  # fmt: skip
         stored.forget()
         for name, one in rows.items():
             kept["rows"].setdefault(name, []).append(one)
-        kept["baseline"].append({"nll": rounded(nll(exact, targets))})
+        kept["baseline"].append({"nll": rounded(exact.nll.mean())})
         kept["seconds"].append(round(time.perf_counter() - start, 1))
         write(path, kept)
     kept["passages"] = len(kept["baseline"])
@@ -199,26 +199,13 @@ def calibrated(methods: Sequence[str], keys: Float32, values: Float32) -> dict[s
     }
 
 
-def log_softmax(logits: Float32) -> Float64:
-    """Return log probabilities in float64, ``[tokens, vocab_size]``."""
-    shifted: Float64 = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
-
-
-def nll(log_p: Float64, targets: NDArray[np.int64]) -> float:
-    """Return the mean negative log-likelihood, in nats a token."""
-    return float(-np.take_along_axis(log_p, targets[:, None], -1).mean())
-
-
-def figures(exact: Float64, log_q: Float64, targets: NDArray[np.int64]) -> dict[str, float]:
+def figures(scores: Scores) -> dict[str, float]:
     """Return what a cache costs: the Kullback-Leibler divergence from the float32 one, and NLL."""
-    kl = np.maximum((np.exp(exact) * (exact - log_q)).sum(axis=-1), 0)
+    kl = scores.kl
     return {
         "kl": rounded(kl.mean()), "kl_median": rounded(np.median(kl)),
         "kl_99": rounded(np.quantile(kl, 0.99)), "kl_max": rounded(kl.max()),
-        "nll": rounded(nll(log_q, targets)),
-        "same_top": rounded((exact.argmax(-1) == log_q.argmax(-1)).mean()),
+        "nll": rounded(scores.nll.mean()), "same_top": rounded(scores.top1.mean()),
     }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.results.encoder import Encoder, encoder_folder
 from benchmarks.results.measure import DATA, Say, rounded, write
+from nsq_ref.metrics import outlier_ratio
 from nsq_ref.rivals import entry
-from onnx_export.evaluation.injected import outlier_ratio
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.texts import ADDRESSES, REPORTING_START, passages, read_address
 from onnx_export.models.tokenizer import Tokenizer

@@ -39,7 +39,7 @@ with extra("onnx", __name__):
 
 __all__ = [
     "Change", "KeyBias", "KeyOutlier", "as_if_injected", "bias_for_ratio", "changed_keys",
-    "factor_for_ratio", "injected_onnx", "outlier_ratio", "restored_keys",
+    "factor_for_ratio", "injected_onnx", "restored_keys",
 ]  # fmt: skip
 
 Float32 = NDArray[np.float32]
@@ -116,32 +116,8 @@ class KeyBias:
 Change: TypeAlias = KeyOutlier | KeyBias
 
 
-def outlier_ratio(x: Float32) -> NDArray[np.float64]:
-    """Return of each head the largest magnitude of a channel over the mean of all channels'.
-
-    Parameters
-    ----------
-    x : numpy.ndarray
-        Keys or values, float ``[..., tokens, head_dim]``.
-
-    Returns
-    -------
-    numpy.ndarray
-        float64 ``[...]``; 1 for a head of zeros.
-
-    Examples
-    --------
-    >>> outlier_ratio(np.float32([[1, -1, 2], [3, 1, 1]]))
-    array(1.5)
-    """
-    largest = np.abs(x).max(axis=-2).astype(np.float64)
-    mean = largest.mean(axis=-1)
-    ratio: NDArray[np.float64] = largest.max(axis=-1) / np.where(mean > 0, mean, 1)
-    return np.where(mean > 0, ratio, 1)
-
-
 def factor_for_ratio(x: Float32, pair: int, ratio: float) -> float:
-    """Return by which factor a pair of channels gives a head this outlier ratio.
+    """Return by which factor a pair of channels gives a head this `nsq_ref.metrics.outlier_ratio`.
 
     Parameters
     ----------
@@ -161,6 +137,7 @@ def factor_for_ratio(x: Float32, pair: int, ratio: float) -> float:
 
     Examples
     --------
+    >>> from nsq_ref.metrics import outlier_ratio
     >>> x = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
     >>> factor = factor_for_ratio(x, 31, 17.0)
     >>> x[:, [31, 63]] *= factor
@@ -180,7 +157,7 @@ def factor_for_ratio(x: Float32, pair: int, ratio: float) -> float:
 
 
 def bias_for_ratio(x: Float32, channel: int, ratio: float) -> float:
-    """Return which constant, added to a channel, gives a head this outlier ratio.
+    """Return which constant, added to a channel, gives a head this `nsq_ref.metrics.outlier_ratio`.
 
     Parameters
     ----------
@@ -200,6 +177,7 @@ def bias_for_ratio(x: Float32, channel: int, ratio: float) -> float:
 
     Examples
     --------
+    >>> from nsq_ref.metrics import outlier_ratio
     >>> x = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
     >>> x[:, 63] += bias_for_ratio(x, 63, 17.0)
     >>> round(float(outlier_ratio(x)), 4)

@@ -14,6 +14,7 @@ from benchmarks.results import measure, pages, plans
 from benchmarks.results.kept import Kept, Mean
 from nsq_ref.rivals import entry
 from onnx_export.evaluation.injected import KeyOutlier, injected_onnx
+from onnx_export.evaluation.scoring import Reference
 from onnx_export.models.decoder import Decoder, cached_onnx
 from tests.support.llama_oracle import TinyModel
 
@@ -110,7 +111,7 @@ def test_divergence_and_errors_are_those_of_the_definition() -> None:
     random = np.random.default_rng(0)
     exact, other = random.standard_normal((2, 5, 7)).astype(np.float32)
     targets = np.array([0, 3, 6, 2, 2])
-    found = measure.figures(measure.log_softmax(exact), measure.log_softmax(other), targets)
+    found = measure.figures(Reference(exact, targets).scores(other))
     divergences, likelihoods = [], []
     for row, changed, target in zip(exact.tolist(), other.tolist(), targets, strict=True):
         p, q = ([math.exp(x) / sum(map(math.exp, one)) for x in one] for one in (row, changed))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nsq_ref import Scheme
+from nsq_ref.metrics import outlier_ratio
 from onnx_export.evaluation.injected import (
     Change,
     KeyBias,
@@ -21,7 +22,6 @@ from onnx_export.evaluation.injected import (
     changed_keys,
     factor_for_ratio,
     injected_onnx,
-    outlier_ratio,
     restored_keys,
 )
 from onnx_export.models.attention_forms import QuantizedAttention

@@ -10,7 +10,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: demo test quick test-torch test-javascript test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: results demo test quick test-torch test-javascript test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
@@ -81,6 +81,11 @@ benchmark: $(VENV)/benchmark.done
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.conformance
 	$(BIN)/python -m benchmarks.transformers
+	$(BIN)/python -m benchmarks.genai
+
+# The pages of docs/results from what was measured; `python -m benchmarks.results measure` measures.
+results: $(VENV)/demo.done
+	$(BIN)/python -m benchmarks.results pages
 
 # An environment of each extra alone, and where people run it, which need not be like here.
 extras places:

@@ -1,24 +1,32 @@
-"""``generate`` of transformers with an `NsqCache`, beside the caches that transformers has.
+"""SmolLM2-135M in transformers with an `NsqCache`, beside the caches that transformers has.
 
-Run as ``python -m benchmarks.transformers [--json FILE]``. The model is a Llama of random weights;
-its caches decode the same tokens in turns. Each prefills once, and is timed a chunk of tokens at a
-time. Backends of ``QuantizedCache`` that are not installed are said to be missing.
+Run as ``python -m benchmarks.transformers [--json FILE]``, on Linux. The model reads a prompt once,
+in one pass, and all caches take its keys and values. Then they decode the text that follows in
+turns, a token a pass, so many that each of them quantizes a block at least once; and read more of
+it, a few tokens a pass, so that more tokens tell how likely the text is. What is resident is the
+growth of a process of its own, in which another cache of the same kind was filled before; keys and
+values are random there, as bytes do not depend on them. Backends of ``QuantizedCache`` that are not
+installed are said to be missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
+import contextlib
+import ctypes
 import inspect
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.timing import Row, as_text, machine, report, spread, use_threads, write_json
+import numpy as np
 
-Model = Any
+from benchmarks.timing import Row, as_text, machine, parser, publish, spread, use_threads
+
+FLOAT = "DynamicCache"
+PASS = 8  # tokens of a turn, and of a pass of several
 
 
 def main() -> None:
@@ -28,131 +36,167 @@ def main() -> None:
     import transformers
 
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, num_hidden_layers=options.layers,
-        max_position_embeddings=2 * options.tokens, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval().to(getattr(torch, options.dtype))
-    prompt = torch.randint(1, 1024, (1, options.tokens))
-    caches, missing = candidates(config)
-    runs = {
-        name: Run(model, attention, make(), prompt) for name, (attention, make) in caches.items()
-    }
-    for _ in range(options.rounds):
-        for run in runs.values():
-            run.decode(options.steps)
-    first = runs["DynamicCache"]
-    rows = [
-        Row(f"{name}: a token", spread([run.typical / first.typical]), "of DynamicCache's time",
-            spread(run.seconds))
-        for name, run in runs.items()
-    ] + [
-        Row(f"{name}: prefill", spread([run.prefill / first.prefill]), "of DynamicCache's time",
-            spread([run.prefill]))
-        for name, run in runs.items()
-    ] + [
-        Row(f"{name}: bytes", spread([run.nbytes / first.nbytes]), "of DynamicCache's")
-        for name, run in runs.items()
-    ]  # fmt: skip
+    model, ids = model_of(options), text_of(options)
+    names, missing = listed(model.config)
+    prompt = transformers.DynamicCache(config=model.config)
+    forward(model, "sdpa", ids[:, : options.tokens], prompt)
+    runs = {name: Run(model, name, prompt, ids) for name in names}
+    for size, count in ((1, options.steps), (PASS, options.scored)):
+        for _ in range(0, count, PASS):
+            for run in runs.values():
+                for _ in range(0, PASS, size):
+                    run.step(size)
+    rows = speeds(runs) + likelihoods(runs) + memory(names, model.config, options)
     notes = [
-        f"Llama of random weights, {options.layers} layers, 9 heads over 3 of 64, {options.dtype}, "
-        f"{options.tokens} tokens of prompt, {options.rounds} rounds of {options.steps} tokens, "
-        f"{options.threads} threads, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}, torch {torch.__version__}, one row, "
+        f"SmolLM2-135M-Instruct with {options.dtype} weights, {options.threads} threads",
+        f"{options.tokens} tokens of prompt; {options.steps} more in turns of {PASS}, a token a "
+        f"pass, whose mean is a token's time; {options.scored} more, {PASS} a pass",
         as_text(machine()),
         "'(nsq)' attends to what is stored, '(sdpa)' to decoded keys and values",
         *(f"not measured, as it is not installed: {name}" for name in missing),
+        f"load average of the machine after: {os.getloadavg()[0]:.1f}",
     ]
-    report("transformers", rows, notes)
-    if options.json is not None:
-        write_json(options.json, rows, notes, threads=options.threads, tokens=options.tokens)
+    publish(options, "transformers", rows, notes, threads=options.threads, tokens=options.tokens)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.transformers", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    return parser.parse_args()
+    made = parser("transformers", __doc__, threads=2, tokens=4096, steps=128, scored=384)
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    return made.parse_args()
 
 
-def candidates(config: Any) -> tuple[dict[str, tuple[str, Callable[[], Any]]], list[str]]:
-    """Return attention and cache by name, and the backends that are not installed."""
+# --- model, text and caches ---------------------------------------------------------------------
+
+
+def model_of(options: argparse.Namespace) -> Any:
+    import torch
+    import transformers
+
+    from onnx_export.models.sources import smollm2_gguf
+
+    gguf, dtype = smollm2_gguf(), getattr(torch, options.dtype)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype
+    ).eval()
+
+
+def text_of(options: argparse.Namespace) -> Any:
+    """Return tokens of prose, enough for all, in one row."""
+    import torch
+
+    from benchmarks.decoding import text_of
+
+    return torch.from_numpy(text_of(options.tokens + options.steps + options.scored))[None]
+
+
+def forward(model: Any, attention: str, tokens: Any, cache: Any) -> Any:
+    """Return the logits of a pass of few tokens, the last of one of many."""
+    import torch
+
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        return model(tokens, logits_to_keep=PASS, **{name: cache}).logits
+
+
+class Candidate(NamedTuple):
+    """A cache, and the attention that goes with it."""
+
+    attention: str
+    make: Callable[[], Any]
+
+
+def candidates(config: Any) -> dict[str, Candidate]:
     from transformers import DynamicCache, QuantizedCache
 
     from nsq_ref.transformers import NsqCache
 
-    caches: dict[str, tuple[str, Callable[[], Any]]] = {
-        "DynamicCache": ("sdpa", lambda: DynamicCache(config=config)),
-        "NsqCache 4 bits (nsq)": ("nsq", lambda: NsqCache(config)),
-        "NsqCache 4 bits (sdpa)": ("sdpa", lambda: NsqCache(config)),
-        "NsqCache 3 bits (nsq)": ("nsq", lambda: NsqCache(config, "streaming3", "streaming3")),
+    def quantized(backend: str, **given: Any) -> Candidate:
+        return Candidate("sdpa", lambda: QuantizedCache(backend, config, **given))
+
+    return {
+        FLOAT: Candidate("sdpa", lambda: DynamicCache(config=config)),
+        "NsqCache 4 bits (nsq)": Candidate("nsq", lambda: NsqCache(config)),
+        "NsqCache 4 bits (sdpa)": Candidate("sdpa", lambda: NsqCache(config)),
+        "NsqCache 3 bits (nsq)": Candidate(
+            "nsq", lambda: NsqCache(config, "streaming3", "streaming3")
+        ),
+        "QuantizedCache quanto, 4 bits": quantized("quanto", nbits=4),
+        "QuantizedCache hqq, 4 bits": quantized("hqq", nbits=4, axis_key=1, axis_value=1),
+        "QuantizedCache fp8": quantized("fp8"),
     }
-    missing = []
-    for backend, package in {"quanto": "optimum.quanto", "hqq": "hqq"}.items():
-        root = package.partition(".")[0]
-        if importlib.util.find_spec(root) and importlib.util.find_spec(package):
-            axis = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
 
-            def quantized(backend: str = backend, axis: dict[str, int] = axis) -> Any:
-                return QuantizedCache(backend, config, nbits=4, **axis)
 
-            caches[f"QuantizedCache {backend}, 4 bits"] = ("sdpa", quantized)
+def listed(config: Any) -> tuple[list[str], list[str]]:
+    """Return the names of the caches that can be made here, and of the others."""
+    names, missing = [], []
+    for name, candidate in candidates(config).items():
+        try:
+            candidate.make()
+        except (ImportError, ValueError):
+            missing.append(name)
         else:
-            missing.append(f"QuantizedCache {backend} ({package})")
-    return caches, missing
+            names.append(name)
+    return names, missing
 
 
 class Run:
-    """One cache, its prompt in it, and how long tokens took."""
+    """One cache with the prompt in it: how long tokens took, and how likely they were."""
 
-    def __init__(self, model: Model, attention: str, cache: Any, prompt: Any) -> None:
-        self.model, self.attention, self.cache, self.prompt = model, attention, cache, prompt
-        self.seconds: list[float] = []
-        takes = inspect.signature(model.forward).parameters
-        self._name = "cache" if "cache" in takes else "past_key_values"
-        warm = copy.deepcopy(cache)  # what is compiled and set up once is no part of the prefill
-        self._forward(prompt[:, :300], warm)
-        self._forward(prompt[:, :1], warm)
-        begin = time.perf_counter()
-        self._forward(prompt, cache)
-        self.prefill = time.perf_counter() - begin
+    def __init__(self, model: Any, name: str, prompt: Any, ids: Any) -> None:
+        self.model, self.ids = model, ids
+        self.attention, make = candidates(model.config)[name]
+        for layers in (prompt.layers[:1], prompt.layers):  # what is compiled once is not timed
+            self.cache, begin = make(), time.perf_counter()
+            for index, layer in enumerate(layers):
+                self.cache.update(layer.keys, layer.values, index)
+            self.filled = time.perf_counter() - begin
+        self.at = self.start = int(prompt.get_seq_length())
+        self.seconds: list[float] = []  # of passes of one token
+        self.losses: list[float] = []
 
-    def _forward(self, tokens: Any, cache: Any) -> Any:
-        import torch
+    def step(self, size: int) -> None:
+        """Read so many tokens of the text."""
+        from torch.nn.functional import cross_entropy
 
-        self.model.set_attn_implementation(self.attention)
-        with torch.no_grad():
-            logits = self.model(tokens, logits_to_keep=1, **{self._name: cache}).logits
-        return logits[:, -1:].argmax(-1)
-
-    def decode(self, steps: int) -> None:
-        """Decode some tokens, greedily."""
-        token = self.prompt[:, -1:]
-        for _ in range(steps):
-            begin = time.perf_counter()
-            token = self._forward(token, self.cache)
-            self.seconds.append(time.perf_counter() - begin)
-
-    @property
-    def typical(self) -> float:
-        """Seconds of a token, the median."""
-        return spread(self.seconds).median
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is stored, whoever stores it."""
-        own = getattr(self.cache, "nbytes", None)
-        return own if own is not None else sum(map(bytes_of, self.cache.layers))
+        begin, tokens = time.perf_counter(), self.ids[:, self.at : self.at + size]
+        logits = forward(self.model, self.attention, tokens, self.cache)
+        taken = time.perf_counter() - begin
+        if size == 1 and self.at != self.start:  # the first pass warms up
+            self.seconds.append(taken)
+        self.at += size
+        target = self.ids[0, self.at - size + 1 : self.at + 1]
+        self.losses += cross_entropy(logits[0].float(), target, reduction="none").tolist()
 
 
-def bytes_of(layer: Any) -> int:
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def speeds(runs: dict[str, Run]) -> list[Row]:
+    """Return what a token took, and taking in the prompt, and the bytes by arithmetic."""
+    rows, first = [], runs[FLOAT]
+    usual = np.mean(first.seconds)
+    for name, run in runs.items():
+        ratio, seconds = float(np.mean(run.seconds) / usual), float(np.mean(run.seconds))
+        unit = f"of {FLOAT}'s time"
+        rows.append(Row(f"{name}: a token", spread([ratio]), unit, spread([seconds])))
+    for name, run in runs.items():
+        figure = spread([run.filled / len(first.cache.layers)])
+        rows.append(Row(f"{name}: taking in a layer's prompt", figure, "seconds"))
+    for name, run in runs.items():
+        figure = spread([nbytes_of(run.cache) / nbytes_of(first.cache)])
+        rows.append(Row(f"{name}: bytes by arithmetic", figure, f"of {FLOAT}'s"))
+    return rows
+
+
+def nbytes_of(cache: Any) -> int:
+    own = getattr(cache, "nbytes", None)
+    return own if own is not None else sum(map(nbytes_of_layer, cache.layers))
+
+
+def nbytes_of_layer(layer: Any) -> int:
     """Return the bytes of all tensors of a layer of transformers."""
     found, waiting, seen = 0, [vars(layer)], set()
     while waiting:
@@ -167,6 +211,59 @@ def bytes_of(layer: Any) -> int:
             seen.add(one.data_ptr())
             found += one.nbytes
     return found
+
+
+def likelihoods(runs: dict[str, Run]) -> list[Row]:
+    """Return how much less likely the same tokens are, and the standard error of that."""
+    rows = []
+    for name, run in runs.items():
+        more = np.array(run.losses) - np.array(runs[FLOAT].losses)
+        error = float(more.std(ddof=1) / len(more) ** 0.5)
+        figure = spread([float(more.mean() + k * error) for k in (-1, 0, 1)])
+        what = f"{name}: NLL {np.mean(run.losses):.4f} a token"
+        rows.append(Row(what, figure, "nats more; a standard error each way"))
+    return rows
+
+
+def memory(names: list[str], config: Any, options: argparse.Namespace) -> list[Row]:
+    """Return by how much a process grows with a cache."""
+    grown = {}
+    for name in names:
+        # Not forked: a child that shares pages with this process would not count them.
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            grown[name] = alone.apply(grown_by, (name, config, options))
+    return [
+        Row(f"{name}: resident, {count / 1e6:.1f} MB", spread([count / grown[FLOAT]]),
+            f"of {FLOAT}'s")
+        for name, count in grown.items()
+    ]  # fmt: skip
+
+
+def grown_by(name: str, config: Any, options: argparse.Namespace) -> int:
+    """Return the bytes by which this process grows with a second cache, filled and held."""
+    use_threads(options.threads)
+    import torch
+
+    from onnx_export.evaluation.resident import resident_bytes
+
+    shape = 1, config.num_key_value_heads, options.tokens, config.head_dim
+
+    def filled() -> Any:
+        cache = candidates(config)[name].make()
+        for layer in range(config.num_hidden_layers):
+            for tokens in (options.tokens, 1):  # by the second no cache keeps the prompt as it came
+                one = torch.randn(2, *shape, dtype=getattr(torch, options.dtype))
+                cache.update(*one[:, :, :, :tokens].clone(), layer)
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free is no cache's
+        return cache, resident_bytes()
+
+    first, before = filled()
+    second, after = filled()
+    if before is None or after is None:
+        raise SystemExit("this system does not tell what of a process is resident; run it on Linux")
+    del first, second  # held until here
+    return int(after - before)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "examples"]
 nitpicky = False
+# Fields of classes are written as references to any object of that name, which may be several.
+suppress_warnings = ["ref.python"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3

@@ -341,13 +341,13 @@ class KVCache:
     def attend(
         self, query: Any, *, query_lengths: Any = ..., scale: float | None = ...,
         causal: bool = ..., softcap: float | None = ..., sliding_window: int | None = ...,
-        return_weights: Literal[False] = ...,
+        ahead: tuple[Any, Any] | None = ..., return_weights: Literal[False] = ...,
     ) -> Float32: ...  # fmt: skip
     @overload
     def attend(
         self, query: Any, *, query_lengths: Any = ..., scale: float | None = ...,
         causal: bool = ..., softcap: float | None = ..., sliding_window: int | None = ...,
-        return_weights: Literal[True],
+        ahead: tuple[Any, Any] | None = ..., return_weights: Literal[True],
     ) -> tuple[Float32, Float32]: ...  # fmt: skip
     @in_default_environment
     def attend(
@@ -359,12 +359,14 @@ class KVCache:
         causal: bool = True,
         softcap: float | None = None,
         sliding_window: int | None = None,
+        ahead: tuple[Any, Any] | None = None,
         return_weights: bool = False,
     ) -> Float32 | tuple[Float32, Float32]:
         """Attend to the cache as it is stored, without decoding it.
 
-        Each row's queries are its last tokens, whose keys and values have been appended before. The
-        result is that of `attention.attend` on the decoded arrays within rule A3's tolerance.
+        Each row's queries are its last tokens, whose keys and values have been appended before, or
+        are ``ahead``. The result is that of `attention.attend` on the decoded arrays within the
+        tolerance of rule A3.
 
         Parameters
         ----------
@@ -382,6 +384,9 @@ class KVCache:
             Scores become ``softcap * tanh(score / softcap)``.
         sliding_window : int, optional
             A query sees this many positions at most, its own the last of them.
+        ahead : pair of arrays, shapes [batch, kv_heads, T, D], optional
+            Keys and values that follow those of the cache, and are not appended to it: as `append`
+            takes them, attended to as they are.
         return_weights : bool
             Return the attention weights too.
 
@@ -408,7 +413,7 @@ class KVCache:
         array([[[[1., 0.]]]], dtype=float32)
         """
         return attending.attend(
-            self._sides, self._now, query, query_lengths, return_weights,
+            self._sides, self._now, query, query_lengths, return_weights, ahead,
             scale=scale, causal=causal, softcap=softcap, sliding_window=sliding_window,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from nsq_ref.cli import arrays, conformance, demo, onnx
+from nsq_ref.cli import arrays, audit, conformance, demo, evaluating, onnx
 from nsq_ref.cli.errors import exit_codes
 
 __all__ = ["app", "main"]
@@ -25,11 +25,13 @@ app = typer.Typer(
 )
 VERBS: tuple[Callable[..., None], ...] = (
     *(arrays.info, arrays.quantize, arrays.dequantize),
+    audit.audit,
     demo.demo,
     *(conformance.check, conformance.gen, conformance.verify, conformance.vectors),
 )
 for verb in VERBS:
     app.command()(verb)
+app.command("eval")(evaluating.evaluate)
 app.add_typer(onnx.app, name="onnx", help="Write ONNX models.")
 
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # what shells say of a process that ended so
 
 # Options of one form of attention alone, by their parameters.
-OWN_OPTIONS = {"scheme": "nsq", "value_scheme": "nsq", "changes": "nsq", "calibrate": "gqa-int4"}
+OWN_OPTIONS = {
+    "scheme": "nsq", "value_scheme": "nsq", "changes": "nsq", "opset": "nsq",
+    "calibrate": "gqa-int4",
+}  # fmt: skip
 
 
 def build(
@@ -48,6 +51,10 @@ def build(
         str | None, typer.Option(help="Of the values, if another than of the keys.")
     ] = None,
     changes: SetOption = None,
+    opset: Annotated[
+        int,
+        typer.Option(metavar="N", help="24 is fast without the library, too (ONNX Runtime 1.26)."),
+    ] = 21,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -92,16 +99,16 @@ def build(
         if attention == "gqa-int4":
             form = _calibrated(file, tokenizer, calibrate, output, weights, told)
         else:
-            form = _form(attention, schemes)
+            form = _form(attention, schemes, opset)
         build_onnx(file, output, told, attention=form, weights=weights, beside=files)
     typer.echo(model)
 
 
-def _form(attention: str, schemes: KeyValueSchemes) -> AttentionForm:
+def _form(attention: str, schemes: KeyValueSchemes, opset: int) -> AttentionForm:
     from onnx_export.models import attention_forms as forms
 
     if attention == "nsq":
-        return forms.QuantizedAttention(*schemes)
+        return forms.QuantizedAttention(*schemes, opset)
     return forms.GroupedAttention() if attention == "gqa" else forms.PlainAttention()
 
 

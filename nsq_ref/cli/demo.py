@@ -47,7 +47,7 @@ def demo(
     ] = True,
     long: Annotated[
         bool,
-        typer.Option("--long", help="There with all passages, and at 8192 tokens: some minutes."),
+        typer.Option("--long", help="There with all passages: some minutes."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,7 +75,7 @@ def demo(
             from onnx_export.evaluation.native import run_native, why_not
     result: dict[str, Any]
     if keys is None:
-        reason = why_not(gguf, long=long) if native else None
+        reason = why_not(gguf) if native else None
         with stages() as told:
             measured = run_demo(
                 gguf_path=gguf,
@@ -90,7 +90,6 @@ def demo(
                     passages=passages if long else QUICK_PASSAGES,
                     prefill_length=prefill,
                     continuation_length=continuation,
-                    long=long,
                     progress=told,
                 )
         trips, sample, source = measured.trips, measured.keys, measured.model
@@ -203,7 +202,7 @@ def _show_native(native: dict[str, Any]) -> None:
     first = next(iter(native["caches"].values()))
     few, most = first["bytes"]
     contexts = list(first["tokens_per_second"])
-    speeds = ["tokens/s"] if len(contexts) == 1 else [f"tokens/s at {at}" for at in contexts]
+    speeds = [f"tokens/s at {at}" for at in contexts]
     heads = ["cache", f"MB at {few}", f"MB at {most}", *speeds, "NLL"]
     rows = []
     for name, one in native["caches"].items():
@@ -226,7 +225,7 @@ def _show_native(native: dict[str, Any]) -> None:
         f"\nMB, and of float16. At {few} tokens by arithmetic; at {most} "
         f"{measured if first['resident_bytes'] else 'too'}.\n"
         "Up to a block of 128 tokens of ours is float32, which weighs in a short text.\n"
-        f"Speeds: median of steps in turn, after {' and '.join(contexts)} tokens.\n"
+        f"Speeds: median of steps in turn; at {contexts[-1]} the cache holds ones, not a text.\n"
         f"NLL: the first {native['passages']} of these passages with the cache streamed, what is "
         "scored is in it too.\n"
         + ("Two are few for claims: --long reads all. " if native["passages"] == 2 else "")

@@ -26,6 +26,8 @@ __all__ = ["Codec", "NormFirst", "Part", "SchemeCodec", "Stored"]
 class Part(NamedTuple):
     """An array that is stored, and the bits that each of its values takes.
 
+    Nothing changes one, so that threads may share it.
+
     Examples
     --------
     >>> Part(np.zeros((4, 64), np.uint8), bits=4).size_in_bits
@@ -47,6 +49,8 @@ Values = Mapping[str, Array]
 
 class Stored(NamedTuple):
     """One side as it would be read back, and what was stored for it.
+
+    Nothing changes one, so that threads may share it.
 
     What is ``kept`` are the tokens that a codec leaves unquantized: the first ones (sinks) and the
     last ones (tail, residual window). All the rest is ``sealed``.
@@ -157,6 +161,8 @@ class Codec(ABC):
 class SchemeCodec(Codec):
     """A `Scheme` of NSQ-1, its bytes and its result exactly those of `nsq_ref.quantize`.
 
+    Nothing changes one, so that threads may share it.
+
     Examples
     --------
     >>> stored = SchemeCodec(Scheme.named("streaming4"))(np.ones((200, 64), np.float32))
@@ -200,6 +206,8 @@ class SchemeCodec(Codec):
 @dataclass(frozen=True)
 class NormFirst(Codec):
     """Norm separation as preprocessing: a norm in float16 a token, the direction by another codec.
+
+    Nothing changes one, so that threads may share it.
 
     As the paper does it, the direction that is read back is given length 1 again.
 

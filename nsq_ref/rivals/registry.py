@@ -29,6 +29,8 @@ __all__ = ["Entry", "entries", "entry", "entry_of"]
 class Entry:
     """A way to store keys and values: who published it, with what parameters, and how it differs.
 
+    Nothing changes one, so that threads may share it.
+
     Parameters
     ----------
     name, title : str

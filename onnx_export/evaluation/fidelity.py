@@ -3,7 +3,7 @@
 The protocol is *prefill and continuation*. With P the prefill length and C the continuation length,
 for every passage of tokens ``t[0], t[1], ...``:
 
-1. The model reads ``t[0:P]`` once, which fills the cache.
+1. The model reads ``t[0:P]``, which fills the cache (in one pass up to 1024 tokens).
 2. A transform, such as quantization and dequantization, replaces the keys and values of that cache.
 3. The model reads ``t[P:P+C]`` in one forward pass with the replaced cache as its past. The logits
    after ``t[P]``, ..., ``t[P+C-1]`` are scored against the tokens that follow, ``t[P+1:P+C+1]``.
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref.arrays import as_integer, as_integer_array
+from onnx_export.evaluation.protocols import continued, prefilled
 from onnx_export.models.built import Progress
 from onnx_export.models.decoder import Decoder, KeyValueCache
 
@@ -67,17 +68,17 @@ class TransformFidelity:
     @property
     def nll_change_error(self) -> float:
         """Standard error of `nll_change`, paired by passage."""
-        return _standard_error(np.subtract(self.nll, self.baseline_nll))
+        return standard_error(np.subtract(self.nll, self.baseline_nll))
 
     @property
     def perplexity(self) -> float:
         """Exponential of the mean NLL with the transform; infinite if that overflows."""
-        return _perplexity(self.nll)
+        return perplexity(self.nll)
 
     @property
     def baseline_perplexity(self) -> float:
         """Exponential of the mean NLL with the untouched cache."""
-        return _perplexity(self.baseline_nll)
+        return perplexity(self.baseline_nll)
 
     @property
     def perplexity_change(self) -> float:
@@ -93,7 +94,7 @@ class TransformFidelity:
         if math.isinf(self.perplexity):
             return math.inf
         moves = np.multiply(self.perplexity, self.nll)
-        return _standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
+        return standard_error(moves - np.multiply(self.baseline_perplexity, self.baseline_nll))
 
 
 @dataclass(frozen=True)
@@ -260,13 +261,12 @@ def measure_fidelity(
             progress(f"passage {passage + 1} of {len(tokens)}", done, total)
 
     for passage, row in enumerate(tokens):
-        _, keys, values = decoder.forward(row[None, :prefill_length], num_logits=0)
-        keys.flags.writeable = values.flags.writeable = False
+        keys, values = prefilled(decoder, row[:prefill_length])
         report(passage)
 
         def continuation_nll(cache: KeyValueCache, row: NDArray[np.int64] = row) -> float:
-            logits, _, _ = decoder.forward(row[None, prefill_length:stop], cache)
-            return mean_nll(logits[0], row[prefill_length + 1 : stop + 1])
+            logits = continued(decoder, row[prefill_length:stop], cache)
+            return mean_nll(logits, row[prefill_length + 1 : stop + 1])
 
         baseline.append(continuation_nll((keys, values)))
         report(passage)
@@ -341,12 +341,26 @@ def _check_cache(name: str, cache: KeyValueCache, keys: NDArray[np.float32]) -> 
             raise ValueError(f"transform {name!r} returned {kind} that are not finite")
 
 
-def _perplexity(nll: tuple[float, ...]) -> float:
+def perplexity(nll: tuple[float, ...]) -> float:
+    """Exponential of the mean; infinite if that overflows.
+
+    Examples
+    --------
+    >>> perplexity((0.0, 0.0)), perplexity((1000.0,))
+    (1.0, inf)
+    """
     try:
         return math.exp(math.fsum(nll) / len(nll))
     except OverflowError:
         return math.inf
 
 
-def _standard_error(samples: NDArray[np.float64]) -> float:
+def standard_error(samples: NDArray[np.float64]) -> float:
+    """Sample deviation over the root of their number.
+
+    Examples
+    --------
+    >>> standard_error(np.array([0.0, 2.0]))
+    1.0
+    """
     return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))

@@ -4,7 +4,9 @@ The same decoder, once for each kind of cache, reads the same passages. Of every
 the prefill, then the continuation in pieces of `PIECE` tokens, and is scored as
 `onnx_export.evaluation.fidelity` says, but that the cache is streamed: whatever is read, the
 continuation too, is stored as the cache stores it. Of the last passage it then goes on from the
-first tokens with the most likely ones, a step of each cache in turn, which are timed.
+first tokens with the most likely ones, a step of each cache in turn, which are timed. So are steps
+at the end of the longest context, whose tokens are not read but pretended: speed and memory do not
+depend on what they are.
 
 Matrices stay in the bits of the GGUF file where ONNX Runtime can multiply with them, so that four
 decoders are built and loaded in the time that one takes with float32 weights: values are the same.
@@ -38,7 +40,7 @@ from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.llama import Weights
 from onnx_export.models.sources import smollm2_gguf
 from onnx_export.models.stored import keeps_any
-from onnx_export.models.texts import ADDRESSES, REPORTING_START, read_address
+from onnx_export.models.texts import REPORTING_START
 from onnx_export.models.texts import passages as text_passages
 from onnx_export.models.tokenizer import Tokenizer
 from onnx_export.running import Memory, Model, Session
@@ -54,7 +56,6 @@ SCHEMES: tuple[SchemeName, ...] = ("streaming4", "streaming3")
 CONTEXT = 256  # tokens after which text is generated
 LONG = 8192
 PIECE = 32  # tokens of a continuation that are read at once
-READ = 512  # tokens of a long text that are read at once
 INT4_SINCE = (1, 27)  # the first ONNX Runtime whose operator has an int4 cache
 
 Ids = NDArray[np.int64]
@@ -135,13 +136,8 @@ class NativeResult:
         }
 
 
-def why_not(gguf_path: str | os.PathLike[str] | None = None, *, long: bool = False) -> str | None:
+def why_not(gguf_path: str | os.PathLike[str] | None = None) -> str | None:
     """Return why `run_native` cannot measure a model here, in one line; None where it can.
-
-    Raises
-    ------
-    ValueError
-        If the model's context is too short for ``long``.
 
     Examples
     --------
@@ -152,8 +148,6 @@ def why_not(gguf_path: str | os.PathLike[str] | None = None, *, long: bool = Fal
     """
     if gguf_path is not None:
         config = read_config(GGUFFile(gguf_path))
-        if long:
-            config.require_context(LONG, "the long context")
         try:
             GroupedAttention().layout(config)
         except ValueError as error:
@@ -172,7 +166,6 @@ def run_native(
     prefill_length: int = 512,
     continuation_length: int = 128,
     new_tokens: int = 24,
-    long: bool = False,
     threads: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -192,8 +185,6 @@ def run_native(
         Tokens of each that are read first, and that are scored.
     new_tokens : int
         Tokens of the text, at least 2.
-    long : bool
-        Time as many steps at the end of a context of 8192 tokens, too.
     threads : int, optional
         All cores when not given.
     cache_dir : str or os.PathLike, optional
@@ -231,10 +222,8 @@ def run_native(
     context = min(CONTEXT, prefill_length)
     stop = prefill_length + continuation_length
     config.require_context(max(stop, context + 1 + new_tokens), "what is read")
-    if long:
-        config.require_context(LONG, "the long context")
     most = min(config.context_length, LONG)
-    capacity = most if long else max(stop, context + 1 + new_tokens)
+    capacity = max(stop, context + 1 + new_tokens)
     tokenizer = Tokenizer(gguf_path)
     tokens = text_passages(tokenizer, stop + 1, passages, start=REPORTING_START)
     config.require_ids(tokens, "passages")
@@ -277,14 +266,14 @@ def run_native(
     for session in sessions.values():
         session.crop(context)
     texts, speeds = _side_by_side(sessions, int(tokens[-1, context]), new_tokens, progress)
-    by_context = {name: {context: speed} for name, speed in speeds.items()}
-    if long:
-        for name, speed in _at_long(sessions, tokenizer, new_tokens, progress).items():
-            by_context[name][LONG] = speed
+    filled = {name: Session(one.model, capacity=most) for name, one in sessions.items()}
+    for session in filled.values():
+        session.pretend(most - new_tokens)
+    at_most = _side_by_side(filled, int(tokens[-1, context]), new_tokens, progress)[1]
     counts = (prefill_length, most)
     # Its layout tells how many elements a token has; packed, two are a byte.
     float16 = {tokens: _memory(sessions[FLOAT], tokens).float16 for tokens in counts}
-    resident = {name: resident_cache(session.model, most) for name, session in sessions.items()}
+    resident = {name: resident_cache(session) for name, session in filled.items()}
     caches = {
         name: NativeCache(
             TransformFidelity(nll[name], nll[FLOAT]),
@@ -292,7 +281,7 @@ def run_native(
             float16,
             {} if (grown := resident[name]) is None else {most: grown},
             _decoded(tokenizer, texts[name]),
-            by_context[name],
+            {context: speeds[name], most: at_most[name]},
         )
         for name, session in sessions.items()
     }
@@ -335,21 +324,6 @@ def _side_by_side(
             seconds[name].append(time.perf_counter() - start)
     # The first step is slower: buffers of one token are new.
     return texts, {name: float(1 / np.median(taken[1:])) for name, taken in seconds.items()}
-
-
-def _at_long(
-    sessions: Mapping[str, Session], tokenizer: Tokenizer, steps: int, progress: Progress | None
-) -> dict[str, float]:
-    """Return tokens a second of each session in the last steps of a long context."""
-    prose = np.concatenate([tokenizer.encode(read_address(name)) for name in ADDRESSES])
-    until = LONG - steps
-    for number, (name, session) in enumerate(sessions.items()):
-        session.crop(0)
-        for start in range(0, until, READ):
-            if progress is not None:
-                progress(f"{name}, {LONG} tokens", number * until + start, len(sessions) * until)
-            session.forward(prose[start : min(start + READ, until)], num_logits=0)
-    return _side_by_side(sessions, int(prose[until]), steps, progress)[1]
 
 
 def _decoded(tokenizer: Tokenizer, tokens: list[int]) -> str:

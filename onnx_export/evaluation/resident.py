@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_export.running import Model, Session
-from onnx_export.running.buffers import filled
+from onnx_export.running import Session
 
 __all__ = ["resident_bytes", "resident_cache"]
 
@@ -37,19 +36,15 @@ def resident_bytes() -> int | None:
     return 1024 * int(kilobytes)
 
 
-def resident_cache(model: Model, tokens: int) -> int | None:
-    """Return the bytes in memory of a cache that is made, and so many tokens written to it.
+def resident_cache(session: Session) -> int | None:
+    """Return the bytes in memory of a cache, of whole pages that its tensors lie in.
 
-    The model is not run: what tokens fill of each tensor is written. Counted are whole pages that
-    the tensors lie in. What the process grows by would not tell: the allocator gives what was freed
-    before again.
+    What the process grows by would not tell: the allocator gives what was freed before again.
 
     Parameters
     ----------
-    model : Model
-        Its cache has tensors of fixed size only.
-    tokens : int
-        Also the capacity.
+    session : Session
+        As `onnx_export.running.Session.pretend` fills it, or what it reads.
 
     Returns
     -------
@@ -62,16 +57,14 @@ def resident_cache(model: Model, tokens: int) -> int | None:
     >>> from onnx_export.models.tiny import tiny_onnx
     >>> from nsq_ref import Scheme
     >>> scheme = Scheme.named("streaming4")
-    >>> taken = resident_cache(Model(tiny_onnx(QuantizedAttention(scheme, scheme))), 512)
+    >>> session = Session(tiny_onnx(QuantizedAttention(scheme, scheme)))
+    >>> session.pretend(512)
+    >>> taken = resident_cache(session)
     >>> taken is None or 30_000 < taken < 300_000
     True
     """
-    session = Session(model, capacity=tokens)
-    arrays = session.tensors()
     pages: set[int] = set()
-    for tensor in model.layout.tensors:
-        array = arrays[tensor.past]
-        array[0][filled(model.layout, tensor, tokens)] = 1
+    for array in session.tensors().values():
         start = array.ctypes.data
         pages.update(range(start // mmap.PAGESIZE, -(-(start + array.nbytes) // mmap.PAGESIZE)))
     if not pages:

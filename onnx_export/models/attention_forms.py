@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 from onnx_export.models.config import DecoderConfig
 from onnx_export.models.nodes import Graph
 from onnx_export.operators import attention_node, functions
+from onnx_export.operators.attention import SCATTER_OPSET
 from onnx_export.operators.cache_layout import CacheLayout, CacheTensor, quantized_tensors
+from onnx_export.operators.schema import OPSET
 
 with extra("onnx", __name__):
     import onnx
@@ -39,7 +42,15 @@ LENGTHS = {"past_lengths": "past_lengths", "new_lengths": "new_lengths"}
 
 
 class AttentionForm(ABC):
-    """A way to write attention down; it never changes, so that graphs and threads may share one."""
+    """A way to write attention down; it never changes, so that graphs and threads may share one.
+
+    Attributes
+    ----------
+    opset : int
+        Of the standard operators in the model.
+    """
+
+    opset: int = OPSET
 
     @abstractmethod
     def tensors(self, config: DecoderConfig) -> tuple[CacheTensor, ...]:
@@ -60,8 +71,8 @@ class AttentionForm(ABC):
             context_length=config.context_length,
         )  # fmt: skip
 
-    def functions(self) -> list[onnx.FunctionProto]:
-        """Return the functions that the nodes call."""
+    def functions(self, nodes: Iterable[onnx.NodeProto] = ()) -> list[onnx.FunctionProto]:
+        """Return the functions that the nodes of the model call."""
         return []
 
     def label(self) -> str:
@@ -269,6 +280,13 @@ class QuantizedAttention(AttentionForm):
     ----------
     key, value : Scheme
         With a block size and without outlier channels.
+    opset : int
+        From 21 on; from 24 on the cache is appended to in place without the native library, too.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the opset is older, or newer than 24.
 
     Examples
     --------
@@ -279,6 +297,10 @@ class QuantizedAttention(AttentionForm):
 
     key: Scheme
     value: Scheme
+    opset: int = OPSET
+
+    def __post_init__(self) -> None:
+        as_integer("opset", self.opset, least=OPSET, most=SCATTER_OPSET)
 
     def tensors(self, config: DecoderConfig) -> tuple[CacheTensor, ...]:
         """Return the parts of every layer."""
@@ -300,9 +322,9 @@ class QuantizedAttention(AttentionForm):
             config.context_length,
         )  # fmt: skip
 
-    def functions(self) -> list[onnx.FunctionProto]:
+    def functions(self, nodes: Iterable[onnx.NodeProto] = ()) -> list[onnx.FunctionProto]:
         """Return those of the domain."""
-        return functions()
+        return functions(self.opset, nodes)
 
     def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
         """Add the tables of the rotation, and the lengths."""

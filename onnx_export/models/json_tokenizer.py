@@ -84,7 +84,7 @@ class JsonTokenizer:
         --------
         See `read_tokenizer`.
         """
-        return np.array(self._tokenizer.encode(text).ids, np.int64)
+        return self._ids(text, whole=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
         """Return the token ids of a conversation, as `ChatTemplate.render` takes it.
@@ -105,7 +105,10 @@ class JsonTokenizer:
             )
         text = self.chat_template.render(messages)
         # The template has written whatever stands around.
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return self._ids(text, whole=False)
+
+    def _ids(self, text: str, *, whole: bool) -> NDArray[np.int64]:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=whole).ids, np.int64)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of token ids, without those that only control.
@@ -129,9 +132,9 @@ class _OfGGUF(JsonTokenizer):
     def chat_template(self) -> ChatTemplate | None:
         return self._own.chat_template()
 
-    def encode(self, text: str) -> NDArray[np.int64]:
+    def _ids(self, text: str, *, whole: bool) -> NDArray[np.int64]:
         self._own.require_bytes(text)
-        return super().encode(text)
+        return super()._ids(text, whole=whole)
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer:

@@ -81,7 +81,8 @@ class DecoderGraph(Graph):
         """Return the finished model, with its configuration and its cache as metadata."""
         metadata = self._config.to_metadata() | {"graph_version": str(GRAPH_VERSION)}
         metadata |= self._form.layout(self._config).to_metadata()
-        return self.model("decoder", metadata, self._form.functions())
+        form = self._form
+        return self.model("decoder", metadata, form.functions(self.nodes), form.opset)
 
     def _add_decoder(self) -> None:
         config = self._config

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
 from onnx_export.operators.nodes import Nodes, make_model
+from onnx_export.operators.schema import OPSET
 
 with extra("onnx", __name__):
     import onnx
@@ -108,12 +109,13 @@ class Graph(Nodes):
         name: str,
         metadata: Mapping[str, str],
         functions: Sequence[onnx.FunctionProto] = (),
+        opset: int = OPSET,
     ) -> onnx.ModelProto:
         """Return the finished model."""
         return make_model(
             name, self.nodes, self._inputs, self._outputs,
             initializers=list(self._initializers.values()), metadata=metadata,
-            functions=functions,
+            functions=functions, opset=opset,
         )  # fmt: skip
 
 

@@ -102,6 +102,7 @@ class Context:
         decoder = self._decoder
         names = {key: str(name) for key, name in _entry(decoder, "inputs").items()}
         fed = {names.get(role, role) for role in ("input_ids", "attention_mask", "position_ids")}
+        fed |= {one.name for one in model.graph.initializer}  # optional inputs keep these
         for one in model.graph.input:
             kind = one.type.tensor_type.elem_type
             if one.name not in fed and kind != onnx.TensorProto.UINT8:

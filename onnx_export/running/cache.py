@@ -14,7 +14,14 @@ from nsq_ref.arrays import as_array
 from nsq_ref.dtypes import DTYPES
 from nsq_ref.extras import extra
 from onnx_export.running import feeding, saved
-from onnx_export.running.buffers import Buffers, Keep, as_value, overwritten_tails, token_axis
+from onnx_export.running.buffers import (
+    Buffers,
+    Keep,
+    as_value,
+    filled,
+    overwritten_tails,
+    token_axis,
+)
 from onnx_export.running.memory import Memory, memory_of
 from onnx_export.running.model import FAULTS, Model, said
 from onnx_export.running.sealed import cut_blocks
@@ -206,6 +213,19 @@ class Cache:
         mask = np.ones((self.batch, slots), bool) if self.model.padding == "left" else None
         grown = tuple(as_value(np.ascontiguousarray(array)) for array in arrays)
         self._state = State((slots,) * self.batch, slots, mask, grown)
+
+    def pretend(self, tokens: int) -> None:
+        """Hold ones in place of so many tokens of each row."""
+        if self._grow:
+            raise ValueError(f"{self._grow[0].past} grows; only a cache of fixed size can pretend")
+        for tensor in self.model.layout.tensors:
+            if tensor.is_buffer:
+                raise ValueError(f"{tensor.past} is a buffer, whose bytes its operator alone knows")
+        for tensor in self._buffers.tensors:
+            for row in self._buffers.arrays[tensor.past]:
+                row[filled(self.model.layout, tensor, tokens)] = 1
+        mask = np.ones((self.batch, tokens), bool) if self.model.padding == "left" else None
+        self._state = State((tokens,) * self.batch, tokens, mask, ())
 
     def memory(self) -> Memory:
         """Return how many bytes the cache takes."""

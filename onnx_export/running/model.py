@@ -49,6 +49,8 @@ class Model:
     library : bool
         Run nodes of ``nsq`` in the native library; False takes the functions in the model, which
         are slow. Models without such nodes need none.
+    layout : CacheLayout, optional
+        What the metadata would say, of a model without.
 
     Attributes
     ----------
@@ -75,6 +77,7 @@ class Model:
         *,
         threads: int | None = None,
         library: bool = True,
+        layout: CacheLayout | None = None,
     ) -> None:
         threads = 0 if threads is None else as_integer("threads", threads, least=1)
         self.path = Path(path)
@@ -103,9 +106,8 @@ class Model:
             fault = kinds.mistaken(self.path, "an ONNX model") or f"{self.path}: {said(error)}"
             raise ValueError(fault) from error
         try:
-            self.layout = CacheLayout.from_metadata(
-                self.session.get_modelmeta().custom_metadata_map
-            )
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.layout = layout or CacheLayout.from_metadata(metadata)
             self._require_layout()
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error

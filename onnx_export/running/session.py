@@ -386,6 +386,35 @@ class Session:
         """
         self._cache.resume(tensors)
 
+    def pretend(self, length: int) -> None:
+        """Hold ones in place of so many tokens, to see what they cost without reading them.
+
+        What was in the cache is lost, and what is read after it means nothing; `crop` to 0 before
+        the next prompt.
+
+        Parameters
+        ----------
+        length : int
+            Tokens of each row, at most `capacity`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the length is out of range, or the model's cache grows or is in buffers.
+
+        Examples
+        --------
+        >>> from nsq_ref import Scheme
+        >>> from onnx_export.models.attention_forms import QuantizedAttention
+        >>> from onnx_export.models.tiny import tiny_onnx
+        >>> scheme = Scheme.named("streaming4")
+        >>> session = Session(tiny_onnx(QuantizedAttention(scheme, scheme)))
+        >>> session.pretend(500)
+        >>> session.lengths, session.forward([3]).shape
+        ((500,), (1, 1, 260))
+        """
+        self._cache.pretend(as_integer("length", length, least=0, most=self.capacity))
+
     def memory(self) -> Memory:
         """Return how many bytes the cache takes.
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 import nsq_ref as nsq
 from nsq_ref import (
     attention,
+    audit,
     bounds,
     comparison,
     files,
@@ -138,7 +139,24 @@ def prepared(**arguments: Any) -> Any:
     return piece.kv_heads, piece.tokens, piece.head_dim, piece.arrays
 
 
+def audited(**arguments: Any) -> Any:
+    return repr(audit.audit(schemes=["naive4"], **arguments).to_dict())
+
+
+def as_layers(**arguments: Any) -> Any:
+    return [list(layer[1:4]) for layer in audit.as_layers(**arguments)]
+
+
 CALLS: dict[str, Call] = {
+    "audit.audit": call(
+        audited, keys=Numbers(np.stack([KEYS, VALUES])), values=Numbers(np.stack([VALUES, KEYS])),
+        queries=Numbers(np.stack([QUERY, KEYS])), default=OneOrTwo("streaming4"),
+        limit=Number(0.25), softmax_scale=Number(0.25),
+    ),
+    "audit.as_layers": call(
+        as_layers, keys=Numbers([KEYS, VALUES]), values=Numbers([VALUES, KEYS]),
+        queries=Numbers([QUERY, KEYS]),
+    ),
     "quantize": call(nsq.quantize, x=Numbers(X), scheme=Named("streaming4")),
     "dequantize": call(nsq.dequantize, quantized=Q),  # `out` has a test of its own
     "Scheme": call(
@@ -335,6 +353,9 @@ CALLS: dict[str, Call] = {
 
 # What takes no array, integer or scheme of a caller, or is what a function returns.
 TAKE_NONE = {
+    "audit.Audit", "audit.Audit.judged", "audit.Layer", "audit.LayerAudit",
+    "audit.LayerAudit.bits", "audit.Policy", "audit.audit_layers", "audit.html_page",
+    "audit.layers_of_arrays",
     "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
     "Scheme.to_dict",
     "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",

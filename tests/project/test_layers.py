@@ -24,7 +24,7 @@ LAYERS = [
     {"spec", "kernels", "oracle"},
     {"quantized", "codec"},
     {"files", "cache", "attention", "bounds", "metrics", "rivals", "comparison", "strategies"},
-    {"conformance", "plots", "transformers"},
+    {"audit", "conformance", "plots", "transformers"},
     {"cli"},
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from onnx_export.models.tokenizer import byte_symbols
@@ -23,7 +24,7 @@ def chat_gguf(
     add_bos: bool | None = None,
     bos: int | None = 1,
     template: str | None = CHATML,
-    changes: dict[str, int] | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> Path:
     """Write the model's GGUF file, whose texts end with token 0 or 2 and begin with 1."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_symbols(), "th"]

@@ -7,7 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 import nsq_ref as nsq
 
@@ -50,11 +55,20 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         return result
 
 
+class ReferenceHybridLayer(  # type: ignore[misc, unused-ignore]
+    ReferenceLayer, LinearAttentionAndFullAttentionLayer
+):
+    """The same of a layer that has recurrent states as well."""
+
+
+KINDS = {DynamicLayer: ReferenceLayer, LinearAttentionAndFullAttentionLayer: ReferenceHybridLayer}
+
+
 def reference_cache(
     config: Any, key: nsq.Scheme, value: nsq.Scheme, leads: Sequence[int] | None = None
 ) -> Any:
-    layers = [
-        ReferenceLayer(key, value, leads) if type(layer) is DynamicLayer else layer
-        for layer in DynamicCache(config=config).layers
-    ]
+    layers = DynamicCache(config=config).layers
+    for index, layer in enumerate(layers):
+        if kind := KINDS.get(type(layer)):
+            layers[index] = kind(key, value, leads)
     return Cache(layers=layers)

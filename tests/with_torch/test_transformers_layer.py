@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsq_ref as nsq
-from nsq_ref.transformers import NsqCache, NsqLayer, Stored, attention
+from nsq_ref.transformers import NsqCache, NsqLayer
+from nsq_ref.transformers.passes import Stored
 from tests.with_torch.tiny_decoders import CACHE, config_of, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
@@ -182,6 +183,32 @@ def schemes_of(cache: NsqCache) -> list[Any]:
     return [getattr(layer, "schemes", None) for layer in cache.layers]
 
 
+def test_rows_of_states_go_with_those_of_attention() -> None:
+    layer = NsqCache(config_of("zamba2")).layers[1]
+    layer.update_recurrent_state(torch.arange(6.0).view(2, 3))
+    layer.update(*tokens(30, rows=2))
+    before = held(layer)
+    layer.batch_select_indices(torch.tensor([1, 1]))
+    assert held(layer) == before[len(before) // 2 :] * 2
+    assert layer.recurrent_states[0].tolist() == [[3, 4, 5]] * 2
+    assert not layer.is_croppable
+    layer.reset()
+    assert (layer.kv_cache, layer.keys, layer.recurrent_states[0].abs().max()) == (None, None, 0)
+
+
+def test_what_a_layer_holds() -> None:
+    """Models that read it find padding as zeros, and what is stored decoded."""
+    x, layer = tokens(30, rows=2, dtype=torch.bfloat16), NsqLayer((KEY, VALUE), [4, 0])
+    assert layer.keys is None
+    layer.update(*x)
+    assert layer.kv_cache is not None
+    stored = [torch.from_numpy(side).to(torch.bfloat16) for side in layer.kv_cache.dequantize()]
+    for shown, side in zip((layer.keys, layer.values), stored, strict=True):
+        assert (shown.shape, shown.dtype) == (x.shape[1:], torch.bfloat16)
+        assert torch.equal(shown[0], torch.cat([torch.zeros(2, 4, 4), side[0, :, :26]], 1))
+        assert torch.equal(shown[1], side[1])
+
+
 def test_policies() -> None:
     config, usual = config_of("llama"), nsq.Scheme.named("streaming4")
     sized = nsq.Scheme.named("nsep+pchan4")
@@ -214,8 +241,8 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("llama", {"policy": {2: None}}, ValueError, r"^a layer of policy=2 must be .* 0 to 1$"),
     ("llama", {"policy": {"0": None}}, TypeError, r"^a layer of policy='0' is not an integer"),
     ("llama", {"policy": "streaming4"}, TypeError, r"^policy='streaming4' is no mapping"),
-    ("llama", {"policy": {1: "streaming4"}}, TypeError, r"^policy\[1\]=.* is no pair of schemes"),
-    ("llama", {"policy": {1: (KEY, None)}}, TypeError, r"^policy\[1\]=.* is no pair of schemes"),
+    ("llama", {"policy": {1: "streaming4"}}, TypeError, r"^policy\[1\]: .* is no pair of schemes"),
+    ("llama", {"policy": {1: (KEY, None)}}, TypeError, r"^policy\[1\]: .* is no pair of schemes"),
     ("llama", {"policy": {1: (KEY, "naive4")}}, ValueError, r"^policy\[1\]: value has block_size=None"),
     ("gemma2", {"policy": {0: (KEY, VALUE)}}, ValueError, r"^policy\[0\] .*DynamicSlidingWindowLayer"),
     ("llama", {"attention_mask": [1, 1]}, ValueError, r"^attention_mask has shape \[2\]"),
@@ -287,6 +314,4 @@ def test_refused_operations() -> None:
             layer.batch_select_indices(rows)
     with pytest.raises(TypeError, match=r"tokens_to_remove=-1\.5 is not an integer"):
         layer.crop(-1.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"knows no learned sinks \(s_aux\)"):
-        attention(None, *tokens(3), tokens(3)[0], None, s_aux=torch.zeros(2))
-    assert layer.get_max_length() == layer.get_max_cache_shape() == -1
+    assert layer.get_max_length() == -1

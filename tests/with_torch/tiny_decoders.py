@@ -61,6 +61,17 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
         "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4,
         "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     }),
+    # layers of attention and linear attention
+    "zamba2": (transformers.Zamba2Config, {
+        "num_hidden_layers": 3, "layer_types": ["linear_attention", "hybrid", "linear_attention"],
+        "hybrid_layer_ids": [1], "num_key_value_heads": 4, "head_dim": 24, "n_mamba_heads": 4,
+        "mamba_d_state": 8, "chunk_size": 8, "adapter_rank": 8, "use_mamba_kernels": False,
+    }),
+    # chunks that are attended to by themselves, and layers without positions
+    "llama4": (transformers.Llama4TextConfig, {
+        "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16,
+        "no_rope_layers": [1, 0], "num_local_experts": 2, "intermediate_size_mlp": 64,
+    }),
     # one projection of queries, keys and values; learned positions; scales of its own
     "gpt2": (transformers.GPT2Config, {
         "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512,
@@ -68,7 +79,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt neox": (transformers.GPTNeoXConfig, {}),
     "granite": (transformers.GraniteConfig, {"attention_multiplier": 0.2}),
     "cohere2": (transformers.Cohere2Config, ALTERNATING),
-    # sinks that are learned, which "nsq" refuses
+    # sinks that are learned, which "nsq" leaves to the model's own function
     "gpt oss": (transformers.GptOssConfig, {
         **ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2,
     }),

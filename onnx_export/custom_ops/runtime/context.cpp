@@ -23,6 +23,7 @@ Status Context::describe(OrtValue* value, Tensor* tensor) const {
   tensor->element = static_cast<Element>(element_type);
   tensor->rank = static_cast<int>(rank);
   tensor->present = true;
+  tensor->bytes = tensor->element_count() * size_of(tensor->element);
   return Status();
 }
 

@@ -38,12 +38,10 @@ Text text_of(const int64_t* dims, int rank) {
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {
-  const int64_t a_bytes = a.byte_count(), b_bytes = b.byte_count();
-  if (a_bytes == 0 || b_bytes == 0) return false;
   const auto a_first = reinterpret_cast<uintptr_t>(a.data);
   const auto b_first = reinterpret_cast<uintptr_t>(b.data);
-  return a_first < b_first + static_cast<uintptr_t>(b_bytes) &&
-         b_first < a_first + static_cast<uintptr_t>(a_bytes);
+  return a.bytes > 0 && b.bytes > 0 && a_first < b_first + static_cast<uintptr_t>(b.bytes) &&
+         b_first < a_first + static_cast<uintptr_t>(a.bytes);
 }
 
 }  // namespace

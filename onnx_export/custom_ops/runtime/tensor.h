@@ -36,12 +36,12 @@ struct Tensor {
   int rank = 0;
   int64_t dims[max_rank] = {};
   void* data = nullptr;  // may be null if there are no elements
+  int64_t bytes = 0;     // of all elements
 
   explicit operator bool() const { return present; }
   // Of axis `axis`, counted from the end if negative. The axis must exist.
   int64_t dim(int axis) const { return dims[axis < 0 ? axis + rank : axis]; }
   int64_t element_count() const;
-  int64_t byte_count() const { return element_count() * size_of(element); }
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);

@@ -279,6 +279,27 @@ def test_attention_in_a_batch_is_that_of_each_row(window: int | None) -> None:
             assert np.allclose(weights[row, :, :count].sum(axis=-1), 1, atol=1e-5)
 
 
+def test_attention_to_what_is_ahead() -> None:
+    """Keys and values that are not appended are seen as they are, also where they fill a block."""
+    scheme = Scheme(block_size=16)
+    cache, lengths, new = KVCache(2, 2, 8, scheme, scheme, value_head_dim=6), [40, 7], 12
+    keys, values = normals(2, 2, 40, 8), normals(2, 2, 40, 6, seed=1)
+    cache.append(keys, values, lengths)
+    ahead = normals(2, 2, new, 8, seed=2), normals(2, 2, new, 6, seed=3)
+    query, held = normals(2, 4, 3, 8, seed=4), cache.dequantize()
+    output = cache.attend(query, ahead=ahead, softcap=3.0)
+    for row, length in enumerate(lengths):
+        seen = [
+            np.concatenate([side[row : row + 1, :, :length], more[row : row + 1]], 2)
+            for side, more in zip(held, ahead, strict=True)
+        ]
+        exact = attention.attend(query[row : row + 1], *seen, softcap=3.0).output
+        assert np.allclose(output[row], exact[0], rtol=0, atol=1e-5)
+    assert cache.lengths.tolist() == lengths
+    with pytest.raises(ValueError, match=r"^values has shape \[2, 2, 11, 6\]; this cache takes"):
+        cache.attend(query, ahead=(ahead[0], ahead[1][:, :, 1:]))
+
+
 def test_attention_does_not_depend_on_how_the_cache_came_about() -> None:
     """A fork and a crop between blocks change no bit of what attention gives."""
     cache = KVCache(1, 2, 8, Scheme(block_size=16), Scheme(block_size=16))

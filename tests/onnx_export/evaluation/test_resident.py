@@ -13,7 +13,6 @@ from onnx_export.models.built import build_onnx
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.tiny import tiny_gguf
 from onnx_export.running import Model, Session
-from onnx_export.running.memory import memory_of
 
 STREAMING = Scheme.named("streaming4")
 FORMS = (GroupedAttention(), QuantizedAttention(STREAMING, STREAMING))
@@ -28,15 +27,13 @@ def test_a_filled_cache_is_in_memory_to_a_page_a_tensor(
     """Also where the process has freed memory before, which the allocator gives again."""
     build_onnx(GGUFFile(tiny_gguf(tmp_path, "qwen3")), tmp_path, attention=form)
     model = Model(tmp_path / "model.onnx")
-    layout, session = model.layout, Session(model, capacity=TOKENS)
-    shapes = {name: array.shape for name, array in session.tensors().items()}
-    used, tensors = memory_of(layout, shapes, (), [TOKENS]).used, len(layout.tensors)
-    del session
-    taken = [resident.resident_cache(model, TOKENS) for _ in range(3)]
-    for one in taken:
-        assert one is not None
-        assert used <= one
-        assert one <= used + 2 * PAGE * tensors
+    for _ in range(3):
+        session = Session(model, capacity=TOKENS)
+        session.pretend(TOKENS)
+        used, taken = session.memory().used, resident.resident_cache(session)
+        assert taken is not None
+        assert used <= taken
+        assert taken <= used + 2 * PAGE * len(model.layout.tensors)
 
 
 def test_a_system_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,4 +41,4 @@ def test_a_system_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("_ROLLUP", "_PAGEMAP"):
         monkeypatch.setattr(resident, name, tmp_path / "nowhere")
     assert resident.resident_bytes() is None
-    assert resident.resident_cache(Model(tmp_path / "model.onnx"), 512) is None
+    assert resident.resident_cache(Session(tmp_path / "model.onnx", capacity=512)) is None

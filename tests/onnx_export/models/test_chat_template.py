@@ -9,7 +9,7 @@ import pytest
 
 from onnx_export.models.chat_template import ChatTemplate, read_chat_template
 from onnx_export.models.json_tokenizer import JsonTokenizer, read_tokenizer, tokenizer_files
-from onnx_export.models.tokenizer import Tokenizer
+from onnx_export.models.tokenizer import Tokenizer, byte_symbols
 from tests.support.chat import CHATML, chat_gguf
 
 HELLO = [{"role": "user", "content": "Hello <&> 'é'"}]
@@ -95,6 +95,17 @@ def test_a_gguf_file_and_what_is_built_of_it_say_the_same(tmp_path: Path) -> Non
     # Of the turn first, then of what else ends one.
     assert one.stop_tokens == other.stop_tokens == (2, 0)
     assert other.decode([*ids, 2]) == "user\non\nassistant\n"
+
+
+def test_bytes_that_the_vocabulary_lacks_are_refused_in_messages_too(tmp_path: Path) -> None:
+    symbols = byte_symbols()
+    symbols[4] = "never"
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *symbols, "th"]
+    tokenizer = read_tokenizer(chat_gguf(tmp_path, changes={"tokenizer.ggml.tokens": tokens}))
+    known, unknown = ([{"role": "user", "content": text}] for text in ("a\x05", "a\x04"))
+    assert "a\x05" in tokenizer.decode(tokenizer.encode_chat(known))
+    with pytest.raises(ValueError, match="holds the byte 0x04, which this vocabulary lacks"):
+        tokenizer.encode_chat(unknown)
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "smollm"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from nsq_ref import Scheme
@@ -20,8 +21,9 @@ from onnx_export.models.config import read_config
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.json_tokenizer import read_tokenizer
 from onnx_export.models.tiny import tiny_gguf
+from onnx_export.rewrite.opset import require_raisable
 from onnx_export.running import Model, Session
-from tests.support.command import said
+from tests.support.command import nsq, said
 from tests.support.llama_oracle import IDS, TinyModel, write_gguf
 
 TINY = TinyModel("qwen3", head_dim=16, explicit_head_dim=True)
@@ -32,6 +34,7 @@ FORMS: dict[str, AttentionForm] = {
     "gqa": GroupedAttention(),
     "nsq": QuantizedAttention(UNSEALED, UNSEALED),
 }
+NEWER = QuantizedAttention(UNSEALED, UNSEALED, opset=24)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -48,6 +51,25 @@ def test_every_form_agrees_with_an_independent_forward_pass(form: str, tmp_path:
     for token in found.tokens:
         assert token == TINY.forward(text)[0][-1].argmax()
         text.append(int(token))
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_opset_24_has_the_body_that_appends_in_place(library: bool, tmp_path: Path) -> None:
+    path = TINY.write(tmp_path / "tiny.gguf")
+    built = [
+        onnx.load(cached_onnx(path, cache_dir=tmp_path, attention=form), load_external_data=False)
+        for form in (FORMS["nsq"], NEWER)
+    ]
+    require_raisable(built[0], 24)  # whose own nodes mean the same there
+    assert [one.version for one in built[1].opset_import if not one.domain] == [24]
+    (body,) = [one for one in built[1].functions if one.name == "Attention"]
+    assert "TensorScatter" in {node.op_type for node in body.node}
+    file = cached_onnx(path, cache_dir=tmp_path, attention=NEWER)
+    session = Session(Model(file, library=library))
+    expected, _, _ = TINY.forward(IDS)
+    for start, stop in ((0, 12), (12, 13)):
+        logits = session.forward(IDS[start:stop], num_logits=None)
+        assert np.abs(logits[0] - expected[start:stop]).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_the_oracle_tells_norms_apart() -> None:
@@ -82,3 +104,12 @@ def test_a_file_is_built_and_run_on_the_command_line(form: str, tmp_path: Path) 
     (text,) = Session(model).generate(ids, 5, stop_tokens=tokenizer.stop_tokens)
     printed = said("onnx", "run", model, "on the 1945", "--tokens", 5)
     assert printed == tokenizer.decode([*ids, *text.tokens]) + "\n"
+    again = ("onnx", "build", gguf, tmp_path / "newer", "--attention", form, "--opset")
+    if form != "nsq":
+        assert "--opset is of --attention nsq" in nsq(*again, 24, code=2).stderr
+        return
+    for opset in (20, 25):
+        message = f"opset={opset} must be an integer from 21 to 24"
+        assert message in nsq(*again, opset, code=2).stderr
+    said(*again, 24)
+    assert said("onnx", "run", tmp_path / "newer", "on the 1945", "--tokens", 5) == printed

@@ -240,12 +240,33 @@ def test_our_loop_runs_buffers_too(tmp_path: Path) -> None:
     for session in (buffers, tensors):
         session.crop(45)
     assert ours(buffers, [4, 5], 20) == ours(tensors, [4, 5], 20)
+    with pytest.raises(ValueError, match="is a buffer, whose bytes its operator alone knows"):
+        buffers.pretend(9)
+    assert ours(buffers, [6], 9) == ours(tensors, [6], 9)
     again = ours(fork, [1], 3)
     buffers.restore(tmp_path / "state")
     assert ours(buffers, [1], 3) == again
     assert buffers.memory().parts == {"buffer": buffers.memory().used}
     with pytest.raises(ValueError, match="only the native library runs"):
         Session(folders.genai / "decoder.onnx", library=False)
+
+
+def test_an_optional_input_keeps_its_default(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "genai-llama-cpu-fp32")
+    model = onnx.load(folder / "model.onnx")
+    (last,) = [node for node in model.graph.node if "logits" in node.output]
+    last.output[list(last.output).index("logits")] = "unscaled"
+    model.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "factor"], ["logits"]))
+    kind = model.graph.output[0].type.tensor_type.elem_type
+    model.graph.initializer.append(onnx.helper.make_tensor("factor", kind, [], [-1]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("factor", kind, []))
+    onnx.save(model, folder / "model.onnx")
+    rewrite(folder / "model.onnx", tmp_path / "new" / "decoder.onnx", cache="buffers")
+    rewrite(folder / "model.onnx", tmp_path / "ours" / "model.onnx")
+    one = generator(tmp_path / "new", max_length=100)
+    read(one, [PROMPT[:20]])
+    found = generate(one, 9)
+    assert found == [ours(Session(tmp_path / "ours" / "model.onnx", capacity=99), PROMPT[:20], 9)]
 
 
 def test_the_folder_is_what_genai_wants(tmp_path: Path) -> None:

@@ -214,6 +214,26 @@ def test_forks_go_their_own_ways(tiny: Model, quantized: Model) -> None:
         assert texts(session.generate([1], 9)) == ways[0]
 
 
+def test_pretended_tokens_leave_nothing_behind(tiny: Model, quantized: Model) -> None:
+    for model in (tiny, quantized):
+        session = Session(model, batch=2)
+        if any(tensor.grows for tensor in model.layout.tensors):
+            with pytest.raises(ValueError, match="grows; only a cache of fixed size can pretend"):
+                session.pretend(5)
+            continue
+        session.pretend(21)
+        assert session.lengths == (21, 21)
+        ones = sum(int(array.sum()) * array.itemsize for array in session.tensors().values())
+        other = Session(model, batch=2)
+        other.forward([[1] * 21] * 2)
+        assert ones == session.memory().used == other.memory().used
+        session.forward([[2], [3]])
+        session.crop(0)
+        assert texts(session.generate([IDS[:2]] * 2, 9)) == texts(
+            Session(model, batch=2).generate([IDS[:2]] * 2, 9)
+        )
+
+
 def test_a_state_goes_through_a_file(tiny: Model, quantized: Model, tmp_path: Path) -> None:
     for model in (tiny, quantized):
         session = Session(model)
@@ -269,6 +289,7 @@ REFUSED = {
     "no rows": (bad("fork", []), "rows is empty"),
     "other rows of a fork": (bad("fork", [2]), r"rows\[0\]=2"),
     "resume": (bad("resume", {}), "does not only grow"),
+    "too much pretended": (bad("pretend", 41), "length=41 must be an integer from 0 to 40"),
 }  # fmt: skip
 
 

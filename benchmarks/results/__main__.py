@@ -1,0 +1,77 @@
+"""``python -m benchmarks.results measure [GROUP ...]`` or ``pages``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+
+from benchmarks.results import facts, measure, needles, plans, structure
+from onnx_export.evaluation.injected import injected_onnx
+from onnx_export.models.decoder import Decoder, cached_onnx
+from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.texts import REPORTING_START, passages
+from onnx_export.models.tokenizer import Tokenizer
+
+FACTS, NEEDLES, STRUCTURE = "facts", "needles", "structure"
+GROUPS = [*plans.GROUPS, FACTS, NEEDLES, STRUCTURE]
+
+
+def say(text: str) -> None:
+    """Tell progress."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def measure_groups(groups: list[str], threads: int | None, most: int | None) -> None:
+    """Run what is missing of these groups of plans."""
+    gguf = smollm2_gguf()
+    path = cached_onnx(gguf)
+    tokenizer = Tokenizer(gguf)
+    decoder = Decoder(path, threads=threads)
+    chosen = passages(tokenizer, 641, 1)
+    _, keys, values = decoder.forward(chosen[:, :512], num_logits=0)
+    static = plans.RIVALS if "rivals" in groups else ()
+    calibration = measure.calibrated(static, keys, values)
+    for group in groups:
+        if group == NEEDLES:
+            needles.run_needles(decoder, tokenizer, keys, say)
+            continue
+        if group == FACTS:
+            facts.run_facts(decoder, tokenizer, keys, say)
+            continue
+        if group == STRUCTURE:
+            structure.run_structure(decoder, tokenizer, say)
+            continue
+        for plan in plans.GROUPS[group](keys):
+            count = plan.passages if most is None else min(most, plan.passages)
+            tokens = passages(tokenizer, 641, count, start=REPORTING_START)
+            with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
+                own = decoder
+                if plan.changes:
+                    own = Decoder(injected_onnx(path, folder, plan.changes), threads=threads)
+                measure.run(plan, own, tokens, say, calibration=calibration)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("measure", help="run what is missing of the experiments")
+    verb.add_argument("groups", nargs="*", choices=[*GROUPS, []], metavar="GROUP")
+    verb.add_argument("--threads", type=int, default=1)
+    verb.add_argument("--passages", type=int, help="no more than so many of each plan")
+    verbs.add_parser("pages", help="write docs/results from what was measured")
+    args = parser.parse_args()
+    if args.verb == "pages":
+        from benchmarks.results.pages import write_pages  # which needs matplotlib
+
+        say(f"wrote {', '.join(write_pages())}")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders are removed
+    measure_groups(args.groups or GROUPS, args.threads, args.passages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Methods: names, pairs, policies, and what they do layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsq_ref import KeyValueSchemes, Scheme
+from nsq_ref.rivals import entry
+from onnx_export.evaluation.methods import Method, methods_of
+
+KEYS, VALUES = np.random.default_rng(0).standard_normal((2, 4, 1, 2, 70, 64)).astype(np.float32)
+
+
+def test_layers_get_what_the_policy_says() -> None:
+    policy = {
+        "default": "naive4",
+        "layers": {
+            "0": None,
+            "2": {"key": "pchan4", "value": None},
+            3: {"key": Scheme(bits=8).to_dict(), "value": "q8_0"},
+        },
+    }
+    (keys, values), size = Method.of(policy).bound(4).replaced(KEYS, VALUES)
+    expected = [
+        (None, None), ("naive4", "naive4"), ("pchan4", None), ("nsep+pchan8", "q8_0"),
+    ]  # fmt: skip
+    bits = kept = coded = 0
+    for layer, names in enumerate(expected):
+        for found, given, side, name in zip(
+            (keys, values), (KEYS, VALUES), ("key", "value"), names, strict=True
+        ):
+            if name is None:
+                np.testing.assert_array_equal(found[layer], given[layer])
+                kept += given[layer].size
+                continue
+            stored = getattr(entry(name), side)(given[layer])
+            np.testing.assert_array_equal(found[layer], stored.x_hat)
+            bits, coded = bits + stored.sealed_bits, coded + stored.sealed_elements
+    assert size == (bits, coded, kept)
+    assert size.to_dict()["bits_per_element"] == (bits + 16 * kept) / (coded + kept)
+
+
+@pytest.mark.parametrize(
+    ("spec", "key", "value"),
+    [
+        ("streaming4", "streaming4", "streaming4"),
+        ("streaming4/q8_0", "streaming4", "q8_0"),
+        (KeyValueSchemes(Scheme.named("naive4"), Scheme.named("naive8")), "naive4", "naive8"),
+        (entry("kivi2"), "kivi2", "kivi2"),
+        ({"key": "naive4", "value": "kivi2"}, "naive4", "kivi2"),
+        ("KIVI-K2V4", "pchan2", "pchan4"),
+    ],
+)
+def test_what_stands_for_a_method(spec: Any, key: str, value: str) -> None:
+    assert Method.of(spec).default == (entry(key).key, entry(value).value)
+
+
+def test_what_is_left_alone_and_what_is_rounded() -> None:
+    same, size = Method.of("float32").bound(4).replaced(KEYS, VALUES)
+    np.testing.assert_array_equal(same[0], KEYS)
+    half, _ = Method.of("float16").bound(4).replaced(KEYS, VALUES)
+    np.testing.assert_array_equal(half[1], VALUES.astype(np.float16))
+    assert size.to_dict() == {"bits_per_element": 16.0, "sealed_bits_per_element": 0.0}
+
+
+def test_static_scales_are_of_other_text() -> None:
+    method = Method.of({"default": "onnxruntime-int4", "layers": {"1": "naive4"}})
+    with pytest.raises(ValueError, match="has static scales; give calibration"):
+        method.bound(4)
+    other = (3 * KEYS, 5 * VALUES)
+    (keys, values), _ = method.bound(4, other).replaced(KEYS, VALUES)
+    for layer in (0, 2, 3):
+        calibrated = entry("onnxruntime-int4").calibrated(other[0][layer], other[1][layer])
+        np.testing.assert_array_equal(keys[layer], calibrated.key(KEYS[layer]).x_hat)
+        np.testing.assert_array_equal(values[layer], calibrated.value(VALUES[layer]).x_hat)
+
+
+def test_scales_are_part_of_what_a_method_is() -> None:
+    static = entry("onnxruntime-int4")
+    shown = [Method.of(one).to_dict() for one in (
+        static, static.calibrated(KEYS, VALUES), static.calibrated(KEYS, 2 * VALUES),
+    )]  # fmt: skip
+    assert shown[0] != shown[1] != shown[2]
+    assert shown[1]["key"] == shown[2]["key"]
+    assert Method.of(static.calibrated(KEYS, VALUES)).to_dict() == shown[1]
+
+
+WRONG = {
+    "no such name": ("nsep+pcan4", ValueError, "unknown scheme name 'nsep\\+pcan4'"),
+    "no such value": ("naive4/nsep", ValueError, "unknown scheme name 'nsep'"),
+    "a layer's name": (
+        {"layers": {"1": "x"}},
+        ValueError,
+        "policy: layer 1: unknown scheme name 'x'",
+    ),
+    "no layer": ({"layers": {"first": None}}, ValueError, "'first' is no number of a layer"),
+    "a layer twice": ({"layers": {"1": None, 1: None}}, ValueError, "layer 1 is named twice"),
+    "only keys": ({"layers": {"1": {"key": "naive4"}}}, ValueError, "layer 1: has key; give key"),
+    "no scheme": ({"key": 4, "value": 4}, TypeError, "must be a Scheme or a name"),
+    "a list": ({"layers": ["naive4"]}, TypeError, "layers must be a mapping"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_method_is_told(name: str) -> None:
+    spec, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        Method.of(spec)
+
+
+def test_lists_of_methods() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        methods_of([])
+    with pytest.raises(ValueError, match="'naive4' is named twice"):
+        methods_of(["naive4", "naive8", "naive4"])
+    with pytest.raises(ValueError, match="there is no layer 4; the model has 0 to 3"):
+        Method.of({"layers": {"4": None}}).bound(4)
+    assert [one.name for one in methods_of({"a": "naive4", "b": "naive4"})] == ["a", "b"]
+    assert [one.name for one in methods_of("naive4")] == ["naive4"]

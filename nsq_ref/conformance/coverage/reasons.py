@@ -160,7 +160,7 @@ REASONS: tuple[Reason, ...] = (
         [name for name in _TILES
          if "channel" in name and name.endswith("out of the range")] + ["outliers in the range"]),
     *(_reason("small blocks", "A block has no more tokens than are counted.",
-          _within_blocks_of(_tile_of(name)), [name])
+          _within_blocks_of(_tile_of(name) - name.startswith("last token")), [name])
       for name in _TILES if "token" in name and name.endswith(("the range", "the ranking"))
       and any(word.isdigit() for word in name.split())),
     _reason("bits", "Codes have another width (P1).",
@@ -328,7 +328,8 @@ REASONS: tuple[Reason, ...] = (
         "With the scale rule search a port is judged on its own scales (S4).",
         lambda scheme, dtype: scheme.scale_rule == "search",
         ["reciprocal of the number of levels", "range in double precision",
-         "range that includes zero", "negative scale forced to zero",
+         "range that includes zero", "maximum of at least zero", "minimum of at most zero",
+         "negative scale forced to zero",
          "magnitude of a negative scale", "scale at least 1e-08", "range shared by heads",
          "scales narrowed with ties away from zero", "cast before the clamp",
          *(f"last partial tile of {n} tokens out of the range" for n in (16, 32, 64)),

@@ -161,6 +161,15 @@ def _in_half(s: Any) -> Any:
     return p / p.sum(axis=-1, keepdims=True)
 
 
+def _by_the_scheme_of_keys(original: Function, keys: Any, values: Any) -> Any:
+    scheme = keys[2]
+    parts, shape, own = values
+    if (own.bits, own.axis, own.block_size) != (scheme.bits, scheme.axis, scheme.block_size):
+        return original(keys, values)  # what is read then is nothing that can be computed
+    read = {name: part for name, part in parts.items() if name != "zero" or not scheme.symmetric}
+    return original(keys, (read, shape, scheme))
+
+
 ATTENTION = [
     *(_formula(f"keys past {n} ignored", f"keys past the first {n} have no weight",
           _kept(first_ones(n))) for n in (16, 32, 64, 128, 256)),
@@ -188,6 +197,9 @@ ATTENTION = [
     _formula("values no wider than keys",
         "channels of values past those of keys are 0",
         around(_values_as_wide_as_keys)),
+    place("model.decode_sides", "A1", ATTEND)("values read with the keys' scheme",
+        "values are decoded by the scheme of keys; they have their own",
+        around(_by_the_scheme_of_keys)),
     *(_mask(f"window from whole tiles of {n}",
           f"what a window sees before a whole tile of {n} keys is left out",
           _window_from_tiles_of(n)) for n in (16, 32, 64)),

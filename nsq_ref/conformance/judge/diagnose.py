@@ -147,11 +147,15 @@ class _Search:
                 self._explain(mistake, findings, left, ())
             findings = left
         given_up: set[str] = set(UNEXPLAINABLE)
+        misshapen = _cases_of([f for f in findings if f.stage == "structure"])
         while stages := {f.stage for f in findings} - given_up:
             stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
             part = given_up == set(UNEXPLAINABLE) and not self._by_chance
-            whole, parts = self._candidates(stage, mistakes, findings, part)
+            if misshapen > _cases_of([f for f in findings if f.stage not in UNEXPLAINABLE]):
+                whole, parts = [], []  # the few that have the right shape are no evidence
+            else:
+                whole, parts = self._candidates(stage, mistakes, findings, part)
             less = None if whole else self._off_by_steps(stage, mistakes, findings)
             if less is not None:
                 findings = less
@@ -431,6 +435,10 @@ def _amount(findings: Sequence[Finding]) -> str:
     return f"{wrong} wrong {STAGES[stage]} in {_cases(findings)}"
 
 
+def _cases_of(findings: Sequence[Finding]) -> int:
+    return len({id(f.case) for f in findings})
+
+
 def _cases(findings: Sequence[Finding]) -> str:
-    count = len({id(f.case) for f in findings})
+    count = _cases_of(findings)
     return "1 case" if count == 1 else f"{count} cases"

@@ -89,6 +89,20 @@ def test_mistake_is_caught_and_explained(name: str) -> None:
     assert not judge(*found, Latitudes(), Reference([mistake])).findings
 
 
+def test_no_mistake_breaks_off_where_there_are_no_sequences() -> None:
+    """B2. An error in a mistake itself would be taken for a case that shows it."""
+    empty = [
+        case
+        for case in cases_of(PAPER)
+        if case.refused_by is None and any(array.size == 0 for array in case.inputs.values())
+    ]
+    assert {case.operation for case in empty} == {"encode", "decode"}
+    for mistake in MISTAKES.values():
+        for case in empty:
+            if case.operation in mistake.operations:
+                assert answered(Reference([mistake]), case) is not None, (mistake.name, case)
+
+
 def test_each_rule_module_is_taken_and_names_are_unique() -> None:
     lists = [found for found in vars(mistakes).values() if isinstance(found, list)]
     listed = [one.name for found in lists for one in found if isinstance(one, Mistake)]

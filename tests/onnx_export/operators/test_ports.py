@@ -16,6 +16,7 @@ from nsq_ref import Scheme, rounding
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.operations import Operation
 from nsq_ref.conformance.ports.worker import Model, TargetError
+from onnx_export import custom_ops
 from tests.support.command import said as run
 from tests.support.onnx_ports import Mistake, Nodes, norm_of, save, save_decode, save_encode
 
@@ -50,6 +51,23 @@ def test_right_models_conform(encode: str, decode: str) -> None:
     assert f"encode {asked['encode']} cases, decode {asked['decode']}" in text
     assert NOT_ASKED in text
     assert "not implemented" not in text
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["functions", "library"])
+def test_exported_models_conform(tmp_path: Path, native: bool) -> None:
+    """I2 M4: kernels are asked what must be refused, graphs of standard operators are not."""
+    run("onnx", "codec", "nsep+pchan4", "--output", tmp_path)
+    models = [tmp_path / "encode.onnx", "--decode", tmp_path / "decode.onnx"]
+    library = ["--custom-ops", custom_ops.library_path()] if native else []
+    text = check(*models, *library, "--quick")
+    assert "CONFORMS SO FAR to nsep+pchan4: " in text
+    assert (NOT_ASKED in text) is not native
+
+
+def test_a_model_beside_a_library_that_refuses(encode: str) -> None:
+    """I2: operators that are given may refuse, and so this model must."""
+    text = check(encode, "--custom-ops", custom_ops.library_path(), "--quick", code=1)
+    assert "input that must be refused was taken" in text
 
 
 def test_other_dtypes_are_not_implemented(encode: str) -> None:

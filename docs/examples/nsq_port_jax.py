@@ -132,8 +132,8 @@ def digit(value: Array, place: Array, limb: Any) -> Array:
 
 
 def power_of_two(size: int) -> int:
-    """Return the next power of two, 8 at least."""
-    return max(8, 1 << (size - 1).bit_length())
+    """Return the next power of two, 32 at least."""
+    return max(32, 1 << (size - 1).bit_length())
 
 
 def as_blocks(x: np.ndarray, size: int) -> np.ndarray:
@@ -198,9 +198,18 @@ def attend(
 ) -> Array:  # fmt: skip
     """Return the output ``[heads, queries, D_v]`` (rules A1 to A3)."""
     k, v = decode(keys, key_scheme, keys["shape"]), decode(values, value_scheme, values["shape"])
+    return attention(query, k, v, scale, bool(causal), softcap, sliding_window)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def attention(
+    query: Array, k: Array, v: Array, scale: float, causal: bool, softcap: float | None,
+    sliding_window: int | None,
+) -> Array:  # fmt: skip
+    """Return the output of decoded keys and values."""
     heads, queries, head_dim = query.shape
     kv_heads, tokens, _ = k.shape
-    q = jnp.asarray(query).reshape(kv_heads, heads // kv_heads, queries, head_dim)  # A1
+    q = query.reshape(kv_heads, heads // kv_heads, queries, head_dim)  # A1
     scores = jnp.float32(scale) * jnp.einsum("ghqd,gtd->ghqt", q, k, precision="highest")
     if softcap:
         scores = jnp.float32(softcap) * jnp.tanh(scores / jnp.float32(softcap))

@@ -10,7 +10,7 @@ WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # or each of a thousand processes would compile all sources again
 
-.PHONY: results demo test quick test-torch test-javascript test-rust test-oldest sanitize lint types docs extras places benchmark clean
+.PHONY: results demo test quick test-torch test-ports test-javascript test-rust test-oldest sanitize lint types docs extras places benchmark clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/nsq demo
@@ -31,6 +31,10 @@ quick: $(VENV)/test.done
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
 	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
+
+# Triton in its interpreter, and JAX on the CPU.
+test-ports: $(VENV)/ports.done
+	$(BIN)/python -m pytest tests/with_ports
 
 # What it needs of npm is installed beside it, by the Node of the environment, which trusts whom the
 # system trusts: a company's proxy has a certificate of its own.

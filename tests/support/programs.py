@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from nsq_ref.conformance import vectors
@@ -46,9 +47,10 @@ def conforms(program: Path, *options: str) -> str:
     return " ".join(report.split())
 
 
-def does_not_conform(program: Path, found: tuple[str, str], *options: str) -> None:
+def does_not_conform(program: Path | Sequence[str], found: tuple[str, str], *options: str) -> None:
     """The report names the rule of the mistake first, and says what the mistake is."""
-    report = said("check", program, *options, code=1)
+    given = [program] if isinstance(program, Path) else program
+    report = said("check", *given, *options, code=1)
     rules = re.findall(r"^([A-Z]\d)  ", report, re.MULTILINE)
     assert rules[0] == found[0], report
     assert found[1] in " ".join(report.split())

@@ -200,6 +200,7 @@ def _methods(
 ) -> tuple[Method, ...]:
     """Return what is measured, and refuse what is not known before any work."""
     from nsq_ref.comparison import DEMO_SCHEMES
+    from nsq_ref.policy import Policy
     from nsq_ref.rivals import entries
     from onnx_export.evaluation import Method
     from onnx_export.evaluation.methods import methods_of
@@ -214,10 +215,7 @@ def _methods(
         methods.append(Method.of({"key": key, "value": value}))
     for path in policies:
         with about(str(path)):
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("a policy is an object with default and layers")
-            methods.append(Method.of({"layers": {}, **content}, path.stem))
+            methods.append(Method.of(Policy.read(path), path.stem))
     return methods_of(methods)
 
 

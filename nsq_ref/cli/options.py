@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from nsq_ref import KeyValueSchemes, Scheme
-    from nsq_ref.scheme import SchemeName
 
 InputDtype = Literal["float32", "float16", "bfloat16"]
 SIDES = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
@@ -100,17 +99,3 @@ def side_of(name: str) -> str:
         f"array {name!r} is not named as keys or values, which are treated differently; "
         "rename it to k, key or keys, or v, value or values, or choose one scheme for both"
     )
-
-
-def label(scheme: Scheme) -> str:
-    """Return the nearest name, and the fields in which the scheme differs from it."""
-    from nsq_ref import Scheme, scheme_names
-
-    def changes(name: SchemeName) -> dict[str, Any]:
-        values = Scheme.named(name).to_dict()
-        return {field: value for field, value in fields.items() if value != values[field]}
-
-    fields = scheme.to_dict()
-    # Of names as near as each other, one of the same width.
-    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
-    return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])

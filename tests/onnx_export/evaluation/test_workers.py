@@ -9,6 +9,7 @@ import distributed
 import numpy as np
 import pytest
 
+from nsq_ref.policy import Policy, Sides
 from onnx_export.evaluation import Evaluation, Method, Opened, Prefill, evaluate
 from onnx_export.models.tiny import tiny_gguf
 from tests.support.evaluated import Killing
@@ -25,7 +26,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 def methods(files: Path) -> list[Method]:
     killing = Killing(str(files))
-    return [Method.of("naive4"), Method("killing", (killing, killing), {}), Method.of("q4_0")]
+    return [
+        Method.of("naive4"),
+        Method("killing", Policy(Sides(killing, killing), {})),
+        Method.of("q4_0"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def test_a_killed_process_is_replaced(source: Opened, expected: Evaluation, tmp_
 def test_processes_that_are_killed_every_time(source: Opened, tmp_path: Path) -> None:
     (tmp_path / "kill").touch()
     killing = Killing(str(tmp_path), once=False)
-    names = [Method("killing", (killing, killing), {})]
+    names = [Method("killing", Policy(Sides(killing, killing), {}))]
     with pytest.raises(ChildProcessError, match="killed 3 times before a passage was finished"):
         evaluate(source, TEXT[:1], names, protocol=PROTOCOL, workers=2)
 

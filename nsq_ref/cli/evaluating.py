@@ -18,7 +18,6 @@ from nsq_ref.cli.output import print_json, print_table, stages
 
 if TYPE_CHECKING:
     from onnx_export.evaluation import Evaluation, Method, Protocol
-    from onnx_export.models.json_tokenizer import JsonTokenizer
 
 # Options of some protocols alone, by their parameters.
 OWN_OPTIONS = {
@@ -231,9 +230,11 @@ def _evaluated(
     **options: Any,
 ) -> Evaluation:
     from onnx_export.evaluation import Opened, Windows, evaluate, open_model
+    from onnx_export.evaluation.models import model_file
     from onnx_export.evaluation.passages import choosing, reporting
+    from onnx_export.models.json_tokenizer import tokenizer_of
 
-    words = _tokenizer(path, tokenizer)
+    words = tokenizer_of(model_file(path), tokenizer)
     with extra("transformers", f"{path}, a model of transformers,"):
         model = open_model(path, threads=threads, progress=options["progress"])
     length = protocol.tokens_needed(model.context_length)
@@ -262,20 +263,6 @@ def _found(patterns: list[str]) -> list[Path]:
             raise FileNotFoundError(f"there is no model {pattern!r}")
         paths += [Path(one) for one in here if Path(one) not in paths]
     return paths
-
-
-def _tokenizer(model: Path, tokenizer: Path | None) -> JsonTokenizer:
-    """Return the tokenizer of a model: of its GGUF file, or beside it."""
-    from onnx_export.models.json_tokenizer import TOKENIZER, read_tokenizer
-
-    path = tokenizer
-    if path is None and model.is_file():
-        with model.open("rb") as file:
-            path = model if file.read(4) == b"GGUF" else model.with_name(TOKENIZER)
-    path = path or model / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"there is no tokenizer {str(path)!r}; give one with --tokenizer")
-    return read_tokenizer(path)
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -15,7 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer, as_integer_array
 from onnx_export.evaluation.methods import Bound, KeyValueCache, Method, Spec, methods_of
-from onnx_export.evaluation.models import CausalModel, Opened, PathLike, as_model
+from onnx_export.evaluation.models import (
+    CausalModel,
+    Opened,
+    PathLike,
+    as_model,
+    require_vocabulary,
+)
 from onnx_export.evaluation.protocols import Protocol, Record, Unit, prefilled, protocol_named
 from onnx_export.evaluation.results import Evaluation, collected
 from onnx_export.evaluation.store import Store
@@ -78,7 +84,7 @@ class Worker:
         self.model, self.job = model, job
         self._bound: dict[str, Bound] = {}
         self._calibration: KeyValueCache | None = None
-        self._layers = 0
+        self._layers: Sequence[int] = ()
 
     def measured(
         self, unit: Unit, methods: Iterable[Method]
@@ -97,7 +103,7 @@ class Worker:
         if method.name not in self._bound:
             if not self._layers:
                 _, keys, _ = self.model.forward(np.zeros((1, 1), np.int64), num_logits=0)
-                self._layers = len(keys)
+                self._layers = getattr(self.model, "layer_numbers", range(len(keys)))
             if method.needs_calibration and self._calibration is None and self.job.calibration:
                 caches = [prefilled(self.model, one) for one in self.job.calibration]
                 every = zip(*caches, strict=True)
@@ -268,14 +274,7 @@ def _rows(name: str, tokens: Any, model: CausalModel) -> tuple[Ids, ...]:
         shape = "ragged" if ragged else np.shape(tokens)
         raise ValueError(f"{name} must be passages, [passages, tokens], got {shape}")
     for number, row in enumerate(given):
-        size = model.vocab_size
-        outside = (row < 0) | (row >= size) if size is not None else row < 0
-        if outside.any():
-            place = int(outside.argmax())
-            raise ValueError(
-                f"{name}[{number}, {place}] is {row[place]}, outside the vocabulary of {size} "
-                f"tokens of {model.name}; use this model's own tokenizer"
-            )
+        require_vocabulary(f"{name}[{number}]", row, model.vocab_size, model.name)
     return tuple(np.ascontiguousarray(row, np.int64) for row in given)
 
 

@@ -218,7 +218,7 @@ WRONG = {
     "another vocabulary": (
         TEXT + 1,
         ValueError,
-        r"tokens\[\d, \d+\] is 260, outside the vocabulary of 260 tokens of tiny",
+        r"tokens\[\d\]\[\d+\] is 260, outside the vocabulary of 260 tokens of tiny",
     ),
     "a short one": ([TEXT[0], TEXT[1][:50]], ValueError, "passage 1 has 50 tokens, and prefill"),
 }

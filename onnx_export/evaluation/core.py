@@ -34,6 +34,8 @@ Ids = NDArray[np.int64]
 
 RECORDS = 2  # what records hold; other ones are measured anew
 CALIBRATED = 512  # tokens of a passage that are read at once for static scales
+PROBED = 16  # tokens that are read both at once and in pieces, before all else
+SAME = 0.05  # share by which logits may then differ: caches may be float16, activations quantized
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Worker:
         self, unit: Unit, methods: Iterable[Method]
     ) -> Iterator[tuple[Method | None, Record]]:
         """Yield figures as they are finished, those of the float32 cache first."""
+        if not self._layers:
+            self._layers = _layers(self.model, unit.tokens[:PROBED])
         reference, record = self.job.protocol.reference(self.model, unit)
         yield None, record
         for method in methods:
@@ -101,9 +105,6 @@ class Worker:
 
     def _method(self, method: Method) -> Bound:
         if method.name not in self._bound:
-            if not self._layers:
-                _, keys, _ = self.model.forward(np.zeros((1, 1), np.int64), num_logits=0)
-                self._layers = getattr(self.model, "layer_numbers", range(len(keys)))
             if method.needs_calibration and self._calibration is None and self.job.calibration:
                 caches = [prefilled(self.model, one) for one in self.job.calibration]
                 every = zip(*caches, strict=True)
@@ -226,6 +227,27 @@ def evaluate(
         del opened, model  # of which each process opens its own
         spread(source, job, todo, keep, folder=kept.folder, workers=workers, scheduler=scheduler)
     return _evaluation(name, job, rows, units, kept, refused)
+
+
+def _layers(model: CausalModel, tokens: Ids) -> Sequence[int]:
+    """Return the numbers of the layers, if what is in their caches is all that is read again."""
+    cut = -(-len(tokens) // 2)
+    whole, keys, _ = model.forward(tokens[None])
+    if not np.isfinite(whole).all():
+        raise ValueError(f"{model.name}: logits are not finite, with the float32 cache already")
+    if len(tokens) > 1:
+        _, *past = model.forward(tokens[None, :cut], num_logits=0)
+        pieces, _, _ = model.forward(tokens[None, cut:], (past[0], past[1]))
+        own = whole[0, cut:]
+        spread = np.linalg.norm(own - own.mean(axis=-1, keepdims=True))
+        apart = float(np.linalg.norm(pieces[0] - own) / max(spread, 1e-9))
+        if apart > SAME:
+            raise ValueError(
+                f"{model.name} reads a text in pieces otherwise than at once (logits differ by "
+                f"{apart:.0%}): it is no decoder, or its cache is not all that it remembers"
+            )
+    numbers: Sequence[int] = getattr(model, "layer_numbers", range(len(keys)))
+    return numbers
 
 
 def _evaluation(

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer, as_integer_array
+from nsq_ref.files import atomic
 from onnx_export.evaluation.methods import Bound, KeyValueCache, Method, Spec, methods_of
 from onnx_export.evaluation.models import (
     CausalModel,
@@ -201,6 +202,8 @@ def evaluate(
     missing = [job.missing(unit, kept) for unit in units]
     done = total - sum(len(some) + bool(some) for some in missing)
     todo = [(unit, some) for unit, some in zip(units, missing, strict=True) if some]
+    if todo and kept.folder is not None:
+        atomic.require_writable(kept.folder / "figures.json", make_folders=True)
     refused: dict[str, str] = {}
 
     def keep(unit: Unit, method: Method | None, record: Record) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from nsq_ref.policy import Policy, Sides
-from onnx_export.evaluation import Evaluation, Method, Opened, Prefill, evaluate
+from onnx_export.evaluation import Evaluation, Method, Opened, Prefill, evaluate, workers
 from onnx_export.models.tiny import tiny_gguf
 from tests.support.evaluated import Killing
 
@@ -82,6 +84,29 @@ def test_a_killed_worker_of_a_cluster_is_replaced(
     assert same(found, expected)
 
 
-def test_there_is_no_such_scheduler(source: Opened) -> None:
-    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
-        evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler="tcp://127.0.0.1:1")
+def test_there_is_no_such_scheduler(source: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, though dask says it twice; and where somebody answers who is none, too."""
+    monkeypatch.setattr(workers, "TIMEOUT", 1)
+    for address, why in (("tcp://127.0.0.1:1", "refused|connect"), ("nowhere", "missing port")):
+        with pytest.raises(ConnectionError, match=rf"scheduler answers at '{address}'.*({why})"):
+            evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler=address)
+    talks = "HTTP/1.0 400 Bad request\r\n" * 9
+    with socketserver.TCPServer(("127.0.0.1", 0), _Says.with_words(talks)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConnectionError, match=r"no dask scheduler answers at"):
+            evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler=address)
+        server.shutdown()
+
+
+class _Says(socketserver.BaseRequestHandler):
+    """Says something to whoever comes."""
+
+    words = b""
+
+    @classmethod
+    def with_words(cls, words: str) -> type[_Says]:
+        return type("_Says", (cls,), {"words": words.encode()})
+
+    def handle(self) -> None:
+        self.request.sendall(self.words)

@@ -18,7 +18,8 @@ EXPERIMENTS = (
      "[Structure](structure.md)"),
     ("phase4b, KL and top-5 overlap", "divergence beside perplexity", "in every table of "
      "[Methods](methods.md); the paper's figures are of other positions: [Errata](errata.md)"),
-    ("phase4b_cross_model", "norms a row on three models; cosine of keys and of values", "one model: [Methods](methods.md); its "
+    ("phase4b_cross_model", "norms a row on three models; cosine of keys and of values",
+     "one model: [Methods](methods.md); its "
      "rows in the sweep: [Errata](errata.md). Keys against values by what bits of each are worth: "
      "[Structure](structure.md)"),
     ("phase4c, phase7b", "longer contexts", "the same tokens after 256 tokens and more, up to the "

@@ -185,8 +185,9 @@ def filled(page: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)  # not to be broken
     lines = textwrap.wrap(
-        text, WIDTH, break_long_words=False, break_on_hyphens=False,
+        whole, WIDTH, break_long_words=False, break_on_hyphens=False,
         subsequent_indent="  " if text.startswith("- ") else "",
     )  # fmt: skip
     kept = lines[:1]
@@ -195,4 +196,4 @@ def _wrapped(text: str) -> list[str]:
             first, _, line = line.lstrip().partition(" ")  # noqa: PLW2901
             kept[-1] += f" {first}"
         kept.append(line)
-    return kept
+    return [line.replace("\0", " ") for line in kept]

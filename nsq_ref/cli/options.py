@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from nsq_ref import KeyValueSchemes, Scheme
 
 InputDtype = Literal["float32", "float16", "bfloat16"]
-SIDES = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
 
 
 def file_name(path: Path | None) -> Path | None:
@@ -88,13 +87,11 @@ def scheme_of(name: str, schemes: KeyValueSchemes) -> Scheme:
 
 def side_of(name: str) -> str:
     """Tell whether an array is named as keys or as values."""
-    # The last component that says anything decides: past_key_values.0.key is a key.
-    for component in reversed(re.split("[./]", name.lower())):
-        sides = {SIDES[word] for word in re.findall("[a-z]+", component) if word in SIDES}
-        if len(sides) == 1:
-            return sides.pop()
-        if sides:
-            break
+    from nsq_ref.audit.layers import side_in_name
+
+    side = side_in_name(name)
+    if side in ("key", "value"):
+        return str(side)
     raise ValueError(
         f"array {name!r} is not named as keys or values, which are treated differently; "
         "rename it to k, key or keys, or v, value or values, or choose one scheme for both"

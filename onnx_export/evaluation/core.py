@@ -23,6 +23,7 @@ from onnx_export.evaluation.models import (
     as_model,
     require_vocabulary,
 )
+from onnx_export.evaluation.passages import CALIBRATED
 from onnx_export.evaluation.protocols import Protocol, Record, Unit, prefilled, protocol_named
 from onnx_export.evaluation.results import Evaluation, collected
 from onnx_export.evaluation.store import Store
@@ -34,7 +35,6 @@ __all__ = ["Job", "evaluate"]
 Ids = NDArray[np.int64]
 
 RECORDS = 2  # what records hold; other ones are measured anew
-CALIBRATED = 512  # tokens of a passage that are read at once for static scales
 PROBED = 16  # tokens that are read both at once and in pieces, before all else
 SAME = 0.05  # share by which logits may then differ: caches may be float16, activations quantized
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsq_ref.audit.layers import side_in_name
 from nsq_ref.extras import extra
 from onnx_export.operators.cache_layout import (
     KEY,
@@ -23,6 +24,7 @@ with extra("onnx", __name__):
 
 __all__ = ["NamedLayer", "cache_layers", "exported_layout", "heads_first", "side_of"]
 
+SIDES = ("key", "value")
 FLOATS = ("float32", "float16")
 CONFIGS = ("genai_config.json", "config.json")
 
@@ -86,10 +88,8 @@ def side_of(name: str) -> int | None:
     >>> [side_of(n) for n in ("past_key_values.3.value", "past_key_values.3.key", "key_0", "mask")]
     [1, 0, 0, None]
     """
-    words = name.lower().replace("past_key_values", "").replace("past_key_value", "")
-    if "value" in words:
-        return 1
-    return 0 if "key" in words else None
+    side = side_in_name(name.lower().replace("past_key_value", "past"))
+    return SIDES.index(side) if side in SIDES else None
 
 
 class NamedLayer(NamedTuple):

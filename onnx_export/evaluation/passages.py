@@ -18,7 +18,7 @@ from onnx_export.models.texts import (
     read_text,
 )
 
-__all__ = ["choosing", "reporting"]
+__all__ = ["CALIBRATED", "choosing", "reporting"]
 
 Ids = NDArray[np.int64]
 CALIBRATING = 4  # passages

@@ -187,6 +187,7 @@ class OnnxModel:
         self._dtypes = tuple(DTYPES[side[0].dtype] for side in sides)
         # [batch, heads, tokens, channels], whatever the order of its axes is.
         self._axes = tuple(heads_first(side[0], path) for side in sides)
+        self._one_by_one = False
         self.vocab_size = model.vocab_size
         self.context_length = layout.context_length or context_length(path.parent)
         self.fingerprint = _fingerprint(path)
@@ -198,7 +199,25 @@ class OnnxModel:
         *,
         num_logits: int | None = None,
     ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
-        """Read tokens, as `CausalModel` says."""
+        """Read tokens, as `CausalModel` says; one by one where several after a past are refused."""
+        if past is None or not past[0].shape[3] or input_ids.shape[1] == 1:
+            return self._read(input_ids, past, num_logits)
+        if not self._one_by_one:
+            try:
+                return self._read(input_ids, past, num_logits)
+            except ValueError:  # as models refuse whose masks are of a prompt or of one token
+                self._one_by_one = True
+        logits = []
+        for token in range(input_ids.shape[1]):
+            one, *rest = self._read(input_ids[:, token : token + 1], past, 1)
+            past = rest[0], rest[1]
+            logits.append(one)
+        wanted = len(logits) if num_logits is None else num_logits
+        return np.concatenate(logits, axis=1)[:, len(logits) - wanted :], *past
+
+    def _read(
+        self, input_ids: NDArray[np.int64], past: KeyValueCache | None, num_logits: int | None
+    ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
         tokens = input_ids.shape[1] + (0 if past is None else past[0].shape[3])
         session = Session(self.model, capacity=self.context_length or tokens)
         if past is not None and past[0].shape[3]:

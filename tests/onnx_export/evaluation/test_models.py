@@ -27,7 +27,8 @@ REFUSED = {
 CONFIGURED = {"genai-llama-cpu-fp32": (1, 16), "genai-phi-cpu-fp32": (1, 32)}
 EXPORTED = [
     "dynamo-gemma3-18-sdpa", "dynamo-llama-20-sdpa-fp16", "dynamo-llama-24-sdpa",
-    "genai-qwen2-cpu-fp32", "genai011-gemma3small-cpu-fp32", "mobius-qwen3-default",
+    "genai-qwen2-cpu-fp32", "genai011-gemma3small-cpu-fp32", "genai011-phi-cuda-fp32",
+    "mobius-qwen3-default",
     "optimum-bloom-18", "optimum-deepseek_v3-18", "optimum-gpt_oss-18", "optimum-phi-17",
 ]  # fmt: skip
 

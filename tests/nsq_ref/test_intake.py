@@ -354,7 +354,7 @@ CALLS: dict[str, Call] = {
 # What takes no array, integer or scheme of a caller, or is what a function returns.
 TAKE_NONE = {
     "audit.Audit", "audit.Audit.judged", "audit.Layer", "audit.LayerAudit",
-    "audit.LayerAudit.bits", "audit.Policy", "audit.audit_layers", "audit.html_page",
+    "audit.LayerAudit.bits", "audit.Recommendation", "audit.audit_layers", "audit.html_page",
     "audit.layers_of_arrays",
     "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
     "Scheme.to_dict",

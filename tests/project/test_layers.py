@@ -24,6 +24,7 @@ LAYERS = [
     {"spec", "kernels", "oracle"},
     {"quantized", "codec"},
     {"files", "cache", "attention", "bounds", "metrics", "rivals", "comparison", "strategies"},
+    {"policy"},
     {"audit", "conformance", "plots", "transformers"},
     {"cli"},
 ]

@@ -1,8 +1,7 @@
 """The Numba twin of rule F1: what is coded in place of directions, equal to `spec` bit for bit.
 
-The channels of a token wait for one another, tokens do not: they go through in groups, one lane
-each, so that every step is one operation on all lanes. No lane sees another, and no float is summed
-in another order than that of F1.
+The channels of a token wait for one another, tokens do not: they go through in groups. No token
+sees another, and no float is summed in another order than that of F1.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from nsq_ref.dtypes import Array
 from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import divisor_of, jit_row, span_of_task
 
-LANES = 16  # tokens at a time: a cache line of float32
+LANES = 16  # tokens at a time, which share each row of the factor
 
 jit = partial(compiled, keep=True, nogil=True, fastmath=False)
 
@@ -42,9 +41,9 @@ def feed_back(
 ) -> None:  # fmt: skip
     """What is coded of ``x[N, sinks + T, D]``, as ``out[N, T, D]``; tasks as in `codec`."""
     head_dim = x.shape[2]
-    directions = np.empty((head_dim, LANES), np.float32)  # rows are channels in their order
-    w = np.empty((head_dim, LANES), np.float32)
-    errors = np.empty(LANES, np.float32)
+    directions = np.empty((LANES, head_dim), np.float32)  # columns are channels in their order
+    w = np.empty((LANES, head_dim), np.float32)
+    value, step, base, error = np.zeros((4, LANES), np.float32)
     moves = np.empty(LANES, np.bool_)  # what is no zero token
     coded = np.empty(head_dim, np.bool_)
     for task in range(first, last):
@@ -54,32 +53,37 @@ def feed_back(
         for j in outlier_index[n, block]:
             coded[j] = False
         for begin in range(start, stop, LANES):
-            for i in range(LANES):
-                t = min(begin + i, stop - 1)  # lanes that are left over repeat the last token
+            count = min(LANES, stop - begin)
+            for i in range(count):
+                t = begin + i
                 divisor = divisor_of(norm[n, t])
                 moves[i] = norm[n, t] != 0
                 for p in range(head_dim):
-                    direction = x[n, sinks + t, order[head, p]] / divisor
-                    directions[p, i] = direction
-                    w[p, i] = direction
+                    directions[i, p] = x[n, sinks + t, order[head, p]] / divisor
+                    w[i, p] = directions[i, p]
             for p in range(head_dim):
                 j = order[head, p]
-                for i in range(LANES):
-                    value = w[p, i] if np.isfinite(w[p, i]) else directions[p, i]
-                    w[p, i] = value
-                    if coded[j]:
-                        at = block if per_channel else min(begin + i, stop - 1)
-                        step = scale[n, at, j if per_channel else 0]
-                        base = zero[n, at, j if per_channel else 0]
-                        code = min(max(np.rint((value - base) / divisor_of(step)), low), high)
-                        y = np.float32(code * step) + base
-                    else:
-                        y = through_float16(value)
-                    errors[i] = value - y if moves[i] else np.float32(0)
-                for r in range(p + 1, head_dim):
-                    share = factor[head, p, r]
+                at = j if per_channel else 0
+                for i in range(count):
+                    value[i] = w[i, p] if np.isfinite(w[i, p]) else directions[i, p]
+                    w[i, p] = value[i]
+                    row = block if per_channel else begin + i
+                    step[i] = scale[n, row, at]
+                    base[i] = zero[n, row, at]
+                if coded[j]:
                     for i in range(LANES):
-                        w[r, i] -= errors[i] * share
-            for i in range(min(LANES, stop - begin)):
+                        quotient = np.rint((value[i] - base[i]) / divisor_of(step[i]))
+                        code = min(max(quotient, low), high)
+                        error[i] = value[i] - (np.float32(code * step[i]) + base[i])
+                else:
+                    for i in range(count):
+                        error[i] = value[i] - through_float16(value[i])
+                shares = factor[head, p, p + 1 :]
+                for i in range(count):
+                    moved = error[i] if moves[i] else np.float32(0)
+                    later = w[i, p + 1 :]
+                    for r in range(shares.size):
+                        later[r] -= moved * shares[r]
+            for i in range(count):
                 for p in range(head_dim):
-                    out[n, begin + i, order[head, p]] = w[p, i]
+                    out[n, begin + i, order[head, p]] = w[i, p]

@@ -253,7 +253,7 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
         raise ValueError(
             f"queries has shape {list(queries.shape)}; give [..., heads, tokens, head_dim]"
         )
-    *lead, heads, tokens, head_dim = queries.shape
+    heads, tokens, head_dim = queries.shape[-3:]
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"queries has {heads} heads, which is no multiple of kv_heads={kv_heads}")
     if not np.isfinite(queries).all():

@@ -113,9 +113,7 @@ def exact_norm(row: Sequence[float]) -> float:
 
 
 @in_default_environment
-def encode(
-    x: Any, scheme: Scheme | str, feedback: tuple[Any, Any] | None = None
-) -> dict[str, Any]:
+def encode(x: Any, scheme: Scheme | str, feedback: tuple[Any, Any] | None = None) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
 
     It may be nested lists, or an array that `nsq_ref.quantize` takes; ``feedback`` is the head's
@@ -125,8 +123,8 @@ def encode(
     -------
     dict
         Names of `Scheme.layout` to nested lists; and for each token ``x_norm`` (N1),
-        ``direction``, what is ``coded`` of it (F1), ``codes``, dequantized direction ``y``, the ``factor`` that narrowing makes
-        ``norm``, ``x_hat``, and whether it ``collapsed``.
+        ``direction``, what is ``coded`` in its place (F1), ``codes``, dequantized direction ``y``,
+        the ``factor`` that narrowing makes ``norm``, ``x_hat``, and whether it ``collapsed``.
 
     Examples
     --------

@@ -161,7 +161,7 @@ def fed_back(
 ) -> Float32:
     """Return what is coded in place of the directions (rule F1)."""
     scale, zero = np.broadcast_arrays(scale, zero, direction)[:2]
-    w = direction.copy()
+    w: Float32 = direction.copy()
     for p, j in enumerate(feedback.order):
         w[..., j] = np.where(np.isfinite(w[..., j]), w[..., j], direction[..., j])
         pair = scale[..., j], zero[..., j]

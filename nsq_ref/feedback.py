@@ -9,6 +9,7 @@ rows of F: the triangular factor of the inverse of H, its rows divided by their 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from nsq_ref.environment import in_default_environment
 
 __all__ = ["Feedback", "HeadFeedback", "second_moment"]
 
-DAMPING = 0.01
+DAMPING = 0.1
 ASYMMETRY = 1e-6  # of the largest element: more is no rounding
 
 
@@ -99,6 +100,9 @@ class Feedback:
             own = np.array(array, dtype, order="C")
             own.setflags(write=False)
             object.__setattr__(self, name, own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Feedback, (self.order, self.factor)  # read-only again
 
     def __repr__(self) -> str:
         return f"Feedback(kv_heads={self.kv_heads}, head_dim={self.head_dim})"
@@ -253,7 +257,7 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
         raise ValueError(
             f"queries has shape {list(queries.shape)}; give [..., heads, tokens, head_dim]"
         )
-    heads, tokens, head_dim = queries.shape[-3:]
+    *lead, heads, tokens, head_dim = queries.shape
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"queries has {heads} heads, which is no multiple of kv_heads={kv_heads}")
     if not np.isfinite(queries).all():
@@ -261,7 +265,7 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
         raise ValueError(f"queries{index} is {queries[tuple(index)]}; leave padding out")
     group = heads // kv_heads
     moment = np.zeros((kv_heads, head_dim, head_dim))
-    for part in queries.reshape(-1, kv_heads, group * tokens, head_dim):
+    for part in queries.reshape(math.prod(lead), kv_heads, group * tokens, head_dim):
         wide = part.astype(np.float64)
         moment += wide.swapaxes(-1, -2) @ wide
     return moment

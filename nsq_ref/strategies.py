@@ -322,7 +322,7 @@ def _feedbacks(
             factor[rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9]))] = 0
             factor = np.clip(factor, -3e38, 3e38)
         factor = np.triu(factor, 1) + np.eye(head_dim)
-        return Feedback(order, factor.astype(np.float32))
+        return Feedback(order.astype(np.int32), factor.astype(np.float32))
     count = max(head_dim // 3, 1) if kind == "few queries" else 2 * head_dim + 3
     queries = rng.standard_normal((kv_heads, count, head_dim))
     if kind == "one-hot queries":

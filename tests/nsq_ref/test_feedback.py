@@ -70,7 +70,12 @@ def test_ties_under_feedback(x: Array, scheme: Scheme, data: st.DataObject) -> N
     require_equal_bits(x, scheme, given_to(x, data, kinds=["ties"]))
 
 
-@pytest.mark.parametrize("name", ["streaming4", "streaming2", "nsep4", "outlier4", "plain"])
+WHOLE = {name: SCHEMES[name] for name in ("streaming4", "streaming2", "nsep4", "outlier4")} | {
+    "asymmetric with outliers": Scheme(bits=3, symmetric=False, outlier_channels=3, block_size=50),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("tokens", [1, LANES, 2 * LANES + 3, 200])
 def test_whole_heads(name: str, tokens: int) -> None:
     """F1 B1 K1: kernels take tokens in groups, blocks and slabs of many heads."""
@@ -79,7 +84,7 @@ def test_whole_heads(name: str, tokens: int) -> None:
     x[0, 1, tokens // 2] = 0
     mixed = rng.standard_normal((6, 50, 64)) @ rng.standard_normal((64, 64))
     feedback = Feedback.from_queries(mixed, kv_heads=3)
-    require_equal_bits(x, SCHEMES[name], feedback, ("numpy", "numba"))
+    require_equal_bits(x, WHOLE[name], feedback, ("numpy", "numba"))
 
 
 def test_a_token_by_hand() -> None:
@@ -99,6 +104,20 @@ def test_a_token_by_hand() -> None:
         assert coded.codes.tolist() == [[7, 7, 0, 7], [-1, 2, 0, 7], [0, 0, 0, 0]]
         assert coded.outliers is not None
         assert coded.outliers.tolist() == [[1000], [2.375], [0]]
+
+
+def test_nothing_moves_in_a_zero_token() -> None:
+    """F1 N2 O1: not even in an outlier channel, which would show it."""
+    x = np.float32([[3, 4, 12], [0, 0, 0], [-3, 2, 1]])
+    scheme = Scheme(symmetric=False, outlier_channels=1)
+    feedback = Feedback([[0, 1, 2]], np.triu(np.full((1, 3, 3), 1, np.float32)))
+    for backend in BACKENDS:
+        coded = quantize(x, scheme, backend, feedback=feedback)
+        assert coded.zero is not None  # so that code 0 is an error of the direction 0
+        assert coded.zero[0, 0] != 0
+        assert coded.outliers is not None
+        assert coded.outliers[1].tolist() == [0]
+        assert not coded.codes[1].any()
 
 
 def test_error_of_w_and_not_of_the_direction() -> None:

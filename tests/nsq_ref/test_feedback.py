@@ -122,28 +122,24 @@ def test_nothing_moves_in_a_zero_token() -> None:
 
 def test_error_of_w_and_not_of_the_direction() -> None:
     """F1: a channel that was moved passes on what is left of it, not of where it was."""
-    factor = np.triu(np.ones((1, 3, 3), np.float32))
-    x = np.float32([[7, 7, 7], [0.25, 0.25, 0.5]])
-    coded = quantize(x, PLAIN, feedback=Feedback([[0, 1, 2]], factor))
-    # 0.25 to 0; 0.25 - 0.25 = 0 exactly; 0.5 - 0.25 - 0 = 0.25.
-    assert coded.codes[1].tolist() == [0, 0, 0]
-    factor[0, 0] = [1, -1, -1]
-    coded = quantize(x, PLAIN, feedback=Feedback([[0, 1, 2]], factor))
-    # 0.25 to 0; 0.5, a tie, to 0; 0.75 - 0.5 = 0.25.
-    assert coded.codes[1].tolist() == [0, 0, 0]
+    factor = np.eye(3, dtype=np.float32)[None]
+    factor[0, 0, 1] = factor[0, 1, 2] = -1
+    x = np.float32([[7, 7, 7], [0.25, 0.5, 0.875]])
+    for backend in BACKENDS:
+        coded = quantize(x, PLAIN, backend, feedback=Feedback([[0, 1, 2]], factor))
+        # 0.25 gets 0. 0.5 + 0.25 gets 1, and -0.25 goes on, not -0.5. 0.875 - 0.25 gets 1.
+        assert coded.codes[1].tolist() == [0, 1, 1]
 
 
 def test_product_rounds_before_the_difference() -> None:
-    """F1: a fused multiply-add would leave a residue that decides a tie."""
-    share = np.float32(1 + 2.0**-12)
-    error = np.float32(0.25 + 2.0**-14)  # their product has 27 bits, and rounds down to 25
+    """F1: a fused multiply-add keeps what the product rounds off, which here decides a tie."""
+    numbers = "0x1.800a16p-2", "0x1.801e8ap+1", "-0x1.403cf0p-1"
+    error, share, second = map(float.fromhex, numbers)
+    product = float(np.float32(error * share))
+    assert second + product == 0.5
+    assert np.float32(second + error * share) == 0.5 + 2.0**-24
     factor = np.eye(2, dtype=np.float32)[None]
     factor[0, 0, 1] = -share
-    product = np.float64(error) * np.float64(share)
-    second = np.float32(0.5) + (np.float32(0.5) - np.float32(product)) - np.float32(0.5)
-    w = np.float32(second) + np.float32(product)
-    assert np.float64(second) + product != w  # the exact sum is no float32
-    assert w == 0.5
     x = np.float32([[7, 7], [error, second]])
     for backend in BACKENDS:
         coded = quantize(x, PLAIN, backend, feedback=Feedback([[0, 1]], factor))

@@ -46,9 +46,10 @@ class Feedback:
     ----------
     order : int array, shape [kv_heads, D]
         Channels in the order in which they are coded: a permutation for each head.
-    factor : float32 array, shape [kv_heads, D, D]
+    factor : array, shape [kv_heads, D, D]
         Row p says what an error of 1 in channel ``order[p]`` takes away from the channels that are
-        coded after it, column r being channel ``order[r]``: 1 on the diagonal, 0 below it.
+        coded after it, column r being channel ``order[r]``: 1 on the diagonal, 0 below it. Kept as
+        float32.
 
     Raises
     ------
@@ -81,8 +82,8 @@ class Feedback:
                 f"factor has shape {list(factor.shape)}; with this order it is "
                 f"[{kv_heads}, {head_dim}, {head_dim}]"
             )
-        if factor.dtype != np.float32:
-            raise TypeError(f"factor has dtype {factor.dtype}; pass factor.astype(np.float32)")
+        with np.errstate(over="ignore"):
+            factor = factor.astype(np.float32)
         for head in range(kv_heads):
             if not np.array_equal(np.sort(order[head]), np.arange(head_dim)):
                 raise ValueError(

@@ -13,6 +13,7 @@ LAYERS = [
     {
         "renamed",
         "extras",
+        "feedback",
         "dtypes",
         "dlpack",
         "environment",

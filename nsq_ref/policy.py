@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 from nsq_ref.rivals import Codec, Entry, SchemeCodec, Unquantized, entry_of
 from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
 
-__all__ = ["DEFAULT", "Policy", "Sides", "policy_json", "scheme_text", "sides_of"]
+__all__ = ["DEFAULT", "Policy", "Sides", "changed_fields", "policy_json", "scheme_text", "sides_of"]
 
 DEFAULT = "streaming4"
 """Of layers that nothing is said of."""
@@ -281,6 +282,37 @@ def scheme_text(scheme: Scheme) -> str:
         differences, key=lambda name: (len(differences[name]), "bits" in differences[name])
     )
     return " ".join([nearest, *(f"{k}={v}" for k, v in differences[nearest].items())])
+
+
+def changed_fields(changes: Iterable[str]) -> dict[str, Any]:
+    """Read ``field=value`` of a scheme; a value is what JSON or Python calls it, else a string.
+
+    Raises
+    ------
+    ValueError
+        For what has no value, a field that schemes do not have, or one that comes twice.
+
+    Examples
+    --------
+    >>> changed_fields(["bits=3", "block_size=none", "magnitude=gain"])
+    {'bits': 3, 'block_size': None, 'magnitude': 'gain'}
+    """
+    known = list(Scheme().to_dict())
+    words = {"none": None, "null": None, "true": True, "false": False}
+    fields: dict[str, Any] = {}
+    for text in changes:
+        field, equals, value = text.partition("=")
+        if not equals or field not in known:
+            raise ValueError(
+                f"--set {text!r} is not FIELD=VALUE with a field of {', '.join(known)}"
+            )
+        if field in fields:
+            raise ValueError(f"--set {field} is given twice; give it once")
+        if value.lower() in words:
+            fields[field] = words[value.lower()]
+        else:
+            fields[field] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
+    return fields
 
 
 def _pair(schemes: KeyValueSchemes) -> Any:

@@ -15,7 +15,6 @@ from nsq_ref.cli.options import (
     InputDtype,
     JsonOption,
     SetOption,
-    changed_fields,
     file_name,
     given,
 )
@@ -402,6 +401,7 @@ def _checked_schemes(
     from dataclasses import replace
 
     from nsq_ref.conformance.family import FAMILY, scheme_named
+    from nsq_ref.policy import changed_fields
 
     if every:
         if names:
@@ -409,7 +409,7 @@ def _checked_schemes(
         if changes:
             raise ValueError("--all checks the named schemes as they are; leave --set out")
         return list(FAMILY.items())
-    fields = changed_fields(changes)
+    fields = changed_fields(changes or ())
     chosen = dict.fromkeys(names or [DEFAULT_SCHEME])
     return [(name, replace(scheme_named(name), **fields)) for name in chosen]
 

@@ -11,7 +11,7 @@ import typer
 
 from nsq_ref.cli import decoding, rewriting
 from nsq_ref.cli.errors import extra
-from nsq_ref.cli.options import InputDtype, JsonOption, SetOption, changed_fields, file_name
+from nsq_ref.cli.options import InputDtype, JsonOption, SetOption, file_name
 from nsq_ref.cli.output import print_json
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -46,8 +46,9 @@ def codec(
         )
     from nsq_ref.conformance.family import scheme_named
     from nsq_ref.files import atomic
+    from nsq_ref.policy import changed_fields
 
-    chosen = replace(scheme_named(scheme), **changed_fields(changes))
+    chosen = replace(scheme_named(scheme), **changed_fields(changes or ()))
     with extra("onnx", "nsq onnx"):
         from onnx_export.operators import dequantize_model, quantize_model, save_models
     encode, decode = output / "encode.onnx", output / "decode.onnx"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -44,6 +43,7 @@ def key_value_schemes(name: str, value_name: str | None, changes: list[str]) -> 
     from dataclasses import replace
 
     from nsq_ref import KeyValueSchemes, Scheme
+    from nsq_ref.policy import changed_fields
 
     named = Scheme.named(name)
     key, value = (named, named) if isinstance(named, Scheme) else named
@@ -52,30 +52,8 @@ def key_value_schemes(name: str, value_name: str | None, changes: list[str]) -> 
         if not isinstance(only, Scheme):
             raise ValueError(f"--value-scheme {value_name} is a pair; give it to --scheme")
         value = only
-    fields = changed_fields(changes)
+    fields = changed_fields(changes or ())
     return KeyValueSchemes(replace(key, **fields), replace(value, **fields))
-
-
-def changed_fields(changes: list[str] | None) -> dict[str, Any]:
-    """Read ``field=value``s; a value is what JSON or Python calls it, else a string."""
-    from nsq_ref import Scheme
-
-    known = list(Scheme().to_dict())
-    words = {"none": None, "null": None, "true": True, "false": False}
-    fields: dict[str, Any] = {}
-    for text in changes or ():
-        field, equals, value = text.partition("=")
-        if not equals or field not in known:
-            raise ValueError(
-                f"--set {text!r} is not FIELD=VALUE with a field of {', '.join(known)}"
-            )
-        if field in fields:
-            raise ValueError(f"--set {field} is given twice; give it once")
-        if value.lower() in words:
-            fields[field] = words[value.lower()]
-        else:
-            fields[field] = int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
-    return fields
 
 
 def scheme_of(name: str, schemes: KeyValueSchemes) -> Scheme:

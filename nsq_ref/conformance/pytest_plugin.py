@@ -262,20 +262,20 @@ class CaseItem(pytest.Item):
 
 
 def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
-    from nsq_ref.cli.options import changed_fields
     from nsq_ref.conformance.check import REQUIRABLE
     from nsq_ref.conformance.family import FAMILY, scheme_named
     from nsq_ref.conformance.judge import Latitudes
     from nsq_ref.conformance.known import read_known
     from nsq_ref.conformance.operations import OPERATIONS
     from nsq_ref.conformance.ports import target_kind
+    from nsq_ref.policy import changed_fields
 
     given = {name: config.getoption(f"nsq_{name}") for name in OPTIONS}
     if given["all"] and (given["scheme"] or given["set"]):
         other = "scheme" if given["scheme"] else "set"
         raise ValueError(f"--nsq-all checks every named scheme; leave --nsq-{other} out")
     names: list[str] = list(FAMILY) if given["all"] else given["scheme"] or ["nsep+pchan4"]
-    fields = changed_fields(given["set"])
+    fields = changed_fields(given["set"] or ())
     schemes = [(name, replace(scheme_named(name), **fields)) for name in dict.fromkeys(names)]
     kind = target_kind(targets["encode"]) if "encode" in targets else ""
     does_all = kind in ("library", "program")

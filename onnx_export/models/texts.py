@@ -66,7 +66,10 @@ def read_address(name: str) -> str:
 
 
 class Encodes(Protocol):
-    """A tokenizer."""
+    """A tokenizer.
+
+    Threads may share one that nothing changes.
+    """
 
     def encode(self, text: str) -> Ids:
         """Return the token ids of a text."""

@@ -26,7 +26,7 @@ from onnx_export.models.texts import ADDRESSES, REPORTING_START, passages, read_
 from onnx_export.models.tokenizer import Tokenizer
 
 PREFILL, CONTINUATION = 512, 128
-CALIBRATION = ADDRESSES[-1]  # whose first tokens no passage has, as there are fewer passages
+CALIBRATION = ADDRESSES[-1]  # whose first tokens are in no reporting passage, nor in 8 others
 MAGNITUDES: tuple[Literal["lsq", "gain"], ...] = ("lsq", "gain")
 
 
@@ -48,7 +48,7 @@ def stored(x: Float32, scheme: Scheme, layers: Sequence[Feedback] = ()) -> Float
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feedback", description=__doc__)
-    parser.add_argument("--passages", type=int, default=3, help="at most 8 of each address's first")
+    parser.add_argument("--passages", type=int, default=3, help="of development, 8 at most")
     parser.add_argument("--texts", choices=["development", "reporting"], default="development")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--damping", type=float, nargs="+", default=[DAMPING])

@@ -30,7 +30,7 @@ INSPECT = """
 import json, sys
 import numpy as np
 import numba
-from nsq_ref import Scheme, dequantize, quantize
+from nsq_ref import Feedback, Scheme, dequantize, quantize
 from nsq_ref.kernels import codec
 
 x = np.random.default_rng(0).standard_normal((2, 40, 24)).astype(np.float32)
@@ -38,6 +38,7 @@ for scheme in (Scheme(),
                Scheme(symmetric=False, magnitude="lsq", scale_rule="search", block_size=8),
                Scheme(axis="token", outlier_channels=2, magnitude="gain", bits=3)):
     dequantize(quantize(x, scheme))
+    quantize(x, scheme, feedback=Feedback.from_queries(x, 2))
 found = {}
 for name, value in vars(codec).items():
     if isinstance(value, numba.core.dispatcher.Dispatcher) and value.targetoptions.get("nogil"):
@@ -72,6 +73,7 @@ def test_no_kernel_fuses_or_reorders(tmp_path: Path) -> None:
         "squared_errors",
         "encode_rows",
         "decode_rows",
+        "feed_back",
     }
     for name, compiled in found.items():
         assert compiled, f"{name} was not compiled"
@@ -102,10 +104,12 @@ print(total.inspect_llvm(total.signatures[0]))
 def test_core_on_a_generic_processor(tmp_path: Path) -> None:
     """D1: without AVX or FMA, whose rounding instruction is then a library call, equal bytes."""
     code = """
-from tests.nsq_ref import test_backends
+from tests.nsq_ref import test_backends, test_feedback
 test_backends.ORACLE_SIZE = 0  # the oracle is asked where it is compared with the specification
 for name in test_backends.SCHEMES:
     test_backends.test_engineered_cases(name)
+for name in test_feedback.WHOLE:
+    test_feedback.test_whole_heads(name, 40)
 print(len(test_backends.SCHEMES))
 """
     assert int(run_python(code, tmp_path, NUMBA_CPU_NAME="generic")) > 20

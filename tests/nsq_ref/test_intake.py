@@ -366,7 +366,9 @@ TAKE_NONE = {
     "rivals.Codec.encode", "rivals.Codec.decode", "rivals.Codec.coded", "rivals.NormFirst",
     "rivals.NormFirst.encode", "rivals.NormFirst.decode", "rivals.NormFirst.coded", "rivals.Part",
     "rivals.SchemeCodec", "rivals.SchemeCodec.encode", "rivals.SchemeCodec.decode",
-    "rivals.SchemeCodec.coded", "rivals.Stored", "codec.block_of",
+    "rivals.SchemeCodec.coded", "rivals.Stored", "rivals.Unquantized",
+    "rivals.Unquantized.encode", "rivals.Unquantized.decode", "rivals.Unquantized.coded",
+    "codec.block_of",
     "files.StorageError", "files.holds_cache",
     "files.is_quantized", "files.load", "files.read_arrays", "files.save",
 }  # fmt: skip
@@ -375,7 +377,7 @@ ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
         "arrays", "cache", "conformance", "dlpack", "dtypes", "environment", "extras", "kernels",
-        "quantized", "transformers",
+        "policy", "quantized", "transformers",
     )
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nsq_ref.rivals import Codec, Entry, SchemeCodec, Unquantized, entry_of
-from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme, scheme_names
 
 __all__ = ["DEFAULT", "Policy", "Sides", "changed_fields", "policy_json", "scheme_text", "sides_of"]
 
@@ -272,7 +272,7 @@ def scheme_text(scheme: Scheme) -> str:
     >>> scheme_text(replace(Scheme.named("streaming4"), sink_tokens=2))
     'streaming4 sink_tokens=2'
     """
-    fields = scheme.to_dict()
+    fields = as_scheme("scheme", scheme).to_dict()
     differences = {}
     for name in scheme_names():
         values = Scheme.named(name).to_dict()

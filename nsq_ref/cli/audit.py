@@ -88,16 +88,17 @@ def audit(
         found = audit_layers(
             layers, default=scheme, limit=limit, softmax_scale=softmax_scale, progress=told
         )
+    name = source.absolute().name  # of the folder "." too
     files: list[tuple[Path, bytes]] = []
     if html is not None:
-        files.append((html, html_page(found, source.name).encode()))
+        files.append((html, html_page(found, name).encode()))
     if policy is not None:
         files.append((policy, (json.dumps(found.policy.to_rewrite(), indent=2) + "\n").encode()))
     atomic.write(files)
     if as_json:
         print_json({"source": str(source), **found.to_dict()})
     else:
-        _show(source.name, found, note)
+        _show(name, found, note)
         for path in written:
             typer.echo(path)
 

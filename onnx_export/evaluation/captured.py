@@ -235,9 +235,10 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
 
 
 def _vocab_size(source: _Source) -> int | None:
-    name = source.layout.roles["logits"]
-    (logits,) = (one for one in source.proto.graph.output if one.name == name)
-    return logits.type.tensor_type.shape.dim[-1].dim_value or None
+    for one in source.proto.graph.output:
+        if one.name == source.layout.roles["logits"] and one.type.tensor_type.shape.dim:
+            return one.type.tensor_type.shape.dim[-1].dim_value or None
+    return None
 
 
 def _run(

@@ -285,7 +285,7 @@ def open_model(
                 found, cache_dir=cache_dir, threads=threads, progress=progress
             )
             return DecoderModel(decoder, found.name)
-    name = found.parent.name if found.name == "model.onnx" else found.name
+    name = found.absolute().parent.name if found.name == "model.onnx" else found.name
     return OnnxModel(Model(found, threads=threads, layout=exported_layout(found)), name)
 
 

@@ -13,7 +13,6 @@ from onnx_export.models.texts import (
     REPORTING_START,
     Encodes,
     cut,
-    passages,
     read_address,
     read_text,
 )
@@ -61,8 +60,6 @@ def reporting(
     (10, 641)
     """
     texts = [tokenizer.encode(read_text(file)) for file in files]
-    if not texts and stride is None:
-        return passages(tokenizer, length, count, start=REPORTING_START)
     if not texts:
         texts = [tokenizer.encode(read_address(name))[REPORTING_START:] for name in ADDRESSES]
     return cut(texts, length, count, stride=stride)

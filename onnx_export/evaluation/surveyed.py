@@ -27,6 +27,8 @@ Array = NDArray[Any]
 class Attentions(NamedTuple):
     """The attentions of a model, and the model in which they are not hidden in functions.
 
+    Nothing changes one, so that threads may share it.
+
     Attributes
     ----------
     proto : onnx.ModelProto

@@ -60,7 +60,7 @@ class TransformersModel:
         known = inspect.signature(self._model.forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"  # as releases call it
         text = self._model.config.get_text_config()
-        self.name = path.name
+        self.name = path.absolute().name
         self.vocab_size: int | None = text.vocab_size
         self.context_length: int | None = getattr(text, "max_position_embeddings", None)
         files = sorted(one for pattern in WEIGHTS for one in path.glob(pattern))

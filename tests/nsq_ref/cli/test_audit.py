@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nsq_ref.files import write_arrays
 from nsq_ref.policy import Policy
 from onnx_export.models.tiny import tiny_gguf
 from tests.support.command import nsq, refused
+from tests.support.exports import EXPORTS
 
 TEXT = "The state of the union, in so many words. " * 8
 
@@ -92,11 +94,26 @@ def test_a_model_and_a_text(folder: Path) -> None:
     assert re.search(r"40 of the \d+ tokens of text.txt were read\n", done.stdout)
 
 
+def test_the_folder_of_an_exported_model_with_another_tokenizer(folder: Path) -> None:
+    shutil.copy(EXPORTS / "optimum-llama-18.onnx", folder / "model.onnx")
+    arguments = ("audit", ".", "--text", "letters.txt", "--policy", "p.json")
+    (folder / "letters.txt").write_text("\n!" * 40)
+    assert "there is no tokenizer 'tokenizer.json'" in refused(*arguments, cwd=folder)
+    gguf = tiny_gguf(folder)
+    text = nsq(*arguments, "--tokenizer", gguf, cwd=folder).stdout
+    assert text.startswith(f"{folder.name}: 2 layers of 2 heads, 80 tokens of 8 channels; errors")
+    assert len(Policy.read(folder / "p.json").schemes([0, 1])) == 2
+    line = refused(*arguments[:3], "text.txt", "--tokenizer", gguf, cwd=folder)
+    assert "outside the vocabulary of 96 tokens of model.onnx" in line
+
+
 BAD: list[tuple[tuple[Any, ...], str]] = [
     (("nan.npz",), "nan.npz: array 'keys'[2, 0, 1, 7, 3] is nan (layer 2); leave padding out"),
     (("alone.npz",), "alone.npz: there are no values among 'keys'; add an array named values"),
     (("kv.npz", "--text", "text.txt"), "--text is of a model; leave it out with a file of arrays"),
     (("kv.npz", "--tokens", 99), "--tokens is of a model"),
+    (("kv.npz", "--tokenizer", "text.txt"), "--tokenizer is of a model"),
+    ((".", "--text", "text.txt"), ". holds neither model.onnx nor config.json"),
     (("kv.npz", "--limit", 3), "limit=3.0 must be between 0 and 1, such as 0.25"),
     (("kv.npz", "--scheme", "naive4"), "default of keys has no block size"),
     (("kv.npz", "--scheme", "streaming5"), "streaming5"),

@@ -162,6 +162,7 @@ def test_an_exported_model_with_its_tokenizer(folder: Path, tmp_path: Path) -> N
     (tmp_path / "text").write_text("\n!" * 300)
     known = evaluated(tmp_path, *arguments[1:], "--tokenizer", other, "--text", "text")
     assert known[0]["tables"][0]["scored_tokens"] == 48
+    assert known[0]["model"]["name"] == tmp_path.name
 
 
 WRONG = {

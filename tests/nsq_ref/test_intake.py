@@ -406,17 +406,8 @@ TAKE_NONE = {
     "rivals.Codec.encode", "rivals.Codec.decode", "rivals.Codec.coded", "rivals.NormFirst",
     "rivals.NormFirst.encode", "rivals.NormFirst.decode", "rivals.NormFirst.coded", "rivals.Part",
     "rivals.SchemeCodec", "rivals.SchemeCodec.encode", "rivals.SchemeCodec.decode",
-<<<<<<< HEAD
     "rivals.SchemeCodec.coded", "rivals.Stored", "codec.block_of", "rivals.Unquantized",
     "rivals.Unquantized.encode", "rivals.Unquantized.decode", "rivals.Unquantized.coded",
-    "policy.Policy", "policy.Policy.of", "policy.Policy.read", "policy.Policy.of_layers",
-    "policy.Policy.schemes", "policy.Sides", "policy.changed_fields", "policy.policy_json",
-    "policy.scheme_text", "policy.sides_of",
-=======
-    "rivals.SchemeCodec.coded", "rivals.Stored", "rivals.Unquantized",
-    "rivals.Unquantized.encode", "rivals.Unquantized.decode", "rivals.Unquantized.coded",
-    "codec.block_of",
->>>>>>> lab
     "files.StorageError", "files.holds_cache",
     "files.is_quantized", "files.load", "files.load_feedback", "files.read_arrays", "files.save",
     "files.save_feedback", "feedback.HeadFeedback",

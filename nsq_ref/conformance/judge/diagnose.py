@@ -23,6 +23,7 @@ UNEXPLAINABLE = ("chance", "refusal", "structure", "again")  # no other arithmet
 FIRST_STAGES = ("chance", "again")  # of what goes on to be judged
 STORED_FACTORS = ("norm", "gain")  # the stages at which they are compared
 LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
+FIRST_CASES = 8  # after which a mistake is given up that explains less than half of these
 PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
 MOST_STEPS = 3  # by which something may be off that is taken for arithmetic of less precision
 
@@ -190,7 +191,8 @@ class _Search:
         """
         wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
         failing = [one for one in self.answers if id(one.case) in wrong]
-        failing.sort(key=lambda one: -wrong[id(one.case)])  # the sooner is a candidate given up
+        # What is wrong in most of few elements comes first: the sooner is a candidate given up.
+        failing.sort(key=lambda one: -wrong[id(one.case)] / _size(one.case))
         others = [one for one in self.answers if id(one.case) not in wrong]
         candidates = [
             m for m in MISTAKES.values() if self.operation in m.operations and m not in mistakes
@@ -203,11 +205,14 @@ class _Search:
                 self.progress("looking for the mistake", number, len(candidates))
             reference = reference_with(*(m.name for m in (*mistakes, mistake)))
             found: dict[int, Sequence[Finding]] = {}
-            still = 0
-            for one in failing:
+            still = seen = 0
+            for asked, one in enumerate(failing, 1):
                 here = found[id(one.case)] = self._findings(one, reference)
                 still += sum(f.wrong for f in here if f.stage == stage)
-                if still > (1 - LEAST_SHARE) * before * part:
+                seen += wrong[id(one.case)]
+                if still > (1 - LEAST_SHARE) * before * part or (
+                    asked >= FIRST_CASES and still > seen / 2
+                ):
                     break
             else:
                 found |= {id(one.case): self._findings(one, reference) for one in others}
@@ -434,6 +439,10 @@ def _blocks(case: Case) -> int:
 def _amount(findings: Sequence[Finding]) -> str:
     wrong, stage = sum(f.wrong for f in findings), findings[0].stage
     return f"{wrong} wrong {STAGES[stage]} in {_cases(findings)}"
+
+
+def _size(case: Case) -> int:
+    return sum(array.size for array in case.inputs.values()) + 1
 
 
 def _cases_of(findings: Sequence[Finding]) -> int:

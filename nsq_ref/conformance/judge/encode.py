@@ -207,18 +207,19 @@ class JudgingEncode(Judging):
     def _near_tie(
         self, got: Array, expected: Array, direction: Array, scale: Array, zero: Array
     ) -> dict[str, Array]:
-        near = np.zeros(got.shape, bool)
-        for at in zip(*np.nonzero(np.abs(got - expected) == 1), strict=True):
-            d, s, z = element_of(direction, scale, zero, at)
-            if s == 0:
-                continue
-            tie = np.float32(int(got[at]) + int(expected[at])) / np.float32(2)
-            quotient = np.float32(d - z) / s
-            on_it = (Fraction(float(d)) - Fraction(float(z))) / Fraction(float(s)) == Fraction(
-                float(tie)
-            )
-            steps = abs(ordered(quotient) - ordered(tie))
-            near[at] = not on_it and steps <= self.latitudes.tie_ulp
+        by_one = np.abs(got.astype(int) - expected) == 1
+        scale, zero = scale.astype(np.float32), zero.astype(np.float32)
+        tie = np.float32(0.5) * (got.astype(np.float32) + expected.astype(np.float32))
+        quotient = (direction - zero) / self.reference.spec.where_zero(scale, np.inf)
+        steps = np.abs(ordered(quotient) - ordered(tie))
+        near = by_one & (scale != 0) & (steps <= self.latitudes.tie_ulp)
+        # Both sides of (d - z) / s = tie are exact: a product of 24 and 10 bits, and a difference
+        # with what its rounding leaves.
+        d, z = direction.astype(np.float64), zero.astype(np.float64)
+        difference = d - z
+        back = difference - d
+        lost = (d - (difference - back)) - (z + back)
+        near &= (difference != tie.astype(np.float64) * scale) | (lost != 0)
         return {"tie-ulp": near}
 
     def _code_words(

@@ -98,7 +98,7 @@ def _models() -> Models:
             if vector.case.refused_by is not None:
                 continue
             kept = given.get("x", given.get("sinks"))
-            dtype: FloatName = "float32" if kept is None else kept.dtype.name  # type: ignore[assignment]
+            dtype: FloatName = "float32" if kept is None else kept.dtype.name
             rank = given["x"].ndim if operation == "encode" else len(given["shape"])
             models.setdefault((operation, scheme, dtype, rank), []).append(
                 (vector.case.id, given, made)
@@ -129,4 +129,5 @@ def _files(folder: Path, models: Models) -> Iterator[tuple[Path, bytes]]:
 def _tensor(name: str, array: Array, case: str) -> bytes:
     tensor: onnx.TensorProto = numpy_helper.from_array(array, name)
     tensor.doc_string = case
-    return tensor.SerializeToString()
+    data: bytes = tensor.SerializeToString()
+    return data

@@ -15,18 +15,20 @@ import importlib
 import sys
 from typing import Any
 
-from nsq_ref import attention, bounds
+from nsq_ref import attention, bounds, feedback
 from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.environment import CompilationWarning
+from nsq_ref.feedback import Feedback
 from nsq_ref.renamed import Renamed
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SPEC_VERSION", "CompilationWarning", "KVCache", "KeyValueSchemes", "Quantized", "RangeError",
-    "Scheme", "attention", "bounds", "conformance", "dequantize", "quantize", "scheme_names",
+    "SPEC_VERSION", "CompilationWarning", "Feedback", "KVCache", "KeyValueSchemes", "Quantized",
+    "RangeError", "Scheme", "attention", "bounds", "conformance", "dequantize", "feedback",
+    "quantize", "scheme_names",
 ]  # fmt: skip
 
 RENAMED = {

@@ -11,6 +11,7 @@ from nsq_ref import oracle, packing, rounding, spec
 from nsq_ref.arrays import RangeError, as_float_array, as_output, not_finite, slabs
 from nsq_ref.dtypes import Array, Float32, kept
 from nsq_ref.environment import in_default_environment
+from nsq_ref.feedback import Feedback
 from nsq_ref.quantized import PARTS, Quantized, block_of, require_shape
 from nsq_ref.scheme import Scheme, as_scheme
 
@@ -23,7 +24,13 @@ NEAR_OVERFLOW = 2.0**120  # below it no product with a code or a direction can l
 
 
 @in_default_environment
-def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "numba") -> Quantized:
+def quantize(
+    x: Any,
+    scheme: Scheme | str | None = None,
+    backend: Backend = "numba",
+    *,
+    feedback: Feedback | None = None,
+) -> Quantized:
     """Quantize key or value vectors (spec NSQ-1).
 
     Parameters
@@ -37,6 +44,11 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
     backend : {"numba", "numpy", "oracle"}
         Compiled kernels, the specification in NumPy, or exact arithmetic in Python integers
         (slow). All give the same bytes.
+    feedback : Feedback, optional
+        Keys only: move the error of each channel into the next ones, so that products with queries
+        err less (F1). The axis before the tokens is that of the key/value heads; feedback of one
+        head is for all sequences. It changes what is coded, and nothing about how it is stored or
+        decoded.
 
     Returns
     -------
@@ -45,9 +57,11 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
     Raises
     ------
     TypeError
-        For integers, complex, strings, objects, and a `scheme` that is none.
+        For integers, complex, strings, objects, a `scheme` that is none, and a `feedback` that is
+        none.
     ValueError
-        For NaN or infinity (I2), naming the first index; for less than two axes or an empty one.
+        For NaN or infinity (I2), naming the first index; for less than two axes or an empty one;
+        for feedback of other heads or channels.
     RangeError
         Where a norm, scale or outlier is beyond its dtype, naming where and what would hold it.
 
@@ -66,6 +80,8 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
     _require_backend(backend)
     given = as_float_array("x", x)
     require_shape("x", given.shape)
+    if feedback is not None:
+        _require_feedback(feedback, given.shape)
     shape, kind = given.shape, kept(given.dtype)
     count, tokens, head_dim = _flat(shape)
     layout = scheme.layout(tokens, head_dim, kind)
@@ -81,7 +97,12 @@ def quantize(x: Any, scheme: Scheme | str | None = None, backend: Backend = "num
             if sinks == tokens:
                 continue
             with np.errstate(all="ignore"):  # what overflows is refused below, by name
-                block = _encode(slab, sinks, scheme, backend, flat["packed"][leads])
+                packed = flat["packed"][leads]
+                if feedback is None:
+                    block = _encode(slab, sinks, scheme, backend, packed)
+                else:
+                    heads = np.arange(leads.start, leads.stop) % feedback.kv_heads
+                    block = _fed_back(slab, sinks, scheme, backend, packed, feedback, heads)
             for name in flat.keys() - {"packed", "sinks"}:
                 flat[name][leads] = getattr(block, name)
             collapsed += int(block.collapsed.sum())
@@ -165,6 +186,32 @@ def _encode(
     return joined
 
 
+def _fed_back(
+    slab: Float32, sinks: int, scheme: Scheme, backend: Backend, packed: Array, feedback: Feedback,
+    heads: Array,
+) -> spec.Block:  # fmt: skip
+    """Encode as `_encode` does, by F1; ``heads`` are the key/value heads of the sequences."""
+    if backend == "numba":
+        from nsq_ref import kernels
+
+        return kernels.encode(slab, sinks, scheme, packed, feedback, heads)
+    if not np.isfinite(slab).all():
+        raise FloatingPointError
+    if backend == "oracle":
+        encoded = [
+            oracle.encode(rows[sinks:].tolist(), scheme, feedback.head(head))
+            for rows, head in zip(slab, heads, strict=True)
+        ]
+        return _from_lists(encoded, scheme, packed)
+    blocks = [
+        spec.encode_blocks(rows[sinks:], scheme, feedback.head(head))
+        for rows, head in zip(slab, heads, strict=True)
+    ]
+    joined = spec.Block(*map(np.stack, zip(*blocks, strict=True)))
+    packed[...] = packing.pack(joined.codes, scheme)
+    return joined
+
+
 def _decode(block: spec.Block, sinks: int, scheme: Scheme, backend: Backend, out: Float32) -> None:
     """Decode a block whose codes are packed into ``out`` behind its sinks."""
     if backend == "numba":
@@ -205,6 +252,17 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _require_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+
+
+def _require_feedback(feedback: Feedback, shape: tuple[int, ...]) -> None:
+    if not isinstance(feedback, Feedback):
+        raise TypeError(f"feedback must be a Feedback, got {type(feedback).__name__}")
+    heads = shape[-3] if len(shape) > 2 else 1
+    if feedback.head_dim != shape[-1] or feedback.kv_heads not in (1, heads):
+        raise ValueError(
+            f"feedback is of {feedback.kv_heads} heads of {feedback.head_dim} channels, and x has "
+            f"shape {list(shape)}; give [..., {feedback.kv_heads}, tokens, {feedback.head_dim}]"
+        )
 
 
 def _require_range(quantized: Quantized, x: Array) -> None:

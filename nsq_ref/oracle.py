@@ -113,17 +113,18 @@ def exact_norm(row: Sequence[float]) -> float:
 
 
 @in_default_environment
-def encode(x: Any, scheme: Scheme | str) -> dict[str, Any]:
+def encode(x: Any, scheme: Scheme | str, feedback: tuple[Any, Any] | None = None) -> dict[str, Any]:
     """Quantize one sequence of one head, ``x[T][D]`` of finite float32 without its sinks.
 
-    It may be nested lists, or an array that `nsq_ref.quantize` takes.
+    It may be nested lists, or an array that `nsq_ref.quantize` takes; ``feedback`` is the head's
+    order ``[D]`` and factor ``[D][D]`` (F1), which are not looked at closely.
 
     Returns
     -------
     dict
         Names of `Scheme.layout` to nested lists; and for each token ``x_norm`` (N1),
-        ``direction``, ``codes``, dequantized direction ``y``, the ``factor`` that narrowing makes
-        ``norm``, ``x_hat``, and whether it ``collapsed``.
+        ``direction``, what is ``coded`` in its place (F1), ``codes``, dequantized direction ``y``,
+        the ``factor`` that narrowing makes ``norm``, ``x_hat``, and whether it ``collapsed``.
 
     Examples
     --------
@@ -132,15 +133,23 @@ def encode(x: Any, scheme: Scheme | str) -> dict[str, Any]:
     """
     x = as_float_array("x", x).astype("float32").tolist()
     scheme = as_scheme("scheme", scheme)
+    moved = None
+    if feedback is not None:
+        order = as_integer_array("feedback[0]", feedback[0]).tolist()
+        moved = order, as_real_array("feedback[1]", feedback[1]).tolist()
     size = scheme.block_size or len(x)
     whole: dict[str, Any] = {}
     for start in range(0, len(x), size):  # B1
-        for name, rows in encode_block(x[start : start + size], scheme).items():
+        for name, rows in encode_block(x[start : start + size], scheme, moved).items():
             whole.setdefault(name, []).extend(rows)
     return whole
 
 
-def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
+def encode_block(
+    x: list[list[float]],
+    scheme: Scheme,
+    feedback: tuple[list[int], list[list[float]]] | None = None,
+) -> dict[str, Any]:
     tokens, channels = range(len(x)), range(len(x[0]))
     norms = [exact_norm(row) if scheme.separate_norm else 1.0 for row in x]
     direction = [[divide(value, norm) for value in row] for row, norm in zip(x, norms, strict=True)]
@@ -157,14 +166,22 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
     def pair(t: int, j: int) -> tuple[float, float]:
         return pairs[j if scheme.axis == "channel" else t]
 
+    w = direction
+    if feedback is not None:
+        w = [
+            fed_back(row, [pair(t, j) for j in channels], kept, feedback, scheme)
+            if norms[t] != 0
+            else row
+            for t, row in enumerate(direction)
+        ]
     codes = [
         [
-            code(direction[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0
+            code(w[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0
             for j in channels
         ]
         for t in tokens
     ]
-    outliers = [[narrow(direction[t][j], "float16") for j in kept] for t in tokens]
+    outliers = [[narrow(w[t][j], "float16") for j in kept] for t in tokens]
     y = [[dequantized(codes[t][j], *pair(t, j), scheme) for j in channels] for t in tokens]
     for t in tokens:
         for j, value in zip(kept, outliers[t], strict=True):
@@ -188,6 +205,7 @@ def encode_block(x: list[list[float]], scheme: Scheme) -> dict[str, Any]:
         "collapsed": collapsed,
         "x_norm": norms,
         "direction": direction,
+        "coded": w,
         "codes": codes,
         "y": y,
         "factor": factors,
@@ -250,6 +268,30 @@ def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
     if math.isinf(quotient):
         return high if quotient > 0 else low
     return min(max(half_even(Fraction(quotient)), low), high)
+
+
+def fed_back(
+    direction: list[float],
+    pairs: list[tuple[float, float]],
+    kept: list[int],
+    feedback: tuple[list[int], list[list[float]]],
+    scheme: Scheme,
+) -> list[float]:
+    """F1 for one token: what is coded, channel by channel, from the errors before it."""
+    order, factor = feedback
+    w: list[float] = [math.nan] * len(direction)
+    errors: list[float] = []
+    for r, j in enumerate(order):
+        value = direction[j]
+        for p, error in enumerate(errors):
+            value = add(value, -multiply(error, factor[p][r]))
+        w[j] = value if math.isfinite(value) else direction[j]
+        if j in kept:
+            y = narrow(w[j], "float16")
+        else:
+            y = dequantized(code(w[j], *pairs[j], scheme), *pairs[j], scheme)
+        errors.append(add(w[j], -y))
+    return w
 
 
 def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from nsq_ref import rounding
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32, Float64
 from nsq_ref.environment import in_default_environment
+from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
 SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
@@ -40,8 +41,8 @@ class Block(NamedTuple):
 
 
 @in_default_environment
-def encode(x: Float32, scheme: Scheme) -> Block:
-    """Quantize one block ``x[..., T, D]``.
+def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> Block:
+    """Quantize one block ``x[..., T, D]``, with ``feedback`` all of one key/value head.
 
     Examples
     --------
@@ -59,6 +60,8 @@ def encode(x: Float32, scheme: Scheme) -> Block:
     coded = ~mark(index, x.shape[-1])
     low, high = extent(direction, coded, scheme)
     scale, zero = scale_and_zero(low, high, direction, coded, scheme)  # S1 S2 S3 S4
+    if feedback is not None:
+        direction = fed_back(direction, scale, zero, coded, norm, feedback, scheme)  # F1
     rounded = code(direction, scale, zero, scheme)  # Q1 Q2
     codes = without_codes(rounded, coded, norm)  # N2 O1
     outliers = kept_outliers(direction, index)  # O1
@@ -100,7 +103,7 @@ def block_slices(tokens: int, scheme: Scheme) -> list[slice]:
 
 
 @in_default_environment
-def encode_blocks(x: Float32, scheme: Scheme) -> Block:
+def encode_blocks(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> Block:
     """Quantize all tokens after the sinks, block by block (rule B1).
 
     Examples
@@ -110,7 +113,8 @@ def encode_blocks(x: Float32, scheme: Scheme) -> Block:
     >>> encode_blocks(x, Scheme(block_size=2)).scale.shape
     (2, 2)
     """
-    blocks = [encode(x[..., rows, :], scheme) for rows in block_slices(x.shape[-2], scheme)]
+    slices = block_slices(x.shape[-2], scheme)
+    blocks = [encode(x[..., rows, :], scheme, feedback) for rows in slices]
     axes = (-2, -1, -2, -2, -2, -2, -1)  # of the tokens or blocks in each part
     parts = zip(axes, zip(*blocks, strict=True), strict=True)
     return Block(*(np.concatenate(part, axis) for axis, part in parts))
@@ -144,6 +148,29 @@ def decode_blocks(block: Block, scheme: Scheme) -> Float32:
 def direction_of(x: Float32, norm: Float32) -> Float32:
     """Return ``x / norm``, 0 where the norm is 0 (rule N2)."""
     return x / where_zero(norm, np.inf)[..., None]
+
+
+def fed_back(
+    direction: Float32,
+    scale: Array,
+    zero: Array,
+    coded: npt.NDArray[np.bool_],
+    norm: Float32,
+    feedback: HeadFeedback,
+    scheme: Scheme,
+) -> Float32:
+    """Return what is coded in place of the directions (rule F1)."""
+    scale, zero = np.broadcast_arrays(scale, zero, direction)[:2]
+    w: Float32 = direction.copy()
+    for p, j in enumerate(feedback.order):
+        w[..., j] = np.where(np.isfinite(w[..., j]), w[..., j], direction[..., j])
+        pair = scale[..., j], zero[..., j]
+        y = dequantize(code(w[..., j], *pair, scheme), *pair)
+        kept = rounding.narrow(w[..., j], np.dtype(np.float16)).astype(np.float32)
+        error = np.where(norm == 0, 0, w[..., j] - np.where(coded[..., j], y, kept))
+        later = feedback.order[p + 1 :]
+        w[..., later] -= error[..., None] * feedback.factor[p, p + 1 :]
+    return w
 
 
 def without_codes(

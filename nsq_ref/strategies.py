@@ -27,6 +27,7 @@ import numpy as np
 
 from nsq_ref.arrays import as_integer, as_integers
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import FloatName, Scheme
 
 try:
@@ -37,11 +38,17 @@ except ImportError as error:
         "`pip install 'nsq-ref[test]'`"
     ) from error
 
-__all__ = ["AWKWARD", "DTYPES", "KINDS", "inputs", "schemes", "tensors"]
+__all__ = [
+    "AWKWARD", "DTYPES", "FEEDBACK_KINDS", "KINDS", "feedbacks", "inputs", "schemes", "tensors",
+]  # fmt: skip
 
 DtypeName = FloatName | Literal["float64"]
 Kind = Literal["normal", "awkward", "ties", "integers", "one-sided", "constant", "huge"]
+FeedbackKind = Literal[
+    "identity", "queries", "few queries", "one-hot queries", "heavy tails", "ties", "wild"
+]
 
+FEEDBACK_KINDS: tuple[FeedbackKind, ...] = get_args(FeedbackKind)
 DTYPES: tuple[DtypeName, ...] = ("float32", "float16", "bfloat16", "float64")  # rule I1
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -183,6 +190,47 @@ def inputs(**options: Any) -> st.SearchStrategy[Array]:
     return tensors(dtypes=DTYPES, **options)
 
 
+def feedbacks(
+    kv_heads: int, head_dim: int, *, kinds: Sequence[FeedbackKind] = FEEDBACK_KINDS
+) -> st.SearchStrategy[Feedback]:
+    """Draw feedback for keys (F1).
+
+    Parameters
+    ----------
+    kv_heads, head_dim : int
+    kinds : sequence of str
+        What it is made of:
+
+        ``identity``
+            No error moves: bytes are those without feedback.
+        ``queries``, ``few queries``, ``one-hot queries``, ``heavy tails``
+            Queries, as many as channels and more; fewer than channels; each of one channel;
+            with channels of 1000 times the size of others.
+        ``ties``
+            Any order, and multiples of 1/4: what moves leaves ties where ties were.
+        ``wild``
+            Any order and any finite factor, so that much is clamped and float32 is left.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no integer, and for an unknown kind.
+
+    Examples
+    --------
+    >>> from hypothesis import find, settings
+    >>> find(feedbacks(2, 8), lambda feedback: True, settings=settings(database=None))
+    Feedback(kv_heads=2, head_dim=8)
+    """
+    kv_heads = as_integer("kv_heads", kv_heads, least=1)
+    head_dim = as_integer("head_dim", head_dim, least=1)
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(FEEDBACK_KINDS):
+        raise ValueError(
+            f"kinds={kinds!r} must be a sequence of some of {', '.join(FEEDBACK_KINDS)}"
+        )
+    return _feedbacks(kv_heads, head_dim, st.sampled_from(list(kinds)))
+
+
 def _bounds(name: str, least: Any, most: Any) -> tuple[int, int]:
     low, high = as_integer(f"min_{name}", least), as_integer(f"max_{name}", most)
     if not 1 <= low <= high:
@@ -256,3 +304,31 @@ def _tensors(
         places = draw(st.lists(st.integers(0, x.size - 1), min_size=1, max_size=3))
         x.ravel()[places] = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
     return x if dtype == "float64" else x.astype(np.float32).astype(FLOAT_DTYPES[dtype])
+
+
+@st.composite
+def _feedbacks(
+    draw: st.DrawFn, kv_heads: int, head_dim: int, kinds: st.SearchStrategy[FeedbackKind]
+) -> Feedback:
+    rng, kind = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), draw(kinds)
+    shape = (kv_heads, head_dim, head_dim)
+    if kind in ("identity", "ties", "wild"):
+        order = np.stack([rng.permutation(head_dim) for _ in range(kv_heads)])
+        factor = np.zeros(shape)
+        if kind == "ties":
+            factor = rng.integers(-6, 7, shape) / 4
+        elif kind == "wild":
+            factor = rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 38, shape)
+            factor[rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9]))] = 0
+            factor = np.clip(factor, -3e38, 3e38)
+        factor = np.triu(factor, 1) + np.eye(head_dim)
+        return Feedback(order.astype(np.int32), factor.astype(np.float32))
+    count = max(head_dim // 3, 1) if kind == "few queries" else 2 * head_dim + 3
+    queries = rng.standard_normal((kv_heads, count, head_dim))
+    if kind == "one-hot queries":
+        queries = np.eye(head_dim)[rng.integers(head_dim, size=(kv_heads, count))]
+    else:
+        queries = queries @ rng.standard_normal(shape)
+        if kind == "heavy tails":
+            queries *= 1000.0 ** rng.integers(0, 2, head_dim)
+    return Feedback.from_queries(queries, kv_heads, draw(st.sampled_from([0.01, 0.1])))

@@ -16,9 +16,17 @@ EXPERIMENTS = (
      "of keys, ranks 16 to 48: [Structure](structure.md). Random projections: not repeated"),
     ("phase4b_asymmetric_quantization", "bits of keys against bits of values",
      "[Structure](structure.md)"),
-    ("phase4b_cross_model", "norms a row on three models", "one model: [Methods](methods.md); its "
-     "rows in the sweep: [Errata](errata.md)"),
-    ("phase4c, phase7b", "longer contexts", "not here: Fidelity's protocol has one length"),
+    ("phase4b, KL and top-5 overlap", "divergence beside perplexity", "in every table of "
+     "[Methods](methods.md); the paper's figures are of other positions: [Errata](errata.md)"),
+    ("phase4b_cross_model", "norms a row on three models; cosine of keys and of values",
+     "one model: [Methods](methods.md); its "
+     "rows in the sweep: [Errata](errata.md). Keys against values by what bits of each are worth: "
+     "[Structure](structure.md)"),
+    ("phase4c, phase7b", "longer contexts", "the same tokens after 256 tokens and more, up to the "
+     "model's context: [Evaluation](../evaluation.md)"),
+    ("phase4c; the paper's table of generation", "quality of text that is written freely, trigram "
+     "diversity", "first divergence, agreement and diversity, greedily: "
+     "[Evaluation](../evaluation.md). On the paper's models: " + LARGE),
     ("phase5, phase5d, phase5e, phase6b to 6f", "models of 2 to 40 billion parameters", LARGE),
     ("phase5b_qwen_anomaly", "INT3 better than INT4; damage by layer",
      "in an injected model: [Causes](causes.md)"),
@@ -36,6 +44,8 @@ EXPERIMENTS = (
      "135 million parameters, unchanged and injected. On the paper's models: " + LARGE),
     ("poc_gemma4*, poc_k_vs_v*, poc_phi3*, poc_llama*, poc_catastrophic_hunt, poc_gpt_j*",
      "outlier ratios of many models", LARGE + ". Ours for one model: `facts.json`"),
+    ("appendix H, recommendation by profile", "which policy a model's ratios ask for",
+     "by the ratio and by the loss, as both must say so: [Audit](../audit.md)"),
     ("poc_layer0_causality", "layer 0 mended and broken", "[Causes](causes.md)"),
     ("poc_layer0_generalize", "the same in models without the outlier",
      "the unchanged model, and the outlier in layer 1: [Causes](causes.md)"),

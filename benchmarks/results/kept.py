@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,67 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     made = [f"| {' | '.join(line)} |" for line in lines]
     made[1] = made[1].replace(" ", "")
     return "\n".join(made)
+
+
+WIDTH = 100
+VERBATIM = ("```", "$$")  # what is between two of one stays as it is
+ITEM = re.compile(r"(?:[-*+>#]|[0-9]+[.)]) ")  # what begins something else where a line begins
+
+
+def filled(page: str) -> str:
+    r"""Wrap the prose of a page of Markdown to lines of one width; all else stays as it is.
+
+    Numbers that are put into a text make its lines longer and shorter than they were written.
+
+    Examples
+    --------
+    >>> print(filled("# A title\n\nSome\nwords.\n\n- An\nitem.\n\n| a |\n|---|"))
+    # A title
+    <BLANKLINE>
+    Some words.
+    <BLANKLINE>
+    - An item.
+    <BLANKLINE>
+    | a |
+    |---|
+    """
+    made: list[str] = []
+    paragraph: list[str] = []
+    within = ""  # a block of code or a formula
+
+    def end() -> None:
+        if paragraph:
+            made.extend(_wrapped(" ".join(one.strip() for one in paragraph)))
+            paragraph.clear()
+
+    for line in page.splitlines():
+        mark = next((one for one in VERBATIM if line.startswith(one)), "")
+        if within or mark:
+            end()
+            made.append(line)
+            closes = within in line if within else mark in line[len(mark) :]
+            within = "" if closes else within or mark
+        elif not line.strip() or line.startswith(("|", "#", "![")):
+            end()
+            made.append(line)
+        else:
+            if line.startswith("- "):
+                end()
+            paragraph.append(line)
+    end()
+    return "\n".join(made)
+
+
+def _wrapped(text: str) -> list[str]:
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)  # not to be broken
+    lines = textwrap.wrap(
+        whole, WIDTH, break_long_words=False, break_on_hyphens=False,
+        subsequent_indent="  " if text.startswith("- ") else "",
+    )  # fmt: skip
+    kept = lines[:1]
+    for line in lines[1:]:  # what would begin a list stays on the line before
+        while ITEM.match(line.lstrip()):
+            first, _, line = line.lstrip().partition(" ")  # noqa: PLW2901
+            kept[-1] += f" {first}"
+        kept.append(line)
+    return [line.replace("\0", " ") for line in kept]

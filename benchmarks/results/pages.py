@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import causal_page, coverage_page, errata_page, figures
-from benchmarks.results.kept import Kept, Mean, has, load, number, table
+from benchmarks.results.kept import Kept, Mean, filled, has, load, number, table
 from benchmarks.results.plans import NAIVE, OURS
 from nsq_ref.files import atomic
 from nsq_ref.rivals import entry
@@ -383,13 +383,16 @@ PAGES: Mapping[str, tuple[Callable[[], str], tuple[str, ...]]] = {
 }
 
 
+def page(name: str) -> str:
+    """Return a page, or the first one, ``"index"``, as it is written."""
+    return f"{filled(index() if name == 'index' else PAGES[name][0]()).rstrip()}\n"
+
+
 def write_pages(folder: Path = FOLDER) -> list[str]:
     """Write every page of which there are data, and all figures."""
-    written = [name for name, (_, needed) in PAGES.items() if has(*needed)]
-    made = {name: PAGES[name][0]() for name in written} | {"index": index()}
+    names = [*(name for name, (_, needed) in PAGES.items() if has(*needed)), "index"]
     atomic.write(
-        [(folder / f"{name}.md", f"{text.rstrip()}\n".encode()) for name, text in made.items()],
-        make_folders=True,
+        [(folder / f"{name}.md", page(name).encode()) for name in names], make_folders=True
     )
     figures.draw(folder)
-    return list(made)
+    return names

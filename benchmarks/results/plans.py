@@ -161,8 +161,8 @@ def _bias(keys: Keys) -> Iterator[Plan]:
     asked = "Which methods survive keys that have a constant, or an outlier, in a channel?"
     methods = {name: Condition(name) for name in BIASED}
     every = tuple(range(len(keys)))
-    yield Plan("bias-all-layers", asked, methods, 4, 512, 64, biases(keys, every))
-    yield Plan("outlier-all-layers", asked, methods, 4, 512, 64, outliers(keys, every))
+    yield Plan("bias-all-layers", asked, methods, 10, 512, 64, biases(keys, every))
+    yield Plan("outlier-all-layers", asked, methods, 10, 512, 64, outliers(keys, every))
 
 
 def _rivals(keys: Keys) -> Iterator[Plan]:

@@ -8,10 +8,10 @@ the rules of `nsq_ref.audit.policy`. `html_page` shows all of it; ``nsq audit`` 
 
 from nsq_ref.audit.layers import Layer, as_layers, layers_of_arrays
 from nsq_ref.audit.page import html_page
-from nsq_ref.audit.policy import Policy
+from nsq_ref.audit.policy import Recommendation
 from nsq_ref.audit.report import Audit, LayerAudit, audit, audit_layers
 
 __all__ = [
-    "Audit", "Layer", "LayerAudit", "Policy", "as_layers", "audit", "audit_layers", "html_page",
-    "layers_of_arrays",
+    "Audit", "Layer", "LayerAudit", "Recommendation", "as_layers", "audit", "audit_layers",
+    "html_page", "layers_of_arrays",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from nsq_ref.arrays import as_float_array
 from nsq_ref.dtypes import Array, Float32
 
-__all__ = ["Layer", "as_layers", "layers_of_arrays"]
+__all__ = ["Layer", "as_layers", "layers_of_arrays", "side_in_name"]
 
 SIDES = {
     "key": ("k", "key", "keys"),
@@ -165,8 +165,16 @@ def layers_of_arrays(arrays: Mapping[str, Array]) -> list[Layer]:
     return _layers(given)
 
 
-def _side_of(name: str) -> str:
-    # The last component that says anything decides: past_key_values.0.key is a key.
+def side_in_name(name: str) -> str | None:
+    """Return what an array is by its name: ``"key"``, ``"value"`` or ``"query"``, or None.
+
+    The last part that says anything decides: ``past_key_values.0.key`` is a key.
+
+    Examples
+    --------
+    >>> [side_in_name(one) for one in ("past_key_values.0.key", "layers.1.v", "mask", "key_value")]
+    ['key', 'value', None, None]
+    """
     for component in reversed(re.split("[./]", name.lower())):
         words = re.findall("[a-z]+", component)
         found = {SIDE_OF_WORD[word] for word in words if word in SIDE_OF_WORD}
@@ -174,6 +182,12 @@ def _side_of(name: str) -> str:
             return found.pop()
         if found:
             break
+    return None
+
+
+def _side_of(name: str) -> str:
+    if side := side_in_name(name):
+        return side
     raise ValueError(
         f"array {name!r} is not named as keys, values or queries; rename it, such as "
         "layers.0.keys, or leave it out"

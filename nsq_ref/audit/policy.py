@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from nsq_ref.audit.losses import SideLoss
-from nsq_ref.scheme import KeyValueSchemes, Scheme, scheme_names
+from nsq_ref.policy import policy_json, scheme_text
+from nsq_ref.scheme import KeyValueSchemes, Scheme
 
-__all__ = ["LIMIT", "MOST_SINKS", "Choice", "Policy", "choose", "scheme_text"]
+__all__ = ["LIMIT", "MOST_SINKS", "Choice", "Recommendation", "choose"]
 
 LIMIT = 0.25
 """A quarter: of the attention's output, or of what tells keys apart."""
@@ -102,28 +103,9 @@ def _wider(start: Scheme) -> list[Scheme]:
     return schemes
 
 
-def scheme_text(scheme: Scheme) -> str:
-    """Return the name of a scheme, with the fields in which it differs.
-
-    Examples
-    --------
-    >>> scheme_text(replace(Scheme.named("streaming4"), sink_tokens=2))
-    'streaming4 sink_tokens=2'
-    """
-    fields = scheme.to_dict()
-    differences = {}
-    for name in scheme_names():
-        values = Scheme.named(name).to_dict()
-        differences[name] = {k: v for k, v in fields.items() if v != values[k]}
-    nearest = min(
-        differences, key=lambda name: (len(differences[name]), "bits" in differences[name])
-    )
-    return " ".join([nearest, *(f"{k}={v}" for k, v in differences[nearest].items())])
-
-
 @dataclass(frozen=True)
-class Policy:
-    """The schemes of all layers, why, and what they take; it never changes.
+class Recommendation:
+    """The policy that follows: schemes of all layers, why, and what they take; it never changes.
 
     Attributes
     ----------
@@ -143,7 +125,7 @@ class Policy:
     --------
     >>> four = KeyValueSchemes(*[Scheme.named("streaming4")] * 2)
     >>> eight = KeyValueSchemes(Scheme.named("streaming8"), four.value)
-    >>> policy = Policy(four, {0: eight, 1: four, 2: None}, {}, 1, 2, 4.5, 4.5)
+    >>> policy = Recommendation(four, {0: eight, 1: four, 2: None}, {}, 1, 2, 4.5, 4.5)
     >>> policy.to_rewrite()["layers"]
     {'0': {'key': 'streaming8', 'value': 'streaming4'}, '2': None}
     """
@@ -162,16 +144,12 @@ class Policy:
         return all(one == self.default for one in self.layers.values())
 
     def to_rewrite(self) -> dict[str, Any]:
-        """Return it as ``nsq onnx rewrite --policy`` takes it.
+        """Return it as `nsq_ref.policy` has files, which rewriting and evaluating read.
 
         Layers that are not named have the default.
         """
-        named = {
-            str(layer): None if one is None else _pair(one)
-            for layer, one in self.layers.items()
-            if one != self.default
-        }
-        return {"default": _pair(self.default), "layers": named}
+        others = {layer: one for layer, one in self.layers.items() if one != self.default}
+        return policy_json(self.default, others)
 
     def to_cache(self) -> dict[int, tuple[Scheme, Scheme] | None]:
         """Return it as ``NsqCache(policy=...)`` of `nsq_ref.transformers` takes it."""
@@ -188,13 +166,3 @@ class Policy:
             "bits_per_element": self.bits_per_element,
             "bits_per_element_at_4096_tokens": self.bits_at_4096,
         }
-
-
-def _pair(schemes: KeyValueSchemes) -> Any:
-    key, value = (_named(scheme) for scheme in schemes)
-    return key if key == value and isinstance(key, str) else {"key": key, "value": value}
-
-
-def _named(scheme: Scheme) -> str | dict[str, Any]:
-    name = scheme_text(scheme)
-    return scheme.to_dict() if " " in name else name

@@ -15,8 +15,9 @@ from nsq_ref.audit.findings import THRESHOLDS, Finding, in_words, of_side
 from nsq_ref.audit.layers import Layer, as_layers
 from nsq_ref.audit.losses import Losses, Side, SideLoss
 from nsq_ref.audit.modes import Mode, failure_modes
-from nsq_ref.audit.policy import CONTEXT, FLOAT_BITS, LIMIT, Choice, Policy, choose, scheme_text
+from nsq_ref.audit.policy import CONTEXT, FLOAT_BITS, LIMIT, Choice, Recommendation, choose
 from nsq_ref.audit.sinks import Sink, leading_sinks, sinks_of
+from nsq_ref.policy import scheme_text
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEFINITIONS", "SCHEMES", "Audit", "LayerAudit", "audit", "audit_layers", "summary"]
@@ -131,7 +132,7 @@ class Audit:
         The paper's two failure modes.
     findings : tuple of Finding
         What is beyond its threshold.
-    policy : Policy
+    policy : Recommendation
 
     Examples
     --------
@@ -143,7 +144,7 @@ class Audit:
     limit: float
     modes: tuple[Mode, ...]
     findings: tuple[Finding, ...]
-    policy: Policy
+    policy: Recommendation
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
@@ -386,7 +387,7 @@ def _runs(numbers: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in runs)
 
 
-def _policy(layers: Sequence[LayerAudit], default: KeyValueSchemes) -> Policy:
+def _policy(layers: Sequence[LayerAudit], default: KeyValueSchemes) -> Recommendation:
     chosen = {layer.number: layer.schemes for layer in layers}
     reasons = {layer.number: layer.reasons() for layer in layers if layer.schemes != default}
     bits = elements = later = later_elements = 0.0
@@ -396,7 +397,7 @@ def _policy(layers: Sequence[LayerAudit], default: KeyValueSchemes) -> Policy:
         bits, elements = bits + batch * own, elements + batch * count
         own, count = layer.bits(CONTEXT)
         later, later_elements = later + own, later_elements + count
-    return Policy(
+    return Recommendation(
         default, chosen, reasons, int(-(-bits // 8)), int(2 * elements), bits / elements,
         later / later_elements,
     )  # fmt: skip

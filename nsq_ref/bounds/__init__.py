@@ -1,4 +1,4 @@
-"""Error bounds of NSQ-1, each a theorem of docs/bounds.md; E1 to E9 name them there and here.
+"""Error bounds of NSQ-1, each a theorem of docs/bounds.md; E1 to E10 name them there and here.
 
 Three ways in, by what is known. `a_priori` knows the scheme and the head size. `certificate` knows
 what is stored, as a decoder does, and that a conforming encoder stored it. `encoder_bounds` knows
@@ -12,6 +12,9 @@ prescribes, not for real arithmetic only. What is named ``estimate`` is not a bo
 without norm separation), so that ``x = norm * direction`` holds exactly. ``y`` is the dequantized
 direction and ``x_hat`` the decoded token, both of rule D1. ``x`` is what rule I1 makes of the
 input. Of tokens that are zero, which norm separation decodes to zero, E1 to E4 say nothing.
+
+Keys that were coded with feedback (F1) have codes of something else than their directions: E1 to
+E9, and all three ways in, are of keys and values without it. E10 is of those.
 """
 
 from nsq_ref.bounds.attention import (
@@ -24,6 +27,11 @@ from nsq_ref.bounds.attention import (
 from nsq_ref.bounds.before_data import APriori, a_priori
 from nsq_ref.bounds.certificates import Bounds, certificate, encoder_bounds
 from nsq_ref.bounds.direction import direction_error, direction_interval, element_error
+from nsq_ref.bounds.feedback import (
+    feedback_element_error,
+    feedback_logit_error,
+    feedback_metric_error,
+)
 from nsq_ref.bounds.intervals import Interval
 from nsq_ref.bounds.norm import factor_error, narrowing_interval, norm_interval
 from nsq_ref.bounds.token import chord, reconstruction_error, relative_error
@@ -31,6 +39,7 @@ from nsq_ref.bounds.token import chord, reconstruction_error, relative_error
 __all__ = [
     "APriori", "Bounds", "Interval", "a_priori", "certificate", "chord", "direction_error",
     "direction_interval", "element_error", "encoder_bounds", "estimate_logit_rms", "factor_error",
-    "logit_error", "narrowing_interval", "norm_interval", "output_error", "reconstruction_error",
+    "feedback_element_error", "feedback_logit_error", "feedback_metric_error", "logit_error",
+    "narrowing_interval", "norm_interval", "output_error", "reconstruction_error",
     "relative_error", "spread", "total_variation",
 ]  # fmt: skip

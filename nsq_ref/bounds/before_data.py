@@ -58,12 +58,12 @@ class APriori:
 def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     """Bound the error of any token before any data is seen (E1 to E4).
 
-    Assumes a conforming encoder, whose search, if any, is that of rule S4, and with norm separation
-    that norms are 0 or at least 2**-126: below, float32 norms are too coarse for unit vectors. What
-    is said of a whole token (`APriori.chord`, `APriori.relative`, and without norm separation
-    `APriori.direction_error`) is of tokens that are not zero, and whose stored factor, or scale
-    without norm separation, is at least the smallest normal number of its dtype; and, without norm
-    separation, of blocks without a value beyond 2**126.
+    Assumes a conforming encoder without feedback (F1), whose search, if any, is that of rule S4,
+    and with norm separation that norms are 0 or at least 2**-126: below, float32 norms are too
+    coarse for unit vectors. What is said of a whole token (`APriori.chord`, `APriori.relative`, and
+    without norm separation `APriori.direction_error`) is of tokens that are not zero, and whose
+    stored factor, or scale without norm separation, is at least the smallest normal number of its
+    dtype; and, without norm separation, of blocks without a value beyond 2**126.
 
     Parameters
     ----------

@@ -190,8 +190,8 @@ class Bounds:
 def certificate(quantized: Quantized) -> Bounds:
     """Bound the error of every token from what is stored, as a decoder can (E1 to E6, E9).
 
-    Assumes that a conforming encoder wrote it, whose search, if any, is that of rule S4, and
-    nothing of the vectors that it was given.
+    Assumes that a conforming encoder wrote it, whose search, if any, is that of rule S4, without
+    feedback (F1), and nothing of the vectors that it was given.
 
     Parameters
     ----------
@@ -238,7 +238,8 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
 
     Knows the norm of each token exactly, and of each element whose code lies at an end of the range
     how far beyond that end it was. So it holds for any scales whatever: frozen, calibrated or
-    searched for. Of the other elements it knows no more than `certificate` does.
+    searched for. Of the other elements it knows no more than `certificate` does, so that it, too,
+    is of arrays that were coded without feedback (F1).
 
     Parameters
     ----------

@@ -11,14 +11,16 @@ from nsq_ref.arrays import as_float_array, as_integer, as_integers, not_finite
 from nsq_ref.cache.sequence import Side
 from nsq_ref.cache.state import Sides
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, kept
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 # --- what a cache is made of --------------------------------------------------------------------
 
 
 def as_sides(
-    kv_heads: Any, head_dim: Any, value_head_dim: Any, key: Any, value: Any, block_size: Any = None
-) -> Sides:
+    kv_heads: Any, head_dim: Any, value_head_dim: Any, key: Any, value: Any,
+    block_size: Any = None, key_feedback: Any = None,
+) -> Sides:  # fmt: skip
     """Take the arguments of `KVCache` that never change."""
     kv_heads = as_integer("kv_heads", kv_heads, least=1)
     head_dim = as_integer("head_dim", head_dim, least=1)
@@ -32,10 +34,22 @@ def as_sides(
         if value is not None:
             raise TypeError("key is a pair of schemes, for keys and values; leave value out")
         key, value = pair
-    return Sides(
-        Side(_with_blocks("key", key, block_size), kv_heads, head_dim),
-        Side(_with_blocks("value", value, block_size), kv_heads, value_head_dim),
-    )
+    keys = Side(_with_blocks("key", key, block_size), kv_heads, head_dim)
+    if key_feedback is not None:
+        keys = with_feedback(keys, key_feedback)
+    return Sides(keys, Side(_with_blocks("value", value, block_size), kv_heads, value_head_dim))
+
+
+def with_feedback(keys: Side, feedback: Any) -> Side:
+    """Return the side of keys that are coded with feedback (F1)."""
+    if not isinstance(feedback, Feedback):
+        raise TypeError(f"key_feedback must be a Feedback, got {type(feedback).__name__}")
+    if feedback.head_dim != keys.head_dim or feedback.kv_heads not in (1, keys.kv_heads):
+        raise ValueError(
+            f"key_feedback is of {feedback.kv_heads} heads of {feedback.head_dim} channels, and "
+            f"the cache has {keys.kv_heads} of {keys.head_dim}"
+        )
+    return replace(keys, feedback=feedback, coded_with=feedback.digest)
 
 
 def _with_blocks(name: str, given: Any, block_size: int | None) -> Scheme:
@@ -97,6 +111,16 @@ def as_tokens(
             )
     held = [finite(name, x, counts) for name, x in given.items()]
     return held[0], held[1], counts
+
+
+def require_feedback(sides: Sides) -> None:
+    """Refuse to go on where keys are coded with feedback that is not here (F1)."""
+    if sides.keys.coded_with is not None and sides.keys.feedback is None:
+        raise ValueError(
+            "the keys of this cache are coded with feedback, which its file does not hold, and "
+            "without it the cache can be read but not go on; give KVCache.load the key_feedback "
+            f"whose digest begins with {sides.keys.coded_with[:12]}"
+        )
 
 
 def finite(name: str, x: Array, counts: list[int]) -> Array:

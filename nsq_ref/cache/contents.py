@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsq_ref.cache.arguments import as_dtype, as_sides
+from nsq_ref.cache.arguments import as_dtype, as_sides, with_feedback
 from nsq_ref.cache.sequence import Sequence, Side
 from nsq_ref.cache.state import Row, Sides, State
 from nsq_ref.dtypes import Array
+from nsq_ref.feedback import Feedback
 from nsq_ref.quantized import Quantized
 from nsq_ref.scheme import Scheme
 
 FIELDS = {"kv_heads", "head_dim", "value_head_dim", "key", "value", "dtype", "lengths"}
+DIGEST_LENGTH = 64
+FEEDBACK = "key_feedback"  # a field of those alone whose keys are coded with it: its digest
 
 
 def contents(sides: Sides, state: State) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -29,6 +33,8 @@ def contents(sides: Sides, state: State) -> tuple[dict[str, Any], dict[str, Arra
         "dtype": None if state.dtype is None else state.dtype.name,
         "lengths": state.lengths,
     }
+    if sides.keys.coded_with is not None:
+        fields[FEEDBACK] = sides.keys.coded_with
     arrays = {
         f"{side}.{index}.{name}": array
         for index, row in enumerate(state.rows)
@@ -49,8 +55,11 @@ class Described(NamedTuple):
     @classmethod
     def of(cls, fields: object) -> Described:
         """Read the fields of `contents`; TypeError or ValueError for what no cache can be."""
-        if not isinstance(fields, dict) or set(fields) != FIELDS:
+        if not isinstance(fields, dict) or set(fields) - {FEEDBACK} != FIELDS:
             raise ValueError("the description of the cache lacks or adds fields")
+        digest = fields.get(FEEDBACK)
+        if FEEDBACK in fields and not (isinstance(digest, str) and len(digest) == DIGEST_LENGTH):
+            raise ValueError(f"{FEEDBACK} is {digest!r:.80}, not a digest")
         lengths = fields["lengths"]
         if not isinstance(lengths, list) or not lengths:
             raise ValueError(f"lengths is {lengths!r:.80}, not a list of tokens of each row")
@@ -62,7 +71,25 @@ class Described(NamedTuple):
             fields["kv_heads"], fields["head_dim"], fields["value_head_dim"],
             Scheme.from_dict(fields["key"]), Scheme.from_dict(fields["value"]),
         )  # fmt: skip
+        sides = sides._replace(keys=replace(sides.keys, coded_with=digest))
         return cls(sides, as_dtype(fields["dtype"]), lengths)
+
+    def with_feedback(self, feedback: Any) -> Described:
+        """Return the same with the feedback that its keys are coded with; ValueError for others."""
+        keys = self.sides.keys
+        if feedback is None:
+            return self
+        given = with_feedback(keys, feedback)
+        if keys.coded_with is None:
+            raise ValueError(
+                "the keys of this cache are coded without feedback; leave key_feedback out"
+            )
+        if given.coded_with != keys.coded_with:
+            raise ValueError(
+                "the keys of this cache are coded with another feedback, whose digest begins with "
+                f"{keys.coded_with[:12]}; that of key_feedback, with {feedback.digest[:12]}"
+            )
+        return self._replace(sides=self.sides._replace(keys=given))
 
     @property
     def empty(self) -> State:
@@ -105,3 +132,24 @@ class Described(NamedTuple):
             for index, length in enumerate(self.lengths)
         )
         return replace(empty, rows=tuple(rows))
+
+
+def read(path: str | os.PathLike[str], feedback: Feedback | None) -> tuple[Sides, State]:
+    """Read a file of `KVCache.save`, all of it checked."""
+    from nsq_ref.files.containers import CACHE_FORMAT, read_container
+    from nsq_ref.files.content import require_content
+    from nsq_ref.files.errors import DAMAGED, StorageError
+
+    found: list[Described] = []
+
+    def names(content: dict[str, Any]) -> set[str]:
+        found.append(Described.of(content.get("cache") if len(content) == 1 else None))
+        return found[0].names()
+
+    _, arrays = read_container(path, CACHE_FORMAT, names)
+    described = found[0].with_feedback(feedback)
+    try:
+        state = described.filled(arrays, require_content)
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"{path}: {error}; {DAMAGED}") from error
+    return described.sides, state

@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from nsq_ref.arrays import as_array, as_integer, as_integers
 from nsq_ref.cache import attending
-from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens
-from nsq_ref.cache.contents import Described, contents
+from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens, require_feedback
+from nsq_ref.cache.contents import Described, contents, read
 from nsq_ref.cache.pages import Cell, Change
 from nsq_ref.cache.state import Sides, State, StoredRow
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
 PathLike = str | os.PathLike[str]
@@ -51,12 +52,15 @@ class KVCache:
     dtype : {"float32", "float16", "bfloat16"}, optional
         Dtype of what is appended, in which sinks and tail are kept; that of the first append by
         default, and float32 for float64.
+    key_feedback : Feedback, optional
+        With which blocks of keys are coded (F1): of this layer, made from queries that are like
+        those to come. Reading does not need it.
 
     Raises
     ------
     TypeError, ValueError
-        For sizes below 1, another dtype, what is no scheme, and schemes without a block size or
-        with another one than ``block_size``.
+        For sizes below 1, another dtype, what is no scheme, schemes without a block size or with
+        another one than ``block_size``, and feedback of other heads or channels.
 
     Examples
     --------
@@ -88,9 +92,12 @@ class KVCache:
         block_size: int | None = None,
         value_head_dim: int | None = None,
         dtype: str | np.dtype[Any] | type | None = None,
+        key_feedback: Feedback | None = None,
     ) -> None:
         batch = as_integer("batch", batch, least=1)
-        self._sides = as_sides(kv_heads, head_dim, value_head_dim, key, value, block_size)
+        self._sides = as_sides(
+            kv_heads, head_dim, value_head_dim, key, value, block_size, key_feedback
+        )
         self._state = Cell(State.empty(self._sides, batch, as_dtype(dtype)))
 
     def __repr__(self) -> str:
@@ -113,7 +120,7 @@ class KVCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As in a file: memory that is not used yet, locks and addresses stay here.
-        return _unpickled, contents(self._sides, self._now)
+        return _unpickled, (*contents(self._sides, self._now), self.key_feedback)
 
     @property
     def _now(self) -> State:
@@ -149,6 +156,11 @@ class KVCache:
     def value(self) -> Scheme:
         """The scheme of the values."""
         return self._sides.values.scheme
+
+    @property
+    def key_feedback(self) -> Feedback | None:
+        """With which blocks of keys are coded (F1)."""
+        return self._sides.keys.feedback
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
@@ -225,7 +237,8 @@ class KVCache:
         TypeError
             For another dtype than that of the cache.
         ValueError
-            For other shapes, lengths outside 0 to T, and NaN or infinity (I2), by index.
+            For other shapes, lengths outside 0 to T, and NaN or infinity (I2), by index; in a cache
+            that was loaded without the feedback of its keys.
         RangeError
             Where a block that is now full cannot be coded (N1, M4, S5, O1, D3), naming the token,
             which may be one of an earlier append: `crop` takes it out.
@@ -240,6 +253,7 @@ class KVCache:
         >>> cache.lengths
         array([3, 1])
         """
+        require_feedback(self._sides)
         before = self._now
         keys, values, counts = as_tokens(
             self._sides, len(before.rows), before.dtype, keys, values, lengths
@@ -502,12 +516,15 @@ class KVCache:
         containers.write_container(path, containers.CACHE_FORMAT, {"cache": fields}, arrays)
 
     @classmethod
-    def load(cls, path: PathLike) -> KVCache:
+    def load(cls, path: PathLike, *, key_feedback: Feedback | None = None) -> KVCache:
         """Read a file of `save`, checking all of it before anything is returned.
 
         Parameters
         ----------
         path : str or path
+        key_feedback : Feedback, optional
+            With which the blocks of keys are coded (F1), if they are: a file does not hold it.
+            Without it the cache can be read, but not go on.
 
         Returns
         -------
@@ -518,6 +535,8 @@ class KVCache:
         StorageError
             For any other file: another format or version, damage anywhere, arrays that do not
             fit the schemes and lengths, or that no cache writes. It is a `ValueError`.
+        TypeError, ValueError
+            For a ``key_feedback`` that its keys are not coded with.
         OSError
             Where the file cannot be opened.
 
@@ -527,23 +546,7 @@ class KVCache:
         Traceback (most recent call last):
         FileNotFoundError: [Errno 2] No such file or directory: 'no such file'
         """
-        from nsq_ref.files.containers import CACHE_FORMAT, read_container
-        from nsq_ref.files.content import require_content
-        from nsq_ref.files.errors import DAMAGED, StorageError
-
-        found: list[Described] = []
-
-        def names(content: dict[str, Any]) -> set[str]:
-            found.append(Described.of(content.get("cache") if len(content) == 1 else None))
-            return found[0].names()
-
-        _, arrays = read_container(path, CACHE_FORMAT, names)
-        (described,) = found
-        try:
-            state = described.filled(arrays, require_content)
-        except (TypeError, ValueError) as error:
-            raise StorageError(f"{path}: {error}; {DAMAGED}") from error
-        return cls._of(described.sides, state)
+        return cls._of(*read(path, key_feedback))
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -565,6 +568,8 @@ class KVCache:
         return 8 * state.nbytes / elements if elements else 0.0
 
 
-def _unpickled(fields: dict[str, Any], arrays: dict[str, Array]) -> KVCache:
-    described = Described.of(fields)
+def _unpickled(
+    fields: dict[str, Any], arrays: dict[str, Array], feedback: Feedback | None = None
+) -> KVCache:
+    described = Described.of(fields).with_feedback(feedback)
     return KVCache._of(described.sides, described.filled(arrays))

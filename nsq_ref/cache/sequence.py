@@ -19,6 +19,7 @@ from nsq_ref.arrays import RangeError
 from nsq_ref.cache.pages import Change, Page, Plain
 from nsq_ref.codec import Quantized, dequantize, quantize
 from nsq_ref.dtypes import DTYPES, Array, Float32
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import Field, Scheme
 
 
@@ -66,6 +67,8 @@ class Side:
     scheme: Scheme  # with a block size
     kv_heads: int
     head_dim: int
+    feedback: Feedback | None = None
+    coded_with: str | None = None  # digest of the feedback, which one that was loaded may lack
 
     @functools.cached_property
     def block_size(self) -> int:
@@ -154,7 +157,7 @@ class Sequence(NamedTuple):
         run = x[:, :taken]
         if tail.length:
             run = np.concatenate([tail.tokens, run], axis=1)
-        quantized = quantize(run, side.sealed_scheme)
+        quantized = quantize(run, side.sealed_scheme, feedback=side.feedback)
         pages = self.pages_with(quantized, self.collapsed_by_block(run, quantized), change)
         # An array of its own: the old one has room for a whole block, which would lie idle.
         tail = tail.first(0).grown(x[:, taken:], size, change)
@@ -203,12 +206,15 @@ class Sequence(NamedTuple):
 
     def collapsed_by_block(self, run: Array, quantized: Quantized) -> Array:
         """Tokens of each block that collapsed (D2); hardly ever any, so counting may be slow."""
-        size, scheme = self.side.block_size, self.side.sealed_scheme
+        side, size = self.side, self.side.block_size
         starts = range(0, run.shape[1], size)
         if not quantized.collapsed_tokens:
             return np.zeros(len(starts), np.int32)
         blocks = (run[:, start : start + size] for start in starts)
-        counts = [quantize(block, scheme).collapsed_tokens for block in blocks]
+        counts = [
+            quantize(block, side.sealed_scheme, feedback=side.feedback).collapsed_tokens
+            for block in blocks
+        ]
         return np.array(counts, np.int32)
 
     def cropped(self, length: int) -> Sequence:

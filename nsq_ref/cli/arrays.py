@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from nsq_ref.cli.errors import about
-from nsq_ref.cli.options import JsonOption, file_name, key_value_schemes, label, scheme_of
+from nsq_ref.cli.options import JsonOption, file_name, key_value_schemes, scheme_of
 from nsq_ref.cli.output import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -155,12 +155,14 @@ def _row(
     name: str, shape: Sequence[int], dtype: str, scheme: Scheme | None, bits: float, size: int,
     elements: int, collapsed: int | None,
 ) -> dict[str, Any]:  # fmt: skip
+    from nsq_ref.policy import scheme_text
+
     return {
         "name": name,
         "shape": list(shape),
         "dtype": dtype,
         "scheme": None if scheme is None else scheme.to_dict(),
-        "scheme_name": None if scheme is None else label(scheme),
+        "scheme_name": None if scheme is None else scheme_text(scheme),
         "bits_per_element": bits,
         "bytes": size,
         "float16_bytes": 2 * elements,

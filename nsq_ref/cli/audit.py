@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nsq_ref.audit import Audit, Layer, LayerAudit
 
 ARRAYS = (".npz", ".npy", ".safetensors")
-OF_MODELS = ("text", "tokens")
+OF_MODELS = ("text", "tokens", "tokenizer")
 
 
 def audit(
@@ -26,7 +26,7 @@ def audit(
         Path,
         typer.Argument(
             help="Keys and values by layer, and queries if there are: .npz or .safetensors; or a "
-            "model, a GGUF file or an exported ONNX decoder."
+            "model, a GGUF file, an exported ONNX decoder, or the folder of one or of transformers."
         ),
     ],
     *,
@@ -36,6 +36,10 @@ def audit(
     tokens: Annotated[
         int, typer.Option(min=16, help="Tokens of the text that a model reads at most.")
     ] = 1024,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="tokenizer.json or a GGUF file; by default what is beside the model."),
+    ] = None,
     scheme: Annotated[
         str, typer.Option(help="Where the policy begins: a name with a block size, or a pair.")
     ] = "streaming4",
@@ -54,7 +58,7 @@ def audit(
         typer.Option(
             metavar="FILE",
             callback=file_name,
-            help="Write the policy, as `nsq onnx rewrite --policy` takes it.",
+            help="Write the policy, as `nsq eval` and `nsq onnx rewrite` take it.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -80,7 +84,7 @@ def audit(
         if of_arrays or not source.exists():
             layers, note = _arrays(source), ""
         else:
-            layers, note = _of_model(source, text, tokens, told)
+            layers, note = _of_model(source, text, tokens, tokenizer, told)
         found = audit_layers(
             layers, default=scheme, limit=limit, softmax_scale=softmax_scale, progress=told
         )
@@ -118,20 +122,17 @@ def _arrays(source: Path) -> Sequence[Layer]:
 
 
 def _of_model(
-    source: Path, text: Path | None, tokens: int, told: Any
+    source: Path, text: Path | None, tokens: int, tokenizer: Path | None, told: Any
 ) -> tuple[Sequence[Layer], str]:
     with extra("rewrite", "nsq audit of a model"):
         from onnx_export.evaluation.captured import captured
+        from onnx_export.models.texts import read_text
 
     if text is None:
         raise ValueError(f"{source} is a model, which reads a text; give --text FILE")
-    try:
-        content = text.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is no text in UTF-8 ({error.reason}); convert it") from None
-    if not content.strip():
-        raise ValueError(f"{text} is empty; give a text of some hundred words")
-    found = captured(source, content, tokens=tokens, progress=told)
+    content = read_text(text)
+    with extra("transformers", f"{source}, a model of transformers,"):
+        found = captured(source, content, tokens=tokens, tokenizer=tokenizer, progress=told)
     note = f"{found.tokens} of the {found.text_tokens} tokens of {text.name} were read"
     if found.without_queries:
         note += f"; {found.without_queries}, so that none are here"

@@ -122,7 +122,7 @@ def _calibrated(
 ) -> AttentionForm:
     """Return the form with static scales, the model built for them beside where it will be."""
     from onnx_export.models.calibration import calibrated
-    from onnx_export.models.texts import ADDRESSES, read_address
+    from onnx_export.models.texts import ADDRESSES, read_address, read_text
 
     folder = output.absolute()
     while not folder.is_dir():
@@ -131,7 +131,7 @@ def _calibrated(
         ids = tokenizer.encode(read_address(ADDRESSES[0]))
         return calibrated(file, ids, folder, weights=weights, progress=told)
     with about(str(text)):
-        ids = tokenizer.encode(text.read_bytes().decode())
+        ids = tokenizer.encode(read_text(text))
         return calibrated(file, ids, folder, weights=weights, progress=told)
 
 
@@ -293,16 +293,13 @@ class _Meter:
 
 def _found(model: Path, tokenizer: Path | None) -> tuple[Path, JsonTokenizer]:
     """Return a model's file, and its tokenizer."""
-    from onnx_export.models.json_tokenizer import TOKENIZER, read_tokenizer
+    from onnx_export.models.json_tokenizer import tokenizer_of
 
     if model.is_dir():
         model = model / "model.onnx"
     if not model.is_file():
         raise FileNotFoundError(f"there is no ONNX model {str(model)!r}")
-    path = model.with_name(TOKENIZER) if tokenizer is None else tokenizer
-    if not path.is_file():
-        raise ValueError(f"there is no tokenizer {str(path)!r}; give one with --tokenizer")
-    return model, read_tokenizer(path)
+    return model, tokenizer_of(model, tokenizer)
 
 
 def _opened(model: Path, capacity: int | None, threads: int | None, library: bool) -> Session:

@@ -18,7 +18,6 @@ from nsq_ref.cli.output import print_json, print_table, stages
 
 if TYPE_CHECKING:
     from onnx_export.evaluation import Evaluation, Method, Protocol
-    from onnx_export.models.json_tokenizer import JsonTokenizer
 
 # Options of some protocols alone, by their parameters.
 OWN_OPTIONS = {
@@ -200,6 +199,7 @@ def _methods(
 ) -> tuple[Method, ...]:
     """Return what is measured, and refuse what is not known before any work."""
     from nsq_ref.comparison import DEMO_SCHEMES
+    from nsq_ref.policy import Policy
     from nsq_ref.rivals import entries
     from onnx_export.evaluation import Method
     from onnx_export.evaluation.methods import methods_of
@@ -214,10 +214,7 @@ def _methods(
         methods.append(Method.of({"key": key, "value": value}))
     for path in policies:
         with about(str(path)):
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("a policy is an object with default and layers")
-            methods.append(Method.of({"layers": {}, **content}, path.stem))
+            methods.append(Method.of(Policy.read(path), path.stem))
     return methods_of(methods)
 
 
@@ -233,9 +230,11 @@ def _evaluated(
     **options: Any,
 ) -> Evaluation:
     from onnx_export.evaluation import Opened, Windows, evaluate, open_model
+    from onnx_export.evaluation.models import model_file
     from onnx_export.evaluation.passages import choosing, reporting
+    from onnx_export.models.json_tokenizer import tokenizer_of
 
-    words = _tokenizer(path, tokenizer)
+    words = tokenizer_of(model_file(path), tokenizer)
     with extra("transformers", f"{path}, a model of transformers,"):
         model = open_model(path, threads=threads, progress=options["progress"])
     length = protocol.tokens_needed(model.context_length)
@@ -264,20 +263,6 @@ def _found(patterns: list[str]) -> list[Path]:
             raise FileNotFoundError(f"there is no model {pattern!r}")
         paths += [Path(one) for one in here if Path(one) not in paths]
     return paths
-
-
-def _tokenizer(model: Path, tokenizer: Path | None) -> JsonTokenizer:
-    """Return the tokenizer of a model: of its GGUF file, or beside it."""
-    from onnx_export.models.json_tokenizer import TOKENIZER, read_tokenizer
-
-    path = tokenizer
-    if path is None and model.is_file():
-        with model.open("rb") as file:
-            path = model if file.read(4) == b"GGUF" else model.with_name(TOKENIZER)
-    path = path or model / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"there is no tokenizer {str(path)!r}; give one with --tokenizer")
-    return read_tokenizer(path)
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

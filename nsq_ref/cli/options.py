@@ -10,10 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from nsq_ref import KeyValueSchemes, Scheme
-    from nsq_ref.scheme import SchemeName
 
 InputDtype = Literal["float32", "float16", "bfloat16"]
-SIDES = {"k": "key", "key": "key", "keys": "key", "v": "value", "value": "value", "values": "value"}
 
 
 def file_name(path: Path | None) -> Path | None:
@@ -89,28 +87,12 @@ def scheme_of(name: str, schemes: KeyValueSchemes) -> Scheme:
 
 def side_of(name: str) -> str:
     """Tell whether an array is named as keys or as values."""
-    # The last component that says anything decides: past_key_values.0.key is a key.
-    for component in reversed(re.split("[./]", name.lower())):
-        sides = {SIDES[word] for word in re.findall("[a-z]+", component) if word in SIDES}
-        if len(sides) == 1:
-            return sides.pop()
-        if sides:
-            break
+    from nsq_ref.audit.layers import side_in_name
+
+    side = side_in_name(name)
+    if side in ("key", "value"):
+        return str(side)
     raise ValueError(
         f"array {name!r} is not named as keys or values, which are treated differently; "
         "rename it to k, key or keys, or v, value or values, or choose one scheme for both"
     )
-
-
-def label(scheme: Scheme) -> str:
-    """Return the nearest name, and the fields in which the scheme differs from it."""
-    from nsq_ref import Scheme, scheme_names
-
-    def changes(name: SchemeName) -> dict[str, Any]:
-        values = Scheme.named(name).to_dict()
-        return {field: value for field, value in fields.items() if value != values[field]}
-
-    fields = scheme.to_dict()
-    # Of names as near as each other, one of the same width.
-    nearest = min(scheme_names(), key=lambda name: (len(changes(name)), "bits" in changes(name)))
-    return " ".join([nearest, *(f"{field}={value}" for field, value in changes(nearest).items())])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nsq_ref.cli.errors import about, extra
-from nsq_ref.cli.options import JsonOption, file_name, label
+from nsq_ref.cli.options import JsonOption, file_name
 from nsq_ref.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from nsq_ref import Scheme
+    from nsq_ref import KeyValueSchemes
+    from nsq_ref.policy import Policy
     from onnx_export.rewrite import RewriteReport
 
 SHOWN = 5  # nodes that are gone
@@ -81,13 +81,13 @@ def rewrite(
 
     if out.exists() and not (force or dry_run):
         raise ValueError(f"{out} exists; choose another name, or replace it with --force")
-    keys, values = _schemes(scheme)
+    usual = _schemes(scheme, key, value)
     report = rewrite_model(
         model,
         out,
-        key=key or keys,
-        value=value or values,
-        policy=None if policy is None else _read_policy(policy),
+        key=usual.key,
+        value=usual.value,
+        policy=None if policy is None else _read_policy(policy, usual),
         row_lengths=row_lengths,
         opset=opset,
         library=library,
@@ -103,26 +103,32 @@ def rewrite(
         raise typer.Exit(1)
 
 
-def _schemes(name: str) -> tuple[Scheme, Scheme]:
-    """Return the schemes of keys and values that a name stands for."""
-    from nsq_ref import Scheme
+def _schemes(name: str, key: str | None, value: str | None) -> KeyValueSchemes:
+    """Return the schemes of keys and values that the options mean."""
+    from nsq_ref import KeyValueSchemes, Scheme
+    from nsq_ref.scheme import as_scheme
 
     named = Scheme.named(name)
-    return (named, named) if isinstance(named, Scheme) else (named.key, named.value)
+    pair = named if isinstance(named, KeyValueSchemes) else KeyValueSchemes(named, named)
+    return KeyValueSchemes(
+        pair.key if key is None else as_scheme("key", key),
+        pair.value if value is None else as_scheme("value", value),
+    )
 
 
-def _read_policy(path: Path) -> dict[str, Any]:
+def _read_policy(path: Path, default: KeyValueSchemes) -> Policy:
+    from nsq_ref.policy import Policy
+
     with about(str(path)):
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("a policy is an object with default and layers")
-    return content
+        return Policy.read(path, default)
 
 
 def _show(report: RewriteReport, dry_run: bool) -> None:
+    from nsq_ref.policy import scheme_text
+
     rows = []
     for one in report.attentions:
-        key, value = (label(scheme) for scheme in one.schemes) if one.schemes else ("", "")
+        key, value = (scheme_text(scheme) for scheme in one.schemes) if one.schemes else ("", "")
         note = f"refused: {one.reason}" if one.reason else "" if one.schemes else "stays as it is"
         layer = "" if one.layer is None else one.layer
         rows.append((layer, one.node, one.pattern, key, value, note))

@@ -63,6 +63,11 @@ def decode(parts: Mapping[str, Array], scheme: Scheme, shape: tuple[int, ...]) -
     return np.concatenate(decoded, axis=-2)
 
 
+def decode_sides(*sides: tuple[Mapping[str, Array], tuple[int, ...], Scheme]) -> list[Array]:
+    """Reconstruct the keys and the values of attention, each by its own scheme."""
+    return [decode(parts, scheme, shape) for parts, shape, scheme in sides]
+
+
 def parts_of(sinks: Array, block: spec.Block, scheme: Scheme) -> Parts:
     """Return a block as the parts that the scheme stores."""
     parts = {"packed": packing.pack(block.codes, scheme)}

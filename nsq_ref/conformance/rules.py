@@ -57,6 +57,8 @@ RULES: dict[str, Rule] = {
     "Q2": Rule("Range of codes", "codes",
         "Symmetric codes lie in [-qmax, qmax]: the most negative pattern is never written. "
         "Asymmetric codes u lie in [0, 2^bits - 1]."),
+    "F1": Rule("Key feedback", "codes",
+        "It then codes w in place of the direction."),
     "P1": Rule("Bytes", "codes",
         "Each token is a row of its own, its channels in ascending order, first channel in the "
         "lowest bits"),

@@ -19,7 +19,14 @@ from nsq_ref.arrays import as_float_array
 from nsq_ref.dtypes import INPUT_DTYPES, Array
 from nsq_ref.files import kinds, tensors
 from nsq_ref.files.atomic import PathLike
-from nsq_ref.files.containers import CACHE_FORMAT, CACHE_MARK, METADATA_KEY, READERS
+from nsq_ref.files.containers import (
+    CACHE_FORMAT,
+    CACHE_MARK,
+    FEEDBACK_FORMAT,
+    FEEDBACK_MARK,
+    METADATA_KEY,
+    READERS,
+)
 from nsq_ref.files.errors import DAMAGED, StorageError, require_name
 
 MOST_DEFLATE_RATIO = 1032  # what DEFLATE can reach; beyond it a zip lies about a member's size
@@ -126,6 +133,10 @@ def _read_safetensors(path: PathLike) -> dict[str, Array]:
                 raise StorageError(
                     f"{path} holds a saved cache, which is quantized; {READERS[CACHE_FORMAT]} "
                     "reads it, `nsq info` shows it"
+                )
+            if FEEDBACK_MARK in text:
+                raise StorageError(
+                    f"{path} holds feedback for keys; {READERS[FEEDBACK_FORMAT]} reads it"
                 )
             raise StorageError(
                 f"{path} holds quantized arrays; `nsq dequantize` or load reads them"

@@ -22,9 +22,15 @@ from nsq_ref.scheme import SPEC_VERSION
 
 FORMAT = "nsq-safetensors-1"
 CACHE_FORMAT = "nsq-cache-1"
-READERS = {FORMAT: "nsq_ref.files.load", CACHE_FORMAT: "nsq_ref.KVCache.load"}
+FEEDBACK_FORMAT = "nsq-feedback-1"
+READERS = {
+    FORMAT: "nsq_ref.files.load",
+    CACHE_FORMAT: "nsq_ref.KVCache.load",
+    FEEDBACK_FORMAT: "nsq_ref.files.load_feedback",
+}
 METADATA_KEY = "nsq"
 CACHE_MARK = '"format":"nsq-cache-'  # of any version
+FEEDBACK_MARK = '"format":"nsq-feedback-'
 
 
 def write_container(

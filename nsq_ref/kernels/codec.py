@@ -21,24 +21,26 @@ import numpy as np
 
 from nsq_ref import packing, rounding, spec
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
+from nsq_ref.feedback import Feedback
 from nsq_ref.kernels.compilation import compiled
+from nsq_ref.kernels.feedback import feed_back
 from nsq_ref.kernels.rows import (
+    CHUNK_TOKENS,
     INFINITY_BITS,
     code_row,
     divisor_of,
     fill_scale_row,
     gain_of_row,
-    jit_row,
     largest_bits,
     norm_of_row,
     ordered,
     pack_row,
+    span_of_task,
     unpack_row,
 )
 from nsq_ref.kernels.threads import in_shares
 from nsq_ref.scheme import Scheme
 
-CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer
 SERIAL_ELEMENTS = 1 << 17  # below this, starting a thread costs more than it saves
 
 # Below these a factor may be flushed to zero, or its products with a direction underflow.
@@ -48,22 +50,6 @@ MAGNITUDES = {"norm": MAGNITUDE_NORM, "gain": MAGNITUDE_GAIN, "lsq": MAGNITUDE_L
 
 
 jit = partial(compiled, keep=True, nogil=True, fastmath=False)  # what is called from Python
-
-
-@jit_row
-def span_of_task(task: int, tokens: int, block_size: int) -> tuple[int, int, int, int]:
-    """Return the sequence, its block, and the first and last token of a task.
-
-    Each block is cut into chunks of `CHUNK_TOKENS`; the last block may lack some of them, which
-    are then empty.
-    """
-    chunks = (block_size + CHUNK_TOKENS - 1) // CHUNK_TOKENS
-    blocks = (tokens + block_size - 1) // block_size
-    chunk = task % chunks
-    block = task // chunks % blocks
-    start = block * block_size + chunk * CHUNK_TOKENS
-    stop = min(start + CHUNK_TOKENS, (block + 1) * block_size, tokens)
-    return task // (chunks * blocks), block, min(start, stop), stop
 
 
 # --- many rows: every kernel takes tasks [first, last) -----------------------------------------
@@ -177,12 +163,15 @@ def squared_errors(
 
 @jit
 def encode_rows(
-    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, magnitude: int,
-    scale: Array, zero: Array, low: np.float32, high: np.float32, per_channel: bool,
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, moved: Array,
+    magnitude: int, scale: Array, zero: Array, low: np.float32, high: np.float32, per_channel: bool,
     offset: np.float32, bits: int, outlier_index: Array, outliers: Array, packed: Array,
     factor: Array, collapsed: Array,
 ) -> None:  # fmt: skip
-    """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3)."""
+    """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3).
+
+    ``moved[N, T, D]`` is coded in place of the directions (F1), unless it has no tokens.
+    """
     head_dim = x.shape[2]
     scale_row = np.empty(head_dim, np.float32)
     zero_row = np.empty(head_dim, np.float32)
@@ -203,7 +192,10 @@ def encode_rows(
                 fill_scale_row(scale[n], at, scale_row)
                 fill_scale_row(zero[n], at, zero_row)
             token_norm = norm[n, t]
-            code_row(rows, t, token_norm, scale_row, zero_row, low, high, values)
+            if moved.shape[1]:
+                code_row(moved[n], t, np.float32(1), scale_row, zero_row, low, high, values)
+            else:
+                code_row(rows, t, token_norm, scale_row, zero_row, low, high, values)
             if token_norm == 0:
                 values[:] = 0
             for k in range(outliers.shape[2]):
@@ -274,8 +266,17 @@ def decode_rows(
 # --- a slab, from scales to threads -------------------------------------------------------------
 
 
-def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
+def encode(
+    x: Array,
+    sinks: int,
+    scheme: Scheme,
+    packed: Array,
+    feedback: Feedback | None = None,
+    heads: Array | None = None,
+) -> spec.Block:
     """Quantize ``x[N, sinks + T, D]`` but for its sinks, writing ``packed[N, T, row_bytes]``.
+
+    With ``feedback`` (F1) ``heads[N]`` are the key/value heads of the sequences.
 
     Returns what `spec.encode` does, the codes being in ``packed``, the scales of all blocks along
     their second axis. Raises FloatingPointError where a coded token is not finite.
@@ -333,10 +334,22 @@ def encode(x: Array, sinks: int, scheme: Scheme, packed: Array) -> spec.Block:
         )  # fmt: skip
         scale, zero = spec.best_scale(scales, zeros, errors)
 
+    moved = np.empty((count, 0, head_dim), np.float32)
+    if feedback is not None:
+        moved = np.empty((count, tokens, head_dim), np.float32)
+        run(
+            feed_back, tasks, x, sinks, block_size, norm, float32(scale), float32(zero),
+            per_channel, low_code, high_code, index, heads, feedback.order, feedback.factor, moved,
+        )  # fmt: skip
+        outliers = rounding.narrow(
+            np.take_along_axis(moved, index[:, np.arange(tokens) // block_size], -1),
+            np.dtype(np.float16),
+        )
+
     factor = np.empty((count, tokens), np.float32)
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
-        encode_rows, tasks, x, sinks, block_size, norm, MAGNITUDES[scheme.magnitude],
+        encode_rows, tasks, x, sinks, block_size, norm, moved, MAGNITUDES[scheme.magnitude],
         float32(scale), float32(zero), low_code, high_code, per_channel,
         np.float32(scheme.code_offset), scheme.bits, index, float32(outliers), packed, factor,
         collapsed,

@@ -19,10 +19,27 @@ from nsq_ref.kernels.compilation import compiled
 MAGIC = 1.5 * 2.0**52
 MOST_CHANNELS = 4096  # integers below 2**50 whose sum fits int64, with room to spare
 ROUNDINGS = 2.0**-50  # more than the few float64 operations between a sum and its use
+CHUNK_TOKENS = 1024  # tokens a task, where blocks are longer
 INFINITY_BITS = 0x7F800000  # of float32; beyond it lie the NaNs
 
 # Compiles what works on one row, where a call would cost more than the work.
 jit_row = partial(compiled, fastmath=False, forceinline=True)
+
+
+@jit_row
+def span_of_task(task: int, tokens: int, block_size: int) -> tuple[int, int, int, int]:
+    """Return the sequence, its block, and the first and last token of a task.
+
+    Each block is cut into chunks of `CHUNK_TOKENS`; the last block may lack some of them, which
+    are then empty.
+    """
+    chunks = (block_size + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+    blocks = (tokens + block_size - 1) // block_size
+    chunk = task % chunks
+    block = task // chunks % blocks
+    start = block * block_size + chunk * CHUNK_TOKENS
+    stop = min(start + CHUNK_TOKENS, (block + 1) * block_size, tokens)
+    return task // (chunks * blocks), block, min(start, stop), stop
 
 
 @jit_row

@@ -16,9 +16,10 @@ q4_0 4.5 0.09
 turboquant4 4.25 0.09
 """
 
-from nsq_ref.rivals.codec import Codec, NormFirst, Part, SchemeCodec, Stored
+from nsq_ref.rivals.codec import Codec, NormFirst, Part, SchemeCodec, Stored, Unquantized
 from nsq_ref.rivals.registry import Entry, entries, entry, entry_of
 
 __all__ = [
-    "Codec", "Entry", "NormFirst", "Part", "SchemeCodec", "Stored", "entries", "entry", "entry_of",
+    "Codec", "Entry", "NormFirst", "Part", "SchemeCodec", "Stored", "Unquantized", "entries",
+    "entry", "entry_of",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from nsq_ref.environment import in_default_environment
 from nsq_ref.quantized import Quantized, require_shape
 from nsq_ref.scheme import Scheme
 
-__all__ = ["Codec", "NormFirst", "Part", "SchemeCodec", "Stored"]
+__all__ = ["Codec", "NormFirst", "Part", "SchemeCodec", "Stored", "Unquantized"]
 
 
 class Part(NamedTuple):
@@ -201,6 +201,41 @@ class SchemeCodec(Codec):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of the scheme."""
         return self.scheme.to_dict()
+
+
+@dataclass(frozen=True)
+class Unquantized(Codec):
+    """Nothing is coded: all elements are as they are, or rounded to float16.
+
+    Nothing changes one, so that threads may share it.
+
+    Examples
+    --------
+    >>> stored = Unquantized(rounds=True)(np.float32([[0.1]]))
+    >>> float(stored.x_hat[0, 0]), stored.bits_per_element
+    (0.0999755859375, 16.0)
+    """
+
+    rounds: bool = False
+
+    def coded(self, tokens: int) -> tuple[int, int]:
+        """Return that no token is."""
+        return 0, 0
+
+    def encode(self, x: Float32) -> Parts:
+        """Refuse, as nothing is to be coded."""
+        raise NotImplementedError(f"no token of {x.shape} is to be coded")
+
+    def decode(self, parts: Values, shape: tuple[int, ...]) -> Float32:
+        """Refuse, as nothing is coded."""
+        raise NotImplementedError(f"no token of {shape} is coded")
+
+    def __call__(self, x: Any) -> Stored:
+        """Return all as it is, or rounded."""
+        if self.rounds:
+            return super().__call__(x)
+        given = as_float_array("x", x).astype(np.float32)
+        return Stored(given, 0, 16 * given.size, 0, given.size)
 
 
 @dataclass(frozen=True)

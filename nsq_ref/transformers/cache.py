@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from nsq_ref.arrays import as_array, as_integer
 from nsq_ref.cache import KVCache
 from nsq_ref.cache.arguments import as_sides
+from nsq_ref.policy import Policy
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 from nsq_ref.transformers.passes import Pass, Stored, Tensor
 
@@ -42,10 +43,11 @@ class NsqCache(Cache):
         Of the model, a decoder.
     key, value : Scheme or str, optional
         As `KVCache` takes them; ``"streaming4"`` by default. ``key`` alone may be a pair.
-    policy : mapping of int, or sequence, optional
+    policy : mapping of int, sequence, or what `nsq_ref.policy` reads, optional
         Schemes of single layers: a pair ``(key, value)``, or the name of one such as
         ``"nsep+KIVI"``; None leaves a layer in floating point. Layers that a mapping does not name
-        have ``key`` and ``value``; a sequence has an entry for every layer.
+        have ``key`` and ``value``; a sequence has an entry for every layer. What a file of
+        ``nsq audit --policy`` holds, ``{"default": ..., "layers": {"0": ...}}``, is taken as it is.
     block_size : int, optional
         Of schemes that have none.
     attention_mask : int tensor, shape [batch, T], optional
@@ -84,7 +86,7 @@ class NsqCache(Cache):
         key: Scheme | KeyValueSchemes | SchemeName | PairName | None = None,
         value: Scheme | SchemeName | None = None,
         *,
-        policy: Mapping[int, Any] | Sequence[Any] | None = None,
+        policy: Policy | Mapping[Any, Any] | Sequence[Any] | None = None,
         block_size: int | None = None,
         attention_mask: Any = None,
     ) -> None:
@@ -97,7 +99,7 @@ class NsqCache(Cache):
         full = {i: KINDS[type(layer)] for i, layer in enumerate(layers) if type(layer) in KINDS}
         if not full:
             raise ValueError("config has no layer of full attention, so none to quantize")
-        chosen = _chosen(policy, len(layers), block_size)
+        chosen = _chosen(policy, len(layers), usual, full, block_size)
         for index, schemes in chosen.items():
             if schemes is not None and index not in full:
                 raise ValueError(
@@ -334,10 +336,21 @@ def _schemes(key: Any, value: Any, block_size: int | None) -> Schemes:
     return sides.keys.scheme, sides.values.scheme
 
 
-def _chosen(policy: Any, layers: int, block_size: int | None) -> dict[int, Schemes | None]:
+def _chosen(
+    policy: Any, layers: int, usual: Schemes, full: Container[int], block_size: int | None
+) -> dict[int, Schemes | None]:
     """Return the schemes of the layers that a policy names."""
     if policy is None:
         return {}
+    if isinstance(policy, Policy) or (
+        isinstance(policy, Mapping) and policy and set(policy) <= {"default", "layers"}
+    ):
+        read = Policy.of(policy, KeyValueSchemes(*usual))
+        return {
+            layer: None if pair is None else _schemes(*pair, block_size)
+            for layer, pair in read.schemes(range(layers)).items()
+            if layer in full or layer in read.layers
+        }
     if isinstance(policy, Sequence) and not isinstance(policy, str):
         if len(policy) != layers:
             raise ValueError(f"policy has {len(policy)} entries; the model has {layers} layers")

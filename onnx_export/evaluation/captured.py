@@ -1,16 +1,16 @@
 """Keys, values and queries of a decoder that reads a text once, as `nsq_ref.audit` takes them.
 
-Queries are an intermediate result of the graph. They are had by making them outputs of a copy in
-memory; the file, and its weights, stay as they are.
+Keys and values are what its cache then holds. Queries are an intermediate result of the graph: they
+are had by making them outputs of a copy in memory; the file, and its weights, stay as they are.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 from nsq_ref.arrays import as_integer
 from nsq_ref.audit import Layer
 from nsq_ref.extras import extra
-from nsq_ref.files import kinds
+from onnx_export.evaluation.exported import cache_layers, exported_layout, heads_first
+from onnx_export.evaluation.models import model_file, open_model, require_vocabulary
+from onnx_export.evaluation.protocols import prefilled
+from onnx_export.evaluation.surveyed import attentions
 from onnx_export.models.built import Progress, cached_onnx
 from onnx_export.models.config import read_config
 from onnx_export.models.gguf import GGUFFile
-from onnx_export.models.json_tokenizer import TOKENIZER, read_tokenizer
-from onnx_export.models.tokenizer import Tokenizer
-from onnx_export.rewrite import files
-from onnx_export.rewrite.found import Found
-from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.survey import layer_numbers, survey
+from onnx_export.models.json_tokenizer import GGUF, context_length, tokenizer_of
+from onnx_export.models.texts import require_tokens
+from onnx_export.operators.cache_layout import CacheLayout
 from onnx_export.running.model import FAULTS, said
 
 with extra("onnx", __name__):
@@ -74,6 +73,7 @@ def captured(
     text: str,
     *,
     tokens: int = 1024,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Captured:
     """Read a text once and return what the caches of all layers then hold.
@@ -81,11 +81,13 @@ def captured(
     Parameters
     ----------
     model : str or os.PathLike
-        A GGUF file of the Llama family, or an exported ONNX decoder with a ``tokenizer.json``
-        beside it, whose caches are float32 or float16 and grow.
+        What `onnx_export.evaluation.open_model` takes: a GGUF file of the Llama family, an exported
+        ONNX decoder, or the folder of one or of a model of transformers.
     text : str
     tokens : int
-        So many of its first tokens are read, if it has them.
+        So many of its first tokens are read, if it has them and the model's context does.
+    tokenizer : str or os.PathLike, optional
+        Another one than that in the file, or beside it.
     progress : callable, optional
         Called as ``progress(what, done, total)``.
 
@@ -109,171 +111,133 @@ def captured(
     (39, (1, 2, 39, 8), (1, 4, 39, 8))
     """
     tokens = as_integer("tokens", tokens, least=LEAST_TOKENS)
-    path = Path(model)
+    path = model_file(model)
+    every = tokenizer_of(path, tokenizer).encode(text)
+    require_tokens(every, LEAST_TOKENS)
+    if path.is_dir():
+        opened = open_model(path)
+        ids = every[: min(tokens, opened.context_length or tokens)]
+        require_vocabulary("text", ids, opened.vocab_size, opened.name)
+        cache = zip(*prefilled(opened, ids), strict=True)
+        layers = [Layer(number, *sides) for number, sides in enumerate(cache)]
+        why = "a model of transformers gives no queries out"
+        return Captured(tuple(layers), len(ids), len(every), why)
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"GGUF":
-        return _of_gguf(path, text, tokens, progress)
-    if found := kinds.mistaken(path, "an ONNX model"):
-        raise ValueError(found)
-    return _of_onnx(path, text, tokens)
+        gguf = file.read(len(GGUF)) == GGUF
+    source = _of_gguf(path, progress) if gguf else _of_onnx(path)
+    ids = every[: min(tokens, source.context_length or tokens)]
+    require_vocabulary("text", ids, _vocab_size(source), path.name)
+    return Captured(tuple(_read(source, ids)), len(ids), len(every), source.without_queries)
 
 
-def _of_gguf(path: Path, text: str, tokens: int, progress: Progress | None) -> Captured:
+class _Query(NamedTuple):
+    """Where the queries of a layer are, and what makes them ``[1, heads, tokens, head_dim]``."""
+
+    name: str
+    softmax_scale: float | None
+    in_heads: Callable[[Array], NDArray[np.float32]]
+
+
+class _Source(NamedTuple):
+    """A graph, the names of its cache, and the queries of its layers by their numbers."""
+
+    path: Path
+    proto: onnx.ModelProto
+    layout: CacheLayout
+    context_length: int | None
+    queries: Mapping[int, _Query]
+    without_queries: str
+
+
+def _of_gguf(path: Path, progress: Progress | None) -> _Source:
     config = read_config(GGUFFile(path))
-    ids, length = _ids(Tokenizer(path), text, min(tokens, config.context_length))
-    config.require_ids(ids, "text")
     built = cached_onnx(path, progress=progress)
     proto = onnx.load(str(built), load_external_data=False)
-    numbers = range(config.layers)
-    caches = [f"present.{i}.{side}" for i in numbers for side in ("key", "value")]
-    queries = [f"blk.{i}.query" for i in numbers]
-    empty = np.zeros((1, config.kv_heads, 0, config.head_dim), np.float32)
-    feeds: dict[str, Array] = {name.replace("present", "past_key_values"): empty for name in caches}
-    feeds |= {"input_ids": ids[None], "num_logits": np.array(0, np.int64)}
-    found = _run(proto, built, feeds, caches, queries)
-    shape = 1, config.heads, len(ids), config.head_dim
     unscaled = np.float32(config.head_dim**0.5)  # the graph scales queries before it names them
-    layers = [
-        Layer(i, found[f"present.{i}.key"], found[f"present.{i}.value"],
-              found[f"blk.{i}.query"].reshape(shape) * unscaled)
-        for i in numbers
-    ]  # fmt: skip
-    return Captured(tuple(layers), len(ids), length)
+
+    def in_heads(given: Array) -> NDArray[np.float32]:
+        heads: NDArray[np.float32] = given.reshape(1, config.heads, -1, config.head_dim) * unscaled
+        return heads
+
+    queries = {i: _Query(f"blk.{i}.query", None, in_heads) for i in range(config.layers)}
+    return _Source(built, proto, _layout(built, proto), config.context_length, queries, "")
 
 
-def _of_onnx(path: Path, text: str, tokens: int) -> Captured:
-    tokenizer = path.parent / TOKENIZER
-    if not tokenizer.is_file():
-        raise ValueError(f"{path} has no {TOKENIZER} beside it; put that of its model there")
-    ids, length = _ids(read_tokenizer(tokenizer), text, tokens)
-    proto = files.read(path)
-    proto = files.inlined(proto, {one for pattern in PATTERNS for one in pattern.ANCHORS})
-    found = []
-    for one in survey(Graph(files.as_ir(proto, path.parent))):
-        if not isinstance(one, Found):
-            raise ValueError(f"{path}: attention {one.node.name!r}: {one.reason}")
-        found.append(one)
-    if not found:
-        raise ValueError(f"{path} has no attention with a cache; export the decoder with its past")
-    numbers = layer_numbers(found)
-    feeds = _feeds(path, proto, ids)
-    for one in found:
-        for cache, width in ((one.key_cache, one.head_dim), (one.value_cache, one.value_head_dim)):
-            name = str(cache.past.name)
-            if cache.capacity is not None or _fixed(proto, name, cache.layout):
-                raise ValueError(
-                    f"{path}: cache {name!r} has a fixed size; export it with one that grows, or "
-                    "audit arrays"
-                )
-            sizes = {"B": 1, "N": one.kv_heads, "S": 0, "D": width, "H": one.kv_heads * width}
-            shape = [sizes[axis] for axis in cache.layout]
-            feeds[name] = np.zeros(shape, one.dtype)
-    _require_known(path, proto, feeds)
-    presents = [str(c.present.name) for one in found for c in (one.key_cache, one.value_cache)]
-    tables = {one.name: one for one in proto.graph.initializer}
-    why = next((fault for one in found if (fault := _no_queries(one, tables))), "")
-    asked = [] if why else [str(one.query.value.name) for one in found]
-    values = _run(proto, path, feeds, presents, asked)
-    layers = []
-    for one in sorted(found, key=lambda one: numbers[one]):
-        keys, cached = (
-            _heads(values[str(cache.present.name)], cache.layout, one.kv_heads)
-            for cache in (one.key_cache, one.value_cache)
+def _of_onnx(path: Path) -> _Source:
+    surveyed = attentions(path)
+    layout = _layout(path, surveyed.proto)
+    numbers = {one.key.past: one.number for one in cache_layers(layout, path)}
+    queries = {
+        numbers[str(one.key_cache.past.name)]: _Query(
+            str(one.query.value.name),
+            one.scale,
+            lambda given, one=one: surveyed.queries(one, given, path.parent),  # type: ignore[misc]
         )
-        queries = None if why else _queries(one, values, tables, path.parent)
-        layers.append(Layer(numbers[one], keys, cached, queries, one.scale))
-    return Captured(tuple(layers), len(ids), length, why)
+        for one in surveyed.found
+        if one.key_cache.past.name in numbers
+    }
+    why = surveyed.without_queries()
+    if not why and len(queries) < len(numbers):
+        why = f"{len(queries)} of {len(numbers)} attentions were found"
+    context = layout.context_length or context_length(path.parent)
+    return _Source(path, surveyed.proto, layout, context, queries, why)
 
 
-def _no_queries(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:
-    """Return why queries as they meet the keys are not had; empty where they are."""
-    if found.query_norm is not None or found.projection_bias is not None:
-        return "queries are normalized, or get a bias, within the attention"
-    rotary = found.rotary
-    if rotary is not None and not {rotary.cos.name, rotary.sin.name} <= set(tables):
-        return "angles of queries are computed within the model"
-    return ""
+def _layout(path: Path, proto: onnx.ModelProto) -> CacheLayout:
+    told = {one.key: one.value for one in proto.metadata_props}
+    return exported_layout(path) or CacheLayout.from_metadata(told)
 
 
-def _queries(
-    found: Found, values: Mapping[str, Array], tables: Mapping[str, onnx.TensorProto], folder: Path
-) -> NDArray[np.float32]:
-    """Return queries as they meet the keys, rotated if the attention does it."""
-    given, width = values[str(found.query.value.name)], found.heads * found.head_dim
-    if found.key is None:  # packed, the queries first
-        given = given[..., :width]
-    queries = _heads(given, found.query.layout, found.heads)
-    if found.rotary is None:
-        return queries
-    cosine, sine = (
-        onnx.numpy_helper.to_array(tables[str(one.name)], str(folder))[: queries.shape[2]]
-        for one in (found.rotary.cos, found.rotary.sin)
-    )
-    return _rotated(queries, cosine, sine, found.rotary.interleaved)
-
-
-def _rotated(
-    x: NDArray[np.float32], cosine: Array, sine: Array, interleaved: bool
-) -> NDArray[np.float32]:
-    """Turn the first channels by the angles of positions that count from 0."""
-    half = cosine.shape[1]
-    parts = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    if not interleaved:
-        parts = (slice(0, half), slice(half, 2 * half))
-    first, second = (x[..., part] for part in parts)
-    turned: NDArray[np.float32] = x.copy()
-    turned[..., parts[0]] = first * cosine - second * sine
-    turned[..., parts[1]] = second * cosine + first * sine
-    return turned
-
-
-def _heads(array: Array, layout: str, heads: int) -> NDArray[np.float32]:
-    """Bring a tensor of any layout into float32 ``[batch, heads, tokens, head_dim]``."""
-    if layout == "BSH":
-        array, layout = array.reshape(*array.shape[:2], heads, -1), "BSND"
-    order = [layout.index(axis) for axis in "BNSD"]
-    moved: NDArray[np.float32] = np.ascontiguousarray(array.transpose(order), np.float32)
-    return moved
-
-
-def _feeds(path: Path, proto: onnx.ModelProto, ids: NDArray[np.int64]) -> dict[str, Array]:
-    """Return the inputs that say what is read, by the names that all exporters use."""
-    places = np.arange(len(ids))
-    known = {
-        "input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": places,
+def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
+    """Run the model on tokens, from an empty cache."""
+    layers = cache_layers(source.layout, source.path)
+    values = {
+        "input_ids": ids[None], "attention_mask": np.ones((1, len(ids))),
+        "position_ids": np.arange(len(ids))[None], "past_lengths": np.zeros(1),
+        "new_lengths": np.array([len(ids)]), "total_lengths": np.array([len(ids)]),
+        "num_logits": np.array(0),
     }  # fmt: skip
-    feeds = {}
-    for one in proto.graph.input:
-        if one.name in known:
-            kind = onnx.helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type)
-            feeds[one.name] = known[one.name][None].astype(kind)
-    if "input_ids" not in feeds:
-        raise ValueError(f"{path} has no input 'input_ids'; audit arrays of it")
-    return feeds
-
-
-def _require_known(path: Path, proto: onnx.ModelProto, feeds: Mapping[str, Array]) -> None:
-    optional = {one.name for one in proto.graph.initializer}
-    for one in proto.graph.input:
-        if one.name not in feeds and one.name not in optional:
-            raise ValueError(f"{path}: it is not known what input {one.name!r} is; audit arrays")
-
-
-def _fixed(proto: onnx.ModelProto, name: str, layout: str) -> bool:
-    """Whether the axis of tokens of an input is a number for good."""
-    (given,) = [one for one in proto.graph.input if one.name == name]
-    axes = given.type.tensor_type.shape.dim
-    return len(axes) == len(layout) and axes[layout.index("S")].dim_value > 0
-
-
-def _ids(tokenizer: Any, text: str, most: int) -> tuple[NDArray[np.int64], int]:
-    ids = tokenizer.encode(text)
-    if len(ids) < LEAST_TOKENS:
-        raise ValueError(
-            f"the text has {len(ids)} tokens; give one of at least {LEAST_TOKENS}, better {1024}"
+    dtypes = {
+        one.name: onnx.helper.tensor_dtype_to_np_dtype(one.type.tensor_type.elem_type)
+        for one in source.proto.graph.input
+    }
+    roles = source.layout.roles
+    feeds: dict[str, Array] = {
+        roles[role]: value.astype(dtypes[roles[role]])
+        for role, value in values.items()
+        if role in roles
+    }
+    tensors = [tensor for one in layers for tensor in (one.key, one.value)]
+    feeds |= {one.past: np.zeros(one.sizes(1, 0), dtypes[one.past]) for one in tensors}
+    asked = {} if source.without_queries else source.queries
+    found = _run(
+        source.proto, source.path, feeds,
+        [one.present for one in tensors], [one.name for one in asked.values()],
+    )  # fmt: skip
+    read = []
+    for one in layers:
+        keys, cached = (
+            np.ascontiguousarray(found[side.present].transpose(heads_first(side, source.path)))
+            for side in (one.key, one.value)
         )
-    return ids[:most], len(ids)
+        if keys.shape[2] != len(ids):
+            raise ValueError(
+                f"{source.path} keeps {keys.shape[2]} of {len(ids)} tokens; only caches that keep "
+                "all are audited"
+            )
+        query = source.queries.get(one.number)
+        queries = query.in_heads(found[query.name]) if query and asked else None
+        scale = query.softmax_scale if query else None
+        read.append(
+            Layer(one.number, keys.astype(np.float32), cached.astype(np.float32), queries, scale)
+        )
+    return read
+
+
+def _vocab_size(source: _Source) -> int | None:
+    name = source.layout.roles["logits"]
+    (logits,) = (one for one in source.proto.graph.output if one.name == name)
+    return logits.type.tensor_type.shape.dim[-1].dim_value or None
 
 
 def _run(

@@ -14,8 +14,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer, as_integer_array
+from nsq_ref.files import atomic
 from onnx_export.evaluation.methods import Bound, KeyValueCache, Method, Spec, methods_of
-from onnx_export.evaluation.models import CausalModel, Opened, PathLike, as_model
+from onnx_export.evaluation.models import (
+    CausalModel,
+    Opened,
+    PathLike,
+    as_model,
+    require_vocabulary,
+)
+from onnx_export.evaluation.passages import CALIBRATED
 from onnx_export.evaluation.protocols import Protocol, Record, Unit, prefilled, protocol_named
 from onnx_export.evaluation.results import Evaluation, collected
 from onnx_export.evaluation.store import Store
@@ -27,7 +35,8 @@ __all__ = ["Job", "evaluate"]
 Ids = NDArray[np.int64]
 
 RECORDS = 2  # what records hold; other ones are measured anew
-CALIBRATED = 512  # tokens of a passage that are read at once for static scales
+PROBED = 16  # tokens that are read both at once and in pieces, before all else
+SAME = 0.05  # share by which logits may then differ: caches may be float16, activations quantized
 
 
 @dataclass(frozen=True)
@@ -78,12 +87,14 @@ class Worker:
         self.model, self.job = model, job
         self._bound: dict[str, Bound] = {}
         self._calibration: KeyValueCache | None = None
-        self._layers = 0
+        self._layers: Sequence[int] = ()
 
     def measured(
         self, unit: Unit, methods: Iterable[Method]
     ) -> Iterator[tuple[Method | None, Record]]:
         """Yield figures as they are finished, those of the float32 cache first."""
+        if not self._layers:
+            self._layers = _layers(self.model, unit.tokens[:PROBED])
         reference, record = self.job.protocol.reference(self.model, unit)
         yield None, record
         for method in methods:
@@ -95,9 +106,6 @@ class Worker:
 
     def _method(self, method: Method) -> Bound:
         if method.name not in self._bound:
-            if not self._layers:
-                _, keys, _ = self.model.forward(np.zeros((1, 1), np.int64), num_logits=0)
-                self._layers = len(keys)
             if method.needs_calibration and self._calibration is None and self.job.calibration:
                 caches = [prefilled(self.model, one) for one in self.job.calibration]
                 every = zip(*caches, strict=True)
@@ -194,6 +202,8 @@ def evaluate(
     missing = [job.missing(unit, kept) for unit in units]
     done = total - sum(len(some) + bool(some) for some in missing)
     todo = [(unit, some) for unit, some in zip(units, missing, strict=True) if some]
+    if todo and kept.folder is not None:
+        atomic.require_writable(kept.folder / "figures.json", make_folders=True)
     refused: dict[str, str] = {}
 
     def keep(unit: Unit, method: Method | None, record: Record) -> None:
@@ -220,6 +230,27 @@ def evaluate(
         del opened, model  # of which each process opens its own
         spread(source, job, todo, keep, folder=kept.folder, workers=workers, scheduler=scheduler)
     return _evaluation(name, job, rows, units, kept, refused)
+
+
+def _layers(model: CausalModel, tokens: Ids) -> Sequence[int]:
+    """Return the numbers of the layers, if what is in their caches is all that is read again."""
+    cut = -(-len(tokens) // 2)
+    whole, keys, _ = model.forward(tokens[None])
+    if not np.isfinite(whole).all():
+        raise ValueError(f"{model.name}: logits are not finite, with the float32 cache already")
+    if len(tokens) > 1:
+        _, *past = model.forward(tokens[None, :cut], num_logits=0)
+        pieces, _, _ = model.forward(tokens[None, cut:], (past[0], past[1]))
+        own = whole[0, cut:]
+        spread = np.linalg.norm(own - own.mean(axis=-1, keepdims=True))
+        apart = float(np.linalg.norm(pieces[0] - own) / max(spread, 1e-9))
+        if apart > SAME:
+            raise ValueError(
+                f"{model.name} reads a text in pieces otherwise than at once (logits differ by "
+                f"{apart:.0%}): it is no decoder, or its cache is not all that it remembers"
+            )
+    numbers: Sequence[int] = getattr(model, "layer_numbers", range(len(keys)))
+    return numbers
 
 
 def _evaluation(
@@ -268,14 +299,7 @@ def _rows(name: str, tokens: Any, model: CausalModel) -> tuple[Ids, ...]:
         shape = "ragged" if ragged else np.shape(tokens)
         raise ValueError(f"{name} must be passages, [passages, tokens], got {shape}")
     for number, row in enumerate(given):
-        size = model.vocab_size
-        outside = (row < 0) | (row >= size) if size is not None else row < 0
-        if outside.any():
-            place = int(outside.argmax())
-            raise ValueError(
-                f"{name}[{number}, {place}] is {row[place]}, outside the vocabulary of {size} "
-                f"tokens of {model.name}; use this model's own tokenizer"
-            )
+        require_vocabulary(f"{name}[{number}]", row, model.vocab_size, model.name)
     return tuple(np.ascontiguousarray(row, np.int64) for row in given)
 
 

@@ -10,52 +10,21 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nsq_ref.arrays import as_float_array
-from nsq_ref.dtypes import Float32
-from nsq_ref.rivals import Codec, Entry, SchemeCodec, Stored, entry_of
-from nsq_ref.rivals.codec import Parts, Values
+from nsq_ref.policy import Policy, Sides, sides_of
+from nsq_ref.rivals import Codec, Entry, SchemeCodec, entry_of
 from nsq_ref.rivals.scaled import StaticChannels
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 
 __all__ = ["Bound", "Method", "Size", "methods_of"]
 
 KeyValueCache = tuple[NDArray[np.float32], NDArray[np.float32]]
-Sides = tuple[Codec, Codec]  # of keys and of values
 
 KEPT_BITS = 16  # of an element that is kept unquantized, whatever the method
 
-
-@dataclass(frozen=True)
-class Unquantized(Codec):
-    """Nothing is coded: all elements are as they are, or rounded to float16."""
-
-    rounds: bool = False
-
-    def coded(self, tokens: int) -> tuple[int, int]:
-        """Return that no token is."""
-        return 0, 0
-
-    def encode(self, x: Float32) -> Parts:
-        """Refuse, as nothing is to be coded."""
-        raise NotImplementedError(f"no token of {x.shape} is to be coded")
-
-    def decode(self, parts: Values, shape: tuple[int, ...]) -> Float32:
-        """Refuse, as nothing is coded."""
-        raise NotImplementedError(f"no token of {shape} is coded")
-
-    def __call__(self, x: Any) -> Stored:
-        """Return all as it is, or rounded."""
-        if self.rounds:
-            return super().__call__(x)
-        given = as_float_array("x", x).astype(np.float32)
-        return Stored(given, 0, KEPT_BITS * given.size, 0, given.size)
-
-
-UNQUANTIZED = {"float32": Unquantized(), "float16": Unquantized(rounds=True)}
-
-Spec: TypeAlias = "str | Scheme | KeyValueSchemes | Entry | Method | Mapping[str, Any] | None"
-"""What stands for a method: a name of `nsq_ref.rivals.entry`, ``"float16"`` or ``"float32"``; two
-of them as ``"KEY/VALUE"``; what `entry_of` takes; or a policy, as `Method.of` says."""
+Spec: TypeAlias = (
+    "str | Scheme | KeyValueSchemes | Entry | Policy | Method | Mapping[str, Any] | None"
+)
+"""What stands for a method: an entry of a policy, or a policy, as `nsq_ref.policy` has them."""
 
 
 class Size(NamedTuple):
@@ -89,24 +58,21 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How keys and values of every layer are stored.
+    """How keys and values of every layer are stored, by a name.
 
     Nothing changes one, so that threads may share it.
 
     Parameters
     ----------
     name : str
-    default : tuple of Codec
-        Of keys and of values, in all layers that are not named.
-    layers : mapping of int to tuple of Codec
-        Layers that differ.
+    policy : Policy
 
     Examples
     --------
     >>> method = Method.of({"default": "naive4", "layers": {"0": None}}, "all but the first")
-    >>> method.layers[0][0]
+    >>> method.policy.layers[0].key
     Unquantized(rounds=False)
-    >>> Method.of("streaming4/q8_0").default[1]
+    >>> Method.of("streaming4/q8_0").policy.default.value
     GgmlBlocks(kind='q8_0')
     >>> Method.of("streeming4")
     Traceback (most recent call last):
@@ -114,8 +80,7 @@ class Method:
     """
 
     name: str
-    default: Sides
-    layers: Mapping[int, Sides]
+    policy: Policy
 
     @classmethod
     def of(cls, spec: Spec, name: str | None = None) -> Method:
@@ -123,11 +88,9 @@ class Method:
 
         Parameters
         ----------
-        spec : str, Scheme, KeyValueSchemes, Entry, Method or mapping
-            A mapping is a policy: ``{"default": ..., "layers": {"0": ..., "7": ...}}``, both
-            optional, without ``"default"`` all other layers are left alone. Each is None, which
-            leaves a layer as it is, a name, or ``{"key": ..., "value": ...}`` with names, None, or
-            all fields of a scheme.
+        spec : str, Scheme, KeyValueSchemes, Entry, Policy, Method or mapping
+            An entry of a policy, which then is that of all layers, or a policy: a mapping with
+            ``"default"`` and ``"layers"``, both optional.
         name : str, optional
             What it is called.
 
@@ -138,37 +101,29 @@ class Method:
         """
         if isinstance(spec, Method):
             return replace(spec, name=name or spec.name)
-        if not isinstance(spec, Mapping) or not set(spec) <= {"default", "layers"}:
-            return cls(name or _called(spec), _sides(spec), {})
-        named = spec.get("layers") or {}
-        if not isinstance(named, Mapping):
-            raise TypeError(f"policy: layers must be a mapping from layer to scheme, got {named!r}")
-        layers: dict[int, Sides] = {}
-        for text, one in named.items():
-            if not str(text).isdecimal():
-                raise ValueError(f"policy: {text!r} is no number of a layer")
-            if int(text) in layers:
-                raise ValueError(f"policy: layer {int(text)} is named twice; name it once")
-            layers[int(text)] = _sides(one, f"policy: layer {int(text)}: ")
-        default = _sides(spec.get("default"), "policy: default: ")
-        return cls(name or "policy", default, layers)
+        if isinstance(spec, Policy) or (
+            isinstance(spec, Mapping) and set(spec) <= {"default", "layers"}
+        ):
+            return cls(name or "policy", Policy.of(spec))
+        return cls(name or _called(spec), Policy(sides_of(spec), {}))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it has scales that other text must set."""
-        every = (self.default, *self.layers.values())
+        every = (self.policy.default, *self.policy.layers.values())
         return any(
             isinstance(codec, StaticChannels) and codec.scale is None
             for sides in every
             for codec in sides
         )
 
-    def bound(self, layers: int, calibration: KeyValueCache | None = None) -> Bound:
-        """Return it for a model of so many layers, its static scales set.
+    def bound(self, layers: int | Sequence[int], calibration: KeyValueCache | None = None) -> Bound:
+        """Return it for the layers of a model, its static scales set.
 
         Parameters
         ----------
-        layers : int
+        layers : int or sequence of int
+            How many there are, or their numbers where some have no cache.
         calibration : tuple of numpy.ndarray, optional
             Keys and values of other text, ``[layers, ..., tokens, head_dim]``.
 
@@ -177,10 +132,8 @@ class Method:
         ValueError
             If a layer is named that there is not, or static scales have no text.
         """
-        if beyond := [layer for layer in self.layers if layer >= layers]:
-            raise ValueError(
-                f"{self.name}: there is no layer {beyond[0]}; the model has 0 to {layers - 1}"
-            )
+        numbers = range(layers) if isinstance(layers, int) else layers
+        every = self.policy.of_layers(numbers)
         if self.needs_calibration and calibration is None:
             raise ValueError(
                 f"{self.name} has static scales; give calibration, tokens of other text"
@@ -188,8 +141,8 @@ class Method:
         runs: list[Run] = []
         for side in (0, 1):
             places: list[tuple[Codec, list[int]]] = []
-            for layer in range(layers):
-                codec = self.layers.get(layer, self.default)[side]
+            for layer, number in enumerate(numbers):
+                codec = every[number][side]
                 same = [where for known, where in places if known is codec or known == codec]
                 if same:
                     same[0].append(layer)
@@ -209,9 +162,9 @@ class Method:
         >>> Method.of("q4_0").to_dict()["key"]
         {'codec': 'GgmlBlocks', 'kind': 'q4_0'}
         """
-        shown: dict[str, Any] = _shown(self.default)
-        if self.layers:
-            shown["layers"] = {str(n): _shown(self.layers[n]) for n in sorted(self.layers)}
+        shown: dict[str, Any] = _shown(self.policy.default)
+        if layers := self.policy.layers:
+            shown["layers"] = {str(number): _shown(layers[number]) for number in sorted(layers)}
         return shown
 
 
@@ -263,7 +216,7 @@ def methods_of(entries: Mapping[str, Spec] | Iterable[Spec]) -> tuple[Method, ..
     >>> [one.name for one in methods_of(["naive4", "nsep+pchan4"])]
     ['naive4', 'nsep+pchan4']
     """
-    if isinstance(entries, str | Scheme | Entry | Method | KeyValueSchemes):
+    if isinstance(entries, str | Scheme | Entry | Policy | Method | KeyValueSchemes):
         entries = [entries]
     if isinstance(entries, Mapping):
         methods = tuple(Method.of(spec, name) for name, spec in entries.items())
@@ -288,38 +241,7 @@ def _called(spec: Any) -> str:
     return "float32" if spec is None else entry_of(spec).name
 
 
-def _sides(spec: Any, where: str = "") -> Sides:
-    """Return the codecs of keys and values; errors begin with ``where``."""
-    try:
-        if isinstance(spec, str) and spec.count("/") == 1:
-            key, value = spec.split("/")
-            return _pair(key)[0], _pair(value)[1]
-        if isinstance(spec, Mapping):
-            if set(spec) != {"key", "value"}:
-                raise ValueError(
-                    f"has {', '.join(map(str, spec)) or 'nothing'}; give key and value, or null to "
-                    "leave both as they are"
-                )
-            return _pair(spec["key"])[0], _pair(spec["value"])[1]
-        return _pair(spec)
-    except TypeError as error:
-        raise TypeError(f"{where}{error}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from error
-
-
-def _pair(spec: Any) -> Sides:
-    if spec is None:
-        spec = "float32"
-    if isinstance(spec, str) and spec in UNQUANTIZED:
-        return UNQUANTIZED[spec], UNQUANTIZED[spec]
-    if isinstance(spec, Mapping):
-        spec = Scheme.from_dict(dict(spec))
-    entry = entry_of(spec)
-    return entry.key, entry.value
-
-
-def _shown(sides: Sequence[Codec]) -> dict[str, Any]:
+def _shown(sides: Sides) -> dict[str, Any]:
     key, value = (
         {"codec": "Scheme", **codec.to_dict()} if isinstance(codec, SchemeCodec) else
         codec.to_dict() | _digests(codec)

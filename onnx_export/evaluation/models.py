@@ -16,18 +16,22 @@ from numpy.typing import NDArray
 
 from nsq_ref.dtypes import DTYPES
 from nsq_ref.extras import extra
-from onnx_export.evaluation.exported import exported_layout, side_of
+from nsq_ref.files import kinds
+from onnx_export.evaluation.exported import cache_layers, exported_layout, heads_first
 from onnx_export.evaluation.methods import KeyValueCache
 from onnx_export.models.built import Progress
 from onnx_export.models.decoder import Decoder
-from onnx_export.models.json_tokenizer import context_length
+from onnx_export.models.json_tokenizer import GGUF, context_length
 from onnx_export.models.sources import file_sha256
 from onnx_export.running import Model, Session
 
 with extra("onnx", __name__):
     import onnx
 
-__all__ = ["CausalModel", "DecoderModel", "OnnxModel", "Opened", "Reader", "as_model", "open_model"]
+__all__ = [
+    "CausalModel", "DecoderModel", "OnnxModel", "Opened", "Reader", "as_model", "model_file",
+    "open_model", "require_vocabulary",
+]  # fmt: skip
 
 PathLike = str | os.PathLike[str]
 Logits = NDArray[np.float32]
@@ -64,6 +68,8 @@ class CausalModel(Reader, Protocol):
         What changes with any weight: results are kept by it.
     vocab_size, context_length : int or None
         Where they are known.
+    layer_numbers : sequence of int, optional
+        By which a policy names the layers; counted from 0 where a model does not have it.
     """
 
     @property
@@ -168,18 +174,9 @@ class OnnxModel:
         layout, self.model = model.layout, model
         self.name = name or model.path.name
         path = model.path
-        if any(pair is not None for pair in layout.schemes):
-            raise ValueError(
-                f"{path} has a quantized cache; give the model that it was rewritten from"
-            )
-        if not layout.tensors or not all(one.grows for one in layout.tensors):
-            raise ValueError(f"{path} has no cache of float keys and values that grows")
-        sides = [[one for one in layout.tensors if side_of(one.past) == side] for side in (0, 1)]
-        if not sides[0] or len(sides[0]) != len(sides[1]):
-            raise ValueError(
-                f"{path}: of its cache {len(sides[0])} tensors are keys and {len(sides[1])} values "
-                "by their names; name them as exporters do, past_key_values.0.key"
-            )
+        layers = cache_layers(layout, path)
+        self.layer_numbers = tuple(one.number for one in layers)
+        sides = [[one.key for one in layers], [one.value for one in layers]]
         for side in sides:
             if kinds := {(one.shape, one.dtype) for one in side if one[2:4] != side[0][2:4]}:
                 raise ValueError(
@@ -189,7 +186,8 @@ class OnnxModel:
         self._sides = tuple(tuple(one.past for one in side) for side in sides)
         self._dtypes = tuple(DTYPES[side[0].dtype] for side in sides)
         # [batch, heads, tokens, channels], whatever the order of its axes is.
-        self._axes = tuple(_axes(side[0].shape, path) for side in sides)
+        self._axes = tuple(heads_first(side[0], path) for side in sides)
+        self._one_by_one = False
         self.vocab_size = model.vocab_size
         self.context_length = layout.context_length or context_length(path.parent)
         self.fingerprint = _fingerprint(path)
@@ -201,7 +199,25 @@ class OnnxModel:
         *,
         num_logits: int | None = None,
     ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
-        """Read tokens, as `CausalModel` says."""
+        """Read tokens, as `CausalModel` says; one by one where several after a past are refused."""
+        if past is None or not past[0].shape[3] or input_ids.shape[1] == 1:
+            return self._read(input_ids, past, num_logits)
+        if not self._one_by_one:
+            try:
+                return self._read(input_ids, past, num_logits)
+            except ValueError:  # as models refuse whose masks are of a prompt or of one token
+                self._one_by_one = True
+        logits = []
+        for token in range(input_ids.shape[1]):
+            one, *rest = self._read(input_ids[:, token : token + 1], past, 1)
+            past = rest[0], rest[1]
+            logits.append(one)
+        wanted = len(logits) if num_logits is None else num_logits
+        return np.concatenate(logits, axis=1)[:, len(logits) - wanted :], *past
+
+    def _read(
+        self, input_ids: NDArray[np.int64], past: KeyValueCache | None, num_logits: int | None
+    ) -> tuple[Logits, NDArray[np.float32], NDArray[np.float32]]:
         tokens = input_ids.shape[1] + (0 if past is None else past[0].shape[3])
         session = Session(self.model, capacity=self.context_length or tokens)
         if past is not None and past[0].shape[3]:
@@ -258,26 +274,71 @@ def open_model(
     Traceback (most recent call last):
     FileNotFoundError: there is no model 'missing.gguf'
     """
-    found = Path(path)
-    if not found.exists():
-        raise FileNotFoundError(f"there is no model {str(path)!r}")
+    found = model_file(path)
     if found.is_dir():
-        if (found / "model.onnx").is_file():
-            found = found / "model.onnx"
-        elif (found / "config.json").is_file():
-            from onnx_export.evaluation.transformers_models import TransformersModel  # noqa: PLC0415
+        from onnx_export.evaluation.transformers_models import TransformersModel  # noqa: PLC0415
 
-            return TransformersModel(found, threads=threads)
-        else:
-            raise ValueError(f"{found} holds neither model.onnx nor config.json")
+        return TransformersModel(found, threads=threads)
     with found.open("rb") as file:
-        if file.read(4) == b"GGUF":
+        if file.read(len(GGUF)) == GGUF:
             decoder = Decoder.from_gguf(
                 found, cache_dir=cache_dir, threads=threads, progress=progress
             )
             return DecoderModel(decoder, found.name)
     name = found.parent.name if found.name == "model.onnx" else found.name
     return OnnxModel(Model(found, threads=threads, layout=exported_layout(found)), name)
+
+
+def model_file(path: PathLike) -> Path:
+    """Return the file of a model, or the folder of one of transformers.
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    ValueError
+        If it is the folder of no model.
+
+    Examples
+    --------
+    >>> model_file(".")
+    Traceback (most recent call last):
+    ValueError: . holds neither model.onnx nor config.json
+    """
+    found = Path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"there is no model {str(path)!r}")
+    if not found.is_dir():
+        with found.open("rb") as file:
+            gguf = file.read(len(GGUF)) == GGUF
+        if not gguf and (mistaken := kinds.mistaken(found, "an ONNX model")):
+            raise ValueError(mistaken)
+        return found
+    if (found / "model.onnx").is_file():
+        return found / "model.onnx"
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{found} holds neither model.onnx nor config.json")
+    return found
+
+
+def require_vocabulary(
+    name: str, row: NDArray[np.int64], vocab_size: int | None, model: str
+) -> None:
+    """Refuse tokens that a model does not know, naming the first of an array so called.
+
+    Examples
+    --------
+    >>> require_vocabulary("text", np.array([1, 5]), 4, "tiny")
+    Traceback (most recent call last):
+    ValueError: text[1] is 5, outside the vocabulary of 4 tokens of tiny; use this model's own ...
+    """
+    outside = (row < 0) | (row >= vocab_size) if vocab_size is not None else row < 0
+    if outside.any():
+        place = int(outside.argmax())
+        raise ValueError(
+            f"{name}[{place}] is {row[place]}, outside the vocabulary of {vocab_size} tokens of "
+            f"{model}; use this model's own tokenizer"
+        )
 
 
 def as_model(model: CausalModel | Decoder | Opened | PathLike) -> CausalModel:
@@ -296,13 +357,6 @@ def as_model(model: CausalModel | Decoder | Opened | PathLike) -> CausalModel:
     if isinstance(model, str | os.PathLike):
         return open_model(model)
     return model
-
-
-def _axes(shape: tuple[int | str, ...], path: Path) -> tuple[int, ...]:
-    """Return the axes of a tensor in the order batch, heads, tokens, channels."""
-    if len(shape) != 4 or shape[0] != "batch" or shape.index("past") not in (1, 2):
-        raise ValueError(f"{path}: a cache of shape {shape} is not known; export another form")
-    return (0, 1, 2, 3) if shape[2] == "past" else (0, 2, 1, 3)
 
 
 def _fingerprint(path: Path) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.environment import in_default_environment
-from nsq_ref.rivals import Codec, SchemeCodec
+from nsq_ref.rivals import Codec, SchemeCodec, Unquantized
 from nsq_ref.rivals.scaled import StaticChannels
-from onnx_export.evaluation.methods import Bound, KeyValueCache, Run, Size, Unquantized
+from onnx_export.evaluation.methods import Bound, KeyValueCache, Run, Size
 
 __all__ = ["StreamedCache"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,20 @@ from onnx_export.evaluation.methods import KeyValueCache
 from onnx_export.models.sources import file_sha256
 
 with extra("transformers", __name__):
+    import safetensors
     import torch
     import transformers
+    from transformers.utils import logging
 
 __all__ = ["TransformersModel"]
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+FAULTS = (
+    ImportError, KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError,
+)  # fmt: skip
+"""What transformers raises for a folder that it cannot open; they have no class in common."""
 
 
 class TransformersModel:
@@ -47,20 +56,10 @@ class TransformersModel:
         if threads is not None:
             torch.set_num_threads(threads)
         path = Path(folder)
-        try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True
-            ).eval()
-        except OSError as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        self._model = _opened(path)
         known = inspect.signature(self._model.forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"  # as releases call it
         text = self._model.config.get_text_config()
-        others = set(getattr(text, "layer_types", None) or ()) - ATTENTIONS
-        if others:
-            raise ValueError(
-                f"{path} has layers of {sorted(others)[0]}, which have no cache of keys and values"
-            )
         self.name = path.name
         self.vocab_size: int | None = text.vocab_size
         self.context_length: int | None = getattr(text, "max_position_embeddings", None)
@@ -81,13 +80,16 @@ class TransformersModel:
             for layer, (keys, values) in enumerate(zip(*past, strict=True)):
                 cache.update(torch.tensor(keys), torch.tensor(values), layer)
         wanted = input_ids.shape[1] if num_logits is None else num_logits
-        with torch.inference_mode():
-            made = self._model(
-                input_ids=torch.tensor(input_ids),
-                use_cache=True,
-                logits_to_keep=max(wanted, 1),  # 0 means all
-                **{self._cache: cache},
-            )
+        try:
+            with torch.inference_mode(), _quiet():
+                made = self._model(
+                    input_ids=torch.tensor(input_ids),
+                    use_cache=True,
+                    logits_to_keep=max(wanted, 1),  # 0 means all
+                    **{self._cache: cache},
+                )
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"{self.name}: torch does not run it: {_line(error)}") from error
         logits = made.logits[:, made.logits.shape[1] - wanted :]
         return logits.numpy(), self._stacked(cache, "keys"), self._stacked(cache, "values")
 
@@ -102,3 +104,55 @@ class TransformersModel:
             )
         stacked: NDArray[np.float32] = torch.stack(layers).numpy()
         return stacked
+
+
+def _opened(path: Path) -> Any:
+    """Return the model of a folder, all of its weights read."""
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+            _require_decoder(config)
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except FAULTS as error:
+        raise ValueError(f"transformers does not open {path}: {_line(error)}") from error
+    # Which transformers makes up.
+    if missing := sorted(told["missing_keys"]) or sorted(map(str, told["mismatched_keys"])):
+        raise ValueError(
+            f"{path} has no weights of {missing[0]!r:.100}, as {type(model).__name__} needs; it is "
+            "another kind of model, or not whole"
+        )
+    return model.eval()
+
+
+def _require_decoder(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("it is an encoder with a decoder; only decoders are evaluated")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{config.model_type} is no causal language model")
+    text = config.get_text_config()
+    if others := set(getattr(text, "layer_types", None) or ()) - ATTENTIONS:
+        raise ValueError(
+            f"it has layers of {sorted(others)[0]}, which have no cache of keys and values"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling of weights as they are read, and of defaults."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    """Return what an error says in one line, its beginning."""
+    return f"{' '.join(str(error).split()):.300}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -129,6 +130,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _on_cluster(scheduler: str, source: Opened, job: Job, todo: Todo, keep: Keep) -> None:
     with extra("scheduler", "a scheduler"):
         import distributed  # noqa: PLC0415
+    _require_scheduler(scheduler)
     with distributed.Client(scheduler, timeout=TIMEOUT, set_as_default=False) as client:
         futures: dict[Any, Unit] = {
             client.submit(_measured, source, job, unit, methods, pure=False): unit
@@ -144,6 +146,33 @@ def _on_cluster(scheduler: str, source: Opened, job: Job, todo: Todo, keep: Keep
                 ) from error
             for method, record in found:
                 keep(futures[future], method, record)
+
+
+def _require_scheduler(address: str) -> None:
+    """Refuse an address at which nobody answers, or who is no scheduler.
+
+    A client that is refused says so a second time, and much later, as it is forgotten.
+    """
+    from distributed import comm  # noqa: PLC0415
+
+    async def asked() -> Any:
+        opened = await comm.connect(address, timeout=TIMEOUT)
+        try:
+            await opened.write({"op": "identity", "reply": True})
+            return await opened.read()
+        finally:
+            opened.abort()
+
+    async def within() -> Any:
+        return await asyncio.wait_for(asked(), TIMEOUT)
+
+    try:
+        answer = asyncio.run(within())
+    except (OSError, ValueError, MemoryError, asyncio.TimeoutError) as error:
+        why = " ".join(str(error).split()) or f"no answer within {TIMEOUT} seconds"
+        raise ConnectionError(f"no dask scheduler answers at {address!r}: {why}") from error
+    if not isinstance(answer, dict) or answer.get("type") != "Scheduler":
+        raise ConnectionError(f"what answers at {address!r} is no dask scheduler")
 
 
 def _ignore_interrupts() -> None:

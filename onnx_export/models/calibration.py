@@ -14,6 +14,7 @@ from onnx_export.models.built import build_onnx
 from onnx_export.models.config import read_config
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.models.llama import Progress, Weights
+from onnx_export.models.texts import require_tokens
 from onnx_export.running import Session
 
 __all__ = ["LEAST", "TOKENS", "calibrated", "largest_by_channel", "scales_of", "static_scales"]
@@ -124,10 +125,7 @@ def calibrated(
     ValueError: the text to calibrate with has 3 tokens; give one of at least 64
     """
     least = min(LEAST, read_config(file).context_length)
-    if len(ids) < least:
-        raise ValueError(
-            f"the text to calibrate with has {len(ids)} tokens; give one of at least {least}"
-        )
+    require_tokens(ids, least, "the text to calibrate with")
     with tempfile.TemporaryDirectory(prefix=".calibrating-", dir=folder) as temporary:
         build_onnx(file, temporary, progress, attention=GroupedAttention(), weights=weights)
         session = Session(Path(temporary) / "model.onnx", capacity=min(TOKENS, len(ids)))

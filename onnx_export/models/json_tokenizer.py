@@ -19,8 +19,12 @@ from onnx_export.models.tokenizer import Tokenizer
 with extra("onnx", __name__):
     import tokenizers
 
-__all__ = ["TOKENIZER", "JsonTokenizer", "context_length", "read_tokenizer", "tokenizer_files"]
+__all__ = [
+    "TOKENIZER", "JsonTokenizer", "context_length", "read_tokenizer", "tokenizer_files",
+    "tokenizer_of",
+]  # fmt: skip
 
+GGUF = b"GGUF"  # how such files begin
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
 # Where exporters say which tokens end a text, and how long one may be; the first is believed.
@@ -158,7 +162,43 @@ def read_tokenizer(path: str | os.PathLike[str]) -> JsonTokenizer:
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(4)
-    return _OfGGUF(path) if start == b"GGUF" else JsonTokenizer(path)
+    return _OfGGUF(path) if start == GGUF else JsonTokenizer(path)
+
+
+def tokenizer_of(
+    model: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
+) -> JsonTokenizer:
+    """Return the tokenizer of a model: of its GGUF file, or that beside it or in its folder.
+
+    Parameters
+    ----------
+    model : str or os.PathLike
+        A file or folder.
+    tokenizer : str or os.PathLike, optional
+        Another one than the model's own.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> tokenizer_of(tempfile.mkdtemp())
+    Traceback (most recent call last):
+    ValueError: there is no tokenizer '...tokenizer.json'; give one with --tokenizer
+    """
+    path, found = Path(model), None if tokenizer is None else Path(tokenizer)
+    if found is None and path.is_file():
+        with path.open("rb") as file:
+            found = path if file.read(4) == GGUF else path.with_name(TOKENIZER)
+    found = found or path / TOKENIZER
+    if not found.is_file():
+        raise ValueError(f"there is no tokenizer {str(found)!r}; give one with --tokenizer")
+    return read_tokenizer(found)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from nsq_ref.conformance import vectors
 from nsq_ref.dtypes import Array
@@ -98,7 +99,7 @@ def _models() -> Models:
             if vector.case.refused_by is not None:
                 continue
             kept = given.get("x", given.get("sinks"))
-            dtype: FloatName = "float32" if kept is None else kept.dtype.name
+            dtype = cast("FloatName", "float32" if kept is None else kept.dtype.name)
             rank = given["x"].ndim if operation == "encode" else len(given["shape"])
             models.setdefault((operation, scheme, dtype, rank), []).append(
                 (vector.case.id, given, made)
@@ -129,5 +130,4 @@ def _files(folder: Path, models: Models) -> Iterator[tuple[Path, bytes]]:
 def _tensor(name: str, array: Array, case: str) -> bytes:
     tensor: onnx.TensorProto = numpy_helper.from_array(array, name)
     tensor.doc_string = case
-    data: bytes = tensor.SerializeToString()
-    return data
+    return bytes(tensor.SerializeToString())

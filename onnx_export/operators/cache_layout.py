@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,7 +30,10 @@ from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 from onnx_export.operators.attention_models import cache_fields
 from onnx_export.operators.schema import CACHE_PARTS
 
-__all__ = ["KEY", "ROLES", "CacheLayout", "CacheTensor", "quantized_tensors"]
+__all__ = [
+    "KEY", "NAMED_RANKS", "ROLES", "CacheLayout", "CacheTensor", "layer_in_name",
+    "quantized_tensors",
+]  # fmt: skip
 
 KEY = "nsq.cache"
 VERSION = 1
@@ -49,6 +53,22 @@ int64 ``[batch]``. A model need not have all.
 many there are with those of ``past_lengths``; the rest is padding on the right, of which the cache
 keeps nothing. Without one of the two, and without ``past_lengths``, a row is padded on the left,
 where ``attention_mask`` is 0, or on the right if the layout says so."""
+
+
+NAMED_RANKS = {"input_ids": 2, "attention_mask": 2, "position_ids": 2, "past_lengths": 1}
+"""Inputs that all who write models call by their roles, and how many axes they then have."""
+
+
+def layer_in_name(name: str) -> int | None:
+    """Return the last number in the name of a cache, if it can be one of a layer.
+
+    Examples
+    --------
+    >>> layer_in_name("past_key_values.11.key"), layer_in_name("past"), layer_in_name("x123456")
+    (11, None, None)
+    """
+    numbers = re.findall("[0-9]+", name)
+    return int(numbers[-1]) if numbers and len(numbers[-1]) < 5 else None
 
 
 class CacheTensor(NamedTuple):

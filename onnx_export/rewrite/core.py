@@ -15,7 +15,8 @@ from typing import Any, Literal
 from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
 from nsq_ref.files import atomic
-from nsq_ref.scheme import KeyValueSchemes, Scheme
+from nsq_ref.policy import Policy
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 from onnx_export.custom_ops import library_path
 from onnx_export.operators.cache_buffers import buffer_tensors
 from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
@@ -29,7 +30,6 @@ from onnx_export.rewrite.message import remove, replace, unsound, value_info
 from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import NEWEST, raise_opset, require_raisable
 from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.policy import schemes_by_layer
 from onnx_export.rewrite.probe import axes_of
 from onnx_export.rewrite.report import Attention, Change, RewriteReport
 from onnx_export.rewrite.sizes import NEW_LENGTHS, PAST_LENGTHS, Sizes, input_roles
@@ -59,7 +59,7 @@ def rewrite(
     *,
     key: Scheme | str = "streaming4",
     value: Scheme | str | None = None,
-    policy: Mapping[str, Any] | None = None,
+    policy: Policy | Mapping[str, Any] | None = None,
     row_lengths: bool = False,
     opset: int | None = None,
     library: bool = False,
@@ -83,9 +83,9 @@ def rewrite(
     key, value : Scheme or str
         Of the caches, with a block size and without outlier channels; ``value`` is ``key`` by
         default.
-    policy : mapping, optional
-        Layer by layer: ``{"default": ..., "layers": {"0": None, "7": {"key": "streaming4",
-        "value": "streaming3"}}}``. None leaves a layer as it is.
+    policy : Policy or mapping, optional
+        Layer by layer, as `nsq_ref.policy` says: ``{"default": ..., "layers": {"0": None,
+        "7": "streaming4/streaming3"}}``. None leaves a layer as it is.
     row_lengths : bool
         Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
         take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
@@ -186,7 +186,7 @@ class _Edit:
         source: Path,
         key: Scheme | str,
         value: Scheme | str | None,
-        policy: Mapping[str, Any] | None,
+        policy: Policy | Mapping[str, Any] | None,
         row_lengths: bool,
         context: genai.Context | None,
     ) -> None:
@@ -209,7 +209,10 @@ class _Edit:
         self.results = results
         found = [one for one in results if isinstance(one, Found)]
         self.layers = layer_numbers(found)
-        by_layer = schemes_by_layer(list(self.layers.values()), key, value, policy)
+        key = as_scheme("key", key)
+        usual = KeyValueSchemes(key, key if value is None else as_scheme("value", value))
+        chosen = Policy.of({} if policy is None else policy, usual)
+        by_layer = chosen.schemes(list(self.layers.values()))
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
         self.context_length: int | None = None
         if context is not None:

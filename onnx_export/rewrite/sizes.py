@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsq_ref.extras import extra
+from onnx_export.operators.cache_layout import NAMED_RANKS
 from onnx_export.operators.nodes import Nodes
 from onnx_export.rewrite.found import Cache, Found
 from onnx_export.rewrite.graph import Graph
@@ -23,11 +24,12 @@ COUNTED = ("total", "past", "+")  # in what exporters call the axis of a mask of
 
 def input_roles(graph: Graph) -> dict[str, ir.Value]:
     """Return the inputs that have roles in a decode loop, by the names that all exporters use."""
-    ranks = {"input_ids": 2, "attention_mask": 2, "position_ids": 2, PAST_LENGTHS: 1}
     return {
         one.name: one
         for one in graph.model.graph.inputs
-        if one.name in ranks and graph.rank(one) == ranks[one.name] and one.dtype in INTEGERS
+        if one.name in NAMED_RANKS
+        and graph.rank(one) == NAMED_RANKS[one.name]
+        and one.dtype in INTEGERS
     }
 
 

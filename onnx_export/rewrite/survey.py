@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nsq_ref.extras import extra
+from onnx_export.operators.cache_layout import layer_in_name
 from onnx_export.rewrite.found import Cache, Found, Refused
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
@@ -98,7 +99,7 @@ def layer_numbers(found: Iterable[Found]) -> dict[Found, int]:
     given = list(found)
     named = {}
     for one in given:
-        numbers = {_number(cache.past.name or "") for cache in caches_of(one)}
+        numbers = {layer_in_name(cache.past.name or "") for cache in caches_of(one)}
         if len(numbers) == 1 and (number := numbers.pop()) is not None:
             named[one] = number
     if len(set(named.values())) == len(given):
@@ -164,12 +165,6 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
         for inner in graph:
             yield from (value for value in reads(inner) if value not in own)
         yield from (value for value in graph.outputs if value not in own)
-
-
-def _number(name: str) -> int | None:
-    """Return the last number in a name, if it can be one of a layer."""
-    numbers = re.findall("[0-9]+", name)
-    return int(numbers[-1]) if numbers and len(numbers[-1]) < 5 else None
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -28,6 +28,7 @@ from nsq_ref import (
     audit,
     bounds,
     comparison,
+    feedback,
     files,
     metrics,
     oracle,
@@ -93,6 +94,7 @@ OPTIONS = {
     "lengths": Integers([11]), "query_lengths": Integers([3]), "scale": Number(0.25),
     "softcap": Number(4.0), "sliding_window": Integer(5),
 }  # fmt: skip
+FEEDBACK = nsq.Feedback.from_queries(X, 2)
 BLOCK = spec.encode(X, nsq.Scheme(outlier_channels=1))
 PACKED_BLOCK = BLOCK._replace(codes=packing.pack(BLOCK.codes, nsq.Scheme()))
 
@@ -134,6 +136,14 @@ def repr_of(function: Callable[..., Any]) -> Callable[..., str]:
     return lambda **arguments: repr(function(**arguments))
 
 
+def feedback_parts(function: Callable[..., nsq.Feedback]) -> Callable[..., Any]:
+    def parts(**arguments: Any) -> Any:
+        made = function(**arguments)
+        return made.order, made.factor
+
+    return parts
+
+
 def prepared(**arguments: Any) -> Any:
     piece = attention.prepare(**arguments)
     return piece.kv_heads, piece.tokens, piece.head_dim, piece.arrays
@@ -173,6 +183,21 @@ CALLS: dict[str, Call] = {
     "Quantized": call(
         nsq.Quantized, scheme=Named("nsep+out4"), shape=Integers(list(X.shape)), dtype="float32",
         **{name: Numbers(part) for name, part in Q.parts.items()}, collapsed_tokens=Integer(0),
+    ),
+    "Feedback": call(
+        feedback_parts(nsq.Feedback), order=Numbers(FEEDBACK.order), factor=Numbers(FEEDBACK.factor)
+    ),
+    "Feedback.from_moment": call(
+        feedback_parts(nsq.Feedback.from_moment), damping=Number(0.25),
+        moment=Numbers(X[:, :8].swapaxes(1, 2) @ X[:, :8]),
+    ),
+    "Feedback.from_queries": call(
+        feedback_parts(nsq.Feedback.from_queries), queries=Numbers(X), kv_heads=Integer(2),
+        damping=Number(0.25),
+    ),
+    "Feedback.head": call(FEEDBACK.head, index=Integer(1)),
+    "feedback.second_moment": call(
+        feedback.second_moment, queries=Numbers(X), kv_heads=Integer(2)
     ),
     "attention.attend": call(
         attention.attend, query=Numbers(QUERY[:, :, :3]), keys=Numbers(KEYS),
@@ -227,6 +252,18 @@ CALLS: dict[str, Call] = {
     ),
     "bounds.reconstruction_error": call(
         bounds.reconstruction_error, direction=Numbers(ENDS), norm=Numbers(ONE), x_hat=Numbers(Y)
+    ),
+    "bounds.feedback_element_error": call(
+        bounds.feedback_element_error, direction=Numbers(X[0]), step_error=Numbers(abs(X[0])),
+        feedback=FEEDBACK.head(0),
+    ),
+    "bounds.feedback_logit_error": call(
+        bounds.feedback_logit_error, query=Numbers(X[0, :3]), direction=Numbers(X[0]),
+        step_error=Numbers(abs(X[0])), feedback=FEEDBACK.head(0),
+    ),
+    "bounds.feedback_metric_error": call(
+        bounds.feedback_metric_error, moment=Numbers(X[0].T @ X[0]), direction=Numbers(X[0]),
+        step_error=Numbers(abs(X[0])), feedback=FEEDBACK.head(0),
     ),
     "bounds.logit_error": call(
         bounds.logit_error, query=Numbers(Y), direction=Numbers(ENDS), norm=Numbers(ONE),
@@ -288,6 +325,9 @@ CALLS: dict[str, Call] = {
         rounding.least_squares_gain, x=Numbers(X), y=Numbers(X + 1)
     ),
     "files.write_arrays": call(saved, arrays=Numbers({"k": X})),
+    "strategies.feedbacks": call(
+        repr_of(strategies.feedbacks), kv_heads=Integer(2), head_dim=Integer(4)
+    ),
     "strategies.schemes": call(one_drawn, bits=Integer(3)),
     **{
         f"strategies.{function.__name__}": call(
@@ -354,7 +394,7 @@ CALLS: dict[str, Call] = {
 # What takes no array, integer or scheme of a caller, or is what a function returns.
 TAKE_NONE = {
     "audit.Audit", "audit.Audit.judged", "audit.Layer", "audit.LayerAudit",
-    "audit.LayerAudit.bits", "audit.Policy", "audit.audit_layers", "audit.html_page",
+    "audit.LayerAudit.bits", "audit.Recommendation", "audit.audit_layers", "audit.html_page",
     "audit.layers_of_arrays",
     "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
     "Scheme.to_dict",
@@ -368,7 +408,8 @@ TAKE_NONE = {
     "rivals.SchemeCodec", "rivals.SchemeCodec.encode", "rivals.SchemeCodec.decode",
     "rivals.SchemeCodec.coded", "rivals.Stored", "codec.block_of",
     "files.StorageError", "files.holds_cache",
-    "files.is_quantized", "files.load", "files.read_arrays", "files.save",
+    "files.is_quantized", "files.load", "files.load_feedback", "files.read_arrays", "files.save",
+    "files.save_feedback", "feedback.HeadFeedback",
 }  # fmt: skip
 # Modules with such a test of their own, and those that the package keeps for itself.
 ELSEWHERE = {

@@ -13,6 +13,7 @@ LAYERS = [
     {
         "renamed",
         "extras",
+        "feedback",
         "dtypes",
         "dlpack",
         "environment",
@@ -24,6 +25,7 @@ LAYERS = [
     {"spec", "kernels", "oracle"},
     {"quantized", "codec"},
     {"files", "cache", "attention", "bounds", "metrics", "rivals", "comparison", "strategies"},
+    {"policy"},
     {"audit", "conformance", "plots", "transformers"},
     {"cli"},
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.results import measure, pages, plans
-from benchmarks.results.kept import Kept, Mean
+from benchmarks.results.kept import Kept, Mean, filled
 from nsq_ref.rivals import entry
 from onnx_export.evaluation.injected import KeyOutlier, injected_onnx
 from onnx_export.evaluation.scoring import Reference
@@ -31,9 +32,31 @@ SMALL = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_data_make(name: str) -> None:
-    make = pages.index if name == "index" else pages.PAGES[name][0]
+    made = pages.index() if name == "index" else pages.PAGES[name][0]()
+    page = f"{filled(made).rstrip()}\n"
+    require_filled(page, made)
     written = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-    assert written == f"{make().rstrip()}\n", "run `make results` and look at what changed"
+    assert written == page, "run `make results` and look at what changed"
+
+
+def require_filled(page: str, made: str) -> None:
+    """Only line ends have moved; prose is as wide as it can be, and begins no list."""
+    assert page.split() == made.split()
+    assert filled(page) == page.rstrip()
+    for mark in ("|", "#", "![", "- "):
+        own, others = (
+            [line for line in text.splitlines() if line.startswith(mark)] for text in (page, made)
+        )
+        assert len(own) == len(others)
+        if mark != "- ":
+            assert own == others
+    prose = re.sub(r"^```.*?^```|^\$\$.*?\$\$", "", page, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in prose.splitlines() if not line.startswith(("|", "#", "!["))]
+    for line, after in itertools.pairwise(lines):
+        assert len(line) <= 100 or " " not in line.strip()
+        if line and after and not after.startswith("- "):
+            word = after.partition("`")[2].partition("`")[0] if after.startswith("`") else ""
+            assert len(line) + len(word or after.split()[0]) >= 98, (line, after)
 
 
 def test_every_figure_is_on_a_page_and_every_page_has_its_figures() -> None:

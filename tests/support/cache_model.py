@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import KVCache, Scheme, dequantize, quantize
+from nsq_ref import Feedback, KVCache, Scheme, dequantize, quantize
 from nsq_ref.strategies import schemes
 
 Array = npt.NDArray[Any]
@@ -44,7 +44,7 @@ def everything(thing: object, seen: dict[int, Any] | None = None) -> Any:
     Two of these are equal if nothing happened in between that anyone could ever notice.
     """
     seen = {} if seen is None else seen
-    if thing is None or isinstance(thing, str | int | float | np.dtype | Scheme):
+    if thing is None or isinstance(thing, str | int | float | np.dtype | Scheme | Feedback):
         return repr(thing)
     if id(thing) in seen:
         return f"as {[*seen].index(id(thing))}"
@@ -65,9 +65,11 @@ class TokenList(NamedTuple):
 
     scheme: Scheme
     tokens: tuple[Array, ...] = ()
+    feedback: Feedback | None = None
 
     def grown(self, x: Array) -> TokenList:
-        return TokenList(self.scheme, (*self.tokens, *(x[:, t].copy() for t in range(x.shape[1]))))
+        new = (x[:, t].copy() for t in range(x.shape[1]))
+        return self._replace(tokens=(*self.tokens, *new))
 
     def split(self, length: int) -> tuple[int, int]:
         """Where sealed blocks begin and end, in a sequence of this length."""
@@ -85,17 +87,18 @@ class TokenList(NamedTuple):
         if sealed < length < sealed_before:
             block = np.stack(self.tokens[sealed : sealed + size], axis=1)
             scheme = dataclasses.replace(self.scheme, sink_tokens=0)
-            decoded = dequantize(quantize(block, scheme, backend="numpy"), backend="numpy")
+            coded = quantize(block, scheme, backend="numpy", feedback=self.feedback)
+            decoded = dequantize(coded, backend="numpy")
             most = np.finfo(np.float16).max if block.dtype == np.float16 else np.inf
             kept[sealed:] = [
                 np.clip(decoded[:, t], -most, most).astype(block.dtype)
                 for t in range(length - sealed)
             ]
-        return TokenList(self.scheme, tuple(kept))
+        return self._replace(tokens=tuple(kept))
 
     def stored(self) -> Stored:
         """What a cache stores of it; RangeError where it cannot."""
-        return dict(_stored(self.scheme, *map(_Token, self.tokens)))
+        return dict(_stored(self.scheme, self.feedback, *map(_Token, self.tokens)))
 
 
 class _Token:
@@ -113,7 +116,7 @@ class _Token:
 
 
 @functools.lru_cache(maxsize=4096)
-def _stored(scheme: Scheme, *tokens: _Token) -> Stored:
+def _stored(scheme: Scheme, feedback: Feedback | None, *tokens: _Token) -> Stored:
     if not tokens:
         return {}
     x = np.stack([token.array for token in tokens], axis=1)
@@ -123,10 +126,11 @@ def _stored(scheme: Scheme, *tokens: _Token) -> Stored:
         size = scheme.block_size
         assert size is not None
         sealed = dataclasses.replace(scheme, sink_tokens=0)
-        arrays |= quantize(x[:, start:stop], sealed, backend="numpy").parts
+        arrays |= quantize(x[:, start:stop], sealed, backend="numpy", feedback=feedback).parts
+        blocks = (x[:, t : t + size] for t in range(start, stop, size))
         collapsed = [
-            quantize(x[:, t : t + size], sealed, backend="numpy").collapsed_tokens
-            for t in range(start, stop, size)
+            quantize(block, sealed, backend="numpy", feedback=feedback).collapsed_tokens
+            for block in blocks
         ]
         arrays["collapsed"] = np.array(collapsed, np.int32)
     return {

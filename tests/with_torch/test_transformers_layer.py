@@ -214,6 +214,7 @@ def test_policies() -> None:
     sized = nsq.Scheme.named("nsep+pchan4")
     kivi = tuple(replace(x, block_size=32) for x in nsq.Scheme.named("nsep+KIVI"))
     both = (KEY, VALUE)
+    both_json = {"key": KEY.to_dict(), "value": VALUE.to_dict()}
     cases: list[tuple[dict[str, Any], list[Any]]] = [
         ({}, [(usual, usual)] * 2),
         ({"policy": {}}, [(usual, usual)] * 2),
@@ -221,6 +222,8 @@ def test_policies() -> None:
         ({"policy": {0: None}, "key": KEY, "value": VALUE}, [None, both]),
         ({"policy": [both, None]}, [both, None]),
         ({"policy": (None, ["streaming4", KEY])}, [None, (usual, KEY)]),
+        ({"policy": {"layers": {"0": None}}, "key": KEY, "value": VALUE}, [None, both]),
+        ({"policy": {"default": "streaming4", "layers": {"1": both_json}}}, [(usual, usual), both]),
         ({"policy": {0: "nsep+KIVI"}, "key": "nsep+KIVI", "block_size": 32}, [kivi, kivi]),
         (
             {"key": sized, "value": sized, "block_size": 32},
@@ -230,6 +233,9 @@ def test_policies() -> None:
     for arguments, expected in cases:
         assert schemes_of(NsqCache(config, **arguments)) == expected
     assert schemes_of(NsqCache(config_of("gemma2"), policy=[None, both])) == [None, both]
+    file = {"default": both_json, "layers": {"0": None}}
+    assert schemes_of(NsqCache(config_of("gemma2"), policy=file)) == [None, both]
+    assert schemes_of(NsqCache(config_of("gemma2"), policy={"default": both_json})) == [None, both]
 
 
 T5 = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -240,6 +246,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("llama", {"policy": [None]}, ValueError, r"^policy has 1 entries; the model has 2 layers$"),
     ("llama", {"policy": {2: None}}, ValueError, r"^a layer of policy=2 must be .* 0 to 1$"),
     ("llama", {"policy": {"0": None}}, TypeError, r"^a layer of policy='0' is not an integer"),
+    ("llama", {"policy": {"layers": {"2": None}}}, ValueError, r"^policy: there is no layer 2"),
     ("llama", {"policy": "streaming4"}, TypeError, r"^policy='streaming4' is no mapping"),
     ("llama", {"policy": {1: "streaming4"}}, TypeError, r"^policy\[1\]: .* is no pair of schemes"),
     ("llama", {"policy": {1: (KEY, None)}}, TypeError, r"^policy\[1\]: .* is no pair of schemes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -97,6 +98,14 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
     for query, keys, values, options in _long(sinks, draw):
         yield "long-attention", query, keys, values, scheme, options
     yield "value-head-dim", *drawn(2, 1, 1, 5, 3, 8), scheme, {}
+    yield "value-scheme", *drawn(2, 1, 1, 5, 8, 8), _of_like_parts(scheme), {}
+
+
+def _of_like_parts(scheme: Scheme) -> Scheme:
+    """Return a scheme whose parts a reader can take for those of the given one."""
+    if scheme.separate_norm:
+        return replace(scheme, magnitude="gain" if scheme.magnitude == "norm" else "norm")
+    return replace(scheme, symmetric=not scheme.symmetric)
 
 
 def _long(sinks: int, draw: Draw) -> Iterator[tuple[Float32, Float32, Float32, dict[str, float]]]:

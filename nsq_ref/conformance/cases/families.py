@@ -422,6 +422,9 @@ def _subnormal_norms(scheme: Scheme, draw: Draw) -> Iterator[Array]:
     x[1:, 1] = np.ldexp(np.array([3, -5, 7]), -24)  # subnormal elements among others
     x[1:, 4] = np.ldexp(np.array([-3, 5, 9]), -133)
     yield x
+    x = draw.bell(4, 6).astype(np.float64)
+    x[3] = [0, 0, 2.0**-24, 0, 0, 0]  # the least token of float16
+    yield x
 
 
 @_family("largest-half")

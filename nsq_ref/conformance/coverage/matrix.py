@@ -187,10 +187,7 @@ def answered(reference: Reference, case: Case) -> Answer | None:
             if case.operation == "stream":
                 row = int(given["row"].item())
                 return Answer(DONE, model.stream(given["x"], scheme, given["steps"], row))
-            decoded = []
-            for side in ("keys", "values"):
-                parts, shape, own = stored_side(case, side)
-                decoded.append(model.decode(parts, own, shape))
+            decoded = model.decode_sides(stored_side(case, "keys"), stored_side(case, "values"))
             wide = given["query"].astype(np.float64)
             output = model.attend(wide, *decoded, attention_options(given))
             return Answer(DONE, {"output": output.astype(np.float32)})

@@ -106,7 +106,7 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: not scheme.separate_norm,
         [*_names(NORMS), *_names(FACTORS), *_OF_LENGTHS, "reciprocal of the norm",
          *_starting("norm narrowed to", "norm at least", "factors counted"),
-         "codes of a zero token",
+         "codes of a zero token", "values read with the keys' norms",
          "direction from the float64 norm", "reciprocal root", "zero test on the norm in float16",
          *(name for name in _TILES if name.endswith("out of the norm")), "gain renormalised",
          "epsilon 1e-12 added to the norm", "epsilon 1e-10 added to the norm",
@@ -160,7 +160,7 @@ REASONS: tuple[Reason, ...] = (
         [name for name in _TILES
          if "channel" in name and name.endswith("out of the range")] + ["outliers in the range"]),
     *(_reason("small blocks", "A block has no more tokens than are counted.",
-          _within_blocks_of(_tile_of(name)), [name])
+          _within_blocks_of(_tile_of(name) - name.startswith("last token")), [name])
       for name in _TILES if "token" in name and name.endswith(("the range", "the ranking"))
       and any(word.isdigit() for word in name.split())),
     _reason("bits", "Codes have another width (P1).",
@@ -177,7 +177,8 @@ REASONS: tuple[Reason, ...] = (
     _reason("float16 norms", "Norms of float16 input that are not 0 are 2^-24 or more.",
         lambda scheme, dtype: dtype == "float16",
         ["subnormal norms flushed", "zero test on the norm in float16", "norm at least 1e-12",
-         "norm at least 1e-10", "norm at least 1e-08", "subnormal inputs flushed"]),
+         "norm at least 1e-10", "norm at least 1e-08", "subnormal inputs flushed",
+         *(f"norms below {least} taken for 0" for least in ("1e-12", "1e-10", "1e-08"))]),
     _reason("another input", "Only float16 input has such elements.",
         lambda scheme, dtype: dtype != "float16", ["subnormal float16 inputs flushed"]),
     _reason("scales too coarse",
@@ -328,7 +329,8 @@ REASONS: tuple[Reason, ...] = (
         "With the scale rule search a port is judged on its own scales (S4).",
         lambda scheme, dtype: scheme.scale_rule == "search",
         ["reciprocal of the number of levels", "range in double precision",
-         "range that includes zero", "negative scale forced to zero",
+         "range that includes zero", "maximum of at least zero", "minimum of at most zero",
+         "negative scale forced to zero",
          "magnitude of a negative scale", "scale at least 1e-08", "range shared by heads",
          "scales narrowed with ties away from zero", "cast before the clamp",
          *(f"last partial tile of {n} tokens out of the range" for n in (16, 32, 64)),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nsq_ref.codec import Quantized
 from nsq_ref.conformance.judge.arrays import text_of
 from nsq_ref.conformance.judge.stages import Judging
 from nsq_ref.conformance.operations import attention_options, stored_side
-from nsq_ref.scheme import Field
+from nsq_ref.scheme import Field, Scheme
 
 
 class JudgingAttend(Judging):
@@ -18,14 +20,10 @@ class JudgingAttend(Judging):
         """Judge structure and outputs."""
         inputs, spec = self.case.inputs, self.reference
         query = inputs["query"]
-        sides = []
-        for side in ("keys", "values"):
-            parts, shape, scheme = stored_side(self.case, side)
-            decoded = spec.model.decode(parts, scheme, shape)
-            kind = parts["sinks"].dtype if "sinks" in parts else np.dtype(np.float32)
-            sides.append((decoded, Quantized(scheme, shape, kind, **parts)))
+        sides = stored_side(self.case, "keys"), stored_side(self.case, "values")
+        keys, values = spec.model.decode_sides(*sides)
+        key_parts, value_parts = (_quantized(*side) for side in sides)
         options = attention_options(inputs)
-        (keys, key_parts), (values, value_parts) = sides
         shape = (*query.shape[:2], values.shape[-1])
         got = self._structure({"output": Field(shape, np.dtype(np.float32))})["output"]
         wide = query.astype(np.float64)
@@ -45,3 +43,8 @@ class JudgingAttend(Judging):
                 shown=(("tolerance", f"{bound[index]:.3g}"), ("times it", f"{far[index]:.3g}")),
                 wrong=int(wrong.sum()), of=wrong.size,
             )  # fmt: skip
+
+
+def _quantized(parts: dict[str, Any], shape: tuple[int, ...], scheme: Scheme) -> Quantized:
+    dtype = parts["sinks"].dtype if "sinks" in parts else np.dtype(np.float32)
+    return Quantized(scheme, shape, dtype, **parts)

@@ -147,11 +147,16 @@ class _Search:
                 self._explain(mistake, findings, left, ())
             findings = left
         given_up: set[str] = set(UNEXPLAINABLE)
+        misshapen = _cases_of([f for f in findings if f.stage == "structure"])
         while stages := {f.stage for f in findings} - given_up:
             stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
             part = given_up == set(UNEXPLAINABLE) and not self._by_chance
-            whole, parts = self._candidates(stage, mistakes, findings, part)
+            whole: list[_Candidate] = []
+            parts: list[_Candidate] = []
+            # Where most answers have another shape, the others are no evidence.
+            if misshapen <= _cases_of([f for f in findings if f.stage not in UNEXPLAINABLE]):
+                whole, parts = self._candidates(stage, mistakes, findings, part)
             less = None if whole else self._off_by_steps(stage, mistakes, findings)
             if less is not None:
                 findings = less
@@ -431,6 +436,10 @@ def _amount(findings: Sequence[Finding]) -> str:
     return f"{wrong} wrong {STAGES[stage]} in {_cases(findings)}"
 
 
+def _cases_of(findings: Sequence[Finding]) -> int:
+    return len({id(f.case) for f in findings})
+
+
 def _cases(findings: Sequence[Finding]) -> str:
-    count = len({id(f.case) for f in findings})
+    count = _cases_of(findings)
     return "1 case" if count == 1 else f"{count} cases"

@@ -12,6 +12,7 @@ from nsq_ref.conformance.mistakes.tiles import first_ones, whole_tiles
 
 _formula = place("model.attend", "A1", ATTEND)
 _mask = place("model.attend", "A2", ATTEND)
+_sides = place("model.decode_sides", "A1", ATTEND)
 
 
 def _option(**changes: Function) -> Change:
@@ -161,6 +162,25 @@ def _in_half(s: Any) -> Any:
     return p / p.sum(axis=-1, keepdims=True)
 
 
+def _with_part_of_keys(name: str) -> Change:
+    def decode_sides(original: Function, keys: Any, values: Any) -> Any:
+        parts, *rest = values
+        if name not in keys[0] or name not in parts:
+            return original(keys, values)
+        return original(keys, ({**parts, name: np.resize(keys[0][name], parts[name].shape)}, *rest))
+
+    return around(decode_sides)
+
+
+def _by_the_scheme_of_keys(original: Function, keys: Any, values: Any) -> Any:
+    scheme = keys[2]
+    parts, shape, own = values
+    if (own.bits, own.axis, own.block_size) != (scheme.bits, scheme.axis, scheme.block_size):
+        return original(keys, values)  # what is read then is nothing that can be computed
+    read = {name: part for name, part in parts.items() if name != "zero" or not scheme.symmetric}
+    return original(keys, (read, shape, scheme))
+
+
 ATTENTION = [
     *(_formula(f"keys past {n} ignored", f"keys past the first {n} have no weight",
           _kept(first_ones(n))) for n in (16, 32, 64, 128, 256)),
@@ -188,6 +208,13 @@ ATTENTION = [
     _formula("values no wider than keys",
         "channels of values past those of keys are 0",
         around(_values_as_wide_as_keys)),
+    _sides("values read with the keys' scheme",
+        "values are decoded by the scheme of keys; they have their own",
+        around(_by_the_scheme_of_keys)),
+    _sides("values read with the keys' scales", "values are decoded with the scales of keys",
+        _with_part_of_keys("scale")),
+    _sides("values read with the keys' norms", "values are decoded with the norms of keys",
+        _with_part_of_keys("norm")),
     *(_mask(f"window from whole tiles of {n}",
           f"what a window sees before a whole tile of {n} keys is left out",
           _window_from_tiles_of(n)) for n in (16, 32, 64)),

@@ -66,6 +66,10 @@ NORMS = [
         _root_of(wrong.compensated)),
     _norm("subnormal norms flushed", "subnormal norms are 0, and their tokens coded as zero tokens",
         after(wrong.flushed)),
+    *(_norm(f"norms below {least:g} taken for 0",
+          f"tokens of a norm below {least:g} are coded as zero tokens; only a norm of 0 is one",
+          after(lambda norm, *_, least=least: np.where(norm < F32(least), F32(0), norm)), "N2")
+      for least in (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)),
 ]  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _run_of_three() -> dict[str, Change]:
         stored = codes.astype(np.int16) + scheme.code_offset
         bits = (stored[..., None] >> np.arange(3) & 1).astype(np.uint8)
         row = np.zeros((*right.shape[:-1], 8 * right.shape[-1]), np.uint8)
-        row[..., : 3 * codes.shape[-1]] = bits.reshape(*codes.shape[:-1], -1)
+        row[..., : 3 * codes.shape[-1]] = bits.reshape(*codes.shape[:-1], 3 * codes.shape[-1])
         return np.packbits(row, axis=-1, bitorder="little")
 
     def unpack(original: Function, packed: Any, scheme: Scheme, head_dim: int) -> Any:

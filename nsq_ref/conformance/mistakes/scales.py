@@ -31,6 +31,7 @@ from nsq_ref.scheme import Scheme
 
 _scale = place("spec.scale_of", "S1", ENCODE)
 _span = place("spec.range_span", "S1", ENCODE)
+_extent = place("spec.extent", "S2", ENCODE)
 
 
 def _levels(scheme: Scheme) -> np.float32:
@@ -53,6 +54,13 @@ def _only_if(symmetric: bool, function: Function) -> Change:
         lambda result, *arguments: (
             function(result, *arguments) if arguments[-1].symmetric == symmetric else result
         )
+    )
+
+
+def _ends(function: Function) -> Change:
+    """Change the minimum and the maximum of asymmetric schemes."""
+    return after(
+        lambda extent, direction, coded, scheme: extent if scheme.symmetric else function(*extent)
     )
 
 
@@ -95,10 +103,13 @@ RANGES = [
     _scale("scale an ulp high", "scales are the next number of their dtype above the right one",
         after(lambda scale, *_: np.where(
             scale > 0, np.nextafter(scale, scale.dtype.type(np.inf)), scale))),
-    place("spec.extent", "S2", ENCODE)("range that includes zero",
+    _extent("range that includes zero",
         "minimum and maximum are never above and below 0; take them as they are",
-        after(lambda extent, direction, coded, scheme: extent if scheme.symmetric else (
-            np.minimum(extent[0], F32(0)), np.maximum(extent[1], F32(0))))),
+        _ends(lambda low, high: (np.minimum(low, F32(0)), np.maximum(high, F32(0))))),
+    _extent("maximum of at least zero", "maxima are never below 0; take them as they are",
+        _ends(lambda low, high: (low, np.maximum(high, F32(0))))),
+    _extent("minimum of at most zero", "minima are never above 0; take them as they are",
+        _ends(lambda low, high: (np.minimum(low, F32(0)), high))),
     _scale("negative scale forced to zero",
         "negative scales, where narrowing lifts zero above the maximum, are set to 0",
         after(lambda scale, *_: np.maximum(scale, scale.dtype.type(0))), "S2"),

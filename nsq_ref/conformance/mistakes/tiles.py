@@ -64,7 +64,7 @@ def _range_over(axis: str, kept: Count) -> Change:
     return around(extent)
 
 
-def _range_without(token: int) -> Change:
+def _range_without(token: int | slice) -> Change:
     def extent(original: Function, direction: Any, coded: Any, scheme: Scheme) -> Any:
         if scheme.axis != "channel" or direction.shape[-2] == 1:
             return original(direction, coded, scheme)
@@ -155,6 +155,12 @@ TILES = [
         _range_without(0)),
     _extent("last token out of the range", "the last token has no part in minimum and maximum",
         _range_without(-1)),
+    *(_extent(f"first token of further tiles of {n} out of the range",
+          f"tokens {n}, {2 * n} and so on have no part in minimum and maximum",
+          _range_without(slice(n, None, n))) for n in (16, 32, 64, 128)),
+    *(_extent(f"last token of tiles of {n} out of the range",
+          f"tokens {n - 1}, {2 * n - 1} and so on have no part in minimum and maximum",
+          _range_without(slice(n - 1, None, n))) for n in (16, 32, 64, 128)),
     *(_extent(f"last partial tile of {n} channels out of the range",
           f"the channels behind whole tiles of {n} have no part in minimum and maximum",
           _range_over("token", whole_tiles(n))) for n in CHANNELS),

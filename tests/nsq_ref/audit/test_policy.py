@@ -11,9 +11,8 @@ from nsq_ref import KeyValueSchemes, Scheme, dequantize, quantize
 from nsq_ref.audit import Layer, audit
 from nsq_ref.audit.losses import Losses
 from nsq_ref.audit.modes import failure_modes
-from nsq_ref.audit.policy import scheme_text
 from nsq_ref.dtypes import Float32
-from onnx_export.rewrite.policy import schemes_by_layer
+from nsq_ref.policy import Policy
 
 STREAMING4 = Scheme.named("streaming4")
 
@@ -85,7 +84,7 @@ def test_leading_sinks_are_kept_and_wide_norms_are_float32() -> None:
     }
     assert policy.reasons[2][0] == "keys: the first 3 tokens stand out: 3 stay as they are"
     assert "float16 does not hold" in policy.reasons[0][0]
-    read = schemes_by_layer([0, 1, 2], "streaming3", policy=policy.to_rewrite())
+    read = Policy.of(policy.to_rewrite()).schemes([0, 1, 2])
     assert read == policy.layers
     assert policy.to_cache()[2] == (three, three)
 
@@ -98,12 +97,6 @@ def test_memory_is_that_of_the_schemes() -> None:
     assert policy.float16_nbytes == 2 * 2 * x.size
     assert policy.bits_per_element == pytest.approx(quantized.bits_per_element)
     assert policy.bits_at_4096 == STREAMING4.bits_per_element(4096, 32, np.float16)
-
-
-def test_names_of_schemes() -> None:
-    assert scheme_text(STREAMING4) == "streaming4"
-    assert scheme_text(replace(STREAMING4, block_size=64)) == "streaming4 block_size=64"
-    assert scheme_text(Scheme.named("nsep+pchan4")) == "nsep+pchan4"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nsq_ref import KVCache, RangeError, Scheme, dequantize
+from nsq_ref import Feedback, KVCache, RangeError, Scheme, dequantize
 from nsq_ref.cache import pages
+from nsq_ref.strategies import feedbacks
 from tests.support.cache_model import (
     DTYPES,
     CacheList,
@@ -47,6 +48,8 @@ class CacheMachine(RuleBasedStateMachine):
         batch=st.integers(1, 3),
         kv_heads=st.integers(1, 2),
         channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        feedback=st.booleans(),
+        data=st.data(),
         page_tokens=st.sampled_from([1, 4, 512]),
         seed=st.integers(0, 2**32 - 1),
     )
@@ -57,6 +60,8 @@ class CacheMachine(RuleBasedStateMachine):
         batch: int,
         kv_heads: int,
         channels: tuple[int, int],
+        feedback: bool,
+        data: st.DataObject,
         page_tokens: int,
         seed: int,
     ) -> None:
@@ -64,8 +69,14 @@ class CacheMachine(RuleBasedStateMachine):
         pages.PAGE_TOKENS = page_tokens
         self.rng = np.random.default_rng(seed)
         self.kv_heads, self.channels = kv_heads, channels
-        cache = KVCache(batch, kv_heads, channels[0], key, value, value_head_dim=channels[1])
-        self.pairs = [(cache, CacheList((RowList(TokenList(key), TokenList(value)),) * batch))]
+        self.feedback: Feedback | None = None
+        if feedback:  # F1, of one head for all, or of each
+            heads = data.draw(st.sampled_from([1, kv_heads]))
+            self.feedback = data.draw(feedbacks(heads, channels[0]))
+        self.options = {"value_head_dim": channels[1], "key_feedback": self.feedback}
+        cache = KVCache(batch, kv_heads, channels[0], key, value, **self.options)
+        row = RowList(TokenList(key, feedback=self.feedback), TokenList(value))
+        self.pairs = [(cache, CacheList((row,) * batch))]
         self.touched = 0
 
     def teardown(self) -> None:
@@ -250,7 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             first, second = Path(folder) / "first", Path(folder) / "second"
             cache.save(first)
-            loaded = KVCache.load(first)
+            loaded = KVCache.load(first, key_feedback=self.feedback)
             loaded.save(second)
             assert first.read_bytes() == second.read_bytes()
         self.now(loaded, model)
@@ -264,10 +275,8 @@ class CacheMachine(RuleBasedStateMachine):
         for index, row in enumerate(model.rows):
             if not row.length:
                 continue
-            fresh = KVCache(
-                1, self.kv_heads, self.channels[0], cache.key, cache.value,
-                value_head_dim=self.channels[1],
-            )  # fmt: skip
+            sizes = 1, self.kv_heads, self.channels[0]
+            fresh = KVCache(*sizes, cache.key, cache.value, **self.options)
             fresh.append(*(np.stack(side.tokens, axis=1)[None] for side in row))
             expected = fresh.attend(
                 query[index : index + 1], query_lengths=counts[index : index + 1]

@@ -12,8 +12,8 @@ import pytest
 
 from nsq_ref.audit import audit
 from nsq_ref.files import write_arrays
+from nsq_ref.policy import Policy
 from onnx_export.models.tiny import tiny_gguf
-from onnx_export.rewrite.policy import schemes_by_layer
 from tests.support.command import nsq, refused
 
 TEXT = "The state of the union, in so many words. " * 8
@@ -72,7 +72,7 @@ def test_json_page_and_policy_say_the_same(folder: Path) -> None:
     assert told == {"source": "kvq.npz", **json.loads(json.dumps(expected.to_dict()))}
     policy = json.loads((folder / "p.json").read_text())
     assert policy == told["recommendation"]["policy"]
-    assert schemes_by_layer([0, 1, 2], "streaming4", policy=policy) == expected.policy.layers
+    assert Policy.of(policy).schemes([0, 1, 2]) == expected.policy.layers
     page = (folder / "a.html").read_text()
     assert "kvq.npz" in page
     assert expected.advice()[0] in page

@@ -28,6 +28,7 @@ from nsq_ref import (
 )
 from nsq_ref import scheme_names as names
 from nsq_ref.cli import options as read
+from nsq_ref.policy import scheme_text
 from tests.support.command import NSQ, nsq, process, refused
 
 RNG = np.random.default_rng(0)
@@ -211,9 +212,9 @@ def test_a_label_names_the_scheme(name, bits, block_size, dtype):
     changes = [f"bits={bits}", f"block_size={block_size}", f"scale_dtype={dtype}"]
     scheme = read.key_value_schemes(name, None, changes).key
     assert (scheme.bits, scheme.block_size, scheme.scale_dtype) == (bits, block_size, dtype)
-    nearest, *differences = read.label(scheme).split()
+    nearest, *differences = scheme_text(scheme).split()
     assert read.key_value_schemes(nearest, None, differences).key == scheme
-    assert read.label(Scheme.named(name)) == name
+    assert scheme_text(Scheme.named(name)) == name
 
 
 @given(st.sampled_from(names()))
@@ -221,7 +222,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
     """S4: that streaming2 searches makes no other width of streaming one of its kind."""
     scheme = Scheme.named(name)
     other = "range" if scheme.scale_rule == "search" else "search"
-    assert read.label(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
+    assert scheme_text(replace(scheme, scale_rule=other)) == f"{name} scale_rule={other}"
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def tiny_with(folder: Path, **changes: object) -> Path:
         ({"model": "llama"}, {}, "only byte-level BPE"),
         ({"pre": "deepseek-llm"}, {}, "'tokenizer.ggml.pre' is 'deepseek-llm'"),
         ({"tokens": None}, {}, "'tokenizer.ggml.tokens' is missing"),
-        ({}, {"passages": 100_000}, "the addresses hold"),
+        ({}, {"passages": 100_000}, "the text holds"),
         ({}, {"prefill_length": 500, "continuation_length": 13}, "513 tokens together, more than"),
         ({}, {"prefill_length": 0}, "prefill_length=0 must be an integer of at least 1"),
         ({}, {"continuation_length": 0}, "continuation_length=0 must be an integer of at least 1"),

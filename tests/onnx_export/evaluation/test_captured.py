@@ -13,6 +13,7 @@ import tokenizers
 
 from onnx_export.evaluation import captured as module
 from onnx_export.evaluation.captured import Captured, captured
+from onnx_export.evaluation.surveyed import in_heads
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.tiny import tiny_gguf
 from onnx_export.models.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from onnx_export.rewrite.found import Found
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
 from onnx_export.rewrite.survey import survey
-from tests.support.exports import EXPORTS
+from tests.support.exports import EXPORTS, Text
 
 TEXT = "WE HOLD THESE TRUTHS TO BE SELF-EVIDENT"
 Float = npt.NDArray[np.float64]
@@ -91,22 +92,24 @@ def test_an_exported_decoder(name: str, tmp_path: Path) -> None:
     proto = files.inlined(files.read(path), {one for p in PATTERNS for one in p.ANCHORS})
     every = [one for one in survey(Graph(files.as_ir(proto, tmp_path))) if isinstance(one, Found)]
     assert len(every) == len(found.layers)
-    feeds = module._feeds(path, proto, np.array([ord(letter) - 32 for letter in TEXT]))
+    feeds = {**Text([0]).step(len(TEXT)), "input_ids": [[ord(letter) - 32 for letter in TEXT]]}
+    feeds = {one.name: feeds[one.name] for one in proto.graph.input if one.name in feeds}
+    feeds = {name: np.array(given) for name, given in feeds.items()}
     for one in every:
         for cache in (one.key_cache, one.value_cache):
             feeds[str(cache.past.name)] = np.zeros((1, one.kv_heads, 0, one.head_dim), one.dtype)
     outputs = [str(one.output.value.name) for one in every]
     values = module._run(proto, path, feeds, [], outputs)
     for layer, (one, output) in enumerate(zip(every, outputs, strict=True)):
-        own = module._heads(values[output], one.output.layout, one.heads)
+        own = in_heads(values[output], one.output.layout, one.heads)
         np.testing.assert_allclose(attended(found, layer), own[0], atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mobius-llama-static", "cache 'key_cache.0' has a fixed size; export it with one that"),
-        ("decoder-whisper-18", "it is not known what input 'past_key_values.0.encoder.key' is"),
+        ("mobius-llama-static", "'key_cache.0' has 3 axes; known are caches of four"),
+        ("decoder-whisper-18", "no output is what 'past_key_values.0.encoder.key' has grown to"),
         ("genai-qwen3-webgpu-int4", "ONNX Runtime does not run it"),
     ],
 )
@@ -119,10 +122,14 @@ def test_what_is_not_understood(name: str, message: str, tmp_path: Path) -> None
 def test_a_model_without_its_tokenizer_and_no_model(tmp_path: Path) -> None:
     path = export(EXPORTED[0], tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"model\.onnx has no tokenizer\.json beside it"):
+    with pytest.raises(ValueError, match=r"there is no tokenizer .*tokenizer\.json"):
         captured(path, TEXT)
+    path = export(EXPORTED[0], tmp_path)
     path.write_bytes(b"%PDF-1.5 and so on")
     with pytest.raises(ValueError, match=r"model\.onnx"):
         captured(path, TEXT)
+    np.savez(tmp_path / "kv.npz", x=np.ones(3))
+    with pytest.raises(ValueError, match=r"kv\.npz is a NumPy \.npz file"):
+        captured(tmp_path / "kv.npz", TEXT)
     with pytest.raises(ValueError, match="tokens=3 must be an integer of at least 16"):
         captured(tiny_gguf(tmp_path), TEXT, tokens=3)

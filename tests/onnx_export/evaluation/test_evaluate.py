@@ -56,8 +56,8 @@ def test_the_float32_logits_are_computed_once(model: CausalModel) -> None:
             protocol=SHORT,
             progress=lambda what, done, total, seen=progress: seen.append((done, total)),
         )
-        # Of each passage the context, and what follows it; of all one token, for the layers.
-        assert counting.calls == 4 * (2 + len(names)) + 1
+        # Of each passage the context, and what follows it; before all, some tokens in pieces.
+        assert counting.calls == 4 * (2 + len(names)) + 3
         total = 4 * (1 + len(names))
         assert progress == [(done, total) for done in range(1, total + 1)]
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_ended_goes_on(
     again = Counting(model)
     result = evaluate(again, TEXT, NAMES, protocol=SHORT, store=tmp_path / "kept")
     assert result == found
-    assert again.calls + at <= 21 + 2 + 1  # at most a passage's context is read again
+    assert again.calls + at <= 23 + 2 + 3  # at most a passage's context is read again
     for path, text in kept.items():
         done = json.loads(text)["task"]["method"]
         assert done is None or path.read_bytes() == text
@@ -82,7 +82,7 @@ def test_a_run_that_was_ended_goes_on(
     assert third.calls == 0
     more = Counting(model)
     evaluate(more, TEXT, ["naive2", *NAMES], protocol=SHORT, store=tmp_path / "kept")
-    assert more.calls == 4 * 3 + 1
+    assert more.calls == 4 * 3 + 3
 
 
 def test_what_was_damaged_is_measured_again(
@@ -157,6 +157,27 @@ def test_methods_that_this_model_cannot_have_are_told(model: CausalModel) -> Non
     assert "- q4_0 was refused: x has head_dim 8" in found.to_markdown()
 
 
+class Forgetful(Counting):
+    """Reads without its cache, as an encoder does; or gives what is no number."""
+
+    def __init__(self, model: CausalModel, *, finite: bool = True) -> None:
+        super().__init__(model)
+        self.finite = finite
+
+    def forward(self, input_ids: Any, past: Any = None, *, num_logits: Any = None) -> Any:
+        logits, *cache = self.model.forward(input_ids, past, num_logits=num_logits)
+        if past is not None:
+            logits, _, _ = self.model.forward(input_ids, num_logits=num_logits)
+        return (logits if self.finite else logits * np.nan, *cache)
+
+
+def test_a_model_whose_cache_is_not_all_it_reads_is_refused(model: CausalModel) -> None:
+    with pytest.raises(ValueError, match=r"in pieces otherwise than at once \(logits differ by \d"):
+        evaluate(Forgetful(model), TEXT, ["naive4"], protocol=SHORT)
+    with pytest.raises(ValueError, match="logits are not finite, with the float32 cache"):
+        evaluate(Forgetful(model, finite=False), TEXT, ["naive4"], protocol=SHORT)
+
+
 def test_figures_are_of_tokens_and_passages(found: Evaluation) -> None:
     table = json.loads(json.dumps(found.to_dict(), allow_nan=False))["tables"][0]
     for name in NAMES:
@@ -218,7 +239,7 @@ WRONG = {
     "another vocabulary": (
         TEXT + 1,
         ValueError,
-        r"tokens\[\d, \d+\] is 260, outside the vocabulary of 260 tokens of tiny",
+        r"tokens\[\d\]\[\d+\] is 260, outside the vocabulary of 260 tokens of tiny",
     ),
     "a short one": ([TEXT[0], TEXT[1][:50]], ValueError, "passage 1 has 50 tokens, and prefill"),
 }

@@ -55,7 +55,7 @@ def test_layers_get_what_the_policy_says() -> None:
     ],
 )
 def test_what_stands_for_a_method(spec: Any, key: str, value: str) -> None:
-    assert Method.of(spec).default == (entry(key).key, entry(value).value)
+    assert Method.of(spec).policy.default == (entry(key).key, entry(value).value)
 
 
 def test_what_is_left_alone_and_what_is_rounded() -> None:
@@ -99,7 +99,11 @@ WRONG = {
     "no layer": ({"layers": {"first": None}}, ValueError, "'first' is no number of a layer"),
     "a layer twice": ({"layers": {"1": None, 1: None}}, ValueError, "layer 1 is named twice"),
     "only keys": ({"layers": {"1": {"key": "naive4"}}}, ValueError, "layer 1: has key; give key"),
-    "no scheme": ({"key": 4, "value": 4}, TypeError, "must be a Scheme or a name"),
+    "no scheme": (
+        {"key": 4, "value": 4},
+        TypeError,
+        "must be null, a name, or key and value, got 4",
+    ),
     "a list": ({"layers": ["naive4"]}, TypeError, "layers must be a mapping"),
 }
 
@@ -116,7 +120,7 @@ def test_lists_of_methods() -> None:
         methods_of([])
     with pytest.raises(ValueError, match="'naive4' is named twice"):
         methods_of(["naive4", "naive8", "naive4"])
-    with pytest.raises(ValueError, match="there is no layer 4; the model has 0 to 3"):
+    with pytest.raises(ValueError, match="there is no layer 4; the model has layers 0 to 3"):
         Method.of({"layers": {"4": None}}).bound(4)
     assert [one.name for one in methods_of({"a": "naive4", "b": "naive4"})] == ["a", "b"]
     assert [one.name for one in methods_of("naive4")] == ["naive4"]

@@ -22,14 +22,14 @@ from tests.support.exports import EXPORTS, Floats, Text
 IDS = np.random.default_rng(0).integers(3, 96, (1, 12))
 REFUSED = {
     "decoder-whisper-18": "no output is what 'past_key_values.0.encoder.key' has grown to",
-    "genai-llama-cpu-fp32": "neither it nor a config beside it says how many heads and channels",
     "mobius-llama-static": "'key_cache.0' has 3 axes; known are caches of four",
 }
 CONFIGURED = {"genai-llama-cpu-fp32": (1, 16), "genai-phi-cpu-fp32": (1, 32)}
 EXPORTED = [
     "dynamo-gemma3-18-sdpa", "dynamo-llama-20-sdpa-fp16", "dynamo-llama-24-sdpa",
-    "genai011-gemma3small-cpu-fp32", "mobius-qwen3-default", "optimum-bloom-18",
-    "optimum-deepseek_v3-18", "optimum-gpt_oss-18", "optimum-phi-17",
+    "genai-qwen2-cpu-fp32", "genai011-gemma3small-cpu-fp32", "genai011-phi-cuda-fp32",
+    "mobius-qwen3-default",
+    "optimum-bloom-18", "optimum-deepseek_v3-18", "optimum-gpt_oss-18", "optimum-phi-17",
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import distributed
 import numpy as np
 import pytest
 
-from onnx_export.evaluation import Evaluation, Method, Opened, Prefill, evaluate
+from nsq_ref.policy import Policy, Sides
+from onnx_export.evaluation import Evaluation, Method, Opened, Prefill, evaluate, workers
 from onnx_export.models.tiny import tiny_gguf
 from tests.support.evaluated import Killing
 
@@ -25,7 +28,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 def methods(files: Path) -> list[Method]:
     killing = Killing(str(files))
-    return [Method.of("naive4"), Method("killing", (killing, killing), {}), Method.of("q4_0")]
+    return [
+        Method.of("naive4"),
+        Method("killing", Policy(Sides(killing, killing), {})),
+        Method.of("q4_0"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def test_a_killed_process_is_replaced(source: Opened, expected: Evaluation, tmp_
 def test_processes_that_are_killed_every_time(source: Opened, tmp_path: Path) -> None:
     (tmp_path / "kill").touch()
     killing = Killing(str(tmp_path), once=False)
-    names = [Method("killing", (killing, killing), {})]
+    names = [Method("killing", Policy(Sides(killing, killing), {}))]
     with pytest.raises(ChildProcessError, match="killed 3 times before a passage was finished"):
         evaluate(source, TEXT[:1], names, protocol=PROTOCOL, workers=2)
 
@@ -77,6 +84,29 @@ def test_a_killed_worker_of_a_cluster_is_replaced(
     assert same(found, expected)
 
 
-def test_there_is_no_such_scheduler(source: Opened) -> None:
-    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
-        evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler="tcp://127.0.0.1:1")
+def test_there_is_no_such_scheduler(source: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, though dask says it twice; and where somebody answers who is none, too."""
+    monkeypatch.setattr(workers, "TIMEOUT", 1)
+    for address, why in (("tcp://127.0.0.1:1", "refused|connect"), ("nowhere", "missing port")):
+        with pytest.raises(ConnectionError, match=rf"scheduler answers at '{address}'.*({why})"):
+            evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler=address)
+    talks = "HTTP/1.0 400 Bad request\r\n" * 9
+    with socketserver.TCPServer(("127.0.0.1", 0), _Says.with_words(talks)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(ConnectionError, match=r"no dask scheduler answers at"):
+            evaluate(source, TEXT, ["naive4"], protocol=PROTOCOL, scheduler=address)
+        server.shutdown()
+
+
+class _Says(socketserver.BaseRequestHandler):
+    """Says something to whoever comes."""
+
+    words = b""
+
+    @classmethod
+    def with_words(cls, words: str) -> type[_Says]:
+        return type("_Says", (cls,), {"words": words.encode()})
+
+    def handle(self) -> None:
+        self.request.sendall(self.words)

@@ -13,18 +13,15 @@ import pytest
 
 from nsq_ref import Scheme, rounding
 from nsq_ref.conformance import mistakes, model
-from nsq_ref.conformance.coverage import reason
+from nsq_ref.conformance.coverage import answered, reason
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import (
     CASE_DTYPES,
-    DONE,
     Answer,
     Case,
     Operation,
-    attention_options,
-    scheme_of,
 )
 from nsq_ref.conformance.rules import RULES
 from tests.support.cases import cases_of
@@ -55,39 +52,13 @@ SCHEMES = [
 ]  # fmt: skip
 
 
-def answer(reference: Reference, case: Case) -> Answer:
-    """What a port with the mistake returns."""
-    x: dict[str, Any] = dict(case.inputs)
-    result: dict[str, Any]
-    with np.errstate(all="ignore"):
-        if case.operation == "encode":
-            result = reference.model.encode(x["x"], case.scheme)
-        elif case.operation == "decode":
-            shape = tuple(x.pop("shape").tolist())
-            result = {"x_hat": reference.model.decode(x, case.scheme, shape)}
-        elif case.operation == "stream":
-            row = int(x["row"].item())
-            result = reference.model.stream(x["x"], case.scheme, x["steps"], row)
-        else:
-            decoded = []
-            sides = (("keys", case.scheme), ("values", scheme_of(x["value_scheme"])))
-            for side, scheme in sides:
-                parts = {n.partition(".")[2]: v for n, v in x.items() if n.startswith(side + ".")}
-                shape = tuple(parts.pop("shape").tolist())
-                decoded.append(model.decode(parts, scheme, shape))
-            options = attention_options(x)
-            output = reference.model.attend(x["query"].astype(np.float64), *decoded, options)
-            result = {"output": output.astype(np.float32)}
-    return Answer(DONE, result)
-
-
 @cache
 def asked(scheme: Scheme, operation: Operation) -> list[tuple[Case, Answer]]:
     """What every mistake is asked, with the right answers."""
     asked = [case for case in cases_of(scheme, [operation]) if case.refused_by is None]
     if operation != "attend":  # whose cases are short, and the one-hot ones before the long
         asked.sort(key=lambda case: sum(array.size for array in case.inputs.values()))
-    return [(case, answer(Reference(), case)) for case in asked]
+    return [(case, right) for case in asked if (right := answered(Reference(), case)) is not None]
 
 
 def bytes_of(one: Answer) -> dict[str, bytes]:
@@ -101,9 +72,8 @@ def first_difference(mistake: Mistake) -> tuple[Case, Answer] | None:
         if all(reason(mistake, scheme, dtype) for dtype in CASE_DTYPES):
             continue
         for case, right in asked(scheme, mistake.operations[0]):
-            try:
-                given = answer(reference, case)
-            except ValueError:  # a code beyond the range, which packing refuses
+            given = answered(reference, case)
+            if given is None:  # it breaks off
                 continue
             if bytes_of(given) != bytes_of(right) and judge(case, given).findings:
                 return case, given
@@ -117,6 +87,20 @@ def test_mistake_is_caught_and_explained(name: str) -> None:
     found = first_difference(mistake)
     assert found, f"no case of any scheme shows {name!r}"
     assert not judge(*found, Latitudes(), Reference([mistake])).findings
+
+
+def test_no_mistake_breaks_off_where_there_are_no_sequences() -> None:
+    """B2. An error in a mistake itself would be taken for a case that shows it."""
+    empty = [
+        case
+        for case in cases_of(PAPER)
+        if case.refused_by is None and any(array.size == 0 for array in case.inputs.values())
+    ]
+    assert {case.operation for case in empty} == {"encode", "decode"}
+    for mistake in MISTAKES.values():
+        for case in empty:
+            if case.operation in mistake.operations:
+                assert answered(Reference([mistake]), case) is not None, (mistake.name, case)
 
 
 def test_each_rule_module_is_taken_and_names_are_unique() -> None:

@@ -134,8 +134,8 @@ def test_a_program_is_given_up_after_three_failures_of_an_operation() -> None:
     kinds = [port.ask(number, case()) for number in range(8)]
     done = [isinstance(one, Answer) for one in kinds]
     assert done == [True, False, True, False, True, False, False, False]
-    last = "not asked: 3 earlier cases of encode failed"
-    assert kinds[6] == kinds[7] == Failure("missing", last)
+    last = "3 earlier cases of encode got no answer"
+    assert kinds[6] == kinds[7] == Failure("not asked", last)
     assert failed(port.ask(9, stream_case(Scheme(block_size=2), [[0, 1, 1]]))).kind == "crash"
     port.close()
 

@@ -48,7 +48,7 @@ def test_cases_are_only_ever_added(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=f"1 cases in .*, the first is .*: {encoded[0].id}"):
         vectors.write(tmp_path / "new")
     assert file.read_bytes() == before
-    added = Case("ordinary/9999", "encode", encoded[0].scheme, ("ordinary",), {"x": other})
+    added = Case("ordinary/99", "encode", encoded[0].scheme, ("ordinary",), {"x": other})
     monkeypatch.setattr(writing, "_all_cases", lambda name: [*encoded, added])
     vectors.write(tmp_path / "new")
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_bytes())

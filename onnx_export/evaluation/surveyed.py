@@ -1,0 +1,117 @@
+"""What the rewriter finds in an exported decoder: its attentions, and where queries are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsq_ref.extras import extra
+from onnx_export.rewrite import files
+from onnx_export.rewrite.found import Found
+from onnx_export.rewrite.graph import Graph
+from onnx_export.rewrite.patterns import PATTERNS
+from onnx_export.rewrite.survey import survey
+
+with extra("onnx", __name__):
+    import onnx
+
+__all__ = ["Attentions", "attentions"]
+
+Array = NDArray[Any]
+
+
+class Attentions(NamedTuple):
+    """The attentions of a model, and the model in which they are not hidden in functions.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+    found : list of Found
+        Those that are understood.
+    refused : str
+        Why one is not; empty where all are.
+    """
+
+    proto: onnx.ModelProto
+    found: list[Found]
+    refused: str
+
+    def without_queries(self) -> str:
+        """Return why queries as they meet the keys are not had; empty where they are."""
+        tables = self._tables()
+        return self.refused or next((why for one in self.found if (why := _why(one, tables))), "")
+
+    def queries(self, one: Found, given: Array, folder: Path) -> NDArray[np.float32]:
+        """Return queries as they meet the keys, rotated if the attention does it."""
+        tables = self._tables()
+        if one.key is None:  # packed, the queries first
+            given = given[..., : one.heads * one.head_dim]
+        queries = in_heads(given, one.query.layout, one.heads)
+        if one.rotary is None:
+            return queries
+        cosine, sine = (
+            onnx.numpy_helper.to_array(tables[str(table.name)], str(folder))[: queries.shape[2]]
+            for table in (one.rotary.cos, one.rotary.sin)
+        )
+        return _rotated(queries, cosine, sine, one.rotary.interleaved)
+
+    def _tables(self) -> Mapping[str, onnx.TensorProto]:
+        return {one.name: one for one in self.proto.graph.initializer}
+
+
+def attentions(path: Path) -> Attentions:
+    """Return the attentions with a cache of an exported decoder.
+
+    Raises
+    ------
+    OSError
+        Where a file is missing or cannot be read.
+    ValueError
+        For what is no ONNX model, or one that is cut off.
+    """
+    proto = files.read(path)
+    proto = files.inlined(proto, {one for pattern in PATTERNS for one in pattern.ANCHORS})
+    found, refused = [], ""
+    for one in survey(Graph(files.as_ir(proto, path.parent))):
+        if isinstance(one, Found):
+            found.append(one)
+        else:
+            refused = refused or f"attention {one.node.name!r} is not understood: {one.reason}"
+    return Attentions(proto, found, refused)
+
+
+def in_heads(array: Array, layout: str, heads: int) -> NDArray[np.float32]:
+    """Bring a tensor of any layout into float32 ``[batch, heads, tokens, head_dim]``."""
+    if layout == "BSH":
+        array, layout = array.reshape(*array.shape[:2], heads, -1), "BSND"
+    order = [layout.index(axis) for axis in "BNSD"]
+    moved: NDArray[np.float32] = np.ascontiguousarray(array.transpose(order), np.float32)
+    return moved
+
+
+def _why(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:
+    if found.query_norm is not None or found.projection_bias is not None:
+        return "queries are normalized, or get a bias, within the attention"
+    rotary = found.rotary
+    if rotary is not None and not {rotary.cos.name, rotary.sin.name} <= set(tables):
+        return "angles of queries are computed within the model"
+    return ""
+
+
+def _rotated(
+    x: NDArray[np.float32], cosine: Array, sine: Array, interleaved: bool
+) -> NDArray[np.float32]:
+    """Turn the first channels by the angles of positions that count from 0."""
+    half = cosine.shape[1]
+    parts = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    if not interleaved:
+        parts = (slice(0, half), slice(half, 2 * half))
+    first, second = (x[..., part] for part in parts)
+    turned: NDArray[np.float32] = x.copy()
+    turned[..., parts[0]] = first * cosine - second * sine
+    turned[..., parts[1]] = second * cosine + first * sine
+    return turned

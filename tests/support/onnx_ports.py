@@ -162,7 +162,9 @@ def _unpack(add: Nodes, packed: str, mistake: Mistake | None) -> str:
     high = add("BitShift", packed, np.uint8(4), direction="RIGHT")
     even, odd = (high, low) if mistake == "nibbles swapped" else (low, high)
     pairs = add("Concat", _per_token(add, even), _per_token(add, odd), axis=-1)
-    rows = add("Concat", add("Shape", packed, end=-1), [-1], axis=0)
+    # Not -1, which has no meaning where there are no sequences.
+    both = add("Mul", add("Shape", packed, start=-1), [2])
+    rows = add("Concat", add("Shape", packed, end=-1), both, axis=0)
     channels = add("Shape", "scale", start=-1)
     return add("Slice", add("Reshape", pairs, rows), [0], channels, [-1])
 

@@ -60,7 +60,7 @@ class Operator(NamedTuple):
     Examples
     --------
     >>> QUANTIZE.inputs, QUANTIZE.outputs[:3], QUANTIZE.attributes["bits"]
-    (('x',), ('packed', 'scale', 'norm'), 4)
+    (('x', 'order', 'factor'), ('packed', 'scale', 'norm'), 4)
     """
 
     name: str
@@ -119,9 +119,9 @@ _OPTIONAL = frozenset(_PARTS[2:])
 
 QUANTIZE = Operator(
     "Quantize",
-    inputs=("x",),
+    inputs=("x", "order", "factor"),
     outputs=_PARTS,
-    optional=_OPTIONAL,
+    optional=_OPTIONAL | {"order", "factor"},
     dtypes=tuple(FLOAT_DTYPES),
     attributes=scheme_attributes(Scheme()),
 )

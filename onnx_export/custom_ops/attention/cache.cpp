@@ -142,7 +142,7 @@ bool seal_block(const Work& work, const Side& side, int64_t row, int64_t head, i
     std::copy(fresh, fresh + (tokens - waiting) * head_dim, joined + waiting * head_dim);
     x = joined;
   }
-  *refusal = work.kernels.encode_block(scheme, x, tokens, head_dim, block);
+  *refusal = work.kernels.encode_block(scheme, x, tokens, head_dim, Feedback(), block);
   if (refusal->rule != nullptr) {
     if (std::strcmp(refusal->rule, "memory") == 0) return false;
     if (!refusal->is_channel(scheme)) refusal->token += first;

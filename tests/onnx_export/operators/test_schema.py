@@ -50,7 +50,9 @@ def codec_call(operator: Operator) -> Call:
     x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
     parts = dict(nsq.quantize(x, CODED).parts)
     wide = {name: parts[name].astype(np.float32) for name in ("scale", "norm", "zero")}
+    feedback = nsq.Feedback.from_queries(x, kv_heads=2)
     known = {"x": x, "head_dim": np.array(8), **parts, **wide}
+    known |= {"order": feedback.order, "factor": feedback.factor}
     return scheme_attributes(CODED), {name: known[name] for name in operator.inputs}
 
 

@@ -1,0 +1,84 @@
+#include "operators/feedback.h"
+
+#include <cstring>
+
+#include "kernels/floats.h"
+#include "runtime/memory.h"
+
+namespace nsq {
+namespace {
+
+// A permutation of the channels, for each head.
+Status expect_permutations(const Tensor& order) {
+  const int64_t head_dim = order.dims[1];
+  Scratch<uint8_t> seen;
+  NSQ_TRY(seen.allocate(head_dim));
+  for (int64_t head = 0; head < order.dims[0]; ++head) {
+    memset(seen.data(), 0, static_cast<size_t>(head_dim));
+    for (int64_t p = 0; p < head_dim; ++p) {
+      const int32_t channel = order.as<int32_t>()[head * head_dim + p];
+      if (channel >= 0 && channel < head_dim && !seen[channel]) {
+        seen[channel] = 1;
+        continue;
+      }
+      return Status::error("%s[%lld, %lld] is channel %d, which is %s; each head has a "
+                           "permutation of the channels 0 to %lld (rule F1)", order.name,
+                           shown(head), shown(p), channel,
+                           channel < 0 || channel >= head_dim ? "none" : "there twice",
+                           shown(head_dim - 1));
+    }
+  }
+  return Status();
+}
+
+// Whether row p of a factor is 0 before the diagonal, 1 on it and finite behind it.
+bool is_row(const float* row, int64_t p, int64_t head_dim) {
+  uint32_t wrong = bits_of(row[p]) != bits_of(1.0f);
+  for (int64_t r = 0; r < p; ++r) wrong |= bits_of(row[r]) << 1;  // of either sign
+  for (int64_t r = p + 1; r < head_dim; ++r) wrong |= static_cast<uint32_t>(!is_finite(row[r]));
+  return wrong == 0;
+}
+
+Status expect_triangles(const Tensor& factor) {
+  const int64_t head_dim = factor.dims[1];
+  const float* row = factor.as<float>();
+  for (int64_t head = 0; head < factor.dims[0]; ++head) {
+    for (int64_t p = 0; p < head_dim; ++p, row += head_dim) {
+      if (is_row(row, p, head_dim)) continue;
+      int64_t r = 0;
+      while (r < p ? row[r] == 0 : r == p ? row[r] == 1 : is_finite(row[r])) ++r;
+      return Status::error("%s[%lld, %lld, %lld] is %g; a factor is finite, 1 on the diagonal and "
+                           "0 below it (rule F1)", factor.name, shown(head), shown(p), shown(r),
+                           static_cast<double>(row[r]));
+    }
+  }
+  return Status();
+}
+
+}  // namespace
+
+Status FeedbackOfHeads::read(const Tensor& order, const Tensor& factor, int64_t kv_heads,
+                             int64_t head_dim) {
+  *this = FeedbackOfHeads();
+  if (!order && !factor) return Status();
+  for (const Tensor* one : {&order, &factor}) {
+    const Tensor& other = one == &order ? factor : order;
+    if (!*one) {
+      return Status::error("%s is given without %s; give both, or neither (rule F1)", other.name,
+                           one->name);
+    }
+  }
+  NSQ_TRY(expect_rank(order, 2));
+  const int64_t heads = order.dims[0] == 1 ? 1 : kv_heads;
+  NSQ_TRY(expect_shape(order, {heads, head_dim}));
+  NSQ_TRY(expect_shape(factor, {heads, head_dim, head_dim}));
+  NSQ_TRY(expect_permutations(order));
+  NSQ_TRY(expect_triangles(factor));
+  order_ = order.as<int32_t>();
+  factor_ = factor.as<float>();
+  heads_ = heads;
+  head_dim_ = head_dim;
+  return Status();
+}
+
+}  // namespace nsq

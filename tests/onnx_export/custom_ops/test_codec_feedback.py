@@ -113,6 +113,19 @@ def test_where_float32_ends(cpu: str) -> None:
     for symmetric in (False, True):
         scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=symmetric)
         assert_agrees(scheme, x, Feedback([[0, 1, 2]], factor))
+    # Two errors of 4 move 3e38 to -2.2e38, which is beyond float32 below the zero of 3e38.
+    factor = np.eye(4, dtype=np.float32)[None]
+    factor[0, :2, 2] = [0.8e38, 0.5e38]
+    x = np.float32([[0, 0, 3e38, 9], [150, 150, 3e38, 1], [24, 24, 3e38, 5]])
+    scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=False)
+    assert_agrees(scheme, x, Feedback([[0, 1, 2, 3]], factor))
+
+
+def test_nothing_moves_in_a_zero_token(cpu: str) -> None:
+    """F1 N2 O1: not even into an outlier channel, which would show it."""
+    x = np.float32([[3, 4, 12], [0, 0, 0], [-3, 2, 1]])
+    feedback = Feedback([[0, 1, 2]], np.triu(np.ones((1, 3, 3), np.float32)))
+    assert_agrees(Scheme(symmetric=False, outlier_channels=1), x, feedback)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -155,7 +168,7 @@ def run_given(x: Array, **given: Array) -> dict[str, Array]:
         ({"order": changed(GOOD.order, (1, 3), GOOD.order[1, 0])}, r"order\[1, 3\] .* there twice"),
         ({"factor": changed(GOOD.factor, (2, 1, 3), np.nan)}, r"factor\[2, 1, 3\] is -?nan; a fac"),
         ({"factor": changed(GOOD.factor, (0, 0, 1), -np.inf)}, r"factor\[0, 0, 1\] is -inf"),
-        ({"factor": changed(GOOD.factor, (1, 2, 2), 0.5)}, r"factor\[1, 2, 2\] is 0.5; .* diagonal"),
+        ({"factor": changed(GOOD.factor, (1, 2, 2), 0.5)}, r"factor\[1, 2, 2\] is 0.5; .* 1 on"),
         ({"factor": changed(GOOD.factor, (1, 3, 0), 0.5)}, r"factor\[1, 3, 0\] is 0.5"),
     ],
 )  # fmt: skip

@@ -79,8 +79,21 @@ def test_where_float32_ends(runner: Callable[[onnx.ModelProto], Run]) -> None:
     for symmetric in (False, True):
         scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=symmetric)
         assert_agrees(runner, x, scheme, feedback)
+    # Two errors of 4 move 3e38 to -2.2e38, which is beyond float32 below the zero of 3e38.
+    factor = np.eye(4, dtype=np.float32)[None]
+    factor[0, :2, 2] = [0.8e38, 0.5e38]
+    x = np.float32([[0, 0, 3e38, 9], [150, 150, 3e38, 1], [24, 24, 3e38, 5]])
+    scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=False)
+    assert_agrees(runner, x, scheme, Feedback([[0, 1, 2, 3]], factor))
+
+
+def test_nothing_moves_in_a_zero_token(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """F1 N2 O1: not even into an outlier channel, which would show it."""
+    x = np.float32([[3, 4, 12], [0, 0, 0], [-3, 2, 1]])
+    feedback = Feedback([[0, 1, 2]], np.triu(np.ones((1, 3, 3), np.float32)))
+    assert_agrees(runner, x, Scheme(symmetric=False, outlier_channels=1), feedback)
 
 
 def test_what_is_no_feedback() -> None:
-    with pytest.raises(TypeError, match="^feedback must be a Feedback, got int"):
+    with pytest.raises(TypeError, match=r"^feedback must be a Feedback, got int"):
         quantize_model("nsep+pchan4", feedback=1)  # type: ignore[arg-type]

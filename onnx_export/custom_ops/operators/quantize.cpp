@@ -4,7 +4,7 @@
 #include "kernels/choose.h"
 #include "kernels/floats.h"
 #include "operators/codec_parts.h"
-#include "operators/feedback.h"
+#include "runtime/feedback.h"
 
 namespace nsq {
 namespace {
@@ -81,6 +81,7 @@ Status Quantize::compute(Context& context) const {
   const Layout layout(scheme_, count_sequences(x), x.dim(-2), x.dim(-1));
   FeedbackOfHeads feedback;
   NSQ_TRY(feedback.read(order, factor, x.rank > 2 ? x.dim(-3) : 1, layout.head_dim));
+  NSQ_TRY(feedback.check());
   for (int part = 0; part < kParts; ++part) {
     const Shape shape(x, scheme_, layout, part);
     NSQ_TRY(context.output(part, shape.dims, shape.rank, &parts[part]));

@@ -1,4 +1,4 @@
-#include "operators/feedback.h"
+#include "runtime/feedback.h"
 
 #include <cstring>
 
@@ -9,20 +9,20 @@ namespace nsq {
 namespace {
 
 // A permutation of the channels, for each head.
-Status expect_permutations(const Tensor& order) {
-  const int64_t head_dim = order.dims[1];
+Status expect_permutations(const char* name, const int32_t* order, int64_t heads,
+                           int64_t head_dim) {
   Scratch<uint8_t> seen;
   NSQ_TRY(seen.allocate(head_dim));
-  for (int64_t head = 0; head < order.dims[0]; ++head) {
+  for (int64_t head = 0; head < heads; ++head) {
     memset(seen.data(), 0, static_cast<size_t>(head_dim));
     for (int64_t p = 0; p < head_dim; ++p) {
-      const int32_t channel = order.as<int32_t>()[head * head_dim + p];
+      const int32_t channel = order[head * head_dim + p];
       if (channel >= 0 && channel < head_dim && !seen[channel]) {
         seen[channel] = 1;
         continue;
       }
       return Status::error("%s[%lld, %lld] is channel %d, which is %s; each head has a "
-                           "permutation of the channels 0 to %lld (rule F1)", order.name,
+                           "permutation of the channels 0 to %lld (rule F1)", name,
                            shown(head), shown(p), channel,
                            channel < 0 || channel >= head_dim ? "none" : "there twice",
                            shown(head_dim - 1));
@@ -39,16 +39,15 @@ bool is_row(const float* row, int64_t p, int64_t head_dim) {
   return wrong == 0;
 }
 
-Status expect_triangles(const Tensor& factor) {
-  const int64_t head_dim = factor.dims[1];
-  const float* row = factor.as<float>();
-  for (int64_t head = 0; head < factor.dims[0]; ++head) {
+Status expect_triangles(const char* name, const float* factor, int64_t heads, int64_t head_dim) {
+  const float* row = factor;
+  for (int64_t head = 0; head < heads; ++head) {
     for (int64_t p = 0; p < head_dim; ++p, row += head_dim) {
       if (is_row(row, p, head_dim)) continue;
       int64_t r = 0;
       while (r < p ? row[r] == 0 : r == p ? row[r] == 1 : is_finite(row[r])) ++r;
       return Status::error("%s[%lld, %lld, %lld] is %g; a factor is finite, 1 on the diagonal and "
-                           "0 below it (rule F1)", factor.name, shown(head), shown(p), shown(r),
+                           "0 below it (rule F1)", name, shown(head), shown(p), shown(r),
                            static_cast<double>(row[r]));
     }
   }
@@ -72,13 +71,18 @@ Status FeedbackOfHeads::read(const Tensor& order, const Tensor& factor, int64_t 
   const int64_t heads = order.dims[0] == 1 ? 1 : kv_heads;
   NSQ_TRY(expect_shape(order, {heads, head_dim}));
   NSQ_TRY(expect_shape(factor, {heads, head_dim, head_dim}));
-  NSQ_TRY(expect_permutations(order));
-  NSQ_TRY(expect_triangles(factor));
+  order_name_ = order.name;
+  factor_name_ = factor.name;
   order_ = order.as<int32_t>();
   factor_ = factor.as<float>();
   heads_ = heads;
   head_dim_ = head_dim;
   return Status();
+}
+
+Status FeedbackOfHeads::check() const {
+  NSQ_TRY(expect_permutations(order_name_, order_, heads_, head_dim_));
+  return expect_triangles(factor_name_, factor_, heads_, head_dim_);
 }
 
 }  // namespace nsq

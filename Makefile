@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix onnx_export/custom_ops/,*/*.cpp */*.h */*.inc CMakeLists.txt))
-NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec attention buffer_attention modes integer_attention) \
-  operators/test_attention.py
+NATIVE_TESTS := $(patsubst %,custom_ops/test_%.py,operators codec codec_feedback attention buffer_attention modes integer_attention) \
+  operators/test_attention.py operators/test_attention_feedback.py
 # Neighbours in the order of tests share what is slow to make: each worker takes a stretch of it.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

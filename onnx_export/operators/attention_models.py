@@ -117,8 +117,8 @@ def attention_node(
         Query heads, a multiple of the key/value heads.
     inputs : collection of str
         Which of the optional inputs it has: ``key`` and ``value``, unless the query has both packed
-        behind it, ``new_lengths``, ``cos`` and ``sin``, ``position_ids``, ``attention_bias`` and
-        ``head_sink``.
+        behind it, ``new_lengths``, ``cos`` and ``sin``, ``position_ids``, ``attention_bias``,
+        ``head_sink``, and ``key_order`` and ``key_factor``, with which keys are sealed (F1).
     scale : float, optional
         Of the scores; ``1 / sqrt(head_dim)`` by default. Not 0, which an operator takes for that.
     causal : bool
@@ -271,6 +271,8 @@ def attention_model(
         "position_ids": ("int64", ("B", "S")),
         "attention_bias": (dtype, ("bias_batch", "bias_heads", "S", "bias_tokens")),
         "head_sink": (dtype, (heads,)),
+        "key_order": ("int32", ("feedback_heads", head_dim)),
+        "key_factor": ("float32", ("feedback_heads", head_dim, head_dim)),
         "output": (dtype, ("B", "S", heads * value_dim)),
         "present_lengths": ("int64", ("B",)),
     }
@@ -302,7 +304,7 @@ def _head_dims(head_dim: int, value_head_dim: int | None) -> tuple[int, int]:
 def _require_inputs(inputs: set[str], rotary_interleaved: bool, smooth_softmax: bool) -> None:
     if unknown := inputs - set(OPTIONAL):
         raise ValueError(f"inputs has {sorted(unknown)}; optional are {', '.join(OPTIONAL)}")
-    for pair in (("key", "value"), ("cos", "sin")):
+    for pair in (("key", "value"), ("cos", "sin"), ("key_order", "key_factor")):
         if len(set(pair) & inputs) == 1:
             raise ValueError(f"inputs has one of {' and '.join(pair)}; give both, or neither")
     if "cos" not in inputs:

@@ -254,13 +254,17 @@ def coded_blocks(add: Nodes, layout: Layout, plain: str, new: str) -> tuple[dict
     from_tail = count(add, add("Mul", most, block))
     position = add("Add", layout.first_tail_before, from_tail)
     candidates = unsealed_tokens(add, layout, plain, position)
-    shape = add("Concat", [0, 0], most, block, add("Shape", new, start=3), axis=0)
-    blocks = add("Reshape", candidates, shape)
-    # The runtime wants all outputs of a function; nothing else is stored of blocks without sinks.
-    coded = {part: f"new_{layout.side}_{part}" for part in PARTS}
-    add.call(QUANTIZE, {"x": blocks}, coded, **_of_a_block(layout.side))
-    by_block = add("Concat", add("Shape", blocks, end=3), [-1], axis=0)
-    return {part: add("Reshape", one, by_block) for part, one in coded.items()}, most
+    inputs = {"x": candidates}
+    if layout.side == "key":
+        inputs |= {"order": "key_order", "factor": "key_factor"}  # F1
+    # All outputs of the function have names: the runtime wants them, and onnx.reference takes one
+    # that has none for an input that is left out.
+    coded = {part: f"new_{layout.side}_{part}" for part in QUANTIZE.outputs}
+    block_size = Reference(f"{layout.side}_block_size", "int")
+    scheme = _of_a_block(layout.side) | {"block_size": block_size}
+    add.call(QUANTIZE, inputs, coded, **scheme)
+    by_block = add("Concat", [0, 0], most, [-1], axis=0)
+    return {part: add("Reshape", coded[part], by_block) for part in PARTS}, most
 
 
 def decoded_blocks(

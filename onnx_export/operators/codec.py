@@ -14,6 +14,7 @@ import numpy as np
 from nsq_ref.extras import extra
 from nsq_ref.spec import SHRINK
 from onnx_export.operators import rounding
+from onnx_export.operators.feedback import fed_back
 from onnx_export.operators.nodes import Nodes, built_once, make_function
 from onnx_export.operators.rounding import narrow, where_zero
 from onnx_export.operators.schema import DEQUANTIZE, ELEMENTS, OPSET, QUANTIZE
@@ -33,7 +34,8 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     """Return ``nsq.Quantize``, in standard operators of an opset that is at least 21.
 
     Of the outputs, ``scale``, ``norm`` and ``zero`` are float32 that holds values of the stored
-    dtypes, and ``sinks`` has the dtype of ``x``. What a scheme does not store says nothing.
+    dtypes, and ``sinks`` has the dtype of ``x``. What a scheme does not store says nothing. With
+    ``order`` and ``factor``, those of `nsq_ref.Feedback`, errors are fed back (F1).
 
     Examples
     --------
@@ -66,10 +68,16 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
         lambda add: add("Expand", np.float32(1), add("Shape", x_blocks, end=-1)),
     )
     direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
-    index, outliers, coded = _outliers(add, direction, fields)  # O1
+    index, coded = _outlier_channels(add, direction, fields)  # O1
     present = add("Less", places, tokens)
     present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
     scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
+
+    def stored(add: Nodes, value: str, scale: str, zero: str) -> str:
+        return _dequantized(add, _code(add, value, scale, zero, fields), scale, zero)
+
+    direction = fed_back(add, direction, norm, scale, zero, coded, stored)  # F1
+    outliers = _kept_outliers(add, direction, index, fields)  # O1
     codes = _code(add, direction, scale, zero, fields)  # Q1 Q2
     has_code = add("And", coded, _a_token(add, add.cast(norm, "bool")))
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
@@ -237,10 +245,10 @@ def _a_token(add: Nodes, values: str) -> str:
 # --- encode -------------------------------------------------------------------------------------
 
 
-def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
-    """Return index, narrowed directions, and which channels are coded (O1)."""
+def _outlier_channels(add: Nodes, direction: str, fields: _Fields) -> list[str]:
+    """Return the index of outlier channels, and which channels are coded (O1)."""
 
-    def kept(add: Nodes) -> list[str]:
+    def chosen(add: Nodes) -> list[str]:
         peak = add("ReduceMax", add("Abs", direction), [-2], keepdims=1)
         channels = add("Shape", direction, start=-1)
         count = add("Min", fields.outlier_channels, channels)
@@ -250,23 +258,34 @@ def _outliers(add: Nodes, direction: str, fields: _Fields) -> list[str]:
         add.several("TopK", [largest, count], [index, f"{index}_order"], largest=0)
         every = add.cast(add("Expand", np.float32(1), add("Shape", peak)), "bool")
         none = add.cast(add("Expand", np.float32(0), add("Shape", index)), "bool")
-        coded = add("ScatterElements", every, index, none, axis=-1)
+        return [index, add("ScatterElements", every, index, none, axis=-1)]
+
+    def none(add: Nodes) -> list[str]:
+        blocks = add("Shape", direction, end=-2)
+        no_index = add("Expand", 0, add("Concat", blocks, [1, 0], axis=0))
+        return [no_index, add.constant(np.ones((1, 1), bool))]
+
+    return add.choose_several(fields.has_outliers, chosen, none, ["int64", "bool"])
+
+
+def _kept_outliers(add: Nodes, direction: str, index: str, fields: _Fields) -> str:
+    """Return what is coded of outlier channels, narrowed (O1)."""
+
+    def kept(add: Nodes) -> str:
+        channels, count = (add("Shape", one, start=-1) for one in (direction, index))
         shape = add("Concat", add("Shape", direction, end=-1), count, axis=0)
         # Not GatherElements, which onnx.reference has only for up to 64 channels.
         flat = add("Concat", [-1], count, [1], axis=0)
         places = add("Reshape", add("Expand", index, shape), flat)
         rows = add("Reshape", direction, add("Concat", [-1], channels, axis=0))
         values = _reshape(add, add("GatherND", rows, places, batch_dims=1), shape)
-        return [index, narrow(add, values, add.constant(ELEMENTS["float16"])), coded]
+        return narrow(add, values, add.constant(ELEMENTS["float16"]))
 
-    def none(add: Nodes) -> list[str]:
+    def none(add: Nodes) -> str:
         rows = add("Shape", direction, end=-1)
-        blocks = add("Shape", direction, end=-2)
-        no_index = add("Expand", 0, add("Concat", blocks, [1, 0], axis=0))
-        no_values = add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
-        return [no_index, no_values, add.constant(np.ones((1, 1), bool))]
+        return add("Expand", np.float32(0), add("Concat", rows, [0], axis=0))
 
-    return add.choose_several(fields.has_outliers, kept, none, ["int64", "float32", "bool"])
+    return add.choose(fields.has_outliers, kept, none)
 
 
 def _scale_and_zero(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nsq_ref import __version__
 from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Feedback
 from nsq_ref.files import atomic
 from nsq_ref.scheme import SPEC_VERSION, FloatName, Scheme, as_scheme
 from onnx_export.operators.codec import dequantize, quantize
@@ -18,6 +19,7 @@ from onnx_export.operators.schema import DEQUANTIZE, QUANTIZE, scheme_attributes
 
 with extra("onnx", __name__):
     import onnx
+    from onnx import numpy_helper
 
 __all__ = ["dequantize_model", "quantize_model", "save_models"]
 
@@ -27,7 +29,10 @@ WIDENED = ("scale", "norm", "zero")
 
 
 def quantize_model(
-    scheme: Scheme | str, dtype: FloatName = "float32", rank: int | None = None
+    scheme: Scheme | str,
+    dtype: FloatName = "float32",
+    rank: int | None = None,
+    feedback: Feedback | None = None,
 ) -> onnx.ModelProto:
     """Return a model that quantizes an array.
 
@@ -40,6 +45,8 @@ def quantize_model(
     rank : int, optional
         Number of axes of the input. By default any number is taken, which ONNX Runtime
         allows, though `onnx.checker` asks that the number be known.
+    feedback : Feedback, optional
+        Of keys (F1), as `nsq_ref.quantize` takes it. The model holds it.
 
     Returns
     -------
@@ -51,7 +58,8 @@ def quantize_model(
     Raises
     ------
     TypeError, ValueError
-        For what is no scheme, another dtype, and a rank that is no integer or below 2.
+        For what is no scheme, another dtype, a rank that is no integer or below 2, and what is no
+        feedback.
 
     Examples
     --------
@@ -68,11 +76,20 @@ def quantize_model(
     stored = _stored(scheme, dtype)
     add = Nodes()
     made = {name: f"wide_{name}" if name in WIDENED else name for name in stored}
-    add.call(QUANTIZE, {"x": "x"}, made, **scheme_attributes(scheme))
+    given, initializers = {"x": "x"}, []
+    if feedback is not None:
+        if not isinstance(feedback, Feedback):
+            raise TypeError(f"feedback must be a Feedback, got {type(feedback).__name__}")
+        given |= {"order": "order", "factor": "factor"}
+        initializers = [
+            numpy_helper.from_array(array, name)
+            for name, array in (("order", feedback.order), ("factor", feedback.factor))
+        ]
+    add.call(QUANTIZE, given, made, **scheme_attributes(scheme))
     for name in stored:
         if name in WIDENED:
             add.cast(made[name], stored[name], name=name)
-    return _model(quantize(), add, {"x": dtype}, stored, scheme, rank)
+    return _model(quantize(), add, {"x": dtype}, stored, scheme, rank, initializers)
 
 
 def dequantize_model(
@@ -175,6 +192,7 @@ def _model(
     outputs: Mapping[str, str],
     scheme: Scheme,
     rank: int | None,
+    initializers: Sequence[onnx.TensorProto] = (),
 ) -> onnx.ModelProto:
     """Return a model of the nodes, with the dtypes of its inputs and outputs."""
     given, made = (
@@ -183,8 +201,9 @@ def _model(
     )
     metadata = {"nsq.spec": SPEC_VERSION, "nsq.scheme": json.dumps(scheme.to_dict())}
     model = make_model(
-        function.name, add.nodes, given, made, functions=[function], metadata=metadata
-    )
+        function.name, add.nodes, given, made, functions=[function], initializers=initializers,
+        metadata=metadata,
+    )  # fmt: skip
     # Written to files, so that they say which release made them.
     model.producer_name, model.producer_version = "nsq-ref", __version__
     return model

@@ -60,7 +60,7 @@ class Operator(NamedTuple):
     Examples
     --------
     >>> QUANTIZE.inputs, QUANTIZE.outputs[:3], QUANTIZE.attributes["bits"]
-    (('x',), ('packed', 'scale', 'norm'), 4)
+    (('x', 'order', 'factor'), ('packed', 'scale', 'norm'), 4)
     """
 
     name: str
@@ -119,9 +119,9 @@ _OPTIONAL = frozenset(_PARTS[2:])
 
 QUANTIZE = Operator(
     "Quantize",
-    inputs=("x",),
+    inputs=("x", "order", "factor"),
     outputs=_PARTS,
-    optional=_OPTIONAL,
+    optional=_OPTIONAL | {"order", "factor"},
     dtypes=tuple(FLOAT_DTYPES),
     attributes=scheme_attributes(Scheme()),
 )
@@ -137,17 +137,21 @@ DEQUANTIZE = Operator(
 _SIDES = ("key", "value")
 CACHE_PARTS = ("packed", "scale", "norm", "zero", "sinks", "tail")
 _CACHE = [f"{side}_{part}" for side in _SIDES for part in CACHE_PARTS]
+_FEEDBACK = ("key_order", "key_factor")  # the last inputs
 _REQUIRED = ("heads", "kv_heads", "key_block_size", "value_block_size")
 
 ATTENTION = Operator(
     "Attention",
     inputs=(
         "query", "key", "value", "past_lengths", "new_lengths", "cos", "sin", "position_ids",
-        "attention_bias", "head_sink", *(f"past_{name}" for name in _CACHE),
+        "attention_bias", "head_sink", *(f"past_{name}" for name in _CACHE), *_FEEDBACK,
     ),
     outputs=("output", "present_lengths", *(f"present_{name}" for name in _CACHE)),
     optional=frozenset(
-        ("key", "value", "new_lengths", "cos", "sin", "position_ids", "attention_bias", "head_sink")
+        (
+            "key", "value", "new_lengths", "cos", "sin", "position_ids", "attention_bias",
+            "head_sink", *_FEEDBACK,
+        )
     ) | {
         f"{time}_{name}"
         for time in ("past", "present")
@@ -172,13 +176,13 @@ ATTENTION = Operator(
     },
 )  # fmt: skip
 
-_NEW = ATTENTION.inputs[: -len(_CACHE)]
+_NEW = ATTENTION.inputs[: ATTENTION.inputs.index("past_key_packed")]
 
 BUFFER_ATTENTION = ATTENTION._replace(
     name="BufferAttention",
-    inputs=(*_NEW, *(f"past_{side}" for side in _SIDES)),
+    inputs=(*_NEW, *(f"past_{side}" for side in _SIDES), *_FEEDBACK),
     outputs=("output", "present_lengths", *(f"present_{side}" for side in _SIDES)),
-    optional=ATTENTION.optional & set(_NEW),
+    optional=ATTENTION.optional & {*_NEW, *_FEEDBACK},
     has_body=False,  # bytes become floats by BitCast only, which opset 26 brings
 )
 """Attention on a cache of one tensor a side (`onnx_export.operators.cache_buffers`)."""

@@ -31,6 +31,8 @@ def buffer_model(config: Config) -> onnx.ModelProto:
     kinds = dict.fromkeys(given, ELEMENTS[config.dtype])
     for name in ("past_lengths", "new_lengths", "position_ids"):
         kinds |= {name: ELEMENTS["int64"]} if name in kinds else {}
+    feedback = {"key_order": ELEMENTS["int32"], "key_factor": ELEMENTS["float32"]}
+    kinds |= {name: kind for name, kind in feedback.items() if name in kinds}
     made = {"output": ELEMENTS[config.dtype], "present_lengths": ELEMENTS["int64"]}
     for side in SIDES:
         kinds[f"past_{side}"] = made[f"present_{side}"] = ELEMENTS["uint8"]

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
-from nsq_ref import KVCache, Quantized, Scheme, attention
+from nsq_ref import Feedback, KVCache, Quantized, Scheme, attention
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import Field, FloatName
 from onnx_export.operators import attention_model, cache_fields
@@ -66,6 +66,7 @@ class Config:
     position_ids: bool = False
     attention_bias: bool = False
     head_sink: bool = False
+    feedback: Feedback | None = None  # key_order and key_factor are inputs unless it is None
 
     @property
     def value_dim(self) -> int:
@@ -77,6 +78,7 @@ class Config:
         names = {"query", "past_lengths"}
         names |= set() if self.packed else {"key", "value"}
         names |= {"cos", "sin"} if self.rotary else set()
+        names |= {"key_order", "key_factor"} if self.feedback is not None else set()
         optional = ("new_lengths", "position_ids", "attention_bias", "head_sink")
         return names | {name for name in optional if getattr(self, name)}
 
@@ -227,7 +229,7 @@ class Expected:
         self.config, self.integers = config, integers
         self.cache = KVCache(
             batch, config.kv_heads, config.head_dim, config.key, config.value,
-            value_head_dim=config.value_dim, dtype=config.dtype,
+            value_head_dim=config.value_dim, dtype=config.dtype, key_feedback=config.feedback,
         )  # fmt: skip
 
     def step(self, inputs: Inputs) -> Result:
@@ -531,6 +533,8 @@ def make_inputs(
                 bias[row, :, counts[row] :] = np.nan
                 bias[row, :, :, after[row] :] = np.nan
         inputs["attention_bias"] = bias
+    if config.feedback is not None:
+        inputs |= {"key_order": config.feedback.order, "key_factor": config.feedback.factor}
     if config.head_sink:
         inputs["head_sink"] = floats(config.heads)
     return inputs

@@ -96,6 +96,18 @@ Status read_lengths(Work& work) {
   return Status();
 }
 
+// What keys are sealed with is looked at only if there are some to seal.
+Status check_feedback(const Work& work) {
+  const Scheme& scheme = work.call.key.scheme;
+  for (int64_t b = 0; b < work.call.batch; ++b) {
+    const Row& row = work.rows[b];
+    if (cut(scheme, row.length).sealed > cut(scheme, row.past).sealed) {
+      return work.call.key_feedback.check();
+    }
+  }
+  return Status();
+}
+
 // What was seen of the bias was looked at when it was added: here only the place is found.
 Status check_bias(const Work& work) {
   if (!work.bias_spoils) return Status();
@@ -127,6 +139,7 @@ Status attend(const AttentionCall& given) {
   AttentionCall call = given;
   Work work(call);
   NSQ_TRY(read_lengths(work));
+  NSQ_TRY(check_feedback(work));
   NSQ_TRY(stage(work));
   NSQ_TRY(copy_past(work));
   for (Side* side : {&call.key, &call.value}) {

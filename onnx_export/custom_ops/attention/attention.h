@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/kernels.h"
+#include "runtime/feedback.h"
 #include "runtime/threads.h"
 
 namespace nsq {
@@ -70,6 +71,7 @@ struct AttentionCall {
   const void* query = nullptr;  // [batch, tokens, heads * head_dim]
   int64_t query_stride = 0;     // elements from one token to the next
   Side key, value;
+  FeedbackOfHeads key_feedback;  // with which blocks of keys are sealed (F1)
   const int64_t* past_lengths = nullptr;  // [batch]
   const int64_t* new_lengths = nullptr;   // [batch]
   const void* cos = nullptr;              // [rotary_positions, rotary_half]

@@ -129,6 +129,8 @@ bool seal_block(const Work& work, const Side& side, int64_t row, int64_t head, i
     return false;
   }
   const float* x = fresh + (first - past) * head_dim;
+  const bool is_key = &side == &work.call.key;
+  const Feedback feedback = is_key ? work.call.key_feedback.of(head) : Feedback();
   const Places to = places(side, head, sealed);
   Block block = {};
   block.packed = side.present.packed + to.packed;
@@ -142,7 +144,7 @@ bool seal_block(const Work& work, const Side& side, int64_t row, int64_t head, i
     std::copy(fresh, fresh + (tokens - waiting) * head_dim, joined + waiting * head_dim);
     x = joined;
   }
-  *refusal = work.kernels.encode_block(scheme, x, tokens, head_dim, block);
+  *refusal = work.kernels.encode_block(scheme, x, tokens, head_dim, feedback, block);
   if (refusal->rule != nullptr) {
     if (std::strcmp(refusal->rule, "memory") == 0) return false;
     if (!refusal->is_channel(scheme)) refusal->token += first;

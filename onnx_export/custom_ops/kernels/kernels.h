@@ -22,6 +22,12 @@ struct Block {
   uint16_t* outliers;      // [tokens, k], float16
 };
 
+// Order and factor of one key/value head, F1: a permutation of the channels, and finite numbers.
+struct Feedback {
+  const int32_t* order = nullptr;  // [head_dim]; null where no error moves
+  const float* factor = nullptr;   // [head_dim, head_dim], of which what is above the diagonal
+};
+
 // Why a block cannot be coded, and where in it; `rule` is null if nothing is wrong.
 struct Refusal {
   // "I2", "N1", "M4", "S5", "O1" or "D3"; "memory" if there is none to work in.
@@ -39,7 +45,7 @@ struct Kernels {
   // x[tokens, head_dim] to all parts, bit for bit as the specification says. Block's arrays of
   // norm, scale and zero get narrowed values. Nothing of it is defined if it is refused.
   Refusal (*encode_block)(const Scheme&, const float* x, int64_t tokens, int64_t head_dim,
-                          const Block& block);
+                          const Feedback& feedback, const Block& block);
   // Rule D1, bit for bit; x_hat[tokens, head_dim].
   void (*decode_block)(const Scheme&, const Block& block, int64_t tokens, int64_t head_dim,
                        float* x_hat);

@@ -36,7 +36,10 @@ constexpr PartParameters kPresentKeyParts("present_key_", 1);
 constexpr PartParameters kPresentValueParts("present_value_", 3);
 
 // Positions of the inputs and of the outputs.
-enum Input { kPastKey = kNewInputs, kPastValue = kPastKey + kParts, kInputs = kPastValue + kParts };
+enum Input {
+  kPastKey = kNewInputs, kPastValue = kPastKey + kParts, kFeedback = kPastValue + kParts,
+  kInputs = kFeedback + 2,
+};
 enum Output {
   kPresentKey = kNewOutputs, kPresentValue = kPresentKey + kParts,
   kOutputs = kPresentValue + kParts,
@@ -53,7 +56,7 @@ struct AttentionKernel : AttentionNode {
   static constexpr TypeChoices types[] = {kPlainTypes, kStoredTypes, kStoredTypes, kStoredTypes,
                                           kStoredTypes};
   static constexpr auto inputs =
-      joined(kNewInputList, kPastKeyParts.list, kPastValueParts.list);
+      joined(kNewInputList, kPastKeyParts.list, kPastValueParts.list, kFeedbackList);
   static constexpr auto outputs =
       joined(kNewOutputList, kPresentKeyParts.list, kPresentValueParts.list);
 
@@ -123,7 +126,7 @@ Status AttentionKernel::compute(Context& context) const {
 
   const Threads threads = context.threads();
   AttentionCall call;
-  NSQ_TRY(begin(tensors.inputs, &threads, &call));
+  NSQ_TRY(begin(tensors.inputs, tensors.inputs + kFeedback, &threads, &call));
   NSQ_TRY(check_side(tensors, kPastKey, call, &call.key));
   NSQ_TRY(check_side(tensors, kPastValue, call, &call.value));
   NSQ_TRY(make_outputs(context, &call, &tensors));

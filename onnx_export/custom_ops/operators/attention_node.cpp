@@ -166,8 +166,8 @@ Status AttentionNode::check_options(const Tensor* inputs, AttentionCall* call) c
   return Status();
 }
 
-Status AttentionNode::begin(const Tensor* inputs, const Threads* threads,
-                            AttentionCall* call) const {
+Status AttentionNode::begin(const Tensor* inputs, const Tensor* feedback,
+                            const Threads* threads, AttentionCall* call) const {
   call->kernels = kernels_;
   call->exact = exact_;
   call->threads = threads;
@@ -177,6 +177,8 @@ Status AttentionNode::begin(const Tensor* inputs, const Threads* threads,
   call->value.name = "value";
   call->value.scheme = value_;
   NSQ_TRY(check_new_tokens(inputs, call));
+  NSQ_TRY(call->key_feedback.read(feedback[0], feedback[1], options_.kv_heads,
+                                  call->key.head_dim));
   return check_options(inputs, call);
 }
 

@@ -34,13 +34,18 @@ constexpr Parameter kNewOutputList[kNewOutputs] = {
     {"present_lengths", Element::int64},
 };
 
+// The last inputs.
+constexpr Parameter kFeedbackList[] = {{"key_order", Element::int32, kOptional},
+                                       {"key_factor", Element::float32, kOptional}};
+
 class AttentionNode {
  public:
   Status create(const Attributes& attributes);
 
  protected:
   // Fills in all of a call but its cache and where it writes.
-  Status begin(const Tensor* inputs, const Threads* threads, AttentionCall* call) const;
+  Status begin(const Tensor* inputs, const Tensor* feedback, const Threads* threads,
+               AttentionCall* call) const;
   // The outputs before the cache.
   Status make_new_outputs(Context& context, AttentionCall* call, Tensor* outputs) const;
 

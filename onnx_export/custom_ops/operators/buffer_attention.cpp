@@ -5,7 +5,7 @@
 namespace nsq {
 namespace {
 
-enum Input { kPastKey = kNewInputs, kPastValue, kInputs };
+enum Input { kPastKey = kNewInputs, kPastValue, kFeedback, kInputs = kFeedback + 2 };
 enum Output { kPresentKey = kNewOutputs, kPresentValue, kOutputs };
 constexpr Parameter kPast[] = {{"past_key", Element::uint8}, {"past_value", Element::uint8}};
 constexpr Parameter kPresent[] = {{"present_key", Element::uint8},
@@ -14,7 +14,7 @@ constexpr Parameter kPresent[] = {{"present_key", Element::uint8},
 struct BufferAttentionKernel : AttentionNode {
   static constexpr const char* name = "BufferAttention";
   static constexpr TypeChoices types[] = {kPlainTypes};
-  static constexpr auto inputs = joined(kNewInputList, kPast);
+  static constexpr auto inputs = joined(kNewInputList, kPast, kFeedbackList);
   static constexpr auto outputs = joined(kNewOutputList, kPresent);
 
   Status compute(Context& context) const;
@@ -49,7 +49,7 @@ Status BufferAttentionKernel::compute(Context& context) const {
   for (int i = 0; i < kInputs; ++i) NSQ_TRY(context.input(i, &inputs[i]));
   const Threads threads = context.threads();
   AttentionCall call;
-  NSQ_TRY(begin(inputs, &threads, &call));
+  NSQ_TRY(begin(inputs, inputs + kFeedback, &threads, &call));
   NSQ_TRY(check_side(inputs[kPastKey], call, &call.key));
   NSQ_TRY(check_side(inputs[kPastValue], call, &call.value));
   NSQ_TRY(make_new_outputs(context, &call, outputs));

@@ -4,6 +4,7 @@
 #include "kernels/choose.h"
 #include "kernels/floats.h"
 #include "operators/codec_parts.h"
+#include "runtime/feedback.h"
 
 namespace nsq {
 namespace {
@@ -47,7 +48,9 @@ struct Quantize {
   static constexpr const char* name = "Quantize";
   static constexpr TypeChoices types[] = {
       {Element::float32, Element::float16, Element::bfloat16}};
-  static constexpr Parameter inputs[] = {{"x", varying(0)}};
+  static constexpr Parameter inputs[] = {{"x", varying(0)},
+                                         {"order", Element::int32, kOptional},
+                                         {"factor", Element::float32, kOptional}};
   static constexpr auto& outputs = kPartParameters;
 
   Status create(const Attributes& attributes) {
@@ -60,29 +63,33 @@ struct Quantize {
  private:
   Status keep_sinks(const Layout& layout, const Tensor& x, const Tensor& sinks) const;
   Status encode(const Threads& threads, const Layout& layout, const Tensor& x,
-                const Block& all) const;
+                const FeedbackOfHeads& feedback, const Block& all) const;
   Problem encode_runs(const Layout& layout, const Runs& runs, int64_t task, const Tensor& x,
-                      const Block& all) const;
+                      const FeedbackOfHeads& feedback, const Block& all) const;
 
   const Kernels* kernels_ = nullptr;
   Scheme scheme_;
 };
 
 Status Quantize::compute(Context& context) const {
-  Tensor x, parts[kParts];
-  NSQ_TRY(context.input(0, &x));
+  Tensor inputs[3], parts[kParts];
+  for (int i = 0; i < 3; ++i) NSQ_TRY(context.input(i, &inputs[i]));
+  const Tensor &x = inputs[0], &order = inputs[1], &factor = inputs[2];
   NSQ_TRY(expect_present(x));
   NSQ_TRY(expect_axes(x, true));
   NSQ_TRY(expect_channels(x.name, x.dim(-1)));
   const Layout layout(scheme_, count_sequences(x), x.dim(-2), x.dim(-1));
+  FeedbackOfHeads feedback;
+  NSQ_TRY(feedback.read(order, factor, x.rank > 2 ? x.dim(-3) : 1, layout.head_dim));
+  NSQ_TRY(feedback.check());
   for (int part = 0; part < kParts; ++part) {
     const Shape shape(x, scheme_, layout, part);
     NSQ_TRY(context.output(part, shape.dims, shape.rank, &parts[part]));
     NSQ_TRY(expect_stored(parts[part], is_stored(scheme_, part)));
   }
-  NSQ_TRY(expect_apart(parts, kParts, &x, 1));
+  NSQ_TRY(expect_apart(parts, kParts, inputs, 3));
   NSQ_TRY(keep_sinks(layout, x, parts[kSinks]));
-  return encode(context.threads(), layout, x, block_of(parts));
+  return encode(context.threads(), layout, x, feedback, block_of(parts));
 }
 
 // K1, and I2 for them.
@@ -107,13 +114,13 @@ Status Quantize::keep_sinks(const Layout& layout, const Tensor& x, const Tensor&
 }
 
 Status Quantize::encode(const Threads& threads, const Layout& layout, const Tensor& x,
-                        const Block& all) const {
+                        const FeedbackOfHeads& feedback, const Block& all) const {
   // Tokens with scales of their own need not wait for the rest of their block.
   const Runs runs(scheme_, layout, !scheme_.per_token || layout.kept > 0);
   Scratch<Problem> problems;
   NSQ_TRY(problems.allocate(runs.tasks()));
   NSQ_TRY(threads.parallel_for(runs.tasks(), [&](int64_t task) {
-    problems[task] = encode_runs(layout, runs, task, x, all);
+    problems[task] = encode_runs(layout, runs, task, x, feedback, all);
   }));
   for (int64_t task = 0; task < runs.tasks(); ++task) {
     if (problems[task].refusal.rule) return refused(scheme_, layout, x, problems[task]);
@@ -122,7 +129,8 @@ Status Quantize::encode(const Threads& threads, const Layout& layout, const Tens
 }
 
 Problem Quantize::encode_runs(const Layout& layout, const Runs& runs, int64_t task,
-                              const Tensor& x, const Block& all) const {
+                              const Tensor& x, const FeedbackOfHeads& feedback,
+                              const Block& all) const {
   const bool is_wide = x.element == Element::float32;
   Scratch<float> wide;
   if (!is_wide && !wide.allocate(runs.tokens(), layout.head_dim).ok()) {
@@ -139,8 +147,9 @@ Problem Quantize::encode_runs(const Layout& layout, const Runs& runs, int64_t ta
       kernels_->widen(x.as<uint16_t>() + token * layout.head_dim, dtype(x.element),
                       run.tokens * layout.head_dim, wide.data());
     }
-    const Refusal refusal = kernels_->encode_block(scheme_, values, run.tokens, layout.head_dim,
-                                                   runs.part(all, run));
+    const Refusal refusal =
+        kernels_->encode_block(scheme_, values, run.tokens, layout.head_dim,
+                               feedback.of(run.sequence), runs.part(all, run));
     if (refusal.rule) return {refusal, run};
   }
   return {};

@@ -147,7 +147,7 @@ def test_what_is_not_stored(runner: Callable[[onnx.ModelProto], Run]) -> None:
     kinds = dict(zip(PARTS, (TensorProto.UINT8, FLOAT, FLOAT, FLOAT, 6, 10, FLOAT), strict=True))
     scheme = Scheme(separate_norm=False)
     node = helper.make_node(
-        "Quantize", ["x"], list(PARTS), domain=DOMAIN, **scheme_attributes(scheme)
+        "Quantize", ["x", "", ""], list(PARTS), domain=DOMAIN, **scheme_attributes(scheme)
     )
     got = runner(model_of([node], {"x": FLOAT}, kinds, functions()))({"x": x})
     assert got["packed"].tobytes() == nsq.quantize(x, scheme).packed.tobytes()

@@ -21,6 +21,7 @@ from nsq_ref import Scheme
 from onnx_export.operators import attention_model, cache_fields, functions
 from onnx_export.operators.nodes import all_nodes
 from tests.onnx_export.operators.test_attention import follow, runs
+from tests.onnx_export.operators.test_attention_feedback import KEYS, STEPS, config_of
 from tests.support.onnx_attention import Config, Expected, Runner, check, check_output, make_inputs
 
 IN_PLACE: dict[str, Any] = {"opset": 24, "in_place": True}
@@ -37,6 +38,16 @@ CODED = Scheme(block_size=4, magnitude="gain", symmetric=False, sink_tokens=1)
 def test_any_run(how: str, data: st.DataObject) -> None:
     """A1 A2 A3 B1 B2 K1: whatever there is of schemes, options and lengths."""
     follow(data.draw(runs()), **HOW[how])
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_with_feedback(name: str) -> None:
+    """F1. As in the body of opset 21."""
+    config = config_of(name)
+    runner, expected = Runner(config, 2, **IN_PLACE), Expected(config, 2)
+    rng = np.random.default_rng(1)
+    for tokens, counts in STEPS:
+        check(runner, expected, make_inputs(config, rng, runner.lengths, tokens, counts))
 
 
 def behind(runner: Runner) -> Iterator[tuple[str, npt.NDArray[Any]]]:

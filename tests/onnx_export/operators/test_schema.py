@@ -50,15 +50,18 @@ def codec_call(operator: Operator) -> Call:
     x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
     parts = dict(nsq.quantize(x, CODED).parts)
     wide = {name: parts[name].astype(np.float32) for name in ("scale", "norm", "zero")}
+    feedback = nsq.Feedback.from_queries(x, kv_heads=2)
     known = {"x": x, "head_dim": np.array(8), **parts, **wide}
+    known |= {"order": feedback.order, "factor": feedback.factor}
     return scheme_attributes(CODED), {name: known[name] for name in operator.inputs}
 
 
 def attention_call() -> Call:
     """Return a call of Attention with every input."""
     config = Config(
-        key=SCHEME, value=SCHEME, rotary=4, position_ids=True, attention_bias=True, head_sink=True
-    )
+        key=SCHEME, value=SCHEME, rotary=4, position_ids=True, attention_bias=True, head_sink=True,
+        feedback=nsq.Feedback.from_queries(np.eye(4)[None], kv_heads=1),
+    )  # fmt: skip
     feeds = make_inputs(config, np.random.default_rng(0), np.zeros(2), 3, [3, 2])
     feeds |= {f"past_{name}": np.zeros(*field) for name, field in config.cache(2).items()}
     feeds["past_lengths"] = np.zeros(2, np.int64)
@@ -70,10 +73,8 @@ def attention_call() -> Call:
 def buffer_attention_call() -> Call:
     """Return the same with the cache in buffers."""
     attributes, feeds = attention_call()
-    kept = {name: feeds[name] for name in BUFFER_ATTENTION.inputs if name in feeds}
-    return attributes, kept | {
-        f"past_{side}": np.zeros((2, 1, 1, 4096), np.uint8) for side in SIDES
-    }
+    feeds |= {f"past_{side}": np.zeros((2, 1, 1, 4096), np.uint8) for side in SIDES}
+    return attributes, {name: feeds[name] for name in BUFFER_ATTENTION.inputs}
 
 
 CALLS = {

@@ -1,0 +1,188 @@
+"""The native Quantize with feedback, on every instruction set, beside the reference (F1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+import nsq_ref as nsq
+from nsq_ref import Feedback, Scheme, strategies
+from nsq_ref.codec import PARTS
+from onnx_export.operators import quantize_model, scheme_attributes
+from onnx_export.operators.nodes import Nodes
+from onnx_export.operators.schema import ELEMENTS, QUANTIZE
+from tests.support.native_calls import PART_TYPES, Session
+from tests.support.onnx_runners import model_of
+from tests.support.processors import CPUS
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module", params=CPUS)
+def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Sessions that are made now run this instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSQ_CPU", request.param)
+        yield request.param
+
+
+def session_of(scheme: Scheme, dtype: Any, feedback: Feedback | None, threads: int = 1) -> Session:
+    model = quantize_model(scheme, dtype, feedback=feedback)
+    del model.functions[:]  # nothing but the library can answer
+    return Session(model, threads)
+
+
+def assert_agrees(scheme: Scheme, x: Array, feedback: Feedback, threads: int = 1) -> None:
+    """Both quantize `x` to the same bytes, or both refuse it."""
+    session = session_of(scheme, x.dtype.name, feedback, threads)
+    try:
+        expected = nsq.quantize(x, scheme, feedback=feedback).parts
+    except nsq.RangeError:
+        with pytest.raises(RuntimeError, match=r"\(rule \w\d\)"):
+            session.run({"x": x})
+        return
+    got = session.run({"x": x})
+    assert got.keys() == expected.keys()
+    for name, part in expected.items():
+        assert (got[name].shape, got[name].dtype) == (part.shape, part.dtype), name
+        assert got[name].tobytes() == part.tobytes(), name
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(
+    strategies.tensors(max_tokens=40, max_head_dim=40, dtypes=("float32", "float16", "bfloat16")),
+    strategies.schemes(),
+    st.data(),
+)
+def test_every_scheme(cpu: str, x: Array, scheme: Scheme, data: st.DataObject) -> None:
+    """F1 and all rules around it: equal bytes or refused."""
+    kv_heads = data.draw(st.sampled_from([1, x.shape[-3] if x.ndim > 2 else 1]))
+    assert_agrees(scheme, x, data.draw(strategies.feedbacks(kv_heads, x.shape[-1])))
+
+
+SCHEMES = {
+    "streaming4": Scheme.named("streaming4"),
+    "2 bits, search": Scheme(bits=2, symmetric=False, scale_rule="search", magnitude="gain"),
+    "token": Scheme(bits=3, axis="token", symmetric=False, magnitude="lsq", block_size=70),
+    "outliers": Scheme(bits=3, outlier_channels=3, block_size=50, separate_norm=False),
+    "token with outliers": Scheme(axis="token", outlier_channels=3, block_size=50, sink_tokens=2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_whole_heads(cpu: str, name: str) -> None:
+    """F1 B1 K1: work is cut into tasks and vectors of tokens, which do not show in the bytes."""
+    rng = np.random.default_rng(0)
+    for tokens, head_dim in ((1, 128), (67, 64), (300, 96)):
+        x = rng.standard_normal((2, 3, tokens, head_dim), dtype=np.float32)
+        x *= np.exp(rng.standard_normal(head_dim)).astype(np.float32)
+        x[1, 2, tokens // 2] = 0
+        mixed = rng.standard_normal((6, 50, head_dim)) @ rng.standard_normal((head_dim, head_dim))
+        for kv_heads in (1, 3):
+            feedback = Feedback.from_queries(mixed, kv_heads)
+            assert_agrees(SCHEMES[name], x, feedback, threads=2)
+
+
+def test_ties_and_what_a_fused_operation_would_change(cpu: str) -> None:
+    """F1: the product rounds, then the difference; many of both decide a tie."""
+    rng = np.random.default_rng(0)
+    factor = np.triu(rng.standard_normal((1, 64, 64)), 1).astype(np.float32) + np.eye(
+        64, dtype=np.float32
+    )
+    x = rng.integers(-14, 15, (200, 64)).astype(np.float32) / 2
+    x[0] = 7
+    for order in (np.arange(64), rng.permutation(64)):
+        scheme = Scheme(separate_norm=False, scale_dtype="float32")
+        assert_agrees(scheme, x, Feedback(order[None], factor))
+        assert_agrees(scheme, x, Feedback(order[None], np.round(4 * factor) / 4))
+
+
+def test_where_float32_ends(cpu: str) -> None:
+    """F1: w is the direction again where it is infinite or NaN; with scale 0 its code is 0."""
+    factor = np.triu(np.float32([[[1, -3e38, 3e38], [0, 1, 1], [0, 0, 1]]]))
+    x = np.float32([[7e30, 3e38, 7e30], [2.5e30, 3e38, 2e30], [1.5, 3e38, 1e30]])
+    for symmetric in (False, True):
+        scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=symmetric)
+        assert_agrees(scheme, x, Feedback([[0, 1, 2]], factor))
+    # Two errors of 4 move 3e38 to -2.2e38, which is beyond float32 below the zero of 3e38.
+    factor = np.eye(4, dtype=np.float32)[None]
+    factor[0, :2, 2] = [0.8e38, 0.5e38]
+    x = np.float32([[0, 0, 3e38, 9], [150, 150, 3e38, 1], [24, 24, 3e38, 5]])
+    scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=False)
+    assert_agrees(scheme, x, Feedback([[0, 1, 2, 3]], factor))
+
+
+def test_nothing_moves_in_a_zero_token(cpu: str) -> None:
+    """F1 N2 O1: not even into an outlier channel, which would show it."""
+    x = np.float32([[3, 4, 12], [0, 0, 0], [-3, 2, 1]])
+    feedback = Feedback([[0, 1, 2]], np.triu(np.ones((1, 3, 3), np.float32)))
+    assert_agrees(Scheme(symmetric=False, outlier_channels=1), x, feedback)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+GOOD = Feedback.from_queries(np.random.default_rng(0).standard_normal((3, 9, 4)), 3)
+
+
+def changed(array: Array, at: tuple[int, ...], value: float) -> Array:
+    copy = array.copy()
+    copy[at] = value
+    return copy
+
+
+def run_given(x: Array, **given: Array) -> dict[str, Array]:
+    """Run one node of Quantize with what is given of ``order`` and ``factor``."""
+    feeds = {"x": x, **given}
+    kinds = {name: ELEMENTS[array.dtype.name] for name, array in feeds.items()}
+    made = {name: PART_TYPES[name] for name in PARTS[:3]}
+    add = Nodes()
+    names = {name: name for name in feeds}
+    add.call(QUANTIZE, names, {name: name for name in made}, **scheme_attributes(Scheme()))
+    return Session(model_of(add.nodes, kinds, made)).run(feeds)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"order": None}, "factor is given without order; give both, or neither"),
+        ({"factor": None}, "order is given without factor; give both, or neither"),
+        ({"order": GOOD.order[0]}, r"order has shape \[4\], expected 2 axes"),
+        ({"order": GOOD.order[:2]}, r"order has shape \[2, 4\], expected \[3, 4\]"),
+        ({"order": GOOD.order[:0]}, r"order has shape \[0, 4\], expected \[3, 4\]"),
+        ({"order": GOOD.order[:1]}, r"factor has shape \[3, 4, 4\], expected \[1, 4, 4\]"),
+        ({"order": GOOD.order[:, :3]}, r"order has shape \[3, 3\], expected \[3, 4\]"),
+        ({"factor": GOOD.factor[..., :3]}, r"factor has shape \[3, 4, 3\], expected \[3, 4, 4\]"),
+        ({"factor": GOOD.factor[0]}, r"factor has shape \[4, 4\], expected \[3, 4, 4\]"),
+        ({"order": changed(GOOD.order, (2, 3), 4)}, r"order\[2, 3\] is channel 4, which is none"),
+        ({"order": changed(GOOD.order, (1, 0), -1)}, r"order\[1, 0\] is channel -1, which is none"),
+        ({"order": changed(GOOD.order, (2, 3), 2**31 - 1)}, r"order\[2, 3\] is channel 2147483647"),
+        ({"order": changed(GOOD.order, (1, 3), GOOD.order[1, 0])}, r"order\[1, 3\] .* there twice"),
+        ({"factor": changed(GOOD.factor, (2, 1, 3), np.nan)}, r"factor\[2, 1, 3\] is -?nan; a fac"),
+        ({"factor": changed(GOOD.factor, (0, 0, 1), -np.inf)}, r"factor\[0, 0, 1\] is -inf"),
+        ({"factor": changed(GOOD.factor, (1, 2, 2), 0.5)}, r"factor\[1, 2, 2\] is 0.5; .* 1 on"),
+        ({"factor": changed(GOOD.factor, (1, 3, 0), 0.5)}, r"factor\[1, 3, 0\] is 0.5"),
+    ],
+)  # fmt: skip
+def test_malformed_feedback(given: dict[str, Array | None], says: str) -> None:
+    """F1: nothing is read past a tensor; the error names the input and the place."""
+    x = np.ones((2, 3, 5, 4), np.float32)
+    feeds = {"order": GOOD.order, "factor": GOOD.factor, **given}
+    present = {name: array for name, array in feeds.items() if array is not None}
+    with pytest.raises(RuntimeError, match=says):
+        run_given(x, **present)
+
+
+def test_zeros_below_the_diagonal_have_either_sign() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    negative = np.where(np.tri(4, k=-1, dtype=bool), np.float32(-0.0), GOOD.factor)
+    got = run_given(x, order=GOOD.order, factor=negative)
+    assert got["packed"].tobytes() == nsq.quantize(x, feedback=GOOD).packed.tobytes()

@@ -130,8 +130,8 @@ def _calibrated(
     if text is None:
         ids = tokenizer.encode(read_address(ADDRESSES[0]))
         return calibrated(file, ids, folder, weights=weights, progress=told)
+    ids = tokenizer.encode(read_text(text))
     with about(str(text)):
-        ids = tokenizer.encode(read_text(text))
         return calibrated(file, ids, folder, weights=weights, progress=told)
 
 

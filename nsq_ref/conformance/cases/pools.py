@@ -99,7 +99,7 @@ class Pool(NamedTuple):
     Examples
     --------
     >>> Pool.of(np.float32([[[7], [3.2]]]), Scheme(separate_norm=False)).right[0].tolist()
-    [[[7.0], [3.0]]]
+    [[[7], [3]]]
     """
 
     blocks: Float32

@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from numpy.typing import NDArray
 
 from nsq_ref import Quantized, Scheme, dequantize, files, oracle, quantize, rounding
@@ -146,6 +146,7 @@ def pairs(draw: st.DrawFn) -> tuple[list[float], list[float]]:
 
 @settings(max_examples=500)
 @given(pairs())
+@example(([2.0**-149, 2.0**-149], [1.0, -1.0]))  # 0 and nothing else, not -0
 def test_the_recipe_of_the_gain(pair: tuple[list[float], list[float]]) -> None:
     """M3."""
     x, y = pair

@@ -264,7 +264,7 @@ def test_int4_with_static_scales(tmp_path: Path) -> None:
     assert "has 5 tokens; give one of at least 64" in refuse(*own, text)
     assert "No such file" in refuse(*own, tmp_path / "missing")
     text.write_bytes(b"\xff")
-    assert "can't decode byte 0xff" in refuse(*own, text)
+    assert "is no text in UTF-8" in refuse(*own, text)
     assert "--calibrate is of --attention gqa-int4; leave it out with nsq" in refuse(*own[2:], text)
     assert "--scheme is of --attention nsq; leave it out with gqa-int4" in refuse(
         *own[:2], "--scheme", "streaming4"

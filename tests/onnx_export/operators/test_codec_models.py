@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 
 from nsq_ref import SPEC_VERSION, Scheme
@@ -31,6 +32,16 @@ FEW = (
     "nsep+pchan4-gain", "nsep+pchan4-lsq-float32", "nsep+pchan4-bfloat16", "nsep+pchan4-search",
     "nsep+pchan4-blocks",
 )  # fmt: skip
+
+
+OLDEST = onnxruntime.__version__.startswith("1.22.")
+
+
+def cases_of_some_sequences(*given: Any) -> list[Case]:
+    def shape(case: Case) -> tuple[int, ...]:
+        return case.inputs["x"].shape if "x" in case.inputs else tuple(case.inputs["shape"])
+
+    return [case for case in cases_of(*given) if 0 not in shape(case)[:-2]]
 
 
 class Models:
@@ -57,7 +68,12 @@ class Models:
 
 def assert_conforms(name: str, runner: str) -> None:
     port = Models(FAMILY[name], RUNNERS[runner])
-    report = run(port, [(name, FAMILY[name])], ["encode", "decode"], refusals=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # onnxruntime 1.22 reduces arrays of no sequence to another shape, and onnx.reference's
+        # GatherND takes none.
+        if OLDEST or runner == "onnx.reference":
+            patch.setattr(checking, "cases", cases_of_some_sequences)
+        report = run(port, [(name, FAMILY[name])], ["encode", "decode"], refusals=False)
     assert report.conforms, as_text(report, color=False)
 
 
@@ -69,16 +85,8 @@ def test_models_conform(name: str) -> None:
 
 @pytest.mark.parametrize("runner", [name for name in RUNNERS if name != "onnxruntime"])
 @pytest.mark.parametrize("name", FEW)
-def test_models_conform_on_other_runtimes(
-    name: str, runner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_conform_on_other_runtimes(name: str, runner: str) -> None:
     """N1 N2 O1 S1 S2 S3 S4 Q1 Q2 P1 M1 M2 M3 D1 Z1 K1 B1 I1. Every case, without latitude."""
-    if runner == "onnx.reference":  # whose GatherND takes no empty arrays
-        monkeypatch.setattr(
-            checking, "cases",
-            lambda *given: [one for one in cases_of(*given)
-                            if all(array.size for array in one.inputs.values())],
-        )  # fmt: skip
     assert_conforms(name, runner)
 
 

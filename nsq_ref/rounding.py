@@ -145,8 +145,7 @@ def least_squares_gain(x: Any, y: Any) -> Float32:
     relative = (x.shape[-1] + 8) * _UNIT
     slack = relative * (np.sum(np.abs(products), axis=-1) / divisor + np.abs(quotient))
     lower, upper = _float32(quotient - slack), _float32(quotient + slack)
-    undecided = (lower < upper) | (np.signbit(lower) != np.signbit(upper))  # 0 has a sign, too
-    for index in zip(*np.nonzero(undecided), strict=True):
+    for index in zip(*np.nonzero(lower < upper), strict=True):
         a, b = _in_least_steps(x[index]), _in_least_steps(y[index])
         exact = Fraction(sum(u * v for u, v in zip(a, b, strict=True)), sum(v * v for v in b))
         # Cancellation may leave a wide interval: the float64 nearest to the quotient narrows it.

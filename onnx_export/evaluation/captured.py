@@ -177,8 +177,8 @@ def _of_onnx(path: Path) -> _Source:
         if one.key_cache.past.name in numbers
     }
     why = surveyed.without_queries()
-    if not why and len(queries) < len(numbers):
-        why = f"{len(queries)} of {len(numbers)} attentions were found"
+    if not why and (missing := sorted(set(numbers.values()) - set(queries))):
+        why = f"layer {missing[0]}: no attention that is known reads its cache"
     context = layout.context_length or context_length(path.parent)
     return _Source(path, surveyed.proto, layout, context, queries, why)
 
@@ -223,7 +223,7 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
         if keys.shape[2] != len(ids):
             raise ValueError(
                 f"{source.path} keeps {keys.shape[2]} of {len(ids)} tokens; only caches that keep "
-                "all are audited"
+                "all are understood"
             )
         query = source.queries.get(one.number)
         queries = query.in_heads(found[query.name]) if query and asked else None

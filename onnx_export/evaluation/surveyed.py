@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
+from onnx_export.operators.cache_layout import layer_in_name
 from onnx_export.rewrite import files
-from onnx_export.rewrite.found import Found
+from onnx_export.rewrite.found import Cache, Found
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.survey import survey
+from onnx_export.rewrite.survey import name_of, survey
 
 with extra("onnx", __name__):
     import onnx
+    import onnx_ir as ir
 
 __all__ = ["Attentions", "attentions"]
 
@@ -45,7 +47,10 @@ class Attentions(NamedTuple):
     def without_queries(self) -> str:
         """Return why queries as they meet the keys are not had; empty where they are."""
         tables = self._tables()
-        return self.refused or next((why for one in self.found if (why := _why(one, tables))), "")
+        for one in self.found:
+            if not self.refused and (why := _why(one, tables)):
+                return f"{_where(one.node, (one.key_cache, one.value_cache))}: {why}"
+        return self.refused
 
     def queries(self, one: Found, given: Array, folder: Path) -> NDArray[np.float32]:
         """Return queries as they meet the keys, rotated if the attention does it."""
@@ -82,7 +87,8 @@ def attentions(path: Path) -> Attentions:
         if isinstance(one, Found):
             found.append(one)
         else:
-            refused = refused or f"attention {one.node.name!r} is not understood: {one.reason}"
+            where = _where(one.node, one.caches)
+            refused = refused or f"{where} is not understood: {one.reason}"
     return Attentions(proto, found, refused)
 
 
@@ -93,6 +99,13 @@ def in_heads(array: Array, layout: str, heads: int) -> NDArray[np.float32]:
     order = [layout.index(axis) for axis in "BNSD"]
     moved: NDArray[np.float32] = np.ascontiguousarray(array.transpose(order), np.float32)
     return moved
+
+
+def _where(node: ir.Node, caches: Iterable[Cache]) -> str:
+    """Return what a user finds an attention by: its layer, if its caches tell, and its name."""
+    layers = {layer_in_name(one.past.name or "") for one in caches} - {None}
+    layer = f"layer {layers.pop()}, " if len(layers) == 1 else ""
+    return f"{layer}attention {name_of(node)!r}"
 
 
 def _why(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:

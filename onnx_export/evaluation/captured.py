@@ -74,6 +74,7 @@ def captured(
     *,
     tokens: int = 1024,
     tokenizer: str | os.PathLike[str] | None = None,
+    require_queries: bool = False,
     progress: Progress | None = None,
 ) -> Captured:
     """Read a text once and return what the caches of all layers then hold.
@@ -88,6 +89,8 @@ def captured(
         So many of its first tokens are read, if it has them and the model's context does.
     tokenizer : str or os.PathLike, optional
         Another one than that in the file, or beside it.
+    require_queries : bool
+        Refuse a model of which queries are not had, before it reads.
     progress : callable, optional
         Called as ``progress(what, done, total)``.
 
@@ -115,16 +118,20 @@ def captured(
     every = tokenizer_of(path, tokenizer).encode(text)
     require_tokens(every, LEAST_TOKENS)
     if path.is_dir():
+        why = "a model of transformers gives no queries out"
+        if require_queries:
+            raise ValueError(f"{path}: {why}; export it to ONNX")
         opened = open_model(path)
         ids = every[: min(tokens, opened.context_length or tokens)]
         require_vocabulary("text", ids, opened.vocab_size, opened.name)
         cache = zip(*prefilled(opened, ids), strict=True)
         layers = [Layer(number, *sides) for number, sides in enumerate(cache)]
-        why = "a model of transformers gives no queries out"
         return Captured(tuple(layers), len(ids), len(every), why)
     with path.open("rb") as file:
         gguf = file.read(len(GGUF)) == GGUF
     source = _of_gguf(path, progress) if gguf else _of_onnx(path)
+    if require_queries and source.without_queries:
+        raise ValueError(f"{path}: {source.without_queries}; queries are not had")
     ids = every[: min(tokens, source.context_length or tokens)]
     require_vocabulary("text", ids, _vocab_size(source), path.name)
     return Captured(tuple(_read(source, ids)), len(ids), len(every), source.without_queries)

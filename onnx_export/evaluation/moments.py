@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from nsq_ref.audit import Layer
 from nsq_ref.feedback import DAMPING, Feedback, second_moment
 from onnx_export.evaluation.captured import captured
-from onnx_export.evaluation.models import model_file
 from onnx_export.models.built import Progress
 from onnx_export.models.texts import ADDRESSES, read_address
 
@@ -137,19 +136,14 @@ def query_moments(
     every = [read_address(one) for one in DEFAULT_TEXTS] if texts is None else list(texts)
     if not every:
         raise ValueError("texts is empty; give at least one, or leave it out")
-    path = model_file(model)
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a model of transformers, which gives no queries out; export it to ONNX"
-        )
     sums: dict[int, Float64] = {}
     read = []
     for number, text in enumerate(every):
         if progress is not None:
             progress(f"text {number + 1} of {len(every)}", number, len(every))
-        found = captured(path, text, tokens=tokens, tokenizer=tokenizer, progress=progress)
-        if found.without_queries:
-            raise ValueError(f"{path}: {found.without_queries}; its queries are not had")
+        found = captured(
+            model, text, tokens=tokens, tokenizer=tokenizer, require_queries=True, progress=progress
+        )
         for layer, moment in _moments(found.layers).items():
             sums[layer] = moment + sums.get(layer, 0)
         read.append(ReadText(found.tokens, found.text_tokens))

@@ -253,7 +253,10 @@ class Policy:
 
 
 def feedback_of_layers(
-    feedback: Mapping[Any, Feedback], heads: Mapping[int, tuple[int, int]]
+    feedback: Mapping[Any, Feedback],
+    heads: Mapping[int, tuple[int, int]],
+    *,
+    has_others: bool = False,
 ) -> dict[int, Feedback]:
     """Return the feedback of keys of those layers of a model that have some.
 
@@ -264,6 +267,8 @@ def feedback_of_layers(
         named have none.
     heads : mapping of int to (int, int)
         Key/value heads and channels of each, for every layer of the model.
+    has_others : bool
+        The model has other layers, too, of which nothing is known: theirs is passed over.
 
     Raises
     ------
@@ -293,6 +298,8 @@ def feedback_of_layers(
         if not isinstance(one, Feedback):
             got = type(one).__name__
             raise TypeError(f"feedback: layer {layer} must be a Feedback, got {got}")
+        if has_others and layer not in heads:
+            continue
         _require_layer("feedback", layer, heads)
         kv_heads, head_dim = heads[layer]
         if one.head_dim != head_dim or one.kv_heads not in (1, kv_heads):

@@ -224,7 +224,7 @@ class _Edit:
         self.feedback: dict[Found, Feedback] = {}
         if feedback is not None:
             heads = {layer: (one.kv_heads, one.head_dim) for one, layer in self.layers.items()}
-            given = feedback_of_layers(feedback, heads)
+            given = feedback_of_layers(feedback, heads, has_others=len(found) < len(results))
             self.feedback = {one: given[at] for one, at in self.layers.items() if at in given}
         self.digests = {one: feedback.digest for one, feedback in self.feedback.items()}
         self.context_length: int | None = None

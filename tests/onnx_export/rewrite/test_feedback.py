@@ -217,6 +217,19 @@ def test_what_does_not_fit(
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_layers_that_are_refused_are_told_all_the_same(tmp_path: Path) -> None:
+    """Feedback names them, and nobody knows their numbers."""
+    model = gqa_model(Decoder())
+    nodes = [one for one in model.graph.node if one.op_type == "GroupQueryAttention"]
+    feedback = {str(i): feedback_of(2, 16, i) for i in (0, 1)}
+    for refused_nodes, rewritten in ((nodes[1:], 1), (nodes[:1], 0)):
+        refused_nodes[0].attribute.append(onnx.helper.make_attribute("new_to_us", 1))
+        path = save(model, tmp_path / "model.onnx")
+        report = rewrite(path, tmp_path / "out.onnx", feedback=feedback, dry_run=True)
+        assert (report.rewritten, report.complete) == (rewritten, False)
+        assert report.attentions[1].reason == "attribute new_to_us is unknown"
+
+
 def test_other_types(tmp_path: Path) -> None:
     path = save(gqa_model(Decoder()), tmp_path / "model.onnx")
     for feedback, error, message in (

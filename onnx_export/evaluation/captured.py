@@ -138,11 +138,15 @@ def captured(
 
 
 class _Query(NamedTuple):
-    """Where the queries of a layer are, and what makes them ``[1, heads, tokens, head_dim]``."""
+    """Where the queries of a layer are, and what makes them ``[1, heads, tokens, head_dim]``.
+
+    That is given them, and all values within the model that were asked for: ``tables`` too.
+    """
 
     name: str
     softmax_scale: float | None
-    in_heads: Callable[[Array], NDArray[np.float32]]
+    in_heads: Callable[[Array, Mapping[str, Array]], NDArray[np.float32]]
+    tables: tuple[str, ...] = ()
 
 
 class _Source(NamedTuple):
@@ -162,7 +166,7 @@ def _of_gguf(path: Path, progress: Progress | None) -> _Source:
     proto = onnx.load(str(built), load_external_data=False)
     unscaled = np.float32(config.head_dim**0.5)  # the graph scales queries before it names them
 
-    def in_heads(given: Array) -> NDArray[np.float32]:
+    def in_heads(given: Array, _: Mapping[str, Array]) -> NDArray[np.float32]:
         heads: NDArray[np.float32] = given.reshape(1, config.heads, -1, config.head_dim) * unscaled
         return heads
 
@@ -178,7 +182,8 @@ def _of_onnx(path: Path) -> _Source:
         numbers[str(one.key_cache.past.name)]: _Query(
             str(one.query.value.name),
             one.scale,
-            lambda given, one=one: surveyed.queries(one, given, path.parent),  # type: ignore[misc]
+            lambda given, all_of, one=one: surveyed.queries(one, given, path.parent, all_of),  # type: ignore[misc]
+            surveyed.computed_tables(one),
         )
         for one in surveyed.found
         if one.key_cache.past.name in numbers
@@ -219,7 +224,8 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
     asked = {} if source.without_queries else source.queries
     found = _run(
         source.proto, source.path, feeds,
-        [one.present for one in tensors], [one.name for one in asked.values()],
+        [one.present for one in tensors],
+        [name for one in asked.values() for name in (one.name, *one.tables)],
     )  # fmt: skip
     read = []
     for one in layers:
@@ -233,7 +239,7 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
                 "all are understood"
             )
         query = source.queries.get(one.number)
-        queries = query.in_heads(found[query.name]) if query and asked else None
+        queries = query.in_heads(found[query.name], found) if query and asked else None
         scale = query.softmax_scale if query else None
         read.append(
             Layer(one.number, keys.astype(np.float32), cached.astype(np.float32), queries, scale)
@@ -257,7 +263,8 @@ def _run(
 ) -> dict[str, Array]:
     """Run a model once; ``hidden`` are values within it, which become outputs."""
     known = {one.name for one in proto.graph.output}
-    for name in dict.fromkeys(hidden):
+    hidden = list(dict.fromkeys(hidden))
+    for name in hidden:
         if name not in known:
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
     options = onnxruntime.SessionOptions()

@@ -46,14 +46,25 @@ class Attentions(NamedTuple):
 
     def without_queries(self) -> str:
         """Return why queries as they meet the keys are not had; empty where they are."""
-        tables = self._tables()
         for one in self.found:
-            if not self.refused and (why := _why(one, tables)):
-                return f"{_where(one.node, (one.key_cache, one.value_cache))}: {why}"
+            within = (one.query_norm, one.projection_bias)
+            if not self.refused and within != (None, None):
+                where = _where(one.node, (one.key_cache, one.value_cache))
+                return f"{where}: queries are normalized, or get a bias, within the attention"
         return self.refused
 
-    def queries(self, one: Found, given: Array, folder: Path) -> NDArray[np.float32]:
-        """Return queries as they meet the keys, rotated if the attention does it."""
+    def computed_tables(self, one: Found) -> tuple[str, ...]:
+        """Return what of the angles by which an attention rotates the model computes."""
+        tables = () if one.rotary is None else (one.rotary.cos, one.rotary.sin)
+        return tuple(str(table.name) for table in tables if table.name not in self._tables())
+
+    def queries(
+        self, one: Found, given: Array, folder: Path, computed: Mapping[str, Array]
+    ) -> NDArray[np.float32]:
+        """Return queries as they meet the keys, rotated if the attention does it.
+
+        ``computed`` are the values of `computed_tables`.
+        """
         tables = self._tables()
         if one.key is None:  # packed, the queries first
             given = given[..., : one.heads * one.head_dim]
@@ -61,7 +72,11 @@ class Attentions(NamedTuple):
         if one.rotary is None:
             return queries
         cosine, sine = (
-            onnx.numpy_helper.to_array(tables[str(table.name)], str(folder))[: queries.shape[2]]
+            (
+                onnx.numpy_helper.to_array(tables[str(table.name)], str(folder))
+                if table.name in tables
+                else computed[str(table.name)]
+            )[: queries.shape[2]]
             for table in (one.rotary.cos, one.rotary.sin)
         )
         return _rotated(queries, cosine, sine, one.rotary.interleaved)
@@ -106,15 +121,6 @@ def _where(node: ir.Node, caches: Iterable[Cache]) -> str:
     layers = {layer_in_name(one.past.name or "") for one in caches} - {None}
     layer = f"layer {layers.pop()}, " if len(layers) == 1 else ""
     return f"{layer}attention {name_of(node)!r}"
-
-
-def _why(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:
-    if found.query_norm is not None or found.projection_bias is not None:
-        return "queries are normalized, or get a bias, within the attention"
-    rotary = found.rotary
-    if rotary is not None and not {rotary.cos.name, rotary.sin.name} <= set(tables):
-        return "angles of queries are computed within the model"
-    return ""
 
 
 def _rotated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from onnx_export.rewrite.survey import name_of, survey
 
 with extra("onnx", __name__):
     import onnx
+
+if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["Attentions", "attentions"]

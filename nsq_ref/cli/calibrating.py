@@ -51,10 +51,10 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write with what feedback the keys of a decoder are coded best: errors where no query looks.
+    """Write feedback for the keys of a decoder: coded with it, errors fall where no query looks.
 
     The model reads some text once, in float32. `nsq onnx rewrite --feedback` and `nsq onnx build
-    --feedback` put it into a model: the cache has the same size, and is read as fast.
+    --feedback` put it into a model, whose cache has the same size and is read as fast.
     """
     if output.exists() and not force:
         raise ValueError(f"{output} exists; choose another name, or replace it with --force")

@@ -11,6 +11,8 @@ says. An entry is
 
 Who stores caches refuses what it cannot store; all else is read alike. ``nsq audit`` writes such a
 file, ``nsq eval`` and ``nsq onnx rewrite`` read it.
+
+The feedback of keys (F1) is by layer, too: `feedback_of_layers` gives it to the layers of a model.
 """
 
 from __future__ import annotations
@@ -19,15 +21,19 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsq_ref.feedback import Feedback
 from nsq_ref.rivals import Codec, Entry, SchemeCodec, Unquantized, entry_of
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme, scheme_names
 
-__all__ = ["DEFAULT", "Policy", "Sides", "changed_fields", "policy_json", "scheme_text", "sides_of"]
+__all__ = [
+    "DEFAULT", "Policy", "Sides", "changed_fields", "feedback_of_layers", "policy_json",
+    "scheme_text", "sides_of",
+]  # fmt: skip
 
 DEFAULT = "streaming4"
 """Of layers that nothing is said of."""
@@ -179,7 +185,7 @@ class Policy:
             )
         layers: dict[int, Sides] = {}
         for text, entry in named.items():
-            layer = _layer(text)
+            layer = _layer(text, "policy")
             if layer in layers:
                 raise ValueError(f"policy: layer {layer} is named twice; name it once")
             with _about(f"policy: layer {layer}"):
@@ -228,9 +234,7 @@ class Policy:
             If the policy names one that the model does not have.
         """
         for layer in self.layers:
-            if layer not in numbers:
-                has = f"layers {min(numbers)} to {max(numbers)}" if numbers else "no layers"
-                raise ValueError(f"policy: there is no layer {layer}; the model has {has}")
+            _require_layer("policy", layer, numbers)
         return {number: self.layers.get(number, self.default) for number in numbers}
 
     def schemes(self, numbers: Sequence[int]) -> dict[int, KeyValueSchemes | None]:
@@ -246,6 +250,65 @@ class Policy:
             with _about(f"policy: layer {number}" if number in self.layers else "policy: default"):
                 found[number] = sides.schemes
         return found
+
+
+def feedback_of_layers(
+    feedback: Mapping[Any, Feedback],
+    heads: Mapping[int, tuple[int, int]],
+    *,
+    has_others: bool = False,
+) -> dict[int, Feedback]:
+    """Return the feedback of keys of those layers of a model that have some.
+
+    Parameters
+    ----------
+    feedback : mapping of str or int to Feedback
+        By the number of the layer, as `nsq_ref.files.load_feedback` returns it. Layers that are not
+        named have none.
+    heads : mapping of int to (int, int)
+        Key/value heads and channels of each, for every layer of the model.
+    has_others : bool
+        The model has other layers, too, of which nothing is known: theirs is passed over.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is none, a layer that the model does not have, and one of other heads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> feedback = Feedback.from_queries(np.eye(4)[None], kv_heads=1)
+    >>> feedback_of_layers({"1": feedback}, {0: (2, 4), 1: (1, 4)})
+    {1: Feedback(kv_heads=1, head_dim=4)}
+    >>> feedback_of_layers({"0": feedback}, {0: (2, 8)})
+    Traceback (most recent call last):
+    ValueError: feedback: layer 0 is of 1 key/value heads of 4 channels, and the model's of 2 of 8...
+    """  # noqa: E501
+    if not isinstance(feedback, Mapping):
+        got = type(feedback).__name__
+        raise TypeError(f"feedback must be a mapping from layer to Feedback, got {got}")
+    if not feedback:
+        raise ValueError("feedback is empty; give that of at least one layer, or leave it out")
+    found: dict[int, Feedback] = {}
+    for text, one in feedback.items():
+        layer = _layer(text, "feedback")
+        if layer in found:
+            raise ValueError(f"feedback: layer {layer} is named twice; name it once")
+        if not isinstance(one, Feedback):
+            got = type(one).__name__
+            raise TypeError(f"feedback: layer {layer} must be a Feedback, got {got}")
+        if has_others and layer not in heads:
+            continue
+        _require_layer("feedback", layer, heads)
+        kv_heads, head_dim = heads[layer]
+        if one.head_dim != head_dim or one.kv_heads not in (1, kv_heads):
+            raise ValueError(
+                f"feedback: layer {layer} is of {one.kv_heads} key/value heads of {one.head_dim} "
+                f"channels, and the model's of {kv_heads} of {head_dim}; calibrate this model"
+            )
+        found[layer] = one
+    return found
 
 
 def policy_json(
@@ -325,12 +388,18 @@ def _named(scheme: Scheme) -> str | dict[str, Any]:
     return scheme.to_dict() if " " in name else name
 
 
-def _layer(text: Any) -> int:
+def _layer(text: Any, where: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 10:
         return int(text)
-    raise ValueError(f"policy: {text!r} is no number of a layer")
+    raise ValueError(f"{where}: {text!r:.80} is no number of a layer")
+
+
+def _require_layer(where: str, layer: int, numbers: Collection[int]) -> None:
+    if layer not in numbers:
+        has = f"layers {min(numbers)} to {max(numbers)}" if numbers else "no layers"
+        raise ValueError(f"{where}: there is no layer {layer}; the model has {has}")
 
 
 @contextlib.contextmanager

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nsq_ref.cli.errors import about, extra
-from nsq_ref.cli.options import SetOption, file_name, given, key_value_schemes
+from nsq_ref.cli.options import FeedbackOption, SetOption, file_name, given, key_value_schemes
 from nsq_ref.cli.output import stages
 
 if TYPE_CHECKING:
-    from nsq_ref import KeyValueSchemes
+    from nsq_ref import Feedback, KeyValueSchemes
     from onnx_export.models.attention_forms import AttentionForm
     from onnx_export.models.gguf import GGUFFile
     from onnx_export.models.json_tokenizer import JsonTokenizer
@@ -28,7 +28,7 @@ INTERRUPTED = 130  # what shells say of a process that ended so
 # Options of one form of attention alone, by their parameters.
 OWN_OPTIONS = {
     "scheme": "nsq", "value_scheme": "nsq", "changes": "nsq", "opset": "nsq",
-    "calibrate": "gqa-int4",
+    "feedback": "nsq", "calibrate": "gqa-int4",
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ def build(
         str | None, typer.Option(help="Of the values, if another than of the keys.")
     ] = None,
     changes: SetOption = None,
+    feedback: FeedbackOption = None,
     opset: Annotated[
         int,
         typer.Option(metavar="N", help="24 is fast without the library, too (ONNX Runtime 1.26)."),
@@ -73,7 +74,7 @@ def build(
     for name, option in given(context).items():
         if (own := OWN_OPTIONS.get(name, attention)) != attention:
             raise ValueError(f"{option} is of --attention {own}; leave it out with {attention}")
-    from nsq_ref.files import atomic
+    from nsq_ref.files import atomic, load_feedback
 
     with extra("onnx", "nsq onnx"):
         from onnx_export.models.built import build_onnx
@@ -85,6 +86,7 @@ def build(
     if model.exists() and not force:
         raise ValueError(f"{model} exists; choose another folder, or replace it with --force")
     atomic.require_writable(model, make_folders=True)
+    fed_back = {} if feedback is None else load_feedback(feedback)
     file = GGUFFile(gguf)
     config = read_config(file)
     # First, as it is read in a moment, and weights are not.
@@ -99,16 +101,18 @@ def build(
         if attention == "gqa-int4":
             form = _calibrated(file, tokenizer, calibrate, output, weights, told)
         else:
-            form = _form(attention, schemes, opset)
+            form = _form(attention, schemes, opset, fed_back)
         build_onnx(file, output, told, attention=form, weights=weights, beside=files)
     typer.echo(model)
 
 
-def _form(attention: str, schemes: KeyValueSchemes, opset: int) -> AttentionForm:
+def _form(
+    attention: str, schemes: KeyValueSchemes, opset: int, feedback: dict[str, Feedback]
+) -> AttentionForm:
     from onnx_export.models import attention_forms as forms
 
     if attention == "nsq":
-        return forms.QuantizedAttention(*schemes, opset)
+        return forms.QuantizedAttention(*schemes, opset, feedback)
     return forms.GroupedAttention() if attention == "gqa" else forms.PlainAttention()
 
 

@@ -17,7 +17,9 @@ from nsq_ref.cli.options import JsonOption, file_name, given
 from nsq_ref.cli.output import print_json, print_table, stages
 
 if TYPE_CHECKING:
+    from nsq_ref import Feedback
     from onnx_export.evaluation import Evaluation, Method, Protocol
+    from onnx_export.models.built import Progress
 
 # Options of some protocols alone, by their parameters.
 OWN_OPTIONS = {
@@ -58,6 +60,21 @@ def evaluate(
             help='One more: JSON, layer by layer: {"default": "naive4", "layers": {"0": null}}.',
         ),
     ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Each scheme of NSQ-1 once more, its keys coded with what `nsq onnx calibrate` "
+            "wrote of this model.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="The same, with feedback from text that is kept apart from what is reported of.",
+        ),
+    ] = False,
     protocol: Annotated[
         Literal["prefill", "windows", "lengths", "decode", "free"],
         typer.Option(help="What is read, and what is scored of it: docs/evaluation.md."),
@@ -119,6 +136,8 @@ def evaluate(
         raise ValueError("--prefill 0 is of decode; give at least 1")
     if scheduler is not None and "workers" in given(context):
         raise ValueError("--workers are processes of this machine; leave it out with --scheduler")
+    if feedback is not None and calibrate:
+        raise ValueError("--feedback has what --calibrate makes; give one of them")
     with extra("eval", "nsq eval"):
         import scipy.stats  # noqa: F401 - before the work, not behind it
 
@@ -127,7 +146,7 @@ def evaluate(
     if scheduler is not None:
         with extra("scheduler", "--scheduler"):
             import distributed  # noqa: F401
-    from nsq_ref.files import atomic
+    from nsq_ref.files import atomic, load_feedback
 
     files = {path for path in (output, markdown) if path is not None}
     atomic.require_writable(*files, make_folders=True)
@@ -141,6 +160,9 @@ def evaluate(
     }
     chosen = known[protocol] if protocol in known else protocols.Windows(window, stride)
     methods = _methods(scheme or [], key, value, policy or [])
+    if (feedback is not None or calibrate) and not any(one.takes_feedback for one in methods):
+        raise ValueError("feedback is of schemes of NSQ-1; name one, such as --scheme streaming3")
+    given_feedback = None if feedback is None else load_feedback(feedback)
     found: list[Evaluation] = []
     failed: list[str] = []
     paths = _found(models)
@@ -153,6 +175,8 @@ def evaluate(
                         chosen,
                         methods,
                         passages=passages,
+                        feedback=given_feedback,
+                        calibrate=calibrate,
                         text=text or [],
                         tokenizer=tokenizer,
                         threads=threads,
@@ -224,6 +248,8 @@ def _evaluated(
     methods: tuple[Method, ...],
     *,
     passages: int,
+    feedback: dict[str, Feedback] | None,
+    calibrate: bool,
     text: list[Path],
     tokenizer: Path | None,
     threads: int | None,
@@ -235,6 +261,10 @@ def _evaluated(
     from onnx_export.models.json_tokenizer import tokenizer_of
 
     words = tokenizer_of(model_file(path), tokenizer)
+    if calibrate:
+        feedback = _calibrated(path, tokenizer, options["progress"])
+    if feedback is not None:
+        methods = _also_with(methods, feedback)
     with extra("transformers", f"{path}, a model of transformers,"):
         model = open_model(path, threads=threads, progress=options["progress"])
     length = protocol.tokens_needed(model.context_length)
@@ -252,6 +282,21 @@ def _evaluated(
         calibration=choosing(words) if calibrates else None,
         **options,
     )
+
+
+def _calibrated(path: Path, tokenizer: Path | None, told: Progress | None) -> dict[str, Feedback]:
+    with extra("rewrite", "nsq eval --calibrate"):
+        from onnx_export.evaluation.moments import query_moments
+
+    return query_moments(path, tokenizer=tokenizer, progress=told).feedback()
+
+
+def _also_with(methods: tuple[Method, ...], feedback: dict[str, Feedback]) -> tuple[Method, ...]:
+    """Return methods, each that takes feedback once more with it."""
+    from onnx_export.evaluation.methods import methods_of
+
+    both = ((one, one.with_feedback(feedback)) if one.takes_feedback else (one,) for one in methods)
+    return methods_of([one for pair in both for one in pair])
 
 
 def _found(patterns: list[str]) -> list[Path]:

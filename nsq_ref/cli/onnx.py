@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from nsq_ref.cli import decoding, rewriting
+from nsq_ref.cli import calibrating, decoding, rewriting
 from nsq_ref.cli.errors import extra
 from nsq_ref.cli.options import InputDtype, JsonOption, SetOption, file_name
 from nsq_ref.cli.output import print_json
@@ -76,7 +76,7 @@ def codec(
 
 
 VERBS: tuple[Callable[..., None], ...] = (
-    decoding.build, decoding.run, decoding.chat, rewriting.rewrite,
+    decoding.build, decoding.run, decoding.chat, rewriting.rewrite, calibrating.calibrate,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -25,6 +25,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the scheme."),
 ]
+FeedbackOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Code keys with what `nsq onnx calibrate` wrote of this model: fewer errors where "
+        "queries look, for the same bytes.",
+    ),
+]
 
 
 def given(context: typer.Context) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nsq_ref.cli.errors import about, extra
-from nsq_ref.cli.options import JsonOption, file_name
+from nsq_ref.cli.options import FeedbackOption, JsonOption, file_name
 from nsq_ref.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def rewrite(
             help='JSON, layer by layer: {"layers": {"0": null, "5": "streaming8"}}; null: as is.',
         ),
     ] = None,
+    feedback: FeedbackOption = None,
     row_lengths: Annotated[
         bool,
         typer.Option(
@@ -76,6 +77,8 @@ def rewrite(
     Weights are neither read nor copied. What is not understood stays as it is, and is named with
     the reason: exit code 1. Nothing is written where nothing is rewritten.
     """
+    from nsq_ref.files import load_feedback
+
     with extra("rewrite", "nsq onnx rewrite"):
         from onnx_export.rewrite import rewrite as rewrite_model
 
@@ -88,6 +91,7 @@ def rewrite(
         key=usual.key,
         value=usual.value,
         policy=None if policy is None else _read_policy(policy, usual),
+        feedback=None if feedback is None else load_feedback(feedback),
         row_lengths=row_lengths,
         opset=opset,
         library=library,
@@ -130,6 +134,7 @@ def _show(report: RewriteReport, dry_run: bool) -> None:
     for one in report.attentions:
         key, value = (scheme_text(scheme) for scheme in one.schemes) if one.schemes else ("", "")
         note = f"refused: {one.reason}" if one.reason else "" if one.schemes else "stays as it is"
+        note = "keys with feedback" if one.key_feedback else note
         layer = "" if one.layer is None else one.layer
         rows.append((layer, one.node, one.pattern, key, value, note))
     print_table(("layer", "attention", "found as", "keys", "values", ""), rows)

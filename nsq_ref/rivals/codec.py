@@ -17,6 +17,7 @@ from nsq_ref.arrays import RangeError, as_float_array, not_finite
 from nsq_ref.codec import dequantize, quantize
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
+from nsq_ref.feedback import Feedback
 from nsq_ref.quantized import Quantized, require_shape
 from nsq_ref.scheme import Scheme
 
@@ -163,6 +164,12 @@ class SchemeCodec(Codec):
 
     Nothing changes one, so that threads may share it.
 
+    Parameters
+    ----------
+    scheme : Scheme
+    feedback : Feedback, optional
+        With which it codes (F1); the heads are axis -3.
+
     Examples
     --------
     >>> stored = SchemeCodec(Scheme.named("streaming4"))(np.ones((200, 64), np.float32))
@@ -171,6 +178,7 @@ class SchemeCodec(Codec):
     """
 
     scheme: Scheme
+    feedback: Feedback | None = None
 
     def coded(self, tokens: int) -> tuple[int, int]:
         """Return all tokens but the sinks."""
@@ -178,7 +186,8 @@ class SchemeCodec(Codec):
 
     def encode(self, x: Float32) -> Parts:
         """Return the parts of `Quantized`."""
-        parts = quantize(x, replace(self.scheme, sink_tokens=0)).parts
+        scheme = replace(self.scheme, sink_tokens=0)
+        parts = quantize(x, scheme, feedback=self.feedback).parts
         return {name: Part(part, 8 * part.itemsize) for name, part in parts.items()}
 
     def decode(self, parts: Values, shape: tuple[int, ...]) -> Float32:
@@ -189,7 +198,7 @@ class SchemeCodec(Codec):
 
     def __call__(self, x: Any) -> Stored:
         """Quantize and dequantize; sinks are kept in the dtype of ``x``."""
-        quantized = quantize(x, self.scheme)
+        quantized = quantize(x, self.scheme, feedback=self.feedback)
         kept = 0 if quantized.sinks is None else quantized.sinks.size
         kept_bits = 0 if quantized.sinks is None else 8 * quantized.sinks.nbytes
         size = int(np.prod(quantized.shape))
@@ -199,8 +208,9 @@ class SchemeCodec(Codec):
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields of the scheme."""
-        return self.scheme.to_dict()
+        """Return the fields of the scheme, and the digest of the feedback if there is one."""
+        fields = self.scheme.to_dict()
+        return fields if self.feedback is None else {**fields, "feedback": self.feedback.digest}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def captured(
     *,
     tokens: int = 1024,
     tokenizer: str | os.PathLike[str] | None = None,
+    require_queries: bool = False,
     progress: Progress | None = None,
 ) -> Captured:
     """Read a text once and return what the caches of all layers then hold.
@@ -88,6 +89,8 @@ def captured(
         So many of its first tokens are read, if it has them and the model's context does.
     tokenizer : str or os.PathLike, optional
         Another one than that in the file, or beside it.
+    require_queries : bool
+        Refuse a model of which queries are not had, before it reads.
     progress : callable, optional
         Called as ``progress(what, done, total)``.
 
@@ -115,27 +118,35 @@ def captured(
     every = tokenizer_of(path, tokenizer).encode(text)
     require_tokens(every, LEAST_TOKENS)
     if path.is_dir():
+        why = "a model of transformers gives no queries out"
+        if require_queries:
+            raise ValueError(f"{path}: {why}; export it to ONNX")
         opened = open_model(path)
         ids = every[: min(tokens, opened.context_length or tokens)]
         require_vocabulary("text", ids, opened.vocab_size, opened.name)
         cache = zip(*prefilled(opened, ids), strict=True)
         layers = [Layer(number, *sides) for number, sides in enumerate(cache)]
-        why = "a model of transformers gives no queries out"
         return Captured(tuple(layers), len(ids), len(every), why)
     with path.open("rb") as file:
         gguf = file.read(len(GGUF)) == GGUF
     source = _of_gguf(path, progress) if gguf else _of_onnx(path)
+    if require_queries and source.without_queries:
+        raise ValueError(f"{path}: {source.without_queries}; queries are not had")
     ids = every[: min(tokens, source.context_length or tokens)]
     require_vocabulary("text", ids, _vocab_size(source), path.name)
     return Captured(tuple(_read(source, ids)), len(ids), len(every), source.without_queries)
 
 
 class _Query(NamedTuple):
-    """Where the queries of a layer are, and what makes them ``[1, heads, tokens, head_dim]``."""
+    """Where the queries of a layer are, and what makes them ``[1, heads, tokens, head_dim]``.
+
+    That is given them, and all values within the model that were asked for: ``tables`` too.
+    """
 
     name: str
     softmax_scale: float | None
-    in_heads: Callable[[Array], NDArray[np.float32]]
+    in_heads: Callable[[Array, Mapping[str, Array]], NDArray[np.float32]]
+    tables: tuple[str, ...] = ()
 
 
 class _Source(NamedTuple):
@@ -155,7 +166,7 @@ def _of_gguf(path: Path, progress: Progress | None) -> _Source:
     proto = onnx.load(str(built), load_external_data=False)
     unscaled = np.float32(config.head_dim**0.5)  # the graph scales queries before it names them
 
-    def in_heads(given: Array) -> NDArray[np.float32]:
+    def in_heads(given: Array, _: Mapping[str, Array]) -> NDArray[np.float32]:
         heads: NDArray[np.float32] = given.reshape(1, config.heads, -1, config.head_dim) * unscaled
         return heads
 
@@ -171,14 +182,15 @@ def _of_onnx(path: Path) -> _Source:
         numbers[str(one.key_cache.past.name)]: _Query(
             str(one.query.value.name),
             one.scale,
-            lambda given, one=one: surveyed.queries(one, given, path.parent),  # type: ignore[misc]
+            lambda given, all_of, one=one: surveyed.queries(one, given, path.parent, all_of),  # type: ignore[misc]
+            surveyed.computed_tables(one),
         )
         for one in surveyed.found
         if one.key_cache.past.name in numbers
     }
     why = surveyed.without_queries()
-    if not why and len(queries) < len(numbers):
-        why = f"{len(queries)} of {len(numbers)} attentions were found"
+    if not why and (missing := sorted(set(numbers.values()) - set(queries))):
+        why = f"layer {missing[0]}: no attention that is known reads its cache"
     context = layout.context_length or context_length(path.parent)
     return _Source(path, surveyed.proto, layout, context, queries, why)
 
@@ -212,7 +224,8 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
     asked = {} if source.without_queries else source.queries
     found = _run(
         source.proto, source.path, feeds,
-        [one.present for one in tensors], [one.name for one in asked.values()],
+        [one.present for one in tensors],
+        [name for one in asked.values() for name in (one.name, *one.tables)],
     )  # fmt: skip
     read = []
     for one in layers:
@@ -223,10 +236,10 @@ def _read(source: _Source, ids: NDArray[np.int64]) -> list[Layer]:
         if keys.shape[2] != len(ids):
             raise ValueError(
                 f"{source.path} keeps {keys.shape[2]} of {len(ids)} tokens; only caches that keep "
-                "all are audited"
+                "all are understood"
             )
         query = source.queries.get(one.number)
-        queries = query.in_heads(found[query.name]) if query and asked else None
+        queries = query.in_heads(found[query.name], found) if query and asked else None
         scale = query.softmax_scale if query else None
         read.append(
             Layer(one.number, keys.astype(np.float32), cached.astype(np.float32), queries, scale)
@@ -250,7 +263,8 @@ def _run(
 ) -> dict[str, Array]:
     """Run a model once; ``hidden`` are values within it, which become outputs."""
     known = {one.name for one in proto.graph.output}
-    for name in dict.fromkeys(hidden):
+    hidden = list(dict.fromkeys(hidden))
+    for name in hidden:
         if name not in known:
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
     options = onnxruntime.SessionOptions()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nsq_ref.feedback import Feedback
 from nsq_ref.policy import Policy, Sides, sides_of
 from nsq_ref.rivals import Codec, Entry, SchemeCodec, entry_of
 from nsq_ref.rivals.scaled import StaticChannels
@@ -116,6 +117,44 @@ class Method:
             for sides in every
             for codec in sides
         )
+
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether keys of a layer are coded by a scheme of NSQ-1."""
+        every = (self.policy.default, *self.policy.layers.values())
+        return any(isinstance(sides.key, SchemeCodec) for sides in every)
+
+    def with_feedback(self, feedback: Mapping[str, Feedback]) -> Method:
+        """Return it with feedback of the keys (F1), where a scheme of NSQ-1 codes them.
+
+        Parameters
+        ----------
+        feedback : mapping of str to Feedback
+            By the number of the layer, of every layer of the model, as
+            `onnx_export.evaluation.moments` makes it.
+
+        Raises
+        ------
+        ValueError
+            If there is no such scheme, or a name is no number.
+
+        Examples
+        --------
+        >>> feedback = Feedback.from_queries(np.eye(4)[None], kv_heads=1)
+        >>> method = Method.of("streaming2/q4_0").with_feedback({"0": feedback})
+        >>> method.name, method.policy.layers[0].key.feedback
+        ('streaming2/q4_0+feedback', Feedback(kv_heads=1, head_dim=4))
+        """
+        if not self.takes_feedback:
+            raise ValueError(f"{self.name} codes keys by no scheme of NSQ-1, which feedback is for")
+        layers = dict(self.policy.layers)
+        for text, one in feedback.items():
+            if not text.isdecimal():
+                raise ValueError(f"feedback: {text!r} is no number of a layer")
+            sides = layers.get(int(text), self.policy.default)
+            if isinstance(sides.key, SchemeCodec):
+                layers[int(text)] = sides._replace(key=replace(sides.key, feedback=one))
+        return Method(f"{self.name}+feedback", Policy(self.policy.default, layers))
 
     def bound(self, layers: int | Sequence[int], calibration: KeyValueCache | None = None) -> Bound:
         """Return it for the layers of a model, its static scales set.

@@ -141,7 +141,7 @@ class StreamedCache:
 def _in_blocks(codec: Codec, block: int) -> Codec:
     """Return a scheme with a block size, and any other codec as it is."""
     if isinstance(codec, SchemeCodec) and codec.scheme.block_size is None:
-        return SchemeCodec(replace(codec.scheme, block_size=block))
+        return replace(codec, scheme=replace(codec.scheme, block_size=block))
     return codec
 
 

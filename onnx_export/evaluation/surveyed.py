@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.extras import extra
+from onnx_export.operators.cache_layout import layer_in_name
 from onnx_export.rewrite import files
-from onnx_export.rewrite.found import Found
+from onnx_export.rewrite.found import Cache, Found
 from onnx_export.rewrite.graph import Graph
 from onnx_export.rewrite.patterns import PATTERNS
-from onnx_export.rewrite.survey import survey
+from onnx_export.rewrite.survey import name_of, survey
 
 with extra("onnx", __name__):
     import onnx
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Attentions", "attentions"]
 
@@ -44,11 +48,25 @@ class Attentions(NamedTuple):
 
     def without_queries(self) -> str:
         """Return why queries as they meet the keys are not had; empty where they are."""
-        tables = self._tables()
-        return self.refused or next((why for one in self.found if (why := _why(one, tables))), "")
+        for one in self.found:
+            within = (one.query_norm, one.projection_bias)
+            if not self.refused and within != (None, None):
+                where = _where(one.node, (one.key_cache, one.value_cache))
+                return f"{where}: queries are normalized, or get a bias, within the attention"
+        return self.refused
 
-    def queries(self, one: Found, given: Array, folder: Path) -> NDArray[np.float32]:
-        """Return queries as they meet the keys, rotated if the attention does it."""
+    def computed_tables(self, one: Found) -> tuple[str, ...]:
+        """Return what of the angles by which an attention rotates the model computes."""
+        tables = () if one.rotary is None else (one.rotary.cos, one.rotary.sin)
+        return tuple(str(table.name) for table in tables if table.name not in self._tables())
+
+    def queries(
+        self, one: Found, given: Array, folder: Path, computed: Mapping[str, Array]
+    ) -> NDArray[np.float32]:
+        """Return queries as they meet the keys, rotated if the attention does it.
+
+        ``computed`` are the values of `computed_tables`.
+        """
         tables = self._tables()
         if one.key is None:  # packed, the queries first
             given = given[..., : one.heads * one.head_dim]
@@ -56,7 +74,11 @@ class Attentions(NamedTuple):
         if one.rotary is None:
             return queries
         cosine, sine = (
-            onnx.numpy_helper.to_array(tables[str(table.name)], str(folder))[: queries.shape[2]]
+            (
+                onnx.numpy_helper.to_array(tables[str(table.name)], str(folder))
+                if table.name in tables
+                else computed[str(table.name)]
+            )[: queries.shape[2]]
             for table in (one.rotary.cos, one.rotary.sin)
         )
         return _rotated(queries, cosine, sine, one.rotary.interleaved)
@@ -82,7 +104,8 @@ def attentions(path: Path) -> Attentions:
         if isinstance(one, Found):
             found.append(one)
         else:
-            refused = refused or f"attention {one.node.name!r} is not understood: {one.reason}"
+            where = _where(one.node, one.caches)
+            refused = refused or f"{where} is not understood: {one.reason}"
     return Attentions(proto, found, refused)
 
 
@@ -95,13 +118,11 @@ def in_heads(array: Array, layout: str, heads: int) -> NDArray[np.float32]:
     return moved
 
 
-def _why(found: Found, tables: Mapping[str, onnx.TensorProto]) -> str:
-    if found.query_norm is not None or found.projection_bias is not None:
-        return "queries are normalized, or get a bias, within the attention"
-    rotary = found.rotary
-    if rotary is not None and not {rotary.cos.name, rotary.sin.name} <= set(tables):
-        return "angles of queries are computed within the model"
-    return ""
+def _where(node: ir.Node, caches: Iterable[Cache]) -> str:
+    """Return what a user finds an attention by: its layer, if its caches tell, and its name."""
+    layers = {layer_in_name(one.past.name or "") for one in caches} - {None}
+    layer = f"layer {layers.pop()}, " if len(layers) == 1 else ""
+    return f"{layer}attention {name_of(node)!r}"
 
 
 def _rotated(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Feedback
+from nsq_ref.policy import feedback_of_layers
 from nsq_ref.scheme import KeyValueSchemes, Scheme
 from onnx_export.models.config import DecoderConfig
 from onnx_export.models.nodes import Graph
 from onnx_export.operators import attention_node, functions
 from onnx_export.operators.attention import SCATTER_OPSET
+from onnx_export.operators.attention_models import feedback_tensors
 from onnx_export.operators.cache_layout import CacheLayout, CacheTensor, quantized_tensors
 from onnx_export.operators.schema import OPSET
 
@@ -282,11 +285,15 @@ class QuantizedAttention(AttentionForm):
         With a block size and without outlier channels.
     opset : int
         From 21 on; from 24 on the cache is appended to in place without the native library, too.
+    feedback : mapping of str or int to Feedback
+        With which keys are coded (F1), by the number of the layer, as `nsq_ref.files.load_feedback`
+        gives it; layers that are not named have none.
 
     Raises
     ------
     TypeError, ValueError
-        If the opset is older, or newer than 24.
+        If the opset is older, or newer than 24. Feedback that does not fit is refused when the
+        model is known.
 
     Examples
     --------
@@ -298,9 +305,15 @@ class QuantizedAttention(AttentionForm):
     key: Scheme
     value: Scheme
     opset: int = OPSET
+    feedback: Mapping[Any, Feedback] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         as_integer("opset", self.opset, least=OPSET, most=SCATTER_OPSET)
+
+    def _feedback(self, config: DecoderConfig) -> dict[int, Feedback]:
+        """Return the feedback of each layer that has some, if it fits the model."""
+        heads = dict.fromkeys(range(config.layers), (config.kv_heads, config.head_dim))
+        return feedback_of_layers(self.feedback, heads) if self.feedback else {}
 
     def tensors(self, config: DecoderConfig) -> tuple[CacheTensor, ...]:
         """Return the parts of every layer."""
@@ -315,11 +328,13 @@ class QuantizedAttention(AttentionForm):
     def layout(self, config: DecoderConfig) -> CacheLayout:
         """Return what the metadata says of the cache, unless the context is too long."""
         _require_positions(config)
+        given = self._feedback(config)
+        digests = [given[i].digest if i in given else None for i in range(config.layers)]
         return CacheLayout(
             DECODER_ROLES | LENGTHS, self.tensors(config),
             (KeyValueSchemes(self.key, self.value),) * config.layers,
             math.lcm(self.key.block_size or 1, self.value.block_size or 1),
-            config.context_length,
+            config.context_length, key_feedback=tuple(digests) if given else (),
         )  # fmt: skip
 
     def functions(self, nodes: Iterable[onnx.NodeProto] = ()) -> list[onnx.FunctionProto]:
@@ -333,14 +348,17 @@ class QuantizedAttention(AttentionForm):
 
     def attend(self, graph: Graph, config: DecoderConfig, layer: int, new: tuple[str, ...]) -> str:
         """Add the operator."""
+        feedback = self._feedback(config).get(layer)
+        tables = {} if feedback is None else feedback_tensors(feedback, f"blk.{layer}.")
         node = attention_node(
             self.key, self.value, heads=config.heads, kv_heads=config.kv_heads,
-            inputs=("key", "value", "new_lengths", "cos", "sin"),
+            inputs=("key", "value", "new_lengths", "cos", "sin", *tables),
         )  # fmt: skip
         output = f"blk.{layer}.attention"
         names = dict(zip(("query", "key", "value"), new, strict=True))
         names |= {"cos": "cosine_table", "sin": "sine_table", "output": output}
         names["present_lengths"] = f"{output}.lengths"
+        names |= {name: graph.tensor(table) for name, table in tables.items()}
         for tensor in self.tensors(config):
             if tensor.layer == layer:
                 names |= {

@@ -60,6 +60,11 @@ class Graph(Nodes):
             self._initializers[name] = numpy_helper.from_array(values, name)
         return name
 
+    def tensor(self, tensor: TensorProto) -> str:
+        """Add a small initializer that there is."""
+        self._initializers[tensor.name] = tensor
+        return str(tensor.name)
+
     def ints(self, *values: int) -> str:
         """Add a vector of int64, such as a shape."""
         name = "ints_" + "_".join(map(str, values))

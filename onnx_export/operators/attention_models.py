@@ -11,6 +11,7 @@ from nsq_ref.arrays import as_integer
 from nsq_ref.attention import require_options
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import Field, FloatName, Scheme, as_scheme
 from onnx_export.operators.domain import functions
 from onnx_export.operators.nodes import Nodes, make_model
@@ -24,8 +25,9 @@ from onnx_export.operators.schema import (
 
 with extra("onnx", __name__):
     import onnx
+    from onnx import numpy_helper
 
-__all__ = ["attention_model", "attention_node", "cache_fields"]
+__all__ = ["attention_model", "attention_node", "cache_fields", "feedback_tensors"]
 
 # Those of the cache follow from the schemes.
 OPTIONAL = [name for name in ATTENTION.inputs if name in ATTENTION.optional and name[:5] != "past_"]
@@ -184,6 +186,31 @@ def attention_node(
     operator = BUFFER_ATTENTION if buffers else ATTENTION
     add.call(operator, {name: name for name in given}, {name: name for name in made}, **attributes)
     return add.nodes[0]
+
+
+def feedback_tensors(feedback: Feedback, prefix: str = "") -> dict[str, onnx.TensorProto]:
+    """Return feedback of keys (F1) as initializers for nsq.Attention.
+
+    Parameters
+    ----------
+    feedback : Feedback
+        Of the layer.
+    prefix : str
+        Of the names.
+
+    Returns
+    -------
+    dict of str to onnx.TensorProto
+        By the names of the operator's inputs.
+
+    Examples
+    --------
+    >>> feedback = Feedback.from_queries(np.eye(4)[None], kv_heads=1)
+    >>> [(name, one.name) for name, one in feedback_tensors(feedback, "blk.0.").items()]
+    [('key_order', 'blk.0.key_order'), ('key_factor', 'blk.0.key_factor')]
+    """
+    arrays = {"key_order": feedback.order, "key_factor": feedback.factor}
+    return {name: numpy_helper.from_array(x, f"{prefix}{name}") for name, x in arrays.items()}
 
 
 def attention_model(

@@ -147,12 +147,15 @@ class CacheLayout:
     right_padding : bool
         The model counts the ones of ``attention_mask``: a row has as many tokens with the new ones,
         of which the first ``min(sequence, ones)`` are new, the rest being padding.
+    key_feedback : tuple of str or None
+        Of every layer the digest of the feedback with which its keys are coded
+        (`nsq_ref.Feedback.digest`), None of one without; empty where no layer has any.
 
     Raises
     ------
     ValueError
         For an unknown role, a name that is used twice, shapes and dtypes that the module does not
-        name, and parts of a cache that is not quantized.
+        name, parts of a cache that is not quantized, and feedback of one.
 
     Examples
     --------
@@ -172,6 +175,7 @@ class CacheLayout:
     capacity_multiple: int = 1
     context_length: int | None = None
     right_padding: bool = False
+    key_feedback: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.roles) - set(ROLES):
@@ -185,6 +189,9 @@ class CacheLayout:
             for size in tensor.shape:
                 _require_size(tensor.past, size, self.capacity_multiple)
             _require_part(tensor, self.schemes)
+        for layer, digest in enumerate(self.key_feedback):
+            if digest is not None and self.schemes[layer : layer + 1] in ((), (None,)):
+                raise ValueError(f"key_feedback: layer {layer} has no schemes, and no feedback")
 
     def rounded(self, capacity: int) -> int:
         """Return the least capacity of whole blocks that has room for so many tokens."""
@@ -200,7 +207,7 @@ class CacheLayout:
 
     def to_metadata(self) -> dict[str, str]:
         """Return the metadata of a model that says all this."""
-        value = {
+        value: dict[str, Any] = {
             "version": VERSION,
             "roles": dict(self.roles),
             "capacity_multiple": self.capacity_multiple,
@@ -212,6 +219,8 @@ class CacheLayout:
                 for pair in self.schemes
             ],
         }
+        if self.key_feedback:
+            value["key_feedback"] = list(self.key_feedback)
         return {KEY: json.dumps(value)}
 
     @classmethod
@@ -257,6 +266,7 @@ class CacheLayout:
                 context_length=value["context_length"]
                 and as_integer("context_length", value["context_length"], least=1),
                 right_padding=value.get("right_padding", False) is True,
+                key_feedback=tuple(_digest(one) for one in value.get("key_feedback", ())),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             fault = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -361,6 +371,12 @@ def _tensor(
     part: str | None = None,
 ) -> CacheTensor:
     return CacheTensor(str(past), str(present), str(dtype), tuple(shape), layer, part)
+
+
+def _digest(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"key_feedback has {value!r:.80}; there are digests, and null")
+    return value
 
 
 def _pair(value: Mapping[str, dict[str, Any]] | None) -> KeyValueSchemes | None:

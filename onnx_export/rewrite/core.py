@@ -14,19 +14,20 @@ from typing import Any, Literal
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Feedback
 from nsq_ref.files import atomic
-from nsq_ref.policy import Policy
+from nsq_ref.policy import Policy, feedback_of_layers
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 from onnx_export.custom_ops import library_path
 from onnx_export.operators.cache_buffers import buffer_tensors
 from onnx_export.operators.cache_layout import KEY, CacheLayout, CacheTensor, quantized_tensors
 from onnx_export.operators.domain import check_nodes, functions
-from onnx_export.operators.nodes import Nodes, all_nodes
+from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.schema import DOMAIN, ELEMENTS, OPSET, VERSION
 from onnx_export.rewrite import files, genai
 from onnx_export.rewrite.found import Found, Refused
 from onnx_export.rewrite.graph import Graph
-from onnx_export.rewrite.message import remove, replace, unsound, value_info
+from onnx_export.rewrite.message import remove, replace, unsound, unused_prefix, value_info
 from onnx_export.rewrite.nodes import Attentions
 from onnx_export.rewrite.opset import NEWEST, raise_opset, require_raisable
 from onnx_export.rewrite.patterns import PATTERNS
@@ -60,6 +61,7 @@ def rewrite(
     key: Scheme | str = "streaming4",
     value: Scheme | str | None = None,
     policy: Policy | Mapping[str, Any] | None = None,
+    feedback: Mapping[Any, Feedback] | None = None,
     row_lengths: bool = False,
     opset: int | None = None,
     library: bool = False,
@@ -86,6 +88,10 @@ def rewrite(
     policy : Policy or mapping, optional
         Layer by layer, as `nsq_ref.policy` says: ``{"default": ..., "layers": {"0": None,
         "7": "streaming4/streaming3"}}``. None leaves a layer as it is.
+    feedback : mapping of str or int to Feedback, optional
+        With which keys are coded (F1), by the number of the layer, as `nsq_ref.files.load_feedback`
+        and `onnx_export.evaluation.moments` give it: it becomes initializers. Layers that are not
+        named, and those that stay as they are, have none.
     row_lengths : bool
         Where a model counts its mask to know how many tokens each row has (GroupQueryAttention),
         take ``past_lengths`` and ``new_lengths`` as inputs instead. Rows can then grow apart, as a
@@ -116,8 +122,8 @@ def rewrite(
     ------
     TypeError, ValueError
         For what is no model, has no attention with a cache, schemes that a cache cannot have, a
-        policy that does not fit the model, and buffers for onnxruntime-genai where it cannot run
-        what would be written.
+        policy or feedback that does not fit the model, and buffers for onnxruntime-genai where it
+        cannot run what would be written.
     OSError
         Where a file is missing or cannot be written. Nothing is half-written.
 
@@ -163,7 +169,7 @@ def rewrite(
         atomic.require_writable(target, make_folders=True)
 
     proto = files.inlined(proto, {one for pattern in PATTERNS for one in pattern.ANCHORS})
-    edit = _Edit(proto, source, key, value, policy, row_lengths, context)
+    edit = _Edit(proto, source, key, value, policy, feedback, row_lengths, context)
     if not edit.plan.found:
         return edit.report()
     require_raisable(proto, least, without=edit.removed())
@@ -187,6 +193,7 @@ class _Edit:
         key: Scheme | str,
         value: Scheme | str | None,
         policy: Policy | Mapping[str, Any] | None,
+        feedback: Mapping[Any, Feedback] | None,
         row_lengths: bool,
         context: genai.Context | None,
     ) -> None:
@@ -214,6 +221,12 @@ class _Edit:
         chosen = Policy.of({} if policy is None else policy, usual)
         by_layer = chosen.schemes(list(self.layers.values()))
         self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
+        self.feedback: dict[Found, Feedback] = {}
+        if feedback is not None:
+            heads = {layer: (one.kv_heads, one.head_dim) for one, layer in self.layers.items()}
+            given = feedback_of_layers(feedback, heads, has_others=len(found) < len(results))
+            self.feedback = {one: given[at] for one, at in self.layers.items() if at in given}
+        self.digests = {one: feedback.digest for one, feedback in self.feedback.items()}
         self.context_length: int | None = None
         if context is not None:
             self.context_length = context.length(self._context_length(found))
@@ -252,7 +265,7 @@ class _Edit:
     def apply(self, opset: int = OPSET) -> None:
         """Change the message, its opset to one that is not older."""
         graph = self.proto.graph
-        prefix = self._prefix()
+        prefix = unused_prefix(graph)
         sizes = Sizes(self.graph, f"{prefix}sizes_")
         make = Attentions(self.graph, sizes, prefix, row_lengths=self.row_lengths)
         at = dict(zip(self.graph.model.graph, graph.node, strict=True))
@@ -263,17 +276,19 @@ class _Edit:
                 found = anchors[node]
                 schemes = self.schemes[found]
                 if schemes is not None:
-                    nodes += make(found, self.layers[found], schemes, self.tensors[found])
+                    feedback = self.feedback.get(found)
+                    nodes += make(found, self.layers[found], schemes, self.tensors[found], feedback)
             elif node in self.plan.shapes and node not in self.plan.removed:
                 nodes += self._shape(node, message, sizes, f"{prefix}shape_{len(nodes)}_")
             elif node not in self.plan.removed:
                 nodes.append(message)
         kept = [*sizes.add.nodes, *nodes]
-        names = {name for node in self.plan.removed for name in _names(node.outputs)}
+        names = {one.name or "" for node in self.plan.removed for one in node.outputs}
         names -= {one.output.value.name or "" for one in self.plan.found}
         unused = self._unused(kept)
         replace(graph.node, kept)
         remove(graph.initializer, lambda one: one.name in unused)
+        graph.initializer.extend(make.initializers)
         remove(graph.value_info, lambda one: one.name in names)
         remove(graph.quantization_annotation, lambda one: one.tensor_name in names | unused)
         self._replace_caches()
@@ -281,17 +296,6 @@ class _Edit:
             if name in sizes.needed:
                 self._add_lengths(name)
         self._finish(opset)
-
-    def _prefix(self) -> str:
-        """Return what no name in the model begins with."""
-        graph = self.proto.graph
-        names = [one.name for one in (*graph.input, *graph.initializer)]
-        for node in all_nodes(graph.node):
-            names += [node.name, *node.output]
-        prefix = "nsq_"
-        while any(name.startswith(prefix) for name in names):
-            prefix += "_"
-        return prefix
 
     def _shape(
         self, node: ir.Node, message: onnx.NodeProto, sizes: Sizes, prefix: str
@@ -380,9 +384,11 @@ class _Edit:
         if len({one.past for one in tensors}) < len(tensors):
             return None  # what shares a cache was refused
         by_layer: list[KeyValueSchemes | None] = [None] * (max(self.layers.values()) + 1)
+        digests: list[str | None] = [None] * len(by_layer)
         blocks = [1]
         for found in self.plan.found:
             by_layer[self.layers[found]] = pair = self.schemes[found]
+            digests[self.layers[found]] = self.digests.get(found)
             blocks += [scheme.block_size or 1 for scheme in pair or ()]
         roles = {**self.roles, **{name: name for name in self.new_inputs}}
         for found in self.plan.found:
@@ -403,6 +409,7 @@ class _Edit:
             math.lcm(*blocks),
             self.context_length or self._context_length(self.plan.found),
             right_padding=counts and NEW_LENGTHS not in roles,
+            key_feedback=tuple(digests) if any(digests) else (),
         )
 
     def _float(self, found: Found) -> list[CacheTensor] | None:
@@ -458,7 +465,10 @@ class _Edit:
             else:
                 reason = reasons.get(one.node)
                 schemes = None if reason else self.schemes[one]
-                attentions.append(Attention(self.layers[one], name, one.pattern, schemes, reason))
+                digest = None if schemes is None else self.digests.get(one)
+                attentions.append(
+                    Attention(self.layers[one], name, one.pattern, schemes, reason, digest)
+                )
         attentions += [
             Attention(None, name, "", None, "no attention that is known reads this cache")
             for name in unclaimed(self.graph, self.results)
@@ -483,7 +493,3 @@ def _known_layout(model: onnx.ModelProto) -> CacheLayout | None:
     """Return what the model says of its cache of floats, if one of ours wrote it."""
     metadata = {one.key: one.value for one in model.metadata_props}
     return CacheLayout.from_metadata(metadata) if KEY in metadata else None
-
-
-def _names(values: Any) -> list[str]:
-    return [one.name or "" for one in values]

@@ -7,13 +7,14 @@ from typing import Any
 
 from nsq_ref.extras import extra
 from onnx_export.operators.cache_layout import CacheTensor
+from onnx_export.operators.nodes import all_nodes
 from onnx_export.operators.schema import ELEMENTS
 
 with extra("onnx", __name__):
     import onnx
     from onnx import helper
 
-__all__ = ["remove", "replace", "unsound", "value_info"]
+__all__ = ["remove", "replace", "unsound", "unused_prefix", "value_info"]
 
 
 def remove(field: Any, which: Callable[[Any], bool]) -> None:
@@ -27,6 +28,23 @@ def replace(field: Any, content: list[Any]) -> None:
     copies = list(content)
     del field[:]
     field.extend(copies)
+
+
+def unused_prefix(graph: onnx.GraphProto) -> str:
+    """Return what no name in the graph begins with.
+
+    Examples
+    --------
+    >>> unused_prefix(onnx.GraphProto(node=[helper.make_node("Neg", ["x"], ["nsq_y"])]))
+    'nsq__'
+    """
+    names = [one.name for one in (*graph.input, *graph.initializer)]
+    for node in all_nodes(graph.node):
+        names += [node.name, *node.output]
+    prefix = "nsq_"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return prefix
 
 
 def value_info(name: str, tensor: CacheTensor) -> onnx.ValueInfoProto:

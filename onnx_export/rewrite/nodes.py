@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Feedback
 from nsq_ref.scheme import KeyValueSchemes
-from onnx_export.operators.attention_models import attention_node
+from onnx_export.operators.attention_models import attention_node, feedback_tensors
 from onnx_export.operators.cache_layout import CacheTensor
 from onnx_export.operators.nodes import Nodes
 from onnx_export.rewrite.found import Bias, Found, Tokens
@@ -28,6 +29,7 @@ class Attentions:
     """Makes the nodes of one layer after the other, in the order of the graph.
 
     What several layers have in common (lengths, positions, a mask) is made by the first of them.
+    Feedback of keys becomes initializers, of which the nodes read.
 
     Parameters
     ----------
@@ -37,6 +39,11 @@ class Attentions:
         With which no name of the model begins.
     row_lengths : bool
         Take lengths that the model counts as inputs instead.
+
+    Attributes
+    ----------
+    initializers : list of onnx.TensorProto
+        That the nodes read and the model does not have yet.
     """
 
     def __init__(self, graph: Graph, sizes: Sizes, prefix: str, *, row_lengths: bool) -> None:
@@ -45,9 +52,15 @@ class Attentions:
         self._prefix = prefix
         self._row_lengths = row_lengths
         self._made: dict[tuple[object, ...], Any] = {}
+        self.initializers: list[onnx.TensorProto] = []
 
     def __call__(
-        self, found: Found, layer: int, schemes: KeyValueSchemes, tensors: tuple[CacheTensor, ...]
+        self,
+        found: Found,
+        layer: int,
+        schemes: KeyValueSchemes,
+        tensors: tuple[CacheTensor, ...],
+        feedback: Feedback | None = None,
     ) -> list[onnx.NodeProto]:
         """Return the nodes of a layer; the output has the name that it had."""
         add = Nodes(f"{self._prefix}{layer}_")
@@ -69,6 +82,10 @@ class Attentions:
             name = found.head_sink.name or ""
             one_axis = self._graph.rank(found.head_sink) == 1
             given["head_sink"] = name if one_axis else add("Reshape", name, [-1])
+        if feedback is not None:
+            made_once = feedback_tensors(feedback, f"{self._prefix}{layer}_")
+            given |= {name: tensor.name for name, tensor in made_once.items()}
+            self.initializers += made_once.values()
 
         node = attention_node(
             *schemes,

@@ -27,6 +27,8 @@ class Attention(NamedTuple):
         Of its cache now; None for one that stays as it was.
     reason : str or None
         Why it was refused.
+    key_feedback : str or None
+        Digest of the feedback with which its keys are coded.
     """
 
     layer: int | None
@@ -34,6 +36,7 @@ class Attention(NamedTuple):
     pattern: str
     schemes: KeyValueSchemes | None
     reason: str | None = None
+    key_feedback: str | None = None
 
 
 class Change(NamedTuple):

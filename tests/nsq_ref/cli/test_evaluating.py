@@ -16,6 +16,7 @@ import typer
 
 from nsq_ref import Scheme
 from nsq_ref.cli import evaluating
+from nsq_ref.files import load_feedback
 from onnx_export.models.attention_forms import QuantizedAttention
 from onnx_export.models.built import build_onnx
 from onnx_export.models.gguf import GGUFFile
@@ -73,6 +74,31 @@ def test_a_table_and_files(folder: Path, tmp_path: Path) -> None:
         assert f"| {name} |" in (tmp_path / "out.md").read_text()
     assert "KL of naive2/float32 is" in done.stdout
     assert done.stderr == ""
+
+
+def test_feedback_of_keys(folder: Path, tmp_path: Path) -> None:
+    """By itself, or of a file: the same figures, beside those without."""
+    schemes = ("--scheme", "streaming2", "--scheme", "float32/naive4")
+    (one,) = evaluated(folder, "tiny.gguf", *QUICK, *schemes, "--calibrate")
+    (table,) = one["tables"]
+    names = ["streaming2", "streaming2+feedback", "float32/naive4"]
+    assert list(table["schemes"]) == names
+    plain, fed_back, _ = (table["schemes"][name] for name in names)
+    assert fed_back["bits_per_element"] == plain["bits_per_element"]
+    assert fed_back["kl"]["mean"] != plain["kl"]["mean"]
+    feedback = tmp_path / "feedback.safetensors"
+    said("onnx", "calibrate", "tiny.gguf", "-o", feedback, cwd=folder)
+    (same,) = evaluated(folder, "tiny.gguf", *QUICK, *schemes, "--feedback", feedback)
+    assert same == one
+    digests = [load_feedback(feedback)[layer].digest for layer in ("0", "1")]
+    layers = one["schemes"]["streaming2+feedback"]["layers"]
+    assert [layers[layer]["key"]["feedback"] for layer in ("0", "1")] == digests
+    for arguments, message in (
+        (("--scheme", "q8_0", "--calibrate"), "feedback is of schemes of NSQ-1"),
+        (("--calibrate", "--feedback", feedback), "give one of them"),
+        (("--feedback", tmp_path / "none"), "none: No such file"),
+    ):
+        assert message in refused("eval", "tiny.gguf", *QUICK, *arguments, cwd=folder)
 
 
 def test_passages_are_those_that_report(folder: Path) -> None:

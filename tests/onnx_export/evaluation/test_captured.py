@@ -80,7 +80,8 @@ def export(name: str, folder: Path) -> Path:
 
 EXPORTED = [
     "dynamo-llama-18-eager", "dynamo-qwen3-23-sdpa", "genai-llama-cpu-fp32", "genai-phi-cpu-fp32",
-    "genai-qwen2-cpu-fp32", "mobius-llama-default", "optimum-llama-18", "optimum-phi-17",
+    "genai-phi3long-cpu-fp32", "genai-qwen2-cpu-fp32", "mobius-llama-default", "optimum-llama-18",
+    "optimum-phi-17",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsq_ref import KeyValueSchemes, Scheme
+from nsq_ref import Feedback, KeyValueSchemes, Scheme, dequantize, quantize
 from nsq_ref.rivals import entry
 from onnx_export.evaluation.methods import Method, methods_of
 
@@ -124,3 +124,42 @@ def test_lists_of_methods() -> None:
         Method.of({"layers": {"4": None}}).bound(4)
     assert [one.name for one in methods_of({"a": "naive4", "b": "naive4"})] == ["a", "b"]
     assert [one.name for one in methods_of("naive4")] == ["naive4"]
+
+
+def test_feedback_is_of_the_keys_that_a_scheme_codes() -> None:
+    rng = np.random.default_rng(1)
+    queries = rng.standard_normal((4, 2, 90, 64)) @ rng.standard_normal((64, 64))
+    feedback = {str(i): Feedback.from_queries(one, kv_heads=2) for i, one in enumerate(queries)}
+    policy = {"default": "streaming2", "layers": {"0": None, "2": "q8_0/naive4"}}
+    plain = Method.of(policy, "mixed")
+    method = plain.with_feedback(feedback)
+    assert (method.name, plain.takes_feedback) == ("mixed+feedback", True)
+    (keys, values), size = method.bound(4).replaced(KEYS, VALUES)
+    (plain_keys, plain_values), plain_size = plain.bound(4).replaced(KEYS, VALUES)
+    assert size == plain_size
+    np.testing.assert_array_equal(values, plain_values)
+    for layer in (0, 2):
+        np.testing.assert_array_equal(keys[layer], plain_keys[layer])
+    scheme = Scheme.named("streaming2")
+    for layer in (1, 3):
+        stored = quantize(KEYS[layer], scheme, feedback=feedback[str(layer)])
+        np.testing.assert_array_equal(keys[layer], dequantize(stored))
+        assert (keys[layer] != plain_keys[layer]).any()
+    shown = method.to_dict()["layers"]
+    assert shown["1"]["key"]["feedback"] == feedback["1"].digest
+    assert "feedback" not in shown["2"]["key"] | shown["1"]["value"] | plain.to_dict()["key"]
+
+
+def test_feedback_that_does_not_fit() -> None:
+    feedback = Feedback.from_queries(np.eye(64)[None], kv_heads=1)
+    for name in ("q4_0", "float32/streaming4"):
+        assert not Method.of(name).takes_feedback
+        with pytest.raises(ValueError, match="codes keys by no scheme of NSQ-1"):
+            Method.of(name).with_feedback({"0": feedback})
+    with pytest.raises(ValueError, match="'last' is no number of a layer"):
+        Method.of("naive4").with_feedback({"last": feedback})
+    with pytest.raises(ValueError, match="there is no layer 9"):
+        Method.of("naive4").with_feedback({"9": feedback}).bound(4)
+    other = Feedback.from_queries(np.eye(32)[None], kv_heads=1)
+    with pytest.raises(ValueError, match="feedback"):
+        Method.of("naive4").with_feedback({"1": other}).bound(4).replaced(KEYS, VALUES)

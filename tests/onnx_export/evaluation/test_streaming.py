@@ -46,6 +46,25 @@ def test_it_is_the_cache_that_is_deployed(name: str, pieces: list[int]) -> None:
     assert cache.sizes().to_dict()["bits_per_element"] == deployed.bits_per_element
 
 
+@pytest.mark.parametrize("name", ["streaming2", "nsep+pchan4"])
+def test_keys_have_the_feedback_of_their_layer(name: str) -> None:
+    rng = np.random.default_rng(1)
+    queries = rng.standard_normal((2, 2, 90, 64)) @ rng.standard_normal((64, 64))
+    feedback = [nsq.Feedback.from_queries(one, kv_heads=2) for one in queries]
+    method = Method.of(name).with_feedback({str(i): one for i, one in enumerate(feedback)})
+    cache = StreamedCache(method.bound(2), (X.shape, X.shape), 128)
+    for piece in (200, 1, 120):
+        new = X32[..., cache.length : cache.length + piece, :]
+        cache.append(new, -new)
+    for layer, one in enumerate(feedback):
+        deployed = nsq.KVCache(
+            batch=1, kv_heads=2, head_dim=64, key=name, value=name, block_size=128, key_feedback=one
+        )
+        deployed.append(X32[layer, :, :, :321], -X32[layer, :, :, :321])
+        for read, expected in zip(cache.past, deployed.dequantize(), strict=True):
+            assert read[layer].tobytes() == expected.tobytes()
+
+
 def test_schemes_without_blocks_get_blocks() -> None:
     _, keys, _ = streamed("nsep+pchan4", [100] * 4, block=150)
     scheme = nsq.Scheme()

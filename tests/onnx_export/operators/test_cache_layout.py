@@ -115,3 +115,21 @@ def test_any_language_reads_it() -> None:
         "layer": 0,
         "part": "key_packed",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([3], "key_feedback has 3; there are digests, and null"),
+        ([None, "ab"], "layer 1 has no schemes, and no feedback"),
+        (["ab", None, "ab"], "layer 2 has no schemes, and no feedback"),
+    ],
+)
+def test_feedback_is_of_layers_that_are_quantized(given: list[object], message: str) -> None:
+    value = json.loads(LAYOUT)
+    assert "key_feedback" not in value
+    value["key_feedback"] = ["ab", None]
+    assert CacheLayout.from_metadata({KEY: json.dumps(value)}).key_feedback == ("ab", None)
+    value["key_feedback"] = given
+    with pytest.raises(ValueError, match=message):
+        CacheLayout.from_metadata({KEY: json.dumps(value)})

@@ -20,6 +20,7 @@ from nsq_ref.conformance.operations import (
     CASE_DTYPES,
     DONE,
     OPERATIONS,
+    USUAL,
     Answer,
     Case,
     attention_options,
@@ -106,7 +107,9 @@ def coverage(
         why = {dtype: reason(name, scheme, dtype) for dtype in dtypes}
         shown = dict.fromkeys(dtypes, "")
         open_dtypes = {dtype for dtype in dtypes if why[dtype] is None}
-        chosen = [one for one in asked if one.case.operation in mistake.operations]
+        # What is to show without feedback is shown to those who are not asked for it.
+        operations = set(mistake.operations) & set(USUAL) or mistake.operations
+        chosen = [one for one in asked if one.case.operation in operations]
         chosen.sort(key=lambda one: one.place(mistake.rule, telling))
         for one in chosen:
             concerned = open_dtypes if one.dtype is None else open_dtypes & {one.dtype}
@@ -125,7 +128,7 @@ def _refusal(rule: str, scheme: Scheme, dtype: str, everything: Sequence[Case]) 
     shown = (
         f"{case.operation}/{case.id}"
         for case in everything
-        if case.refused_by == rule and input_dtype(case) == dtype
+        if case.refused_by == rule and input_dtype(case) == dtype and case.operation in USUAL
     )
     return Cell(name, rule, dtype, next(shown, ""), reason(name, scheme, dtype))
 
@@ -181,6 +184,9 @@ def answered(reference: Reference, case: Case) -> Answer | None:
         with np.errstate(all="ignore"):
             if case.operation == "encode":
                 return Answer(DONE, model.encode(given["x"], scheme))
+            if case.operation == "feedback":
+                feedback = given["order"], given["factor"]
+                return Answer(DONE, model.encode_with_feedback(given["x"], scheme, *feedback))
             if case.operation == "decode":
                 shape = tuple(given.pop("shape").tolist())
                 return Answer(DONE, {"x_hat": model.decode(given, scheme, shape)})

@@ -13,7 +13,7 @@ Function = Callable[..., Any]
 F32, F64 = np.float32, np.float64
 
 # The operations in which a mistake can show.
-ENCODE = ("encode", "stream")
+ENCODE = ("encode", "stream", "feedback")
 DECODE = ("decode", "stream")
 CODED = (*ENCODE, "decode")
 STREAM = ("stream",)

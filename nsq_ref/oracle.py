@@ -304,6 +304,8 @@ def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float
     """M1, M2, M3, before the factor is narrowed."""
     if not scheme.separate_norm or scheme.magnitude == "norm" or math.isinf(norm):
         return norm  # infinite norms are refused, whatever is stored in their place (N1)
+    if not all(map(math.isfinite, y)):
+        return norm  # and so are outliers that feedback moved beyond float16 (F1 O1)
     if scheme.magnitude == "gain":
         return divide(norm, exact_norm(y))
     below = sum((Fraction(v) ** 2 for v in y), Fraction(0))

@@ -76,6 +76,8 @@ SHOWN = (
     _Shown("order-of-coding", "order of coding left out"),
     _Shown("order-of-coding", "order of coding inverted"),
     _Shown("order-of-coding", "factor in the order of channels"),
+    _Shown("order-of-coding", "rows of the factor in the order of channels"),
+    _Shown("order-of-coding", "columns of the factor in the order of channels"),
     _Shown("feedback-of-heads", "factor of the first head for all", "heads"),
     _Shown("feedback-of-heads", "factors of the heads turned round", "heads"),
     _Shown("fused-feedback", "feedback fused"),
@@ -84,7 +86,7 @@ SHOWN = (
     _Shown("feedback-tie", "half up"),
     _Shown("feedback-tie", "half down"),
     _Shown("error-of-w", "error of the direction"),
-    _Shown("error-of-w", "error of the scale before narrowing", can=_narrows),
+    _Shown("error-of-w", "error of the scale before narrowing", "small", _narrows),
     _Shown("feedback-clamp", "error of the code before the clamp"),
     _Shown("feedback-outliers", "outlier channels passed over", can=_has_outliers),
     _Shown("feedback-outliers", "errors of outlier channels left out", can=_has_outliers),
@@ -256,6 +258,8 @@ def _of_kind(kind: str, draw: Draw, scheme: Scheme, dtype: str) -> _Made:
     for one in order:  # what is tuned is coded last, and is no outlier
         last = one[one >= head_dim - 2]
         one[:] = [*one[one < head_dim - 2], *last]
+    if kind == "small" and draw.signs(1)[0] > 0:  # scales, if not of directions, are subnormal
+        made.x[...] *= made.x.dtype.type(2.0**-19)
     if kind == "zero":
         made.x[1] = 0
     if kind == "wild":  # but for outlier channels, which come first: float16 is to hold them

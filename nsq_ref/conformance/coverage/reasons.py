@@ -374,6 +374,9 @@ REASONS: tuple[Reason, ...] = (
     _reason("not narrowed", "float32 is stored as it is.",
         lambda scheme, dtype: scheme.scale_dtype == "float32" and scheme.scale_rule == "range",
         ["error of the scale before narrowing"]),
+    _reason("narrow already", "At 2 bits the scale is a maximum of the input, which has its dtype.",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and not scheme.separate_norm
+        and dtype == scheme.scale_dtype, ["error of the scale before narrowing"]),
     _reason("scales come first",
         "The scale of a token is there before its first channel is coded (S1, S2).",
         lambda scheme, dtype: scheme.axis == "token", ["scales of moved channels"]),

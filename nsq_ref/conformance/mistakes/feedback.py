@@ -103,6 +103,14 @@ def _by_channel(feedback: HeadFeedback) -> HeadFeedback:
     return HeadFeedback(order, feedback.factor[np.ix_(order, order)])
 
 
+def _rows_by_channel(feedback: HeadFeedback) -> HeadFeedback:
+    return HeadFeedback(feedback.order, feedback.factor[feedback.order])
+
+
+def _columns_by_channel(feedback: HeadFeedback) -> HeadFeedback:
+    return HeadFeedback(feedback.order, feedback.factor[:, feedback.order])
+
+
 def _in_turn(feedback: HeadFeedback) -> HeadFeedback:
     return HeadFeedback(np.arange(len(feedback.order), dtype=np.int32), feedback.factor)
 
@@ -268,6 +276,12 @@ FED_BACK = [
     _fed("factor in the order of channels",
         "the factor is read by channel; its rows and columns are in the order of coding",
         _loop(read=_by_channel)),
+    _fed("rows of the factor in the order of channels",
+        "rows of the factor are read by channel; they are in the order of coding, as columns are",
+        _loop(read=_rows_by_channel)),
+    _fed("columns of the factor in the order of channels",
+        "columns of the factor are read by channel; they are in the order of coding, as rows are",
+        _loop(read=_columns_by_channel)),
     _heads("factor of the first head for all",
         "all heads have the feedback of the first; each has its own",
         after(lambda heads, *_: [heads[0]] * len(heads))),

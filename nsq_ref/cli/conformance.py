@@ -193,6 +193,8 @@ def check(
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
     kind = "" if target is None else ports.target_kind(target)
     does_all = kind in ("program", "library")
+    encoders = [one for one in (target, feedback) if one is not None]
+    graphs = custom_ops is None and "model" in map(ports.target_kind, encoders)
     functions = ["encode", *named] if target else named
     asked = [name for name in OPERATIONS if name in functions or (does_all and name in USUAL)]
     required = [name for name in asked if not does_all or name in named]
@@ -215,7 +217,7 @@ def check(
             report = run(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
-                refusals=kind != "model" or custom_ops is not None, only=only,
+                refusals=not graphs, only=only,
                 command=shlex.join(command), progress=told, quick=quick,
                 require=_required(require), known=deviations,
             )  # fmt: skip

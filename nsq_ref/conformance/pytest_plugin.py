@@ -281,6 +281,8 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     schemes = [(name, replace(scheme_named(name), **fields)) for name in dict.fromkeys(names)]
     kind = target_kind(targets["encode"]) if "encode" in targets else ""
     does_all = kind in ("library", "program")
+    encoders = [targets[name] for name in ("encode", "feedback") if name in targets]
+    graphs = given["custom_ops"] is None and "model" in map(target_kind, encoders)
     asked = [
         name for name in OPERATIONS if name in targets or (does_all and name in USUAL)
     ]  # fmt: skip
@@ -316,7 +318,7 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     return Run(
         targets, schemes, asked, [n for n in OPERATIONS if n in claimed or n in require], seed,
         given["allow"] or [], given["dtype"] or list(DTYPES), given["case"], given["partial"],
-        given["quick"], require, known, kind != "model" or given["custom_ops"] is not None,
+        given["quick"], require, known, not graphs,
         given["custom_ops"], 30.0 if timeout is None else timeout, shlex.join(words),
     )  # fmt: skip
 

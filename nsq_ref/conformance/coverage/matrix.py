@@ -15,7 +15,7 @@ from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.judge import judge
 from nsq_ref.conformance.judge.diagnose import reference_with
 from nsq_ref.conformance.mistakes import MISTAKES
-from nsq_ref.conformance.mistakes.reference import Reference
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import (
     CASE_DTYPES,
     DONE,
@@ -107,9 +107,7 @@ def coverage(
         why = {dtype: reason(name, scheme, dtype) for dtype in dtypes}
         shown = dict.fromkeys(dtypes, "")
         open_dtypes = {dtype for dtype in dtypes if why[dtype] is None}
-        # What is to show without feedback is shown to those who are not asked for it.
-        operations = set(mistake.operations) & set(USUAL) or mistake.operations
-        chosen = [one for one in asked if one.case.operation in operations]
+        chosen = [one for one in asked if one.case.operation in shown_in(mistake)]
         chosen.sort(key=lambda one: one.place(mistake.rule, telling))
         for one in chosen:
             concerned = open_dtypes if one.dtype is None else open_dtypes & {one.dtype}
@@ -121,6 +119,19 @@ def coverage(
                 break
         cells += [Cell(name, mistake.rule, dtype, shown[dtype], why[dtype]) for dtype in dtypes]
     return cells
+
+
+def shown_in(mistake: Mistake) -> set[str]:
+    """Return the operations whose cases are to show a mistake: those that all are asked for.
+
+    What can show without feedback is to show so, and reasons speak of that.
+
+    Examples
+    --------
+    >>> sorted(shown_in(MISTAKES["half up"])), shown_in(MISTAKES["feedback fused"])
+    (['encode', 'stream'], {'feedback'})
+    """
+    return set(mistake.operations) & set(USUAL) or set(mistake.operations)
 
 
 def _refusal(rule: str, scheme: Scheme, dtype: str, everything: Sequence[Case]) -> Cell:

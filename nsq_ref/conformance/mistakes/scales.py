@@ -18,6 +18,7 @@ from nsq_ref.conformance.mistakes.changes import (
     F32,
     F64,
     FACTOR_RULES,
+    PLAIN,
     Function,
     after,
     instead,
@@ -187,15 +188,13 @@ def _signed_zero(narrowed: Any, value: Any, dtype: Any) -> Any:
         return np.where(narrowed == 0, np.asarray(value).astype(dtype), narrowed)
 
 
-_PLAIN = ("encode", "stream")  # of what was moved it is not known what made its scale
-
 NARROWING = [
     Mistake("codes from the scale before narrowing", "S3",
         "codes were made with the scale before it was narrowed",
-        _PLAIN, {"spec.extent": _remember_coded, "spec.code": knowing_both(_code_before)}),
+        PLAIN, {"spec.extent": _remember_coded, "spec.code": knowing_both(_code_before)}),
     Mistake("codes from the zero before narrowing", "S3",
         "codes were made with the zero before it was narrowed",
-        _PLAIN, {"spec.extent": _remember_coded, "spec.code": knowing_both(_zero_before)}),
+        PLAIN, {"spec.extent": _remember_coded, "spec.code": knowing_both(_zero_before)}),
     _scale("maximum narrowed before the division",
         "the maximum was narrowed before it was divided; narrow the quotient",
         knowing(_maximum_first), "S3"),

@@ -131,10 +131,9 @@ def _of_coded(reference: Reference, channel: _Channel) -> Any:
 
 
 def _with_wide_scale(reference: Reference, channel: _Channel) -> Any:
-    wide = channel._replace(scale=channel.wide[0], zero=channel.wide[1])
     spec = reference.spec
     codes = spec.code(channel.w, channel.scale, channel.zero, channel.scheme)
-    y = np.where(channel.coded, spec.dequantize(codes, *wide.wide), _kept(reference, channel))
+    y = np.where(channel.coded, spec.dequantize(codes, *channel.wide), _kept(reference, channel))
     return np.where(channel.norm == 0, F32(0), channel.w - y)
 
 

@@ -123,7 +123,7 @@ def test_a_port_that_refuses_a_dtype_is_told_which() -> None:
     {"stream": lambda x, scheme, steps, row, more: x},
 ])  # fmt: skip
 def test_a_wrong_signature_ends_at_once(functions: Any) -> None:
-    with pytest.raises(TypeError, match=r"takes \(.*\); it is called as (encode|decode|attend|st)"):
+    with pytest.raises(TypeError, match=r"takes \(.*\); it is called as [a-z]+\("):
         check(**functions)
 
 

@@ -67,7 +67,7 @@ def test_a_model_with_feedback_conforms(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "feedback.onnx")
     text = check("--feedback", tmp_path / "feedback.onnx", "--scheme", name)
     assert f"CONFORMS SO FAR to {name}: feedback " in text
-    assert NOT_ASKED in text
+    assert NOT_ASKED in " ".join(text.split())
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["functions", "library"])

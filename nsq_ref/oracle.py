@@ -188,7 +188,8 @@ def encode_block(
             y[t][j] = value
     factors = [factor(x[t], y[t], norms[t], scheme) for t in tokens]
     stored = [narrow(value, scheme.norm_dtype) for value in factors]
-    x_hat = [reconstructed(y[t], stored[t], scheme) for t in tokens]
+    finite = [all(map(math.isfinite, row)) for row in y]  # others are refused (O1)
+    x_hat = [reconstructed(y[t], stored[t], scheme) if finite[t] else y[t] for t in tokens]
     collapsed = [not any(x_hat[t]) and any(x[t]) for t in tokens]
 
     rows = [list(column) for column in zip(*pairs, strict=True)]
@@ -304,6 +305,8 @@ def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float
     """M1, M2, M3, before the factor is narrowed."""
     if not scheme.separate_norm or scheme.magnitude == "norm" or math.isinf(norm):
         return norm  # infinite norms are refused, whatever is stored in their place (N1)
+    if not all(map(math.isfinite, y)):  # and so are outliers that feedback moved so far (F1 O1)
+        return math.inf if scheme.magnitude == "lsq" else 0.0
     if scheme.magnitude == "gain":
         return divide(norm, exact_norm(y))
     below = sum((Fraction(v) ** 2 for v in y), Fraction(0))

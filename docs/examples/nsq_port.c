@@ -124,10 +124,26 @@ static int code(float direction, uint16_t scale) /* S3, Q1: round, and then Q2: 
     return (int)fminf(fmaxf(rintf(direction / or_infinity(widen(scale))), -QMAX), QMAX);
 }
 
-/* Encode the block x[first ...]. `direction` is working memory for tokens * head_dim. */
+/* F1: the error of each channel moves into those coded after it. `w` is working memory. */
+static void feed_back(float *direction, int64_t head_dim, const uint16_t *scale,
+                      const int32_t *order, const float *share, float *w)
+{
+    memcpy(w, direction, (size_t)head_dim * sizeof *w);
+    for (int64_t p = 0; p < head_dim; p++, share += head_dim) {
+        int32_t j = order[p];
+        if (isfinite(w[j]))
+            direction[j] = w[j];
+        float error = direction[j] - (float)code(direction[j], scale[j]) * widen(scale[j]);
+        for (int64_t r = p + 1; r < head_dim; r++)
+            w[order[r]] -= error * share[r]; /* the product rounds, then the difference */
+    }
+}
+
+/* Encode the block x[first ...]. `direction` is working memory for (tokens + 1) * head_dim;
+ * without feedback, `order` is NULL. */
 static int encode_block(const void *x, int32_t dtype, int64_t first, int64_t tokens,
-                        int64_t head_dim, float *direction, uint8_t *packed, uint16_t *scale,
-                        uint16_t *factor)
+                        int64_t head_dim, const int32_t *order, const float *share,
+                        float *direction, uint8_t *packed, uint16_t *scale, uint16_t *factor)
 {
     for (int64_t t = 0; t < tokens; t++) {
         float *row = direction + t * head_dim;
@@ -149,38 +165,51 @@ static int encode_block(const void *x, int32_t dtype, int64_t first, int64_t tok
             peak = fmaxf(peak, fabsf(direction[t * head_dim + j]));
         scale[j] = narrow(peak / (float)QMAX); /* S1 */
     }
-    for (int64_t t = 0; t < tokens; t++, direction += head_dim)
+    float *w = direction + tokens * head_dim;
+    for (int64_t t = 0; t < tokens; t++, direction += head_dim) {
+        if (order)
+            feed_back(direction, head_dim, scale, order, share, w);
         for (int64_t j = 0; j < head_dim; j += 2) { /* P1: an odd row is padded with code 0 */
             int even = code(direction[j], scale[j]);
             int odd = j + 1 < head_dim ? code(direction[j + 1], scale[j + 1]) : 0;
             *packed++ = (uint8_t)((even + OFFSET) | (odd + OFFSET) << 4);
         }
+    }
     return NSQ_DONE;
 }
 
-int nsq_encode(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t sequences,
-               int64_t tokens, int64_t head_dim, nsq_parts *out)
+int nsq_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t sequences,
+                 int64_t tokens, int64_t head_dim, const int32_t *order, const float *share,
+                 int64_t kv_heads, nsq_parts *out)
 {
     if (!is_supported(scheme))
         return NSQ_NOT_IMPLEMENTED;
     if (sequences < 0 || tokens < 1 || head_dim < 1 || dtype < NSQ_FLOAT32 || dtype > NSQ_BFLOAT16)
         return NSQ_REFUSED;
     int64_t block = tokens_per_block(scheme, tokens);
-    float *direction = malloc((size_t)(block * head_dim) * sizeof *direction);
+    float *direction = malloc((size_t)((block + 1) * head_dim) * sizeof *direction);
     int status = direction ? NSQ_DONE : NSQ_REFUSED;
     uint8_t *packed = out->packed;
     uint16_t *scale = out->scale, *factor = out->norm;
     for (int64_t s = 0; s < sequences; s++)
         for (int64_t t = 0; t < tokens && status == NSQ_DONE; t += block) {
-            int64_t count = block < tokens - t ? block : tokens - t;
+            int64_t count = block < tokens - t ? block : tokens - t, head = s % kv_heads;
             status = encode_block(x, dtype, (s * tokens + t) * head_dim, count, head_dim,
-                                  direction, packed, scale, factor);
+                                  order ? order + head * head_dim : NULL,
+                                  order ? share + head * head_dim * head_dim : NULL, direction,
+                                  packed, scale, factor);
             packed += count * ((head_dim + 1) / 2);
             scale += head_dim;
             factor += count;
         }
     free(direction);
     return status;
+}
+
+int nsq_encode(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t sequences,
+               int64_t tokens, int64_t head_dim, nsq_parts *out)
+{
+    return nsq_feedback(scheme, x, dtype, sequences, tokens, head_dim, NULL, NULL, 1, out);
 }
 
 int nsq_decode(const nsq_scheme *scheme, const nsq_parts *parts, int32_t dtype, int64_t sequences,

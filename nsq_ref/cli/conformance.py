@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.operations import Port
     from nsq_ref.conformance.ports import Hello
 
-Operation = Literal["encode", "decode", "attend", "stream"]
+Operation = Literal["encode", "decode", "attend", "stream", "feedback"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+USUAL = OPERATIONS[:-1]
 DTYPES: tuple[InputDtype, ...] = get_args(InputDtype)
 # A list of literals is nothing that Typer knows.
 OperationName = Enum("OperationName", {name: name for name in OPERATIONS}, type=str)  # type: ignore[misc]
@@ -71,7 +72,8 @@ DtypeOption = Annotated[
     list[DtypeName] | None, typer.Option("--dtype", help="Dtypes of the input; all by default.")
 ]
 OperationOption = Annotated[
-    list[OperationName] | None, typer.Option("--operation", help="All that there are by default.")
+    list[OperationName] | None,
+    typer.Option("--operation", help="All that there are by default, but feedback."),
 ]
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
@@ -118,6 +120,12 @@ def check(
     attend: Annotated[str | None, typer.Option(metavar="TARGET", help="What attends.")] = None,
     stream: Annotated[
         str | None, typer.Option(metavar="TARGET", help="What appends and crops.")
+    ] = None,
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="What encodes with key feedback (F1); it may be what encodes."
+        ),
     ] = None,
     custom_ops: Annotated[
         str | None, typer.Option(metavar="FILE", help="Operators that the ONNX models need.")
@@ -179,14 +187,16 @@ def check(
             *answers, shlex.join(command), schemes, only, allow, partial, require, known, as_json,
             junit,
         )  # fmt: skip
-    targets = {"decode": decode, "attend": attend, "stream": stream}
+    targets = {"decode": decode, "attend": attend, "stream": stream, "feedback": feedback}
     named = [name for name, value in targets.items() if value is not None]
     if target is None and not named:
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
     kind = "" if target is None else ports.target_kind(target)
     does_all = kind in ("program", "library")
+    encoders = [one for one in (target, feedback) if one is not None]
+    graphs = custom_ops is None and "model" in map(ports.target_kind, encoders)
     functions = ["encode", *named] if target else named
-    asked = [name for name in OPERATIONS if does_all or name in functions]
+    asked = [name for name in OPERATIONS if name in functions or (does_all and name in USUAL)]
     required = [name for name in asked if not does_all or name in named]
     if operations:
         chosen = [one.value for one in operations]
@@ -201,13 +211,13 @@ def check(
     command += [] if known is None else ["--known", str(known)]
     deviations = _known(known)
     asked_schemes = _checked_schemes(schemes, every, changes)
-    port = ports.open_port(target, decode, attend, stream, custom_ops, timeout)
+    port = ports.open_port(target, decode, attend, stream, custom_ops, timeout, feedback=feedback)
     try:
         with stages() as told:
             report = run(
                 port, asked_schemes, asked, required=required,
                 seed=seed, latitudes=allow or (), dtypes=_dtypes(dtypes), partial=partial,
-                refusals=kind != "model" or custom_ops is not None, only=only,
+                refusals=not graphs, only=only,
                 command=shlex.join(command), progress=told, quick=quick,
                 require=_required(require), known=deviations,
             )  # fmt: skip
@@ -222,6 +232,9 @@ def gen(
     changes: SetOption = None,
     every: AllOption = False,
     operations: OperationOption = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="Ask for key feedback (F1), too.")
+    ] = False,
     seed: SeedOption = 0,
     dtypes: DtypeOption = None,
     directory: Annotated[
@@ -238,7 +251,8 @@ def gen(
     asked_schemes = _checked_schemes(schemes, every, changes)
     for _, one in asked_schemes:  # before anything is written
         require_size(one)
-    asked = [one.value for one in operations] if operations else OPERATIONS
+    asked = [one.value for one in operations] if operations else list(USUAL)
+    asked += ["feedback"] if feedback and "feedback" not in asked else []
     kinds = _dtypes(dtypes)
     header = ports.hello_frame(seed, asked_schemes, asked, kinds)
     questions = (case for _, one in asked_schemes for case in cases(one, asked, seed, kinds))
@@ -362,7 +376,9 @@ def _questions(hello: Hello) -> list[str]:
             options += ["--scheme", name]
             for field, value in scheme.to_dict().items():
                 options += ["--set", f"{field}={value}"] if usual.get(field) != value else []
-    if tuple(hello.operations) != OPERATIONS:
+    if tuple(hello.operations) == OPERATIONS:
+        options.append("--feedback")
+    elif tuple(hello.operations) != USUAL:
         options += [text for one in hello.operations for text in ("--operation", one)]
     if tuple(hello.dtypes) != DTYPES:
         options += [text for one in hello.dtypes for text in ("--dtype", one)]

@@ -13,7 +13,7 @@ from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.findings import Report
 from nsq_ref.conformance.judge import Latitudes
 from nsq_ref.conformance.known import KnownLine, read_known, reasons_of
-from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case, Operation, Port
+from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, USUAL, Case, Operation, Port
 from nsq_ref.conformance.ports import Callables, Folder, Stream
 from nsq_ref.conformance.ports.functions import require_signature
 from nsq_ref.conformance.session import Progress, Session
@@ -27,6 +27,7 @@ def check(
     decode: Callable[..., Any] | None = None,
     attend: Callable[..., Any] | None = None,
     stream: Callable[..., Any] | None = None,
+    feedback: Callable[..., Any] | None = None,
     *,
     scheme: Scheme | str = "nsep+pchan4",
     seed: int = 0,
@@ -50,6 +51,9 @@ def check(
         sliding_window)`` returns the output.
     stream : callable, optional
         ``stream(x, scheme, steps, row)`` returns what a cache stores.
+    feedback : callable, optional
+        ``feedback(x, scheme, *, feedback)`` returns, as ``encode`` does, keys encoded with a
+        `Feedback`, which has ``order`` and ``factor`` (F1). It may be the function that encodes.
     scheme : Scheme or str
         A name is one of the paper's, or that of a variant such as ``nsep+pchan4-gain``.
     seed : int
@@ -86,7 +90,7 @@ def check(
     Examples
     --------
     >>> import nsq_ref as nsq
-    >>> check(nsq.quantize, scheme="naive4").conforms
+    >>> check(nsq.quantize, feedback=nsq.quantize, scheme="naive4").conforms
     True
     >>> report = check(lambda x, scheme: nsq.quantize(abs(x), scheme), scheme="nsep4", quick=True)
     >>> report.conforms
@@ -94,10 +98,11 @@ def check(
     """
     given: dict[Operation, Callable[..., Any] | None] = {
         "encode": encode, "decode": decode, "attend": attend, "stream": stream,
+        "feedback": feedback,
     }  # fmt: skip
     operations = [name for name, function in given.items() if function is not None]
     if not operations:
-        raise ValueError("there is nothing to check; pass encode, decode, attend or stream")
+        raise ValueError(f"there is nothing to check; pass one or more of {', '.join(given)}")
     chosen = family_scheme("scheme", scheme)
     for operation, function in given.items():
         if function is not None:
@@ -114,7 +119,7 @@ def check(
 def run(
     port: Port,
     schemes: Sequence[tuple[str, Scheme]],
-    operations: Sequence[Operation] = OPERATIONS,
+    operations: Sequence[Operation] = USUAL,
     *,
     required: Sequence[Operation] | None = None,
     seed: int = 0,
@@ -219,8 +224,9 @@ def run(
     left_out += [] if refusals else ["input that must be refused, as a graph cannot refuse"]
     left_out += ["all but a case of a kind, as this was a quick run"] if quick else []
     left_out += [] if only is None else [f"all cases but {only}"]
-    whole = not left_out and set(operations) == set(OPERATIONS)
-    notes += _unused(known, [(name, [c for _, c in some]) for name, _, some in questions], whole)
+    whole = not left_out and set(operations) >= set(USUAL)
+    asked_about = [(name, [case for _, case in some]) for name, _, some in questions]
+    notes += _unused(known, asked_about, operations if whole else ())
     must = tuple(operations if required is None else required)
     must = tuple(name for name in OPERATIONS if name in (*must, *require))
     total, done = sum(len(selected) for *_, selected in questions), itertools.count()
@@ -243,16 +249,19 @@ def run(
 
 
 def _unused(
-    known: Sequence[KnownLine], asked: Sequence[tuple[str, Sequence[Case]]], whole: bool
+    known: Sequence[KnownLine],
+    asked: Sequence[tuple[str, Sequence[Case]]],
+    whole: Sequence[Operation],
 ) -> Iterator[str]:
-    """Refuse lines about no case that there is; where not all is asked, count them."""
+    """Refuse lines about no case of the operations asked as a `whole`; count other unused ones."""
     unused = [
         line for line in known
         if not any(line.names(name, case) for name, of_it in asked for case in of_it)
     ]  # fmt: skip
-    if unused and whole:
+    mistaken = [line for line in unused if line.family.partition("/")[0] in whole]
+    if mistaken:
         about = ", ".join(name for name, _ in asked)
-        raise ValueError(f"{unused[0].where} names no case of {about}")
+        raise ValueError(f"{mistaken[0].where} names no case of {about}")
     if unused:
         yield f"not judged: {len(unused)} of {len(known)} known deviations, as they were not asked"
 

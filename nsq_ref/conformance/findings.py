@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import OPERATIONS, Case, Failure, Operation
+from nsq_ref.conformance.operations import OPERATIONS, OPTIONAL, Case, Failure, Operation
 from nsq_ref.dtypes import Array
 from nsq_ref.scheme import Scheme
 
@@ -181,7 +181,7 @@ class SchemeReport:
         Examples
         --------
         >>> SchemeReport("nsep4", Scheme(axis="token"), {}, {}).operations
-        ['encode', 'decode', 'attend']
+        ['encode', 'decode', 'attend', 'feedback']
         """
         return [name for name in OPERATIONS if name != "stream" or self.scheme.block_size]
 
@@ -268,7 +268,7 @@ class Report:
         --------
         >>> one = SchemeReport("nsep4", Scheme(axis="token"), {"encode": 83}, {})
         >>> Report("mine", 0, (), [one], left_out=["float16 input"]).not_asked
-        ['decode', 'attend', 'float16 input']
+        ['decode', 'attend', 'feedback', 'float16 input']
         """
         return [*self._without(lambda one, name: not _asked(one, name)), *self.left_out]
 
@@ -279,9 +279,13 @@ class Report:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the schemes was asked and implemented, and nothing is a deviation."""
+        """Whether all of the schemes was asked and implemented, and nothing is a deviation.
+
+        Without key feedback, which is an option, a port is whole, too.
+        """
         missing = any(one.not_implemented or one.known for one in self.schemes)
-        return not (self.not_asked or self.unclaimed or missing)
+        not_asked = [name for name in self.not_asked if name not in OPTIONAL]
+        return not (not_asked or self.unclaimed or missing)
 
     @property
     def unmet(self) -> list[str]:

@@ -14,11 +14,13 @@ import numpy as np
 
 from nsq_ref import attention, packing, rounding, spec
 from nsq_ref.dtypes import Array, Float32, Float64
+from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
 Parts = dict[str, Array]
 BLOCK_PARTS = ("norm", "scale", "zero", "outlier_index", "outliers")
 APPEND, CROP = range(2)  # kinds of steps
+HEAD_AXES = (-3, -2, -3, -3, -3, -3, -2)  # of the heads in each part of `spec.Block`
 
 
 # --- whole arrays -------------------------------------------------------------------------------
@@ -43,6 +45,62 @@ def encode(x: Array, scheme: Scheme) -> Parts:
     if not coded.shape[-2]:
         return {**empty_parts(x, scheme), **({"sinks": sinks} if scheme.sink_tokens else {})}
     return parts_of(sinks, spec.encode_blocks(coded, scheme), scheme)
+
+
+def encode_with_feedback(x: Array, scheme: Scheme, order: Array, factor: Array) -> Parts:
+    """Quantize ``x[..., T, D]`` with the feedback of each key/value head (rule F1).
+
+    Examples
+    --------
+    >>> order, factor = np.int32([[1, 0]]), np.float32([[[1, -1], [0, 1]]])
+    >>> x = np.float32([[7, 7], [0.25, 0.5]])
+    >>> parts = encode_with_feedback(x, Scheme(separate_norm=False), order, factor)
+    >>> packing.unpack(parts["packed"], Scheme(), 2)[1]
+    array([1, 0], dtype=int16)
+    """
+    sinks, coded = split_sinks(x, scheme)
+    if not coded.size:
+        return encode(x, scheme)
+    return parts_of(sinks, blocks_with_feedback(coded, scheme, order, factor), scheme)
+
+
+def blocks_with_feedback(x: Float32, scheme: Scheme, order: Array, factor: Array) -> spec.Block:
+    """Quantize the tokens after the sinks, head by head (rule F1)."""
+    heads = heads_of(order, factor)
+    blocks = [
+        spec.encode_blocks(of_head(x, head, len(heads)), scheme, feedback)
+        for head, feedback in enumerate(heads)
+    ]
+    parts = zip(HEAD_AXES, zip(*blocks, strict=True), strict=True)
+    return spec.Block(*(with_heads(arrays, axis) for axis, arrays in parts))
+
+
+def heads_of(order: Array, factor: Array) -> list[HeadFeedback]:
+    """Return the feedback of each key/value head (rule F1)."""
+    return [HeadFeedback(*one) for one in zip(order, factor, strict=True)]
+
+
+def of_head(array: Array, head: int, kv_heads: int) -> Array:
+    """Return a head of ``[..., kv_heads, T, D]``; all of them where they share their feedback."""
+    return array if kv_heads == 1 else array[..., head, :, :]
+
+
+def with_heads(arrays: tuple[Array, ...], axis: int) -> Array:
+    """Put heads together again, on this axis; the inverse of `of_head`."""
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=axis)
+
+
+def measured(
+    direction: Float32,
+    scale: Array,
+    zero: Array,
+    coded: Array,
+    norm: Float32,
+    feedback: HeadFeedback,
+    scheme: Scheme,
+) -> Float32:
+    """Return what scales are made of: the plain directions, whatever the feedback (rule F1)."""
+    return direction
 
 
 def decode(parts: Mapping[str, Array], scheme: Scheme, shape: tuple[int, ...]) -> Array:

@@ -13,9 +13,11 @@ from nsq_ref.conformance.recipes import Recipe
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
-Operation = Literal["encode", "decode", "attend", "stream"]
+Operation = Literal["encode", "decode", "attend", "stream", "feedback"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing", "not asked"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+OPTIONAL: tuple[Operation, ...] = ("feedback",)  # asked of those who say that they have it
+USUAL = tuple(name for name in OPERATIONS if name not in OPTIONAL)
 CASE_DTYPES = ("float32", "float16", "bfloat16")  # of x in a case
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer
 
@@ -28,7 +30,7 @@ class Case:
     ----------
     id : str
         Such as ``exact-tie/3``; unique for one scheme and operation.
-    operation : {"encode", "decode", "attend", "stream"}
+    operation : {"encode", "decode", "attend", "stream", "feedback"}
     scheme : Scheme
         For ``attend``, that of the keys.
     flags : tuple of str
@@ -39,6 +41,8 @@ class Case:
         parts as ``keys.packed`` and so on with their ``keys.shape [kv_heads, T, D]``, the same of
         ``values``, ``value_scheme``, ``scale``, ``causal``, ``softcap`` and ``sliding_window`` (0
         for none). ``stream``: ``x [rows, T, D]``, ``steps [steps, 1 + rows]``, ``row``.
+        ``feedback`` is ``encode`` under rule F1: ``x [..., T, D]``, ``order [kv_heads, D]``,
+        ``factor [kv_heads, D, D]``; kv_heads is 1, or the axis of x before the tokens.
     refused_by : str or None
         The rule by which the port must refuse it.
     recipe : Recipe or None

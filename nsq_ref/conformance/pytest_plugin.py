@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.session import Session
     from nsq_ref.scheme import Scheme
 
-TARGETS = ("encode", "decode", "attend", "stream")
+TARGETS = ("encode", "decode", "attend", "stream", "feedback")
 DTYPES = ("float32", "float16", "bfloat16")
 LEAST_TIMEOUT = 0.1  # seconds
 OPTIONS = (
@@ -84,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("set", "change a field of the scheme; may be repeated", metavar="FIELD=VALUE", **many)
     option("all", "check all named schemes", action="store_true")
     option("case", "one case only, as encode/exact-tie/3", metavar="ID")
-    one = "an operation to check; may be repeated (default: all that there are)"
+    one = "an operation to check; may be repeated (default: all that there are, but feedback)"
     option("operation", one, choices=TARGETS, **many)
     option("seed", "seed of the drawn cases (default: 0)", type=int, metavar="N")
     one = "a difference to allow, such as norm-ulp=1; may be repeated"
@@ -114,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if value is not None and value is not False:
             raise pytest.UsageError(
                 f"--nsq-{name.replace('_', '-')} needs something to check; give --nsq-encode, "
-                "--nsq-decode, --nsq-attend or --nsq-stream"
+                "--nsq-decode, --nsq-attend, --nsq-stream or --nsq-feedback"
             )
 
 
@@ -132,8 +132,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from nsq_ref.conformance.ports import open_port
 
     try:
-        encode, decode, attend, stream = (run.targets.get(name) for name in TARGETS)
-        port = open_port(encode, decode, attend, stream, run.custom_ops, run.timeout)
+        encode, decode, attend, stream, feedback = (run.targets.get(name) for name in TARGETS)
+        port = open_port(
+            encode, decode, attend, stream, run.custom_ops, run.timeout, feedback=feedback
+        )
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     session.config.stash[PORT] = port
@@ -266,7 +268,7 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     from nsq_ref.conformance.family import FAMILY, scheme_named
     from nsq_ref.conformance.judge import Latitudes
     from nsq_ref.conformance.known import read_known
-    from nsq_ref.conformance.operations import OPERATIONS
+    from nsq_ref.conformance.operations import OPERATIONS, USUAL
     from nsq_ref.conformance.ports import target_kind
     from nsq_ref.policy import changed_fields
 
@@ -279,7 +281,11 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     schemes = [(name, replace(scheme_named(name), **fields)) for name in dict.fromkeys(names)]
     kind = target_kind(targets["encode"]) if "encode" in targets else ""
     does_all = kind in ("library", "program")
-    asked = [operation for operation in OPERATIONS if does_all or operation in targets]
+    encoders = [targets[name] for name in ("encode", "feedback") if name in targets]
+    graphs = given["custom_ops"] is None and "model" in map(target_kind, encoders)
+    asked = [
+        name for name in OPERATIONS if name in targets or (does_all and name in USUAL)
+    ]  # fmt: skip
     claimed = [operation for operation in asked if operation in targets]
     if given["operation"]:
         if absent := [name for name in given["operation"] if name not in asked]:
@@ -312,7 +318,7 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     return Run(
         targets, schemes, asked, [n for n in OPERATIONS if n in claimed or n in require], seed,
         given["allow"] or [], given["dtype"] or list(DTYPES), given["case"], given["partial"],
-        given["quick"], require, known, kind != "model" or given["custom_ops"] is not None,
+        given["quick"], require, known, not graphs,
         given["custom_ops"], 30.0 if timeout is None else timeout, shlex.join(words),
     )  # fmt: skip
 

@@ -241,7 +241,9 @@ def _place(name: str) -> int:
 def _rule_of(case: Case, name: str | None) -> str:
     """The rule of the first stage that differs."""
     if name is None:
-        return {"encode": "I2", "decode": "D1", "attend": "A1", "stream": "B1"}[case.operation]
+        return {
+            "encode": "I2", "decode": "D1", "attend": "A1", "stream": "B1", "feedback": "I2",
+        }[case.operation]  # fmt: skip
     stage = stage_of(name)
     if stage == "norm" and case.scheme.magnitude != "norm":
         stage = "gain"

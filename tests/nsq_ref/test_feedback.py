@@ -120,6 +120,16 @@ def test_nothing_moves_in_a_zero_token() -> None:
         assert not coded.codes[1].any()
 
 
+@pytest.mark.parametrize("magnitude", ["norm", "gain", "lsq"])
+def test_outliers_beyond_float16_are_refused(magnitude: Any) -> None:
+    """F1 O1: moved there by feedback, whatever is stored for the norm."""
+    x = np.float32([[3, 4, 12], [1, -2, 7]])
+    feedback = Feedback([[0, 1, 2]], np.float32([[[1, 0, 2**40], [0, 1, 0], [0, 0, 1]]]))
+    scheme = Scheme(magnitude=magnitude, outlier_channels=1)
+    require_equal_bits(x, scheme, feedback)
+    assert isinstance(outcome(x, scheme, "oracle", feedback), str)
+
+
 def test_error_of_w_and_not_of_the_direction() -> None:
     """F1: a channel that was moved passes on what is left of it, not of where it was."""
     factor = np.eye(3, dtype=np.float32)[None]

@@ -21,6 +21,10 @@ def encode(x, scheme):
     return nsq.quantize(x, scheme)
 
 
+def feedback(x, scheme, *, feedback):
+    return nsq.quantize(x, scheme, feedback=feedback)
+
+
 def decode(parts, scheme, shape):
     kind = parts["sinks"].dtype if "sinks" in parts else np.dtype(np.float32)
     return nsq.dequantize(nsq.Quantized(scheme, shape, kind, **parts))

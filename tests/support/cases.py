@@ -12,14 +12,14 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.conformance.cases import cases, input_dtype
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, USUAL, Case
 
 checking = importlib.import_module("nsq_ref.conformance.check")  # the package has a function so
 
 
 def cases_of(
     scheme: Scheme | str,
-    operations: Sequence[str] = OPERATIONS,
+    operations: Sequence[str] = USUAL,
     seed: int = 0,
     dtypes: Sequence[str] = CASE_DTYPES,
     *,
@@ -28,7 +28,9 @@ def cases_of(
     """Return what `cases` does. Nobody may write to them."""
     if quick:
         return _quick(family_scheme("scheme", scheme), tuple(operations), seed, tuple(dtypes))
-    made = _all(family_scheme("scheme", scheme), seed)
+    chosen = family_scheme("scheme", scheme)
+    made = _all(chosen, seed, USUAL) if set(operations) & set(USUAL) else []
+    made = [*made, *(_all(chosen, seed, ("feedback",)) if "feedback" in operations else [])]
     asked = (None, *dtypes)
     return [one for one in made if one.operation in operations and input_dtype(one) in asked]
 
@@ -43,8 +45,8 @@ def small_cases_of(*arguments: Any) -> list[Case]:
 
 
 @functools.cache
-def _all(scheme: Scheme, seed: int) -> list[Case]:
-    made = cases(scheme, OPERATIONS, seed)
+def _all(scheme: Scheme, seed: int, operations: tuple[str, ...]) -> list[Case]:
+    made = cases(scheme, operations, seed)
     for case in made:
         for array in case.inputs.values():
             array.flags.writeable = False

@@ -17,9 +17,10 @@ import numpy as np
 from nsq_ref.conformance.cases.attend import attend_cases
 from nsq_ref.conformance.cases.decode import decode_cases
 from nsq_ref.conformance.cases.encode import encode_cases
+from nsq_ref.conformance.cases.feedback import feedback_cases
 from nsq_ref.conformance.cases.stream import stream_cases
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, USUAL, Case
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
 
@@ -32,7 +33,7 @@ MOST = {"block_size": 4096, "sink_tokens": 256, "outlier_channels": 256}
 @in_default_environment
 def cases(
     scheme: Scheme | str,
-    operations: Sequence[str] = OPERATIONS,
+    operations: Sequence[str] = USUAL,
     seed: int = 0,
     dtypes: Sequence[str] = CASE_DTYPES,
     *,
@@ -44,7 +45,8 @@ def cases(
     ----------
     scheme : Scheme or str
         A name is one of `family.FAMILY`.
-    operations : sequence of {"encode", "decode", "attend", "stream"}
+    operations : sequence of {"encode", "decode", "attend", "stream", "feedback"}
+        All but ``"feedback"``, which not every port has, by default.
     seed : int
         Of what is drawn; what is computed is the same for all.
     dtypes : sequence of {"float32", "float16", "bfloat16"}
@@ -70,7 +72,8 @@ def cases(
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
-        encoded = list(encode_cases(scheme, seed, quick))
+        others = set(operations) - {"feedback"}
+        encoded = list(encode_cases(scheme, seed, quick)) if others else []
         if "encode" in operations:
             made += encoded
         if "decode" in operations:
@@ -79,6 +82,8 @@ def cases(
             made += attend_cases(scheme, seed)
         if "stream" in operations:
             made += stream_cases(encoded, scheme, seed)
+        if "feedback" in operations:
+            made += feedback_cases(scheme, seed, quick)
     if quick:
         kinds = {(case.operation, case.flags[0], input_dtype(case)): case for case in made[::-1]}
         made = list(kinds.values())[::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 
@@ -16,7 +16,7 @@ from nsq_ref.conformance.cases.pools import Draw
 from nsq_ref.conformance.cases.steps import gain_midpoints, tiny_ties
 from nsq_ref.conformance.cases.tiles import channel_tiles, long_sequences, tile_edges
 from nsq_ref.conformance.operations import CASE_DTYPES, Case
-from nsq_ref.dtypes import FLOAT_DTYPES, Array
+from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float32
 from nsq_ref.scheme import Scheme
 
 _WITH_OWN_SINKS = ("not-finite", "sinks", "kept-as-it-came")
@@ -105,8 +105,12 @@ def _narrowed(case: Case, dtype: str) -> Iterator[Array]:
             yield np.where(narrow == 0, narrow, np.nextafter(narrow, kind.type(end)))
 
 
-def refusal(x: Array, scheme: Scheme) -> str | None:
+def refusal(
+    x: Array, scheme: Scheme, encode: Callable[[Float32], spec.Block] | None = None
+) -> str | None:
     """Return the rule that refuses an input, the first in the order of computation.
+
+    ``encode`` makes the blocks of what is not a sink, if not `spec.encode_blocks`.
 
     Examples
     --------
@@ -121,7 +125,7 @@ def refusal(x: Array, scheme: Scheme) -> str | None:
     with np.errstate(all="ignore"):
         if scheme.separate_norm and np.isinf(rounding.norm(coded)).any():
             return "N1"
-        block = spec.encode_blocks(coded, scheme)
+        block = encode(coded) if encode else spec.encode_blocks(coded, scheme)
         for rule, *parts in (
             ("O1", block.outliers),
             ("S5", block.scale, block.zero),

@@ -15,11 +15,12 @@ from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.judge import judge
 from nsq_ref.conformance.judge.diagnose import reference_with
 from nsq_ref.conformance.mistakes import MISTAKES
-from nsq_ref.conformance.mistakes.reference import Reference
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import (
     CASE_DTYPES,
     DONE,
     OPERATIONS,
+    USUAL,
     Answer,
     Case,
     attention_options,
@@ -107,7 +108,7 @@ def coverage(
         why = {dtype: reason(name, scheme, dtype) for dtype in dtypes}
         shown = dict.fromkeys(dtypes, "")
         open_dtypes = {dtype for dtype in dtypes if why[dtype] is None}
-        chosen = [one for one in asked if one.case.operation in mistake.operations]
+        chosen = [one for one in asked if one.case.operation in shown_in(mistake)]
         chosen.sort(key=lambda one: one.place(mistake.rule, telling))
         for one in chosen:
             concerned = open_dtypes if one.dtype is None else open_dtypes & {one.dtype}
@@ -121,12 +122,25 @@ def coverage(
     return cells
 
 
+def shown_in(mistake: Mistake) -> set[str]:
+    """Return the operations whose cases are to show a mistake: those that all are asked for.
+
+    What can show without feedback is to show so, and reasons speak of that.
+
+    Examples
+    --------
+    >>> sorted(shown_in(MISTAKES["half up"])), shown_in(MISTAKES["feedback fused"])
+    (['encode', 'stream'], {'feedback'})
+    """
+    return set(mistake.operations) & set(USUAL) or set(mistake.operations)
+
+
 def _refusal(rule: str, scheme: Scheme, dtype: str, everything: Sequence[Case]) -> Cell:
     name = f"takes what {rule} refuses"
     shown = (
         f"{case.operation}/{case.id}"
         for case in everything
-        if case.refused_by == rule and input_dtype(case) == dtype
+        if case.refused_by == rule and input_dtype(case) == dtype and case.operation in USUAL
     )
     return Cell(name, rule, dtype, next(shown, ""), reason(name, scheme, dtype))
 
@@ -178,6 +192,9 @@ def answered(reference: Reference, case: Case) -> Answer | None:
         with np.errstate(all="ignore"):
             if case.operation == "encode":
                 return Answer(DONE, model.encode(given["x"], scheme))
+            if case.operation == "feedback":
+                feedback = given["order"], given["factor"]
+                return Answer(DONE, model.encode_with_feedback(given["x"], scheme, *feedback))
             if case.operation == "decode":
                 shape = tuple(given.pop("shape").tolist())
                 return Answer(DONE, {"x_hat": model.decode(given, scheme, shape)})

@@ -361,6 +361,28 @@ REASONS: tuple[Reason, ...] = (
         "of float32, no scale and no factor is subnormal.",
         lambda scheme, dtype: dtype == "float16" and scheme.separate_norm
         and scheme.norm_dtype != "float16", ["subnormal factors flushed"]),
+    _reason("no outliers", "There are no outlier channels (O1).",
+        lambda scheme, dtype: scheme.outlier_channels == 0,
+        ["outlier channels passed over", "errors of outlier channels left out"]),
+    _reason("no error in a zero token",
+        "Without norm separation no token has norm 0; symmetric, code 0 is 0 and no error; and "
+        "without outlier channels, codes and factor of the token are 0 all the same (N2, F1).",
+        lambda scheme, dtype: not scheme.separate_norm or scheme.symmetric
+        or scheme.outlier_channels == 0, ["feedback in zero tokens"]),
+    _reason("one token a block", "In a block of one token there is none before it (B1).",
+        lambda scheme, dtype: scheme.block_size == 1, ["feedback from token to token"]),
+    _reason("not narrowed", "float32 is stored as it is.",
+        lambda scheme, dtype: scheme.scale_dtype == "float32" and scheme.scale_rule == "range",
+        ["error of the scale before narrowing"]),
+    _reason("narrow already", "At 2 bits the scale is a maximum of the input, which has its dtype.",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and not scheme.separate_norm
+        and dtype == scheme.scale_dtype, ["error of the scale before narrowing"]),
+    _reason("scales come first",
+        "The scale of a token is there before its first channel is coded (S1, S2).",
+        lambda scheme, dtype: scheme.axis == "token", ["scales of moved channels"]),
+    _reason("encoder's choice",
+        "With the scale rule search a port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search", ["scales of moved channels"]),
     _reason("large products",
         "Products of codes and float16 scales are 0, or at least 2^-24 (D1).",
         lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",

@@ -13,6 +13,7 @@ import numpy as np
 from nsq_ref.conformance.judge.attend import JudgingAttend
 from nsq_ref.conformance.judge.decode import JudgingDecode
 from nsq_ref.conformance.judge.encode import JudgingEncode
+from nsq_ref.conformance.judge.feedback import JudgingFeedback
 from nsq_ref.conformance.judge.latitudes import LATITUDES, Latitudes
 from nsq_ref.conformance.judge.stages import STAGES, Judging, Verdict, default_rule
 from nsq_ref.conformance.judge.stream import JudgingStream
@@ -27,6 +28,7 @@ _JUDGING: dict[Operation, type[Judging]] = {
     "decode": JudgingDecode,
     "attend": JudgingAttend,
     "stream": JudgingStream,
+    "feedback": JudgingFeedback,
 }
 
 

@@ -32,10 +32,10 @@ OWN_RULES: dict[str, tuple[str, ...]] = {
     "sinks": ("K1",),
     "norm": ("N1", "M1"),
     "outlier_index": ("O1",),
-    "outliers": ("O1",),
+    "outliers": ("O1", "F1"),
     "zero": ("S2", "S3"),
     "scale": ("S1", "S2", "S3", "S4"),
-    "codes": ("Q1", "Q2"),
+    "codes": ("Q1", "Q2", "F1"),
     "packed": ("P1",),
     "gain": ("M2", "M3"),
     "tail": ("B1", "C1"),
@@ -400,7 +400,7 @@ class _Search:
         return [f for f in findings if id(f.case) not in group]
 
 
-_REFUSING = {"encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1"}
+_REFUSING = {"encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1", "feedback": "F1"}
 
 
 def _rule_of(what: str, case: Case) -> str:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from nsq_ref import spec
 from nsq_ref.conformance.judge.around import Around, among, between
 from nsq_ref.conformance.judge.arrays import (
     bits_of,
@@ -24,6 +25,9 @@ from nsq_ref.scheme import Field
 
 class JudgingEncode(Judging):
     """The parts of an encoded array."""
+
+    # What is coded in place of the directions is known when the scales are (F1); else before.
+    coded_late = False
 
     def stages(self) -> None:
         """Judge structure and sinks, then what blocks store."""
@@ -81,11 +85,12 @@ class JudgingEncode(Judging):
             if ((index < 0) | (index >= head_dim)).any() or (np.diff(index, axis=-1) < 1).any():
                 raise MeaninglessError
             coded = ~spec.mark(index, head_dim)
-            expected = each(spec.kept_outliers, directions, of_blocks(index))
             near = [
                 each(spec.kept_outliers, of_tokens(d), of_blocks(index)) for d in around.directions
             ]
-            self._compare("outliers", own.outliers, expected, among(own.outliers, near))
+            if not self.coded_late:
+                expected = each(spec.kept_outliers, directions, of_blocks(index))
+                self._compare("outliers", own.outliers, expected, among(own.outliers, near))
 
         def extents(direction: Array) -> list[Array]:
             return [
@@ -94,7 +99,14 @@ class JudgingEncode(Judging):
                 for side in (0, 1)
             ]  # fmt: skip
 
-        low, high = extents(direction)
+        def under_feedback(function: Callable[..., Array]) -> Array:
+            """Apply a function of F1 to each block."""
+            return each(
+                lambda *cut: self._under_feedback(function, *cut), directions, own_scale, own_zero,
+                of_blocks(coded), of_tokens(norm[..., None]),
+            )  # fmt: skip
+
+        low, high = extents(under_feedback(reference.model.measured))
         near_extents = [extents(d) for d in around.directions]
 
         def range_story(at: tuple[int, ...]) -> Iterator[tuple[str, str]]:
@@ -132,6 +144,9 @@ class JudgingEncode(Judging):
         if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
             raise MeaninglessError
 
+        direction = under_feedback(spec.fed_back)
+        directions = of_tokens(direction)
+
         def code(d: Array, s: Array, z: Array, c: Array, n: Array) -> Array:
             return np.asarray(spec.without_codes(spec.code(d, s, z, scheme), c, n))
 
@@ -152,8 +167,15 @@ class JudgingEncode(Judging):
         near_tie = (
             self._near_tie(own.codes, codes, direction, scale, zero) if latitudes.tie_ulp else {}
         )
+        own_codes = own.codes
+        if self.coded_late:
+            expected = each(spec.kept_outliers, directions, of_blocks(index))
+            indices = np.repeat(index, [one.stop - one.start for one in rows], axis=-2)
+            own_codes, outliers = self._first_wrong(codes, expected, own, indices)
+            if scheme.outlier_channels:
+                self._compare("outliers", outliers, expected)
         self._compare(
-            "codes", own.codes, codes,
+            "codes", own_codes, codes,
             {**near_tie, **around.codes(own.codes, codes, free, scale, zero)},
             lambda at: self._code_story(x, norm, direction, scale, zero, at),
             what=self._code_words(own.codes, codes, direction, scale, zero),
@@ -183,6 +205,21 @@ class JudgingEncode(Judging):
                     ("gain", text_of(np.float32(gain[at]))),
                 ]),
             )  # fmt: skip
+
+    def _under_feedback(
+        self, function: Callable[..., Array], direction: Array, *known: Array
+    ) -> Array:
+        """Apply a function of F1 to a block; without feedback the directions stay."""
+        return direction
+
+    def _first_wrong(
+        self, codes: Array, outliers: Array, own: spec.Block, index: Array
+    ) -> tuple[Array, Array]:
+        """Return the port's codes and outliers, those made right that others may have made wrong.
+
+        ``index`` has the channels of each token's outliers.
+        """
+        return own.codes, own.outliers
 
     def _near_norm(self, got: Array, exact: Array, supposed: int) -> dict[str, Array]:
         steps = max(self.latitudes.norm_ulp, supposed)
@@ -249,6 +286,9 @@ class JudgingEncode(Judging):
         yield "x", text_of(x[at])
         if self.scheme.separate_norm:
             yield "norm", text_of(norm[at[:-1]])
+        if self.coded_late:
+            yield "w", text_of(d)
+        elif self.scheme.separate_norm:
             yield "direction", text_of(d)
         yield "scale", text_of(scale[place_of(scale, at)])
         if not self.scheme.symmetric:
@@ -268,7 +308,12 @@ class JudgingEncode(Judging):
         _, coded = self.reference.model.split_sinks(self.case.inputs["x"], self.scheme)
         if not coded.size:
             return False
-        return bool(self.reference.spec.encode_blocks(coded, self.scheme).collapsed.any())
+        return bool(self._encoded(coded).collapsed.any())
+
+    def _encoded(self, coded: Array) -> spec.Block:
+        """Return what the right blocks are."""
+        block: spec.Block = self.reference.spec.encode_blocks(coded, self.scheme)
+        return block
 
 
 def _renamed(got: Array, expected: Array) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 
 from nsq_ref.conformance.mistakes.arithmetic import toward_zero
 from nsq_ref.conformance.mistakes.changes import (
-    ENCODE,
     F32,
+    PLAIN,
     STREAM,
     Function,
     after,
@@ -83,10 +83,10 @@ BLOCKS = [
           ("encode",), {"model.split_sinks": _sinks_in(dtype)})
       for dtype in ("float16", "bfloat16")),
     Mistake("sinks in the range", "K1", "sinks enter the scales of the tokens behind them",
-        ENCODE, {"model.split_sinks": knowing_both(_remember_sinks),
+        PLAIN, {"model.split_sinks": knowing_both(_remember_sinks),
                  "model.seal": knowing_both(_remember_sinks_of),
                  "spec.extent": knowing_both(_range_with_sinks)}),
-    place("spec.extent", "B2", ENCODE)("range shared by heads",
+    place("spec.extent", "B2", PLAIN)("range shared by heads",
         "scales are shared by sequences (heads, rows of a batch)", after(_shared_by_heads)),
 ]  # fmt: skip
 

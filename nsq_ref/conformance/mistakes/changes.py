@@ -13,7 +13,8 @@ Function = Callable[..., Any]
 F32, F64 = np.float32, np.float64
 
 # The operations in which a mistake can show.
-ENCODE = ("encode", "stream")
+PLAIN = ("encode", "stream")  # what is not looked for under feedback
+ENCODE = (*PLAIN, "feedback")
 DECODE = ("decode", "stream")
 CODED = (*ENCODE, "decode")
 STREAM = ("stream",)

@@ -32,6 +32,7 @@ from nsq_ref.conformance.operations import (
 )
 from nsq_ref.conformance.ports.frames import MOST_AXES, MOST_BYTES
 from nsq_ref.dtypes import Array
+from nsq_ref.feedback import Feedback
 
 _RESULTS = {"decode": "x_hat", "attend": "output"}  # operations that return one array
 
@@ -53,6 +54,8 @@ class Callables(Port):
         ``attend(query, keys, values, key_scheme, value_scheme, *, scale, causal, softcap,
         sliding_window)`` returns the output; keys and values are mappings of the parts and
         ``"shape"``.
+    feedback : callable, optional
+        ``feedback(x, scheme, *, feedback)`` returns the parts of keys encoded with a `Feedback`.
     stream : callable, optional
         ``stream(x, scheme, steps, row)`` returns, as ``encode`` does, the parts of the sealed
         blocks, the sinks and the ``tail`` of one row.
@@ -79,9 +82,13 @@ class Callables(Port):
         decode: Callable[..., Any] | None = None,
         attend: Callable[..., Any] | None = None,
         stream: Callable[..., Any] | None = None,
+        feedback: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
-        self._functions = {"encode": encode, "decode": decode, "attend": attend, "stream": stream}
+        self._functions = {
+            "encode": encode, "decode": decode, "attend": attend, "stream": stream,
+            "feedback": feedback,
+        }  # fmt: skip
 
     def ask(self, number: int, case: Case) -> Answer | Failure:
         """Call the function of the case's operation."""
@@ -112,6 +119,8 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
     """Return the positional and the named arguments of a function of the case's operation."""
     if case.operation == "encode":
         return [given["x"], case.scheme], {}
+    if case.operation == "feedback":
+        return [given["x"], case.scheme], {"feedback": Feedback(given["order"], given["factor"])}
     if case.operation == "decode":
         stored = dict(given)
         shape = tuple(stored.pop("shape").tolist())
@@ -130,7 +139,7 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
 def _answer(result: Any, case: Case) -> Answer | Failure:
     """Turn what a function returned into an answer."""
     operation = case.operation
-    names: tuple[str, ...] = PARTS if operation == "encode" else (*PARTS, "tail")
+    names: tuple[str, ...] = (*PARTS, "tail") if operation == "stream" else PARTS
     if operation in _RESULTS:
         names = (_RESULTS[operation],)
         result = {_RESULTS[operation]: result}
@@ -184,6 +193,7 @@ _CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("scale", "causal", "softcap", "sliding_window"),
     ),
     "stream": (("x", "scheme", "steps", "row"), ()),
+    "feedback": (("x", "scheme"), ("feedback",)),
 }
 
 

@@ -77,7 +77,10 @@ class Library(Port):
         if x is not None and x.dtype not in DTYPES[:3]:
             return Answer(NOT_IMPLEMENTED, {}, f"nsq.h has no {x.dtype} input")
         call = _Call(function)
-        ask = {"encode": _encode, "decode": _decode, "attend": _attend, "stream": _stream}
+        ask = {
+            "encode": _encode, "decode": _decode, "attend": _attend, "stream": _stream,
+            "feedback": _encode,
+        }  # fmt: skip
         status, arrays = ask[case.operation](call, case)
         if written := call.written():
             return Failure("out of bounds", f"{name} {'; '.join(written)}")
@@ -168,9 +171,16 @@ def _encode(call: _Call, case: Case) -> tuple[int, Frame]:
         name: call.wanted(name, Field((*leads, *field.shape), field.dtype))
         for name, field in layout.items()
     }
+    feedback: list[_Buffer | ctypes.c_int64] = []
+    if case.operation == "feedback":
+        order, factor = case.inputs["order"], case.inputs["factor"]
+        feedback = [
+            call.given("order", order), call.given("factor", factor), ctypes.c_int64(len(order)),
+        ]  # fmt: skip
     status = call(
         call.scheme("scheme", case.scheme), call.given("x", x), ctypes.c_int32(_dtype(x)),
-        *map(ctypes.c_int64, (math.prod(leads), tokens, head_dim)), call.parts("out", outputs),
+        *map(ctypes.c_int64, (math.prod(leads), tokens, head_dim)), *feedback,
+        call.parts("out", outputs),
     )  # fmt: skip
     return status, {name: buffer.array for name, buffer in outputs.items()}
 

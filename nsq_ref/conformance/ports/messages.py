@@ -11,6 +11,7 @@ import numpy as np
 from nsq_ref.conformance.operations import (
     FAILED,
     OPERATIONS,
+    USUAL,
     Answer,
     Case,
     Failure,
@@ -41,7 +42,7 @@ class Hello(NamedTuple):
 def hello_frame(
     seed: int = 0,
     schemes: Iterable[tuple[str, Scheme]] = (),
-    operations: Iterable[Operation] = OPERATIONS,
+    operations: Iterable[Operation] = USUAL,
     dtypes: Iterable[FloatName] = get_args(FloatName),
 ) -> Frame:
     """Return the frame that begins a run; a port copies it to its output.

@@ -48,6 +48,7 @@ _ONNX_NAMES: dict[Operation, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("output",),
     ),
     "stream": (("x", "steps", "row"), (*PARTS, "tail")),
+    "feedback": (("x", "order", "factor"), PARTS),
 }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ class Model(Port):
             if reason or array is None:
                 return Answer(NOT_IMPLEMENTED, {}, reason)
             feeds[declared.name] = self._value(array)
-        stored = case.inputs.keys() & set(PARTS)
+        stored = case.inputs.keys() & {*PARTS, "order", "factor"}
         if absent := sorted(stored - feeds.keys()):
             return Answer(NOT_IMPLEMENTED, {}, f"the model has no input {', '.join(absent)}")
         names = [declared.name for declared in self._session.get_outputs()]

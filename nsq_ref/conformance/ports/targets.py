@@ -28,6 +28,7 @@ def open_port(
     custom_ops: str | None = None,
     timeout: float = 30.0,
     header: Frame | None = None,
+    feedback: str | None = None,
 ) -> Port:
     """Start what is to be checked, in a process of its own.
 
@@ -35,8 +36,9 @@ def open_port(
     ``path/to/file.py:function``, see `Callables`), a shared library that implements ``nsq.h``
     (``.so``, ``.dylib``, ``.dll``), or an ONNX model, whose operators ``custom_ops`` may bring. A
     library given as ``encode`` does also those of the others that are left out. A program, which
-    can only be given as ``encode`` and alone, does all of them. ValueError for what does not exist,
-    cannot be loaded, or makes no sense together; ``timeout`` and ``header`` are those of `Process`.
+    can only be given as ``encode`` and alone, does all of them; given as ``feedback`` once more,
+    that too. ValueError for what does not exist, cannot be loaded, or makes no sense together;
+    ``timeout`` and ``header`` are those of `Process`.
 
     Examples
     --------
@@ -45,7 +47,7 @@ def open_port(
     'nsq_ref:quantize'
     >>> port.close()
     """
-    given = zip(OPERATIONS, (encode, decode, attend, stream), strict=True)
+    given = zip(OPERATIONS, (encode, decode, attend, stream, feedback), strict=True)
     targets = {operation: target for operation, target in given if target is not None}
     if not targets:
         raise ValueError("nothing to check was given; name at least what encodes or what decodes")
@@ -57,7 +59,9 @@ def open_port(
             raise ValueError(f"custom_ops: there is no file {custom_ops}")
     name = ", ".join(dict.fromkeys(targets.values()))
     if "program" in kinds.values():
-        if list(targets) != ["encode"]:
+        # A program answers what it is asked: named once more, it is asked for feedback, too.
+        others = {name: one for name, one in targets.items() if name != "feedback"}
+        if list(others) != ["encode"] or len(set(targets.values())) > 1:
             raise ValueError(
                 "a program answers all operations, so that it is given first and alone; got "
                 + ", ".join(f"{operation}={target}" for operation, target in targets.items())

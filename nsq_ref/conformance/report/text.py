@@ -67,7 +67,7 @@ def as_text(report: Report, width: int = 100, color: bool = False) -> str:
     NSQ-1, seed 0, latitudes: none
     <BLANKLINE>
     CONFORMS SO FAR to pchan4: encode 83 cases.
-    Not asked: decode, attend.
+    Not asked: decode, attend, feedback.
     """
     return _render(_report_lines(report), width, color) + "\n"
 

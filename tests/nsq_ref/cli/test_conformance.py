@@ -138,7 +138,9 @@ def test_c_example_conforms(tmp_path) -> None:
     """Within seconds, with no latitude: N1 S3 Q1 P1 M1 D1."""
     library = tmp_path / "libport.so"
     compile_library(C_EXAMPLE, library)
-    assert "CONFORMS SO FAR to nsep+pchan4: encode" in said("check", library)
+    text = said("check", library, "--feedback", library)
+    assert "CONFORMS SO FAR to nsep+pchan4: encode" in text
+    assert re.search(r"decode \d+, feedback \d+\.\nNot implemented: attend\.\n", text)
 
 
 def test_report_in_the_porting_page_is_real(tmp_path) -> None:
@@ -253,10 +255,10 @@ def test_a_verdict_names_what_was_not_asked() -> None:
         assert verdict in text
         told = [line for line in text.splitlines() if line.startswith("Not asked: ")]
         if "--case" not in options:  # of which the verdict says that it is about one case
-            assert told == [f"Not asked: {', '.join(['decode', 'attend', *notes])}."]
+            assert told == [f"Not asked: {', '.join(['decode', 'attend', 'feedback', *notes])}."]
         report = json.loads(said(*check, *options, "--json"))
         assert report["notes"] == [f"not asked: {note}" for note in notes]
-        assert report["notChecked"] == ["decode", "attend", "stream"]
+        assert report["notChecked"] == ["decode", "attend", "stream", "feedback"]
 
 
 def test_what_is_required_and_what_is_known_decide_the_exit_code(tmp_path, wrong) -> None:

@@ -91,7 +91,7 @@ def test_a_right_port_passes_beside_other_tests(folder: Path) -> None:
     assert names[0] == "test_own"
     encode, decode = (sum(f"/{one}/" in name for name in names if name) for one in TARGETS[:2])
     verdict = f"CONFORMS SO FAR to nsep+pchan4: encode {encode} cases, decode {decode}.\n"
-    assert f"{verdict}Not asked: attend.\n" in ran.stdout
+    assert f"{verdict}Not asked: attend, feedback.\n" in ran.stdout
     assert re.fullmatch(r"\d+ passed(, 1 warning)? in .*", ran.stdout.splitlines()[-1])
     if "warning" in ran.stdout.splitlines()[-1]:  # of an editable installation, none of ours
         assert ran.stdout.count("Warning: ") == ran.stdout.count("rewritten; _editable") == 1
@@ -128,8 +128,8 @@ def test_a_model_is_asked_what_a_graph_can_answer(folder: Path) -> None:
     said = " ".join(ran.stdout.split())
     assert re.search("CONFORMS SO FAR to nsep.pchan4: encode [0-9]+ cases", said)
     assert (
-        "Not asked: decode; attend; float16 and bfloat16 input; input that must be refused, as a "
-        "graph cannot refuse."
+        "Not asked: decode; attend; feedback; float16 and bfloat16 input; input that must be "
+        "refused, as a graph cannot refuse."
     ) in said
 
 

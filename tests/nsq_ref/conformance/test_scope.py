@@ -14,7 +14,7 @@ from nsq_ref.conformance.check import run
 from nsq_ref.conformance.findings import Report
 from nsq_ref.conformance.operations import Answer, Case, Failure, Port
 from nsq_ref.conformance.ports import Callables, Process
-from tests.ports.functions import attend, decode, encode
+from tests.ports.functions import attend, decode, encode, feedback
 from tests.support.cases import cases_made_once
 
 __all__ = ["cases_made_once"]  # the fixture
@@ -28,10 +28,11 @@ def first_line(report: Report) -> str:
 
 def test_all_that_a_scheme_has_is_asked_before_it_conforms() -> None:
     """Without blocks no cache grows, so that nothing is missing without stream."""
-    report = check(**ALL, scheme="naive2")
-    assert report.is_whole
-    assert first_line(report).startswith("CONFORMS to naive2: encode ")
-    assert "Not " not in as_text(report)
+    for functions, told in ((ALL, ["Not asked: feedback."]), (ALL | {"feedback": feedback}, [])):
+        report = check(**functions, scheme="naive2")
+        assert report.is_whole
+        assert first_line(report).startswith("CONFORMS to naive2: encode ")
+        assert as_text(report).splitlines()[4:] == told
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,13 @@ def test_a_port_that_refuses_a_dtype_is_told_which() -> None:
 
 
 @pytest.mark.parametrize("functions", [
-    {"encode": lambda x: x}, {"decode": lambda parts, scheme: parts},
+    {"encode": lambda x: x}, {"feedback": lambda x, scheme: x},
+    {"decode": lambda parts, scheme: parts},
     {"attend": lambda query, keys, values, scale: query},
     {"stream": lambda x, scheme, steps, row, more: x},
 ])  # fmt: skip
 def test_a_wrong_signature_ends_at_once(functions: Any) -> None:
-    with pytest.raises(TypeError, match=r"takes \(.*\); it is called as (encode|decode|attend|st)"):
+    with pytest.raises(TypeError, match=r"takes \(.*\); it is called as [a-z]+\("):
         check(**functions)
 
 

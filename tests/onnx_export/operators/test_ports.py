@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from nsq_ref import Scheme, rounding
+from nsq_ref import Feedback, Scheme, rounding
 from nsq_ref.conformance.cases import cases
+from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.operations import Operation
 from nsq_ref.conformance.ports.worker import Model, TargetError
 from onnx_export import custom_ops
+from onnx_export.operators.codec_models import quantize_model
 from tests.support.command import said as run
 from tests.support.onnx_ports import Mistake, Nodes, norm_of, save, save_decode, save_encode
 
@@ -51,6 +54,20 @@ def test_right_models_conform(encode: str, decode: str) -> None:
     assert f"encode {asked['encode']} cases, decode {asked['decode']}" in text
     assert NOT_ASKED in text
     assert "not implemented" not in text
+
+
+def test_a_model_with_feedback_conforms(tmp_path: Path) -> None:
+    """F1: the operator's function takes order and factor under the names of a case's arrays."""
+    name = "nsep+pchan4-outliers"
+    feedback = Feedback([[0, 1]], np.eye(2, dtype=np.float32)[None])
+    model = quantize_model(FAMILY[name], feedback=feedback)
+    del model.graph.initializer[:]
+    for what, kind, axes in (("order", TensorProto.INT32, 2), ("factor", TensorProto.FLOAT, 3)):
+        model.graph.input.append(helper.make_tensor_value_info(what, kind, [None] * axes))
+    onnx.save(model, tmp_path / "feedback.onnx")
+    text = check("--feedback", tmp_path / "feedback.onnx", "--scheme", name)
+    assert f"CONFORMS SO FAR to {name}: feedback " in text
+    assert NOT_ASKED in " ".join(text.split())
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["functions", "library"])

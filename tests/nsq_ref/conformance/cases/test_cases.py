@@ -105,6 +105,8 @@ def test_flags_cite_rules() -> None:
     rules = set(re.findall(r"^\*\*([A-Z][0-9])\.", SPEC, re.MULTILINE))
     assert {flag.rule for flag in FLAGS.values()} <= rules
     used = {flag for name in SCHEMES for case in built(name) for flag in case.flags}
+    under_feedback = cases_of(SCHEMES["one outlier"], ["feedback"])
+    used |= {flag for case in under_feedback for flag in case.flags}
     assert used == set(FLAGS)
 
 

@@ -45,6 +45,7 @@ SCHEMES = [
     Scheme.named("nsep+out4"),
     Scheme.named("outlier4"),
     replace(PLAIN, outlier_channels=2),
+    replace(PAPER, symmetric=False, outlier_channels=2),
     replace(PAPER, block_size=5, sink_tokens=2),
     replace(PAPER, symmetric=False, scale_dtype="float32", norm_dtype="float32"),
     Scheme.named("naive4"),
@@ -79,7 +80,7 @@ def first_difference(mistake: Mistake) -> tuple[Case, Answer] | None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_caught_and_explained(name: str) -> None:
-    """N1 N2 S1 S2 S3 Q1 Q2 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2."""
+    """N1 N2 S1 S2 S3 Q1 Q2 F1 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2."""
     mistake = MISTAKES[name]
     found = first_difference(mistake)
     assert found, f"no case of any scheme shows {name!r}"

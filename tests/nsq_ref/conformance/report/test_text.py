@@ -60,7 +60,7 @@ NSQ-1, seed 7, latitudes: none
 DOES NOT CONFORM to nsep+pchan4
 Of 6 cases: 4 wrong.
 Answered: encode 6 cases.
-Not asked: decode, attend.
+Not asked: decode, attend, feedback.
 
 Q1  Round, then clamp  (docs/spec.md#codes)
     code = round_half_even((direction - zero) / scale)
@@ -96,7 +96,7 @@ nsq check ./libmine.so
 NSQ-1, seed 7, latitudes: norm-ulp=1
 
 CONFORMS SO FAR to pchan4: encode 2 cases, decode 1.
-Not asked: attend.
+Not asked: attend, feedback.
 
 Allowed by norm-ulp=1: 2 differences in 1 case
   encode/sum/0, stage norm, at [token 1]: 0x3f800001, the root is 1.0
@@ -164,7 +164,7 @@ def test_text_of_many_schemes_tells_a_mistake_once() -> None:
 DOES NOT CONFORM to 3 of 4 schemes
 Of 21 cases: 12 wrong.
 Answered: encode 20 cases, decode 1.
-Not asked: decode of nsep+pchan4, nsep4, naive4; attend.
+Not asked: decode of nsep+pchan4, nsep4, naive4; attend; feedback.
 
   nsep+pchan4  does not conform      6 cases  Q1
   pchan4       conforms              3 cases
@@ -241,7 +241,8 @@ def test_a_partial_port_conforms_in_what_it_implements() -> None:
     one = right_report(not_implemented=missing)
     text = as_text(report_of(one, partial=True))
     assert (
-        "CONFORMS SO FAR to pchan4: encode 2 cases, decode 1.\nNot implemented: attend.\n" in text
+        "CONFORMS SO FAR to pchan4: encode 2 cases, decode 1.\nNot asked: feedback.\n"
+        "Not implemented: attend.\n" in text
     )
     assert "Not implemented, listed, not failed: 1 case\n  attend/sum/0\n" in text
 

@@ -43,7 +43,10 @@ def answer(case: Case) -> Exact:
     >>> exact.expected["packed"].tolist(), exact.intermediates["norm"].tolist()
     ([[255], [241]], [5.0, 2.5])
     """
-    operations = {"encode": encoded, "decode": decoded, "attend": attended, "stream": streamed}
+    operations = {
+        "encode": encoded, "decode": decoded, "attend": attended, "stream": streamed,
+        "feedback": encoded,
+    }  # fmt: skip
     exact = operations[case.operation](case)
     if case.refused_by is None:
         agrees = not exact.refused_by
@@ -61,7 +64,7 @@ def answer(case: Case) -> Exact:
 
 
 def encoded(case: Case) -> Exact:
-    """Return the stored parts of ``x[..., T, D]``."""
+    """Return the stored parts of ``x[..., T, D]``, with feedback where the case has some (F1)."""
     x, scheme = case.inputs["x"], case.scheme
     if not np.isfinite(x.astype(np.float32)).all():
         return Exact(("I2",), {}, {})
@@ -70,7 +73,10 @@ def encoded(case: Case) -> Exact:
     stages = []
     if sinks < tokens:
         rows = x.astype(np.float32).reshape(-1, tokens, head_dim)[:, sinks:]
-        stages = [oracle.encode(row.tolist(), scheme) for row in rows]
+        stages = [
+            oracle.encode(row.tolist(), scheme, feedback)
+            for row, feedback in zip(rows, feedback_of(case, len(rows)), strict=True)
+        ]
     if refused_by := refusals(stages):
         return Exact(refused_by, {}, {})
     lead, coded = x.shape[:-2], tokens - sinks
@@ -83,6 +89,8 @@ def encoded(case: Case) -> Exact:
         expected["sinks"] = x[..., :sinks, :]
     each, token = (*lead, coded, head_dim), (*lead, coded)
     intermediates = {"codes": gathered(stages, "codes", each, code_dtype(scheme))}
+    if "order" in case.inputs:
+        intermediates = {"w": gathered(stages, "coded", each, SINGLE), **intermediates}
     if scheme.separate_norm:
         intermediates = {
             "norm": gathered(stages, "x_norm", token, SINGLE),
@@ -97,6 +105,14 @@ def encoded(case: Case) -> Exact:
     x_hat = gathered(stages, "x_hat", each, SINGLE)
     intermediates["x_hat"] = np.concatenate([x[..., :sinks, :].astype(SINGLE), x_hat], axis=-2)
     return Exact((), expected, intermediates)
+
+
+def feedback_of(case: Case, sequences: int) -> list[tuple[Array, Array] | None]:
+    """Return order and factor of each sequence: of its head, or of the one that all share (F1)."""
+    if "order" not in case.inputs:
+        return [None] * sequences
+    heads = list(zip(case.inputs["order"], case.inputs["factor"], strict=True))
+    return [heads[n % len(heads)] for n in range(sequences)]
 
 
 def refusals(stages: list[dict[str, Any]]) -> tuple[str, ...]:

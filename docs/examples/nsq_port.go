@@ -1,8 +1,8 @@
-// All schemes of NSQ-1 in Go: a program that answers `nsq check` (encode, decode, attend, stream,
-// feedback). Ids such as N1 are rules of NSQ-1.
+// All schemes of NSQ-1 in Go: a program that answers `nsq check` (encode, decode, attend, stream, and
+// key feedback). Ids such as N1 are rules of NSQ-1.
 //
 //	go build -o nsq_port nsq_port.go
-//	nsq check ./nsq_port --all --feedback ./nsq_port
+//	nsq check ./nsq_port --all --feedback ./nsq_port --stream-feedback ./nsq_port
 //
 // Go may round a product and a sum at once, unless a conversion stands between them. Hence
 // float32(a*b) wherever a sum follows; squares and products of float32 are exact in float64.
@@ -720,6 +720,7 @@ func decode(request frame) (frame, error) {
 
 type cache struct {
 	s           scheme
+	head        *feedback
 	d, dtype    int
 	sinks, tail []float32
 	sealed      []*block
@@ -730,7 +731,7 @@ func (c *cache) add(x []float32) error {
 	c.sinks = append(c.sinks, x[:sinks]...)
 	c.tail = append(c.tail, x[sinks:]...)
 	for size := c.s.blockSize * c.d; len(c.tail) >= size; c.tail = c.tail[size:] { // B1
-		b, err := c.s.encodeBlock(c.tail[:size], c.d, nil)
+		b, err := c.s.encodeBlock(c.tail[:size], c.d, c.head)
 		if err != nil {
 			return err
 		}
@@ -768,7 +769,8 @@ func stream(request frame) (frame, error) {
 	}
 	row, rows, tokens, d := request["row"].ints()[0], x.shape[0], x.shape[1], x.shape[2]
 	values = values[row*tokens*d:] // B2: other rows do not matter
-	c := cache{s: s, d: d, dtype: x.dtype}
+	all := heads(request)
+	c := cache{s: s, head: all[row%len(all)], d: d, dtype: x.dtype}
 	for step := range slices.Chunk(steps, 1+rows) {
 		if n := step[1+row]; step[0] == 1 {
 			c.crop(n)
@@ -833,7 +835,7 @@ func attend(request frame) (frame, error) {
 // --- the program -------------------------------------------------------------------------------
 
 func main() {
-	operations := []func(frame) (frame, error){encode, decode, attend, stream, encode}
+	operations := []func(frame) (frame, error){encode, decode, attend, stream, encode, stream}
 	input, output := bufio.NewReader(os.Stdin), bufio.NewWriter(os.Stdout)
 	header, err := readFrame(input)
 	for answer := header; err == nil; {

@@ -2,7 +2,7 @@
 // All schemes of NSQ-1 in JavaScript, without packages. Ids such as N1 are rules of NSQ-1.
 //
 //     nsq check ./nsq_port.mjs --all        it answers (encode, decode, attend, stream); key feedback,
-//                                           too, with --feedback ./nsq_port.mjs
+//                                           too, with --feedback and --stream-feedback ./nsq_port.mjs
 //     node nsq_port.mjs FOLDER              it judges itself, by what `nsq vectors -o FOLDER` wrote
 //
 // Numbers are float64. For single operations on float32, rounding the float64 result to float32, by
@@ -440,9 +440,11 @@ function decode(request) {
 
 // --- a cache of one sequence ---------------------------------------------------------------------
 
-function stream({ scheme, x, steps, row }) {
+function stream({ scheme, x, steps, row, ...feedback }) {
   const s = new Scheme(ints(scheme)), [rows, tokens, D] = x.shape, [number] = ints(row);
   const values = readInput(x), kinds = ints(steps), size = s.blockSize * D;
+  const heads = headsOf(feedback), head = heads[number % heads.length];
+  const seal = (tokens) => encodeBlock(s, Float32Array.from(tokens), D, head);
   if (size === Infinity) throw new Refusal("B1: a cache needs a number for block_size");
   let sinks = [], sealed = [], tail = [], next = number * tokens * D; // B2: other rows do not matter
   for (let i = 0; i < kinds.length; i += 1 + rows) {
@@ -450,7 +452,7 @@ function stream({ scheme, x, steps, row }) {
     if (kinds[i] === 0) {
       const added = [...values.subarray(next, next += count)];
       sinks.push(...added.splice(0, s.sinkTokens * D - sinks.length)); // K1
-      for (tail.push(...added); tail.length >= size; ) sealed.push(encodeBlock(s, Float32Array.from(tail.splice(0, size)), D));
+      for (tail.push(...added); tail.length >= size; ) sealed.push(seal(tail.splice(0, size)));
       continue;
     }
     const coded = count - sinks.length; // C1
@@ -499,7 +501,7 @@ function attend(request) {
 
 // --- the program ---------------------------------------------------------------------------------
 
-const OPERATIONS = { encode, decode, attend, stream, feedback: encode };
+const OPERATIONS = { encode, decode, attend, stream, feedback: encode, stream_feedback: stream };
 
 function answered(operation, request) {
   try {

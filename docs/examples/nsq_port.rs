@@ -2,7 +2,7 @@
 //!
 //!     rustc --edition 2021 -O nsq_port.rs    Rust 1.77 or later; nsq_port_vectors.rs lies beside it
 //!     nsq check ./nsq_port --all             it answers (encode, decode, attend, stream); key feedback,
-//!                                            too, with --feedback ./nsq_port
+//!                                            too, with --feedback and --stream-feedback ./nsq_port
 //!     ./nsq_port FOLDER                      it judges itself, by what `nsq vectors -o FOLDER` wrote
 //!
 //! Rust fuses no multiply-add by itself and rounds each operation once, so that the rules can be
@@ -687,7 +687,8 @@ fn stream(request: &Frame) -> Result<Frame, Refusal> {
         return Err("B1: a cache needs a number for block_size".into());
     }
     let (rows, tokens, d) = (x.shape[0], x.shape[1], x.shape[2]);
-    let (row, size) = (request["row"].sizes()[0], s.block_size * d);
+    let (row, size, heads) = (request["row"].sizes()[0], s.block_size * d, heads_of(request));
+    let head = heads[row % heads.len()].as_ref();
     let mut next = &values[row * tokens * d..]; // B2: other rows do not matter
     let (mut sinks, mut sealed, mut tail): (Vec<f32>, Vec<Block>, Vec<f32>) = Default::default();
     for step in request["steps"].sizes().chunks_exact(1 + rows) {
@@ -697,7 +698,7 @@ fn stream(request: &Frame) -> Result<Frame, Refusal> {
             sinks.extend(added.drain(..(s.sink_tokens * d - sinks.len()).min(count))); // K1
             tail.extend(added);
             while tail.len() >= size {
-                sealed.push(encode_block(&s, &tail.drain(..size).collect::<Vec<_>>(), d, None)?); // B1
+                sealed.push(encode_block(&s, &tail.drain(..size).collect::<Vec<_>>(), d, head)?); // B1
             }
         } else if count < sinks.len() { // C1
             sinks.truncate(count);
@@ -757,8 +758,10 @@ fn attend(request: &Frame) -> Result<Frame, Refusal> {
 
 // --- the program ---------------------------------------------------------------------------------
 
-pub const OPERATIONS: [(&str, fn(&Frame) -> Result<Frame, Refusal>); 5] =
-    [("encode", encode), ("decode", decode), ("attend", attend), ("stream", stream), ("feedback", encode)];
+pub const OPERATIONS: [(&str, fn(&Frame) -> Result<Frame, Refusal>); 6] = [
+    ("encode", encode), ("decode", decode), ("attend", attend), ("stream", stream),
+    ("feedback", encode), ("stream_feedback", stream),
+];
 
 fn serve() -> io::Result<()> {
     let (mut input, mut output) = (io::stdin().lock(), BufWriter::new(io::stdout().lock()));

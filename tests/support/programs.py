@@ -44,7 +44,7 @@ def set_options(fields: str) -> list[str]:
 
 def conforms(program: Path, *options: str) -> str:
     """Ask all that there is, key feedback too; return the report as one line."""
-    given = [program, "--feedback", program, *options]
+    given = [program, "--feedback", program, "--stream-feedback", program, *options]
     report = said("check", *given, "--require", "encode,decode,feedback")
     return " ".join(report.split())
 

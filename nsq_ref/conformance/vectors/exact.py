@@ -45,7 +45,7 @@ def answer(case: Case) -> Exact:
     """
     operations = {
         "encode": encoded, "decode": decoded, "attend": attended, "stream": streamed,
-        "feedback": encoded,
+        "feedback": encoded, "stream_feedback": streamed,
     }  # fmt: skip
     exact = operations[case.operation](case)
     if case.refused_by is None:
@@ -259,7 +259,7 @@ def rounded_up(bound: Array) -> Array:
 def streamed(case: Case) -> Exact:
     """Return what a cache holds after its steps: a list of tokens, encoded at the end.
 
-    A sealed block keeps its bytes, so that it does not matter when it was encoded (B1).
+    A sealed block keeps its bytes, so that it does not matter when it was encoded (B1, F1).
     """
     x, scheme, row = case.inputs["x"], case.scheme, int(case.inputs["row"].item())
     if scheme.block_size is None:
@@ -300,8 +300,13 @@ def sealed_tokens(length: int, scheme: Scheme) -> tuple[int, int]:
 
 
 def replace_input(case: Case, x: Array, scheme: Scheme) -> Case:
-    """Return the case that asks to encode ``x``."""
-    return replace(case, operation="encode", scheme=scheme, inputs={"x": x})
+    """Return the case that asks to encode ``x``, with the feedback of the row, if there is one."""
+    inputs = {"x": x}
+    if "order" in case.inputs:
+        head = int(case.inputs["row"].item()) % len(case.inputs["order"])
+        own = slice(head, head + 1)
+        inputs |= {name: case.inputs[name][own] for name in ("order", "factor")}
+    return replace(case, operation="encode", scheme=scheme, inputs=inputs)
 
 
 def saturated(x_hat: Array, dtype: np.dtype[Any]) -> Array:

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
+from nsq_ref.conformance.operations import Case, Operation
 from nsq_ref.conformance.vectors.exact import answer
 from nsq_ref.conformance.vectors.reading import FOLDER, FORMAT_VERSION
 from nsq_ref.dtypes import Array
@@ -41,7 +41,7 @@ DECODED = (
     "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep+out4", "streaming4",
     "nsep+pchan4-gain", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-asymmetric",
 )  # fmt: skip
-CHOSEN = {
+CHOSEN: dict[Operation, tuple[str, ...]] = {
     "encode": tuple(SCHEMES),
     "decode": DECODED,
     "attend": ("nsep+pchan4", "nsep+out4", "streaming4"),
@@ -81,7 +81,7 @@ def content(file: str) -> bytes:
     kind, _, name = stem.partition("-")
     if name in LARGE and (kind, ending) == ("large", "safetensors"):
         return _large(name)
-    if name in SCHEMES and kind in OPERATIONS and ending == "json":
+    if name in SCHEMES and kind in CHOSEN and ending == "json":
         return _json(kind, name)
     raise ValueError(f"file={file!r} is not a file of vectors; see the manifest for those")
 
@@ -96,7 +96,7 @@ def files() -> list[str]:
     """
     found = [
         f"{operation}-{name}.json"
-        for operation in OPERATIONS
+        for operation in CHOSEN
         for name in SCHEMES
         if _cases(operation, name)
     ]

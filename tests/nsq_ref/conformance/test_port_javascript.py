@@ -83,7 +83,7 @@ def test_fused_feedback_is_found(tmp_path: Path) -> None:
 
 def test_what_it_does_not_know_is_told(tmp_path: Path) -> None:
     """Of an operation that came later, or a port without key feedback; the others are judged."""
-    text = programs.wrong(programs.source(NAME), ", feedback: encode }", " }")
+    text = programs.wrong(programs.source(NAME), "feedback: encode, ", "")
     said = programs.judges_itself([program(text, tmp_path)], vectors.FOLDER).splitlines()
     left_out = [name for name in vectors.names() if name.startswith("feedback-")]
     assert {line.split(":")[0] for line in said[:-1]} == {f"{name}.json" for name in left_out}

@@ -129,8 +129,8 @@ def shown_in(mistake: Mistake) -> set[str]:
 
     Examples
     --------
-    >>> sorted(shown_in(MISTAKES["half up"])), shown_in(MISTAKES["feedback fused"])
-    (['encode', 'stream'], {'feedback'})
+    >>> [sorted(shown_in(MISTAKES[name])) for name in ("half up", "feedback fused")]
+    [['encode', 'stream'], ['feedback', 'stream_feedback']]
     """
     return set(mistake.operations) & set(USUAL) or set(mistake.operations)
 

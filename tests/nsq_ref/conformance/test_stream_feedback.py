@@ -108,7 +108,8 @@ def test_a_mistake_is_named(mistake: str) -> None:
 
 def test_it_is_asked_where_it_is_named() -> None:
     """And last, so that the numbers of all others stay; without blocks there is nothing to ask."""
-    usual, named = cases_of(RICH), cases_of(RICH, [*USUAL, *OPERATION])
+    usual = cases_of(RICH, quick=True)
+    named = cases_of(RICH, [*USUAL, *OPERATION], quick=True)
     assert "stream_feedback" not in {case.operation for case in usual}
     assert [case.id for case in named[: len(usual)]] == [case.id for case in usual]
     assert {case.operation for case in named[len(usual) :]} == {"stream_feedback"}

@@ -30,7 +30,8 @@ quick: $(VENV)/test.done
 
 test-torch: $(VENV)/torch.done
 	$(BIN)/python -m pytest tests/with_torch
-	$(BIN)/nsq check docs/examples/nsq_port_torch.py:encode --decode docs/examples/nsq_port_torch.py:decode
+	cd docs/examples && $(abspath $(BIN))/nsq check nsq_port_torch.py:encode \
+	  --decode nsq_port_torch.py:decode --feedback nsq_port_torch.py:encode
 
 # Triton in its interpreter, and JAX on the CPU.
 test-ports: $(VENV)/ports.done

@@ -1,8 +1,8 @@
-// All schemes of NSQ-1 in Go: a program that answers `nsq check` (encode, decode, attend, stream).
-// Ids such as N1 are rules of NSQ-1.
+// All schemes of NSQ-1 in Go: a program that answers `nsq check` (encode, decode, attend, stream, and
+// key feedback). Ids such as N1 are rules of NSQ-1.
 //
 //	go build -o nsq_port nsq_port.go
-//	nsq check ./nsq_port --all
+//	nsq check ./nsq_port --all --feedback ./nsq_port --stream-feedback ./nsq_port
 //
 // Go may round a product and a sum at once, unless a conversion stands between them. Hence
 // float32(a*b) wherever a sum follows; squares and products of float32 are exact in float64.
@@ -170,6 +170,8 @@ func abs(v float32) float32 { return float32(math.Abs(float64(v))) }
 
 func isFinite(v float32) bool { return abs(v) <= math.MaxFloat32 }
 
+func isInfinite(v float32) bool { return !isFinite(v) }
+
 // orInfinity makes 0 of what is divided by 0 in the rules N2, Q1, M2 and D1.
 func orInfinity(divisor float32) float32 {
 	if divisor == 0 {
@@ -305,7 +307,56 @@ type block struct {
 	scale, zero, factor, outliers []float32
 }
 
-func (s scheme) encodeBlock(x []float32, d int) (*block, error) {
+// feedback is what F1 takes for a key/value head.
+type feedback struct {
+	order  []int
+	factor []float32
+}
+
+// heads returns the feedback of each key/value head; without any, of one that has none.
+func heads(request frame) []*feedback {
+	channels, factor := request["order"].ints(), request["factor"].floats()
+	if len(channels) == 0 {
+		return []*feedback{nil}
+	}
+	d := request["order"].shape[1]
+	var all []*feedback
+	for len(channels) > 0 {
+		all = append(all, &feedback{take(&channels, d), take(&factor, d*d)})
+	}
+	return all
+}
+
+// fedBack returns what is coded in place of the directions: each error is taken from the channels
+// that follow (F1).
+func (s scheme) fedBack(
+	b *block, direction, norms []float32, isOutlier []bool, head *feedback,
+) []float32 {
+	d, w := b.d, slices.Clone(direction)
+	for t, norm := range norms {
+		if norm == 0 {
+			continue
+		}
+		row := w[t*d : t*d+d]
+		for p, j := range head.order {
+			if !isFinite(row[j]) {
+				row[j] = direction[t*d+j]
+			}
+			g := s.scaleIndex(t*d+j, d)
+			y := level(s.code(row[j], b.scale[g], b.zero[g]), b.scale[g], b.zero[g])
+			if isOutlier[j] {
+				y = narrow(row[j], float16Type)
+			}
+			e := row[j] - y
+			for r := p + 1; r < d; r++ {
+				row[head.order[r]] -= float32(e * head.factor[p*d+r])
+			}
+		}
+	}
+	return w
+}
+
+func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) {
 	tokens := len(x) / d
 	b := &block{d: d, codes: make([]int, len(x))}
 	direction, norms := slices.Clone(x), make([]float32, tokens)
@@ -322,11 +373,6 @@ func (s scheme) encodeBlock(x []float32, d int) (*block, error) {
 		}
 	}
 	isOutlier := b.chooseOutliers(direction, s.outlier)
-	for i, v := range direction {
-		if isOutlier[i%d] {
-			b.outliers = append(b.outliers, stored(v, float16Type))
-		}
-	}
 	groups := make([][]float32, s.scales(tokens, d)) // the directions that share a scale
 	for i, v := range direction {
 		if !isOutlier[i%d] {
@@ -338,11 +384,20 @@ func (s scheme) encodeBlock(x []float32, d int) (*block, error) {
 		scale, zero := s.fit(group)
 		b.scale, b.zero = append(b.scale, scale), append(b.zero, zero)
 	}
-	for i, v := range direction {
-		if !isOutlier[i%d] && norms[i/d] > 0 { // O1 N2
+	w := direction
+	if head != nil {
+		w = s.fedBack(b, direction, norms, isOutlier, head)
+	}
+	for i, v := range w {
+		if isOutlier[i%d] { // O1
+			b.outliers = append(b.outliers, stored(v, float16Type))
+		} else if norms[i/d] > 0 { // N2
 			g := s.scaleIndex(i, d)
 			b.codes[i] = s.code(v, b.scale[g], b.zero[g])
 		}
+	}
+	if slices.ContainsFunc(b.outliers, isInfinite) { // F1 may move one so far
+		return nil, errors.New("O1: an outlier is beyond float16")
 	}
 	if s.separateNorm {
 		y := s.dequantize(b)
@@ -357,9 +412,9 @@ func (s scheme) encodeBlock(x []float32, d int) (*block, error) {
 			b.factor = append(b.factor, stored(factor, s.normType))
 		}
 	}
-	for _, v := range slices.Concat(b.scale, b.zero, b.factor, b.outliers, s.decodeBlock(b)) {
+	for _, v := range slices.Concat(b.scale, b.zero, b.factor, s.decodeBlock(b)) {
 		if !isFinite(v) {
-			return nil, errors.New("S5, M4, O1 or D3: a value is beyond its dtype")
+			return nil, errors.New("S5, M4 or D3: a value is beyond its dtype")
 		}
 	}
 	return b, nil
@@ -599,10 +654,12 @@ func encode(request frame) (frame, error) {
 	first := min(s.sinkTokens, tokens) * d
 	var blocks []*block
 	var sinks []float32
-	for sequence := range slices.Chunk(values, tokens*d) {
+	all := heads(request)
+	for n := range len(values) / (tokens * d) {
+		sequence := values[n*tokens*d : (n+1)*tokens*d]
 		sinks = append(sinks, sequence[:first]...)
 		for x := range slices.Chunk(sequence[first:], s.blockTokens(tokens)*d) {
-			b, err := s.encodeBlock(x, d)
+			b, err := s.encodeBlock(x, d, all[n%len(all)])
 			if err != nil {
 				return nil, err
 			}
@@ -663,6 +720,7 @@ func decode(request frame) (frame, error) {
 
 type cache struct {
 	s           scheme
+	head        *feedback
 	d, dtype    int
 	sinks, tail []float32
 	sealed      []*block
@@ -673,7 +731,7 @@ func (c *cache) add(x []float32) error {
 	c.sinks = append(c.sinks, x[:sinks]...)
 	c.tail = append(c.tail, x[sinks:]...)
 	for size := c.s.blockSize * c.d; len(c.tail) >= size; c.tail = c.tail[size:] { // B1
-		b, err := c.s.encodeBlock(c.tail[:size], c.d)
+		b, err := c.s.encodeBlock(c.tail[:size], c.d, c.head)
 		if err != nil {
 			return err
 		}
@@ -711,7 +769,8 @@ func stream(request frame) (frame, error) {
 	}
 	row, rows, tokens, d := request["row"].ints()[0], x.shape[0], x.shape[1], x.shape[2]
 	values = values[row*tokens*d:] // B2: other rows do not matter
-	c := cache{s: s, d: d, dtype: x.dtype}
+	all := heads(request)
+	c := cache{s: s, head: all[row%len(all)], d: d, dtype: x.dtype}
 	for step := range slices.Chunk(steps, 1+rows) {
 		if n := step[1+row]; step[0] == 1 {
 			c.crop(n)
@@ -776,7 +835,7 @@ func attend(request frame) (frame, error) {
 // --- the program -------------------------------------------------------------------------------
 
 func main() {
-	operations := []func(frame) (frame, error){encode, decode, attend, stream}
+	operations := []func(frame) (frame, error){encode, decode, attend, stream, encode, stream}
 	input, output := bufio.NewReader(os.Stdin), bufio.NewWriter(os.Stdout)
 	header, err := readFrame(input)
 	for answer := header; err == nil; {

@@ -1,7 +1,8 @@
 //! All schemes of NSQ-1 in Rust, without crates. Ids such as N1 are rules of NSQ-1.
 //!
 //!     rustc --edition 2021 -O nsq_port.rs    Rust 1.77 or later; nsq_port_vectors.rs lies beside it
-//!     nsq check ./nsq_port --all             it answers (encode, decode, attend, stream)
+//!     nsq check ./nsq_port --all             it answers (encode, decode, attend, stream); key feedback,
+//!                                            too, with --feedback and --stream-feedback ./nsq_port
 //!     ./nsq_port FOLDER                      it judges itself, by what `nsq vectors -o FOLDER` wrote
 //!
 //! Rust fuses no multiply-add by itself and rounds each operation once, so that the rules can be
@@ -418,7 +419,42 @@ fn choose_outliers(direction: &[f32], d: usize, count: usize) -> Vec<i32> {
     ranked.into_iter().map(|j| j as i32).collect()
 }
 
-fn encode_block(s: &Scheme, x: &[f32], d: usize) -> Result<Block, Refusal> {
+/// What F1 takes for a key/value head.
+struct Head {
+    order: Vec<usize>,
+    factor: Vec<f32>,
+}
+
+/// The feedback of each key/value head; that of one head that has none, where the request brings none.
+fn heads_of(request: &Frame) -> Vec<Option<Head>> {
+    let (Some(order), Some(factor)) = (request.get("order"), request.get("factor")) else { return vec![None] };
+    let (channels, shares, d) = (order.sizes(), factor.floats(), order.shape[1]);
+    let pairs = channels.chunks_exact(d).zip(shares.chunks_exact(d * d));
+    pairs.map(|(order, factor)| Some(Head { order: order.to_vec(), factor: factor.to_vec() })).collect()
+}
+
+/// What is coded in place of a token's directions: each error is taken from the channels that follow (F1).
+fn feed_back(s: &Scheme, block: &Block, t: usize, row: &[f32], is_outlier: &[bool], head: &Head) -> Vec<f32> {
+    let mut w = row.to_vec();
+    for (p, &j) in head.order.iter().enumerate() {
+        if !w[j].is_finite() {
+            w[j] = row[j];
+        }
+        let g = s.scale_index(t * block.d + j, block.d);
+        let (scale, zero) = (block.scale[g], block.zero[g]);
+        let y = match is_outlier[j] {
+            true => narrow(w[j], FLOAT16),
+            false => s.level(s.code(w[j], scale, zero), scale, zero),
+        };
+        let error = w[j] - y;
+        for r in p + 1..block.d {
+            w[head.order[r]] -= error * head.factor[p * block.d + r];
+        }
+    }
+    w
+}
+
+fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<Block, Refusal> {
     let tokens = x.len() / d;
     let mut norms = vec![1f32; tokens];
     let mut direction = x.to_vec();
@@ -436,14 +472,20 @@ fn encode_block(s: &Scheme, x: &[f32], d: usize) -> Result<Block, Refusal> {
     let mut block = Block { d, index, codes: vec![0; x.len()], ..Block::default() };
     let mut groups = vec![Vec::new(); s.scales(tokens, d)]; // the directions that share a scale
     for (i, &v) in direction.iter().enumerate() {
-        match is_outlier[i % d] {
-            true => block.outliers.push(stored(v, FLOAT16)),
-            false => groups[s.scale_index(i, d)].push(v),
+        if !is_outlier[i % d] {
+            groups[s.scale_index(i, d)].push(v);
         }
     }
     (block.scale, block.zero) = groups.iter().map(|group| s.fit(group)).unzip();
+    if let Some(head) = head {
+        for (t, row) in direction.chunks_exact_mut(d).enumerate().filter(|(t, _)| norms[*t] > 0.0) {
+            row.copy_from_slice(&feed_back(s, &block, t, row, &is_outlier, head));
+        }
+    }
     for (i, &v) in direction.iter().enumerate() {
-        if !is_outlier[i % d] && norms[i / d] > 0.0 {
+        if is_outlier[i % d] {
+            block.outliers.push(stored(v, FLOAT16));
+        } else if norms[i / d] > 0.0 {
             let g = s.scale_index(i, d);
             block.codes[i] = s.code(v, block.scale[g], block.zero[g]);
         }
@@ -580,10 +622,11 @@ fn encode(request: &Frame) -> Result<Frame, Refusal> {
     let (tokens, d) = (last[0], last[1]);
     let first = s.sink_tokens.min(tokens) * d;
     let (mut blocks, mut sinks) = (Vec::new(), Vec::new());
-    for sequence in values.chunks_exact(tokens * d) {
+    let heads = heads_of(request);
+    for (sequence, head) in values.chunks_exact(tokens * d).zip(heads.iter().cycle()) {
         sinks.extend(&sequence[..first]);
         for x in sequence[first..].chunks(s.block_size.min(tokens) * d) {
-            blocks.push(encode_block(&s, x, d)?);
+            blocks.push(encode_block(&s, x, d, head.as_ref())?);
         }
     }
     Ok(parts_of(&s, &blocks, &sinks, lead, tokens, d, x.dtype))
@@ -644,7 +687,8 @@ fn stream(request: &Frame) -> Result<Frame, Refusal> {
         return Err("B1: a cache needs a number for block_size".into());
     }
     let (rows, tokens, d) = (x.shape[0], x.shape[1], x.shape[2]);
-    let (row, size) = (request["row"].sizes()[0], s.block_size * d);
+    let (row, size, heads) = (request["row"].sizes()[0], s.block_size * d, heads_of(request));
+    let head = heads[row % heads.len()].as_ref();
     let mut next = &values[row * tokens * d..]; // B2: other rows do not matter
     let (mut sinks, mut sealed, mut tail): (Vec<f32>, Vec<Block>, Vec<f32>) = Default::default();
     for step in request["steps"].sizes().chunks_exact(1 + rows) {
@@ -654,7 +698,7 @@ fn stream(request: &Frame) -> Result<Frame, Refusal> {
             sinks.extend(added.drain(..(s.sink_tokens * d - sinks.len()).min(count))); // K1
             tail.extend(added);
             while tail.len() >= size {
-                sealed.push(encode_block(&s, &tail.drain(..size).collect::<Vec<_>>(), d)?); // B1
+                sealed.push(encode_block(&s, &tail.drain(..size).collect::<Vec<_>>(), d, head)?); // B1
             }
         } else if count < sinks.len() { // C1
             sinks.truncate(count);
@@ -714,8 +758,10 @@ fn attend(request: &Frame) -> Result<Frame, Refusal> {
 
 // --- the program ---------------------------------------------------------------------------------
 
-pub const OPERATIONS: [(&str, fn(&Frame) -> Result<Frame, Refusal>); 4] =
-    [("encode", encode), ("decode", decode), ("attend", attend), ("stream", stream)];
+pub const OPERATIONS: [(&str, fn(&Frame) -> Result<Frame, Refusal>); 6] = [
+    ("encode", encode), ("decode", decode), ("attend", attend), ("stream", stream),
+    ("feedback", encode), ("stream_feedback", stream),
+];
 
 fn serve() -> io::Result<()> {
     let (mut input, mut output) = (io::stdin().lock(), BufWriter::new(io::stdout().lock()));

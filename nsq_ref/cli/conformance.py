@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.operations import Port
     from nsq_ref.conformance.ports import Hello
 
-Operation = Literal["encode", "decode", "attend", "stream", "feedback"]
+Operation = Literal["encode", "decode", "attend", "stream", "feedback", "stream_feedback"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-USUAL = OPERATIONS[:-1]
+USUAL, OPTIONAL = OPERATIONS[:4], OPERATIONS[4:]
 DTYPES: tuple[InputDtype, ...] = get_args(InputDtype)
 # A list of literals is nothing that Typer knows.
 OperationName = Enum("OperationName", {name: name for name in OPERATIONS}, type=str)  # type: ignore[misc]
@@ -73,7 +73,7 @@ DtypeOption = Annotated[
 ]
 OperationOption = Annotated[
     list[OperationName] | None,
-    typer.Option("--operation", help="All that there are by default, but feedback."),
+    typer.Option("--operation", help="All without key feedback by default."),
 ]
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let pass what the port says it does not implement.")
@@ -125,6 +125,12 @@ def check(
         str | None,
         typer.Option(
             metavar="TARGET", help="What encodes with key feedback (F1); it may be what encodes."
+        ),
+    ] = None,
+    stream_feedback: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="What appends and crops so; it may be what appends and crops."
         ),
     ] = None,
     custom_ops: Annotated[
@@ -187,13 +193,16 @@ def check(
             *answers, shlex.join(command), schemes, only, allow, partial, require, known, as_json,
             junit,
         )  # fmt: skip
-    targets = {"decode": decode, "attend": attend, "stream": stream, "feedback": feedback}
+    targets = {
+        "decode": decode, "attend": attend, "stream": stream, "feedback": feedback,
+        "stream_feedback": stream_feedback,
+    }  # fmt: skip
     named = [name for name, value in targets.items() if value is not None]
     if target is None and not named:
         raise ValueError(f"nothing to check was given; name what encodes: {TARGETS}, or a program")
     kind = "" if target is None else ports.target_kind(target)
     does_all = kind in ("program", "library")
-    encoders = [one for one in (target, feedback) if one is not None]
+    encoders = [one for one in (target, feedback, stream_feedback) if one is not None]
     graphs = custom_ops is None and "model" in map(ports.target_kind, encoders)
     functions = ["encode", *named] if target else named
     asked = [name for name in OPERATIONS if name in functions or (does_all and name in USUAL)]
@@ -206,12 +215,15 @@ def check(
         asked = required = [name for name in asked if name in chosen]
     command = ["nsq", "check", *([target] if target else [])]
     for name, value in (*targets.items(), ("custom-ops", custom_ops)):
-        command += [f"--{name}", value] if value else []
+        command += [f"--{name.replace('_', '-')}", value] if value else []
     command += [*_repeated(changes, allow, seed, dtypes, partial), *(["--quick"] * quick)]
     command += [] if known is None else ["--known", str(known)]
     deviations = _known(known)
     asked_schemes = _checked_schemes(schemes, every, changes)
-    port = ports.open_port(target, decode, attend, stream, custom_ops, timeout, feedback=feedback)
+    port = ports.open_port(
+        target, decode, attend, stream, custom_ops, timeout, feedback=feedback,
+        stream_feedback=stream_feedback,
+    )  # fmt: skip
     try:
         with stages() as told:
             report = run(
@@ -235,6 +247,9 @@ def gen(
     feedback: Annotated[
         bool, typer.Option("--feedback", help="Ask for key feedback (F1), too.")
     ] = False,
+    stream_feedback: Annotated[
+        bool, typer.Option("--stream-feedback", help="Ask for caches of such keys, too.")
+    ] = False,
     seed: SeedOption = 0,
     dtypes: DtypeOption = None,
     directory: Annotated[
@@ -252,7 +267,8 @@ def gen(
     for _, one in asked_schemes:  # before anything is written
         require_size(one)
     asked = [one.value for one in operations] if operations else list(USUAL)
-    asked += ["feedback"] if feedback and "feedback" not in asked else []
+    wanted = zip(OPTIONAL, (feedback, stream_feedback), strict=True)
+    asked += [name for name, is_wanted in wanted if is_wanted and name not in asked]
     kinds = _dtypes(dtypes)
     header = ports.hello_frame(seed, asked_schemes, asked, kinds)
     questions = (case for _, one in asked_schemes for case in cases(one, asked, seed, kinds))
@@ -376,9 +392,10 @@ def _questions(hello: Hello) -> list[str]:
             options += ["--scheme", name]
             for field, value in scheme.to_dict().items():
                 options += ["--set", f"{field}={value}"] if usual.get(field) != value else []
-    if tuple(hello.operations) == OPERATIONS:
-        options.append("--feedback")
-    elif tuple(hello.operations) != USUAL:
+    first, others = tuple(hello.operations[: len(USUAL)]), hello.operations[len(USUAL) :]
+    if first == USUAL:
+        options += [f"--{one.replace('_', '-')}" for one in others]
+    else:
         options += [text for one in hello.operations for text in ("--operation", one)]
     if tuple(hello.dtypes) != DTYPES:
         options += [text for one in hello.dtypes for text in ("--dtype", one)]

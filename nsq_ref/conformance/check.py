@@ -28,6 +28,7 @@ def check(
     attend: Callable[..., Any] | None = None,
     stream: Callable[..., Any] | None = None,
     feedback: Callable[..., Any] | None = None,
+    stream_feedback: Callable[..., Any] | None = None,
     *,
     scheme: Scheme | str = "nsep+pchan4",
     seed: int = 0,
@@ -54,6 +55,9 @@ def check(
     feedback : callable, optional
         ``feedback(x, scheme, *, feedback)`` returns, as ``encode`` does, keys encoded with a
         `Feedback`, which has ``order`` and ``factor`` (F1). It may be the function that encodes.
+    stream_feedback : callable, optional
+        ``stream_feedback(x, scheme, steps, row, *, feedback)`` returns what a cache of such keys
+        stores. It may be the function that streams.
     scheme : Scheme or str
         A name is one of the paper's, or that of a variant such as ``nsep+pchan4-gain``.
     seed : int
@@ -98,7 +102,7 @@ def check(
     """
     given: dict[Operation, Callable[..., Any] | None] = {
         "encode": encode, "decode": decode, "attend": attend, "stream": stream,
-        "feedback": feedback,
+        "feedback": feedback, "stream_feedback": stream_feedback,
     }  # fmt: skip
     operations = [name for name, function in given.items() if function is not None]
     if not operations:

@@ -183,7 +183,8 @@ class SchemeReport:
         >>> SchemeReport("nsep4", Scheme(axis="token"), {}, {}).operations
         ['encode', 'decode', 'attend', 'feedback']
         """
-        return [name for name in OPERATIONS if name != "stream" or self.scheme.block_size]
+        has_blocks = self.scheme.block_size is not None
+        return [name for name in OPERATIONS if has_blocks or not name.startswith("stream")]
 
     @property
     def title(self) -> str:

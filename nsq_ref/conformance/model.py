@@ -176,6 +176,7 @@ class Sequence:
     sinks: list[Array] = field(default_factory=list)
     blocks: list[spec.Block] = field(default_factory=list)
     tail: list[Array] = field(default_factory=list)
+    feedback: HeadFeedback | None = None
 
     @property
     def block_size(self) -> int:
@@ -211,11 +212,35 @@ def stream(x: Array, scheme: Scheme, steps: Array, row: int) -> Parts:
     >>> stored["packed"].shape, stored["tail"].shape
     ((2, 1), (1, 2))
     """
-    sequence = Sequence(scheme, x.dtype, x.shape[-1])
+    return lived(Sequence(scheme, x.dtype, x.shape[-1]), x[row], steps[:, [0, 1 + row]])
+
+
+def stream_with_feedback(
+    x: Array, scheme: Scheme, steps: Array, row: int, order: Array, factor: Array
+) -> Parts:
+    """Return what `stream` does, of keys: each row is of a head, or all are of one (rule F1).
+
+    Examples
+    --------
+    >>> x = np.float32([[[7, 7], [0.25, 0.5]]])
+    >>> order, factor = np.int32([[1, 0]]), np.float32([[[1, -1], [0, 1]]])
+    >>> scheme = Scheme(separate_norm=False, block_size=2)
+    >>> parts = stream_with_feedback(x, scheme, np.int32([[0, 1], [0, 1]]), 0, order, factor)
+    >>> packing.unpack(parts["packed"], scheme, 2)[1]
+    array([1, 0], dtype=int16)
+    """
+    heads = heads_of(order, factor)
+    feedback = heads[row if len(heads) > 1 else 0]
+    sequence = Sequence(scheme, x.dtype, x.shape[-1], feedback=feedback)
+    return lived(sequence, x[row], steps[:, [0, 1 + row]])
+
+
+def lived(sequence: Sequence, x: Array, steps: Array) -> Parts:
+    """Return what a sequence stores after its own steps."""
     at = 0
-    for kind, count in zip(steps[:, 0].tolist(), steps[:, 1 + row].tolist(), strict=True):
+    for kind, count in steps.tolist():
         if kind == APPEND:
-            append(sequence, x[row, at : at + count])
+            append(sequence, x[at : at + count])
             at += count
         else:
             crop(sequence, count)
@@ -239,9 +264,9 @@ def is_full(sequence: Sequence) -> bool:
 
 
 def seal(sequence: Sequence) -> None:
-    """Code the tail as a block whose scales never change after that (rule B1)."""
+    """Code the tail as a block whose scales never change after that (rules B1, F1)."""
     tokens = np.stack(sequence.tail).astype(np.float32)
-    sequence.blocks.append(spec.encode(tokens, sequence.scheme))
+    sequence.blocks.append(spec.encode(tokens, sequence.scheme, sequence.feedback))
     sequence.tail.clear()
 
 

@@ -76,6 +76,13 @@ int nsq_stream(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t r
                int64_t head_dim, const int32_t *steps_of, int64_t steps, int64_t row, nsq_parts *out,
                void *tail);
 
+/* The same of keys that are sealed with feedback (F1): order and factor as in nsq_feedback, kv_heads
+ * being 1, or rows. */
+int nsq_stream_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t rows,
+                        int64_t tokens, int64_t head_dim, const int32_t *steps_of, int64_t steps,
+                        int64_t row, const int32_t *order, const float *factor, int64_t kv_heads,
+                        nsq_parts *out, void *tail);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,10 +13,11 @@ from nsq_ref.conformance.recipes import Recipe
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.scheme import Scheme
 
-Operation = Literal["encode", "decode", "attend", "stream", "feedback"]
+Operation = Literal["encode", "decode", "attend", "stream", "feedback", "stream_feedback"]
 FailureKind = Literal["hang", "crash", "garbage", "out of bounds", "missing", "not asked"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-OPTIONAL: tuple[Operation, ...] = ("feedback",)  # asked of those who say that they have it
+# Asked of those who say that they have it.
+OPTIONAL: tuple[Operation, ...] = ("feedback", "stream_feedback")
 USUAL = tuple(name for name in OPERATIONS if name not in OPTIONAL)
 CASE_DTYPES = ("float32", "float16", "bfloat16")  # of x in a case
 DONE, REFUSED, NOT_IMPLEMENTED, FAILED = range(4)  # the status of an answer
@@ -30,7 +31,7 @@ class Case:
     ----------
     id : str
         Such as ``exact-tie/3``; unique for one scheme and operation.
-    operation : {"encode", "decode", "attend", "stream", "feedback"}
+    operation : {"encode", "decode", "attend", "stream", "feedback", "stream_feedback"}
     scheme : Scheme
         For ``attend``, that of the keys.
     flags : tuple of str
@@ -43,6 +44,7 @@ class Case:
         for none). ``stream``: ``x [rows, T, D]``, ``steps [steps, 1 + rows]``, ``row``.
         ``feedback`` is ``encode`` under rule F1: ``x [..., T, D]``, ``order [kv_heads, D]``,
         ``factor [kv_heads, D, D]``; kv_heads is 1, or the axis of x before the tokens.
+        ``stream_feedback`` is ``stream`` with the same, each row being a head, or all of one.
     refused_by : str or None
         The rule by which the port must refuse it.
     recipe : Recipe or None

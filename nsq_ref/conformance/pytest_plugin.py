@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nsq_ref.conformance.session import Session
     from nsq_ref.scheme import Scheme
 
-TARGETS = ("encode", "decode", "attend", "stream", "feedback")
+TARGETS = ("encode", "decode", "attend", "stream", "feedback", "stream_feedback")
 DTYPES = ("float32", "float16", "bfloat16")
 LEAST_TIMEOUT = 0.1  # seconds
 OPTIONS = (
@@ -77,14 +77,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     does_all = "or a program; libraries and programs do all operations"
     option("encode", f"what quantizes: {what}, {does_all}", metavar="TARGET")
     for operation in TARGETS[1:]:
-        option(operation, what, metavar="TARGET")
+        option(operation.replace("_", "-"), what, metavar="TARGET")
     many: dict[str, Any] = {"action": "append"}
     one = "a scheme to check; may be repeated (default: nsep+pchan4)"
     option("scheme", one, metavar="NAME", **many)
     option("set", "change a field of the scheme; may be repeated", metavar="FIELD=VALUE", **many)
     option("all", "check all named schemes", action="store_true")
     option("case", "one case only, as encode/exact-tie/3", metavar="ID")
-    one = "an operation to check; may be repeated (default: all that there are, but feedback)"
+    one = "an operation to check; may be repeated (default: all without key feedback)"
     option("operation", one, choices=TARGETS, **many)
     option("seed", "seed of the drawn cases (default: 0)", type=int, metavar="N")
     one = "a difference to allow, such as norm-ulp=1; may be repeated"
@@ -114,7 +114,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if value is not None and value is not False:
             raise pytest.UsageError(
                 f"--nsq-{name.replace('_', '-')} needs something to check; give --nsq-encode, "
-                "--nsq-decode, --nsq-attend, --nsq-stream or --nsq-feedback"
+                "--nsq-decode, --nsq-attend, --nsq-stream, --nsq-feedback or "
+                "--nsq-stream-feedback"
             )
 
 
@@ -132,10 +133,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from nsq_ref.conformance.ports import open_port
 
     try:
-        encode, decode, attend, stream, feedback = (run.targets.get(name) for name in TARGETS)
+        named = (run.targets.get(name) for name in TARGETS)
+        encode, decode, attend, stream, feedback, stream_feedback = named
         port = open_port(
-            encode, decode, attend, stream, run.custom_ops, run.timeout, feedback=feedback
-        )
+            encode, decode, attend, stream, run.custom_ops, run.timeout, feedback=feedback,
+            stream_feedback=stream_feedback,
+        )  # fmt: skip
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     session.config.stash[PORT] = port
@@ -281,7 +284,7 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     schemes = [(name, replace(scheme_named(name), **fields)) for name in dict.fromkeys(names)]
     kind = target_kind(targets["encode"]) if "encode" in targets else ""
     does_all = kind in ("library", "program")
-    encoders = [targets[name] for name in ("encode", "feedback") if name in targets]
+    encoders = [targets[one] for one in ("encode", "feedback", "stream_feedback") if one in targets]
     graphs = given["custom_ops"] is None and "model" in map(target_kind, encoders)
     asked = [
         name for name in OPERATIONS if name in targets or (does_all and name in USUAL)
@@ -303,7 +306,7 @@ def _run_of(config: pytest.Config, targets: dict[str, str]) -> Run:
     Latitudes.parse(given["allow"] or [])
     words = ["nsq", "check"]
     for name, target in targets.items():
-        words += [target] if name == "encode" else [f"--{name}", target]
+        words += [target] if name == "encode" else [f"--{name.replace('_', '-')}", target]
     words += [] if given["custom_ops"] is None else ["--custom-ops", given["custom_ops"]]
     words += ["--seed", str(seed)] if seed else []
     words += ["--timeout", f"{timeout:g}"] if timeout is not None else []

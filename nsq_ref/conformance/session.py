@@ -243,6 +243,7 @@ def _rule_of(case: Case, name: str | None) -> str:
     if name is None:
         return {
             "encode": "I2", "decode": "D1", "attend": "A1", "stream": "B1", "feedback": "I2",
+            "stream_feedback": "B1",
         }[case.operation]  # fmt: skip
     stage = stage_of(name)
     if stage == "norm" and case.scheme.magnitude != "norm":

@@ -41,10 +41,13 @@ def attend(query, keys, values, key_scheme, value_scheme, **options):
     return output[0].astype(np.float32)
 
 
-def stream(x, scheme, steps, row):
+def stream(x, scheme, steps, row, *, feedback=None):
     if not np.isfinite(x[row].astype(np.float32)).all():
         raise ValueError("x is not finite (I2)")
-    sequence, used = Sequence.empty(Side(scheme, 1, x.shape[2])), 0
+    if feedback is not None and feedback.kv_heads > 1:  # here each row is a sequence of one head
+        own = slice(row, row + 1)
+        feedback = nsq.Feedback(feedback.order[own], feedback.factor[own])
+    sequence, used = Sequence.empty(Side(scheme, 1, x.shape[2], feedback=feedback)), 0
     for kind, *numbers in steps.tolist():
         if kind:
             sequence = sequence.cropped(min(numbers[row], sequence.length))
@@ -55,8 +58,12 @@ def stream(x, scheme, steps, row):
             used += numbers[row]
     stored = sequence.stored(x.dtype)
     sealed = {} if stored.sealed is None else stored.sealed.parts
-    parts = {**sealed, "sinks": stored.sinks, "tail": stored.tail}
+    sinks = {"sinks": stored.sinks} if scheme.sink_tokens else {}
+    parts = {**sealed, **sinks, "tail": stored.tail}
     return {name: part[0] for name, part in parts.items()}
+
+
+stream_feedback = stream
 
 
 def prints(x, scheme):

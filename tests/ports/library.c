@@ -84,3 +84,17 @@ int nsq_stream(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t r
   memset(out->packed, 0x88, sealed * ((head_dim + 1) / 2));
   return NSQ_DONE;
 }
+
+/* Does the same, and tells in the first bytes of what is packed what it was given. */
+int nsq_stream_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t rows,
+                        int64_t tokens, int64_t head_dim, const int32_t *steps_of, int64_t steps,
+                        int64_t row, const int32_t *order, const float *factor, int64_t kv_heads,
+                        nsq_parts *out, void *tail) {
+  int status = nsq_stream(scheme, x, dtype, rows, tokens, head_dim, steps_of, steps, row, out, tail);
+  if (status == NSQ_DONE) {
+    out->packed[0] = (uint8_t)kv_heads;
+    out->packed[1] = (uint8_t)order[kv_heads * head_dim - 1];
+    out->packed[2] = (uint8_t)factor[1];
+  }
+  return status;
+}

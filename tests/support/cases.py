@@ -12,7 +12,7 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.conformance.cases import cases, input_dtype
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import CASE_DTYPES, USUAL, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, OPTIONAL, USUAL, Case
 
 checking = importlib.import_module("nsq_ref.conformance.check")  # the package has a function so
 
@@ -30,7 +30,8 @@ def cases_of(
         return _quick(family_scheme("scheme", scheme), tuple(operations), seed, tuple(dtypes))
     chosen = family_scheme("scheme", scheme)
     made = _all(chosen, seed, USUAL) if set(operations) & set(USUAL) else []
-    made = [*made, *(_all(chosen, seed, ("feedback",)) if "feedback" in operations else [])]
+    for one in OPTIONAL:
+        made = [*made, *(_all(chosen, seed, (one,)) if one in operations else [])]
     asked = (None, *dtypes)
     return [one for one in made if one.operation in operations and input_dtype(one) in asked]
 

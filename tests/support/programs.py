@@ -22,6 +22,7 @@ OTHER_FIELDS = [
 # Mistakes: the rule that is named first, and what is said. Each language has lines of its own.
 HALF_AWAY = ("Q1", "exact ties are rounded away from zero")
 FOLDED = ("D1", "decoded values are (norm / ||y||) * y")
+FUSED = ("F1", "error * factor is fused with the difference")
 FLOAT32_NORM = ("N1", "norms agree with a sequential float32 sum of squares")
 
 
@@ -42,8 +43,9 @@ def set_options(fields: str) -> list[str]:
 
 
 def conforms(program: Path, *options: str) -> str:
-    """Ask all that there is; return the report as one line."""
-    report = said("check", program, *options, "--require", "encode,decode")
+    """Ask all that there is, key feedback too; return the report as one line."""
+    given = [program, "--feedback", program, "--stream-feedback", program, *options]
+    report = said("check", *given, "--require", "encode,decode,feedback")
     return " ".join(report.split())
 
 
@@ -54,6 +56,12 @@ def does_not_conform(program: Path | Sequence[str], found: tuple[str, str], *opt
     rules = re.findall(r"^([A-Z]\d)  ", report, re.MULTILINE)
     assert rules[0] == found[0], report
     assert found[1] in " ".join(report.split())
+
+
+def feeds_back_wrongly(program: Path, found: tuple[str, str]) -> None:
+    """So it is in all cases of key feedback, of which one alone may have several reasons."""
+    options = ["--operation", "feedback", "--dtype", "float32"]
+    does_not_conform([str(program), "--feedback", str(program)], found, *options)
 
 
 def judges_itself(command: list[str | Path], folder: Path, code: int = 0) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from nsq_ref import Scheme, dequantize, quantize, rounding
+from nsq_ref import Feedback, Scheme, dequantize, quantize, rounding
 from nsq_ref.conformance.cases import cases
 from nsq_ref.strategies import inputs
 from tests.project.test_examples import norm_at
@@ -29,15 +29,16 @@ SCHEMES = [
 ]
 
 
-def agrees(x: npt.NDArray[Any], scheme: Scheme) -> bool:
+def agrees(x: npt.NDArray[Any], scheme: Scheme, feedback: Feedback | None = None) -> bool:
     """Whether the example refuses what the reference refuses; what it stores must be equal."""
     try:
-        expected = quantize(x, scheme)
+        expected = quantize(x, scheme, feedback=feedback)
     except ValueError:
         with pytest.raises(ValueError, match=r"not finite|beyond its dtype"):
-            example.encode(x, scheme)
+            example.encode(x, scheme, feedback=feedback)
         return True
-    parts = {name: np.from_dlpack(part) for name, part in example.encode(x, scheme).items()}
+    made = example.encode(x, scheme, feedback=feedback)
+    parts = {name: np.from_dlpack(part) for name, part in made.items()}
     assert parts.keys() == expected.parts.keys()
     for name, part in expected.parts.items():
         assert (parts[name].shape, parts[name].dtype) == (part.shape, part.dtype)
@@ -70,6 +71,14 @@ def test_the_example_agrees_on_engineered_input(scheme: Scheme) -> None:
     kit = (case.inputs["x"] for case in cases(scheme, ["encode"]))
     for x in (ties, *kit):
         assert agrees(x, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:5:3], ids=str)
+def test_the_example_feeds_back(scheme: Scheme) -> None:
+    """F1: near-ties, any order, heads, factors that overflow, zero tokens."""
+    for case in cases(scheme, ["feedback"]):
+        feedback = Feedback(case.inputs["order"], case.inputs["factor"])
+        assert agrees(case.inputs["x"], scheme, feedback), case
 
 
 def test_the_example_refuses() -> None:

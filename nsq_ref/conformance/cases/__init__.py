@@ -19,6 +19,7 @@ from nsq_ref.conformance.cases.decode import decode_cases
 from nsq_ref.conformance.cases.encode import encode_cases
 from nsq_ref.conformance.cases.feedback import feedback_cases
 from nsq_ref.conformance.cases.stream import stream_cases
+from nsq_ref.conformance.cases.stream_feedback import stream_feedback_cases
 from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.operations import CASE_DTYPES, USUAL, Case
 from nsq_ref.environment import in_default_environment
@@ -45,8 +46,8 @@ def cases(
     ----------
     scheme : Scheme or str
         A name is one of `family.FAMILY`.
-    operations : sequence of {"encode", "decode", "attend", "stream", "feedback"}
-        All but ``"feedback"``, which not every port has, by default.
+    operations : sequence of str
+        Of `operations.OPERATIONS`; by default those without key feedback, which not all ports have.
     seed : int
         Of what is drawn; what is computed is the same for all.
     dtypes : sequence of {"float32", "float16", "bfloat16"}
@@ -72,8 +73,8 @@ def cases(
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
-        others = set(operations) - {"feedback"}
-        encoded = list(encode_cases(scheme, seed, quick)) if others else []
+        usual = set(operations) & set(USUAL)
+        encoded = list(encode_cases(scheme, seed, quick)) if usual else []
         if "encode" in operations:
             made += encoded
         if "decode" in operations:
@@ -84,6 +85,8 @@ def cases(
             made += stream_cases(encoded, scheme, seed)
         if "feedback" in operations:
             made += feedback_cases(scheme, seed, quick)
+        if "stream_feedback" in operations:
+            made += stream_feedback_cases(scheme, seed)
     if quick:
         kinds = {(case.operation, case.flags[0], input_dtype(case)): case for case in made[::-1]}
         made = list(kinds.values())[::-1]

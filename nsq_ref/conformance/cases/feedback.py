@@ -37,7 +37,7 @@ SHAPES = ((6, 8), (1, 8), (5, 1), (5, 2), (4, 3), (3, 7), (24, 4), (3, 33), (2, 
 WIDE = 64
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """The inputs of a case."""
 
     x: Array
@@ -116,48 +116,48 @@ def feedback_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[C
             yield Case(name, "feedback", scheme, (flag,), given._asdict(), rule)
 
 
-def _refusal(made: _Made, scheme: Scheme) -> str | None:
+def _refusal(made: Made, scheme: Scheme) -> str | None:
     return refusal(
         made.x, scheme, lambda x: model.blocks_with_feedback(x, scheme, made.order, made.factor)
     )
 
 
-def _made(scheme: Scheme, draw: Draw, dtype: str, quick: bool) -> Iterator[tuple[str, _Made]]:
+def _made(scheme: Scheme, draw: Draw, dtype: str, quick: bool) -> Iterator[tuple[str, Made]]:
     kind = FLOAT_DTYPES[dtype]
     for tokens, head_dim in SHAPES:
         if head_dim <= WIDE or dtype == "float32":
-            yield "moved-errors", _drawn(draw, scheme, (tokens, head_dim), dtype)
+            yield "moved-errors", drawn(draw, scheme, (tokens, head_dim), dtype)
     if scheme.sink_tokens:
-        made = _drawn(draw, scheme, (1, 4), dtype)
+        made = drawn(draw, scheme, (1, 4), dtype)
         yield "moved-errors", made._replace(x=made.x[:0])
     for turned in (np.arange(7)[::-1], np.roll(np.arange(7), 3)):
-        made = _drawn(draw, scheme, (5, 7), dtype)
+        made = drawn(draw, scheme, (5, 7), dtype)
         yield "order-of-coding", made._replace(order=turned[None].astype(np.int32))
     for lead, kv_heads in (((2,), 2), ((2, 3), 3), ((3, 2), 1), ((3, 1), 1)):
-        yield "feedback-of-heads", _drawn(draw, scheme, (*lead, 4, 5), dtype, kv_heads)
-    made = _drawn(draw, scheme, (4, 6), dtype)
+        yield "feedback-of-heads", drawn(draw, scheme, (*lead, 4, 5), dtype, kv_heads)
+    made = drawn(draw, scheme, (4, 6), dtype)
     yield "no-feedback", made._replace(factor=np.eye(6, dtype=np.float32)[None])
     size = scheme.block_size
     if size is not None and size <= MOST_BLOCK:
-        yield "feedback-tokens", _drawn(draw, scheme, (2 * size + 1, 5), dtype)
-        yield "feedback-tokens", _drawn(draw, scheme, (2, size + 1, 4), dtype, 2)
+        yield "feedback-tokens", drawn(draw, scheme, (2 * size + 1, 5), dtype)
+        yield "feedback-tokens", drawn(draw, scheme, (2, size + 1, 4), dtype, 2)
     for zeros in ([1], [0, 2]):
-        made = _drawn(draw, scheme, (4, 6), dtype)
+        made = drawn(draw, scheme, (4, 6), dtype)
         made.x[zeros] = 0
         yield "feedback-zero-token", made
-    made = _drawn(draw, scheme, (3, 5), dtype)
+    made = drawn(draw, scheme, (3, 5), dtype)
     made.x[1, 2] = kind.type(np.nan)
     yield "not-finite", made
-    made = _drawn(draw, scheme, (6, 8), dtype)
+    made = drawn(draw, scheme, (6, 8), dtype)
     yield "feedback-clamp", made._replace(factor=_upper(made.factor * np.float32(16)))
     if scheme.outlier_channels:
-        made = _drawn(draw, scheme, (3, scheme.outlier_channels + 3), dtype)
+        made = drawn(draw, scheme, (3, scheme.outlier_channels + 3), dtype)
         yield "feedback-overflow", made._replace(factor=_upper(made.factor * np.float32(2**40)))
     if not quick:
         yield from _looked_for(scheme, draw, dtype)
 
 
-def _looked_for(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, _Made]]:
+def _looked_for(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Made]]:
     """Yield inputs on which known mistakes give other bytes."""
     scheme = replace(scheme, sink_tokens=0)  # sinks come in front of what is found
     for shown in SHOWN:
@@ -174,7 +174,7 @@ def _looked_for(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, _
                 break
 
 
-def _shows(made: _Made, scheme: Scheme, mistake: str) -> bool:
+def _shows(made: Made, scheme: Scheme, mistake: str) -> bool:
     """Whether a mistake gives other bytes."""
     try:
         right, wrong = (
@@ -191,7 +191,7 @@ def _reference(mistake: str) -> Reference:
     return Reference([MISTAKES[mistake]] if mistake else [])
 
 
-def _tuned(made: _Made, scheme: Scheme) -> Iterator[_Made]:
+def _tuned(made: Made, scheme: Scheme) -> Iterator[Made]:
     """Yield other factors, by which the last channel of a token lies on a tie, or next to it."""
     if made.x.ndim > 2:
         return
@@ -232,16 +232,23 @@ def _tuned(made: _Made, scheme: Scheme) -> Iterator[_Made]:
 # --- what is drawn ------------------------------------------------------------------------------
 
 
-def _drawn(
+def drawn(
     draw: Draw, scheme: Scheme, shape: tuple[int, ...], dtype: str, kv_heads: int = 1
-) -> _Made:
-    """Draw keys, of which the first channels are outliers, any order, and factors up to 1."""
+) -> Made:
+    """Draw keys, of which the first channels are outliers, any order, and factors up to 1.
+
+    Examples
+    --------
+    >>> made = drawn(Draw(0, "keys"), Scheme(), (2, 5, 3), "float16", kv_heads=2)
+    >>> made.x.shape, made.order.shape, made.factor.shape
+    ((2, 5, 3), (2, 3), (2, 3, 3))
+    """
     head_dim = shape[-1]
     x = draw.bell(*shape)
     x[..., : scheme.outlier_channels] *= np.float32(8)
     order = np.argsort(draw.uniform(0, 1, kv_heads, head_dim), axis=-1, kind="stable")
     factor = draw.uniform(-1, 1, kv_heads, head_dim, head_dim).astype(np.float32)
-    return _Made(x.astype(FLOAT_DTYPES[dtype]), order.astype(np.int32), _upper(factor))
+    return Made(x.astype(FLOAT_DTYPES[dtype]), order.astype(np.int32), _upper(factor))
 
 
 def _upper(factor: Float32) -> Float32:
@@ -249,11 +256,11 @@ def _upper(factor: Float32) -> Float32:
     return np.triu(factor, 1) + np.eye(factor.shape[-1], dtype=np.float32)
 
 
-def _of_kind(kind: str, draw: Draw, scheme: Scheme, dtype: str) -> _Made:
+def _of_kind(kind: str, draw: Draw, scheme: Scheme, dtype: str) -> Made:
     """Draw what a mistake of a kind may show on; the last two channels are no outliers."""
     head_dim = min(scheme.outlier_channels, 32) + 6
     heads = 2 if kind == "heads" else 1
-    made = _drawn(draw, scheme, (*((2,) if heads == 2 else ()), 5, head_dim), dtype, heads)
+    made = drawn(draw, scheme, (*((2,) if heads == 2 else ()), 5, head_dim), dtype, heads)
     order = made.order.copy()
     for one in order:  # what is tuned is coded last, and is no outlier
         last = one[one >= head_dim - 2]

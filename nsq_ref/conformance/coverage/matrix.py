@@ -129,8 +129,8 @@ def shown_in(mistake: Mistake) -> set[str]:
 
     Examples
     --------
-    >>> sorted(shown_in(MISTAKES["half up"])), shown_in(MISTAKES["feedback fused"])
-    (['encode', 'stream'], {'feedback'})
+    >>> [sorted(shown_in(MISTAKES[name])) for name in ("half up", "feedback fused")]
+    [['encode', 'stream'], ['feedback', 'stream_feedback']]
     """
     return set(mistake.operations) & set(USUAL) or set(mistake.operations)
 
@@ -198,9 +198,12 @@ def answered(reference: Reference, case: Case) -> Answer | None:
             if case.operation == "decode":
                 shape = tuple(given.pop("shape").tolist())
                 return Answer(DONE, {"x_hat": model.decode(given, scheme, shape)})
-            if case.operation == "stream":
-                row = int(given["row"].item())
-                return Answer(DONE, model.stream(given["x"], scheme, given["steps"], row))
+            if case.operation in ("stream", "stream_feedback"):
+                history = given["x"], scheme, given["steps"], int(given["row"].item())
+                if case.operation == "stream":
+                    return Answer(DONE, model.stream(*history))
+                feedback = given["order"], given["factor"]
+                return Answer(DONE, model.stream_with_feedback(*history, *feedback))
             decoded = model.decode_sides(stored_side(case, "keys"), stored_side(case, "values"))
             wide = given["query"].astype(np.float64)
             output = model.attend(wide, *decoded, attention_options(given))

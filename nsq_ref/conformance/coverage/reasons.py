@@ -15,6 +15,7 @@ from nsq_ref import rounding
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
+from nsq_ref.conformance.mistakes.feedback import FED_CACHES
 from nsq_ref.conformance.mistakes.norms import NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.reference import Mistake
@@ -137,7 +138,11 @@ REASONS: tuple[Reason, ...] = (
         [*_names(OUTLIERS), "outliers left out",
          *(name for name in _TILES if name.endswith("out of the ranking"))]),
     _reason("no cache", "Without a number of tokens a block there is no cache (B1).",
-        lambda scheme, dtype: scheme.block_size is None, _names(CACHES)),
+        lambda scheme, dtype: scheme.block_size is None, _names([*CACHES, *FED_CACHES])),
+    _reason("no tail", "A block of one token has no tail, and a crop leaves none of it (B1).",
+        lambda scheme, dtype: scheme.block_size == 1,
+        ["feedback only where one append fills a block", "no feedback after a crop",
+         "feedback in the tail"]),
     _reason("one block", "A sequence is one block (B1).",
         lambda scheme, dtype: scheme.block_size is None,
         ["scales of the first block", "scales of the block before",

@@ -29,6 +29,7 @@ _JUDGING: dict[Operation, type[Judging]] = {
     "attend": JudgingAttend,
     "stream": JudgingStream,
     "feedback": JudgingFeedback,
+    "stream_feedback": JudgingStream,
 }
 
 

@@ -400,7 +400,10 @@ class _Search:
         return [f for f in findings if id(f.case) not in group]
 
 
-_REFUSING = {"encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1", "feedback": "F1"}
+_REFUSING = {
+    "encode": "I1", "decode": "D1", "attend": "A1", "stream": "B1", "feedback": "F1",
+    "stream_feedback": "F1",
+}  # fmt: skip
 
 
 def _rule_of(what: str, case: Case) -> str:

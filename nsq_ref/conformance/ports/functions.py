@@ -59,6 +59,9 @@ class Callables(Port):
     stream : callable, optional
         ``stream(x, scheme, steps, row)`` returns, as ``encode`` does, the parts of the sealed
         blocks, the sinks and the ``tail`` of one row.
+    stream_feedback : callable, optional
+        ``stream_feedback(x, scheme, steps, row, *, feedback)`` returns the same of keys that are
+        sealed with a `Feedback`.
 
     Notes
     -----
@@ -83,11 +86,12 @@ class Callables(Port):
         attend: Callable[..., Any] | None = None,
         stream: Callable[..., Any] | None = None,
         feedback: Callable[..., Any] | None = None,
+        stream_feedback: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self._functions = {
             "encode": encode, "decode": decode, "attend": attend, "stream": stream,
-            "feedback": feedback,
+            "feedback": feedback, "stream_feedback": stream_feedback,
         }  # fmt: skip
 
     def ask(self, number: int, case: Case) -> Answer | Failure:
@@ -119,14 +123,17 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
     """Return the positional and the named arguments of a function of the case's operation."""
     if case.operation == "encode":
         return [given["x"], case.scheme], {}
+    named: dict[str, Any] = {}
+    if "order" in given:
+        named["feedback"] = Feedback(given["order"], given["factor"])
     if case.operation == "feedback":
-        return [given["x"], case.scheme], {"feedback": Feedback(given["order"], given["factor"])}
+        return [given["x"], case.scheme], named
     if case.operation == "decode":
         stored = dict(given)
         shape = tuple(stored.pop("shape").tolist())
         return [stored, case.scheme, shape], {}
-    if case.operation == "stream":
-        return [given["x"], case.scheme, given["steps"], given["row"].item()], {}
+    if case.operation in ("stream", "stream_feedback"):
+        return [given["x"], case.scheme, given["steps"], given["row"].item()], named
     copied = replace(case, inputs=given)
     sides, schemes = [], []
     for side in ("keys", "values"):
@@ -139,7 +146,7 @@ def _arguments(case: Case, given: Mapping[str, Array]) -> tuple[list[Any], dict[
 def _answer(result: Any, case: Case) -> Answer | Failure:
     """Turn what a function returned into an answer."""
     operation = case.operation
-    names: tuple[str, ...] = (*PARTS, "tail") if operation == "stream" else PARTS
+    names: tuple[str, ...] = (*PARTS, "tail") if operation.startswith("stream") else PARTS
     if operation in _RESULTS:
         names = (_RESULTS[operation],)
         result = {_RESULTS[operation]: result}
@@ -194,6 +201,7 @@ _CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "stream": (("x", "scheme", "steps", "row"), ()),
     "feedback": (("x", "scheme"), ("feedback",)),
+    "stream_feedback": (("x", "scheme", "steps", "row"), ("feedback",)),
 }
 
 

@@ -79,7 +79,7 @@ class Library(Port):
         call = _Call(function)
         ask = {
             "encode": _encode, "decode": _decode, "attend": _attend, "stream": _stream,
-            "feedback": _encode,
+            "feedback": _encode, "stream_feedback": _stream,
         }  # fmt: skip
         status, arrays = ask[case.operation](call, case)
         if written := call.written():
@@ -171,18 +171,21 @@ def _encode(call: _Call, case: Case) -> tuple[int, Frame]:
         name: call.wanted(name, Field((*leads, *field.shape), field.dtype))
         for name, field in layout.items()
     }
-    feedback: list[_Buffer | ctypes.c_int64] = []
-    if case.operation == "feedback":
-        order, factor = case.inputs["order"], case.inputs["factor"]
-        feedback = [
-            call.given("order", order), call.given("factor", factor), ctypes.c_int64(len(order)),
-        ]  # fmt: skip
     status = call(
         call.scheme("scheme", case.scheme), call.given("x", x), ctypes.c_int32(_dtype(x)),
-        *map(ctypes.c_int64, (math.prod(leads), tokens, head_dim)), *feedback,
+        *map(ctypes.c_int64, (math.prod(leads), tokens, head_dim)), *_feedback(call, case),
         call.parts("out", outputs),
     )  # fmt: skip
     return status, {name: buffer.array for name, buffer in outputs.items()}
+
+
+def _feedback(call: _Call, case: Case) -> list[_Buffer | ctypes.c_int64]:
+    """Return order, factor and heads where the case has some."""
+    if "order" not in case.inputs:
+        return []
+    order, factor = case.inputs["order"], case.inputs["factor"]
+    heads = ctypes.c_int64(len(order))
+    return [call.given("order", order), call.given("factor", factor), heads]
 
 
 def _decode(call: _Call, case: Case) -> tuple[int, Frame]:
@@ -222,8 +225,8 @@ def _stream(call: _Call, case: Case) -> tuple[int, Frame]:
     status = call(
         call.scheme("scheme", case.scheme), call.given("x", x), ctypes.c_int32(_dtype(x)),
         *map(ctypes.c_int64, x.shape), call.given("steps_of", steps),
-        ctypes.c_int64(len(steps)), ctypes.c_int64(row), call.parts("out", outputs),
-        outputs["tail"],
+        ctypes.c_int64(len(steps)), ctypes.c_int64(row), *_feedback(call, case),
+        call.parts("out", outputs), outputs["tail"],
     )  # fmt: skip
     return status, {name: buffer.array for name, buffer in outputs.items()}
 

@@ -49,6 +49,7 @@ _ONNX_NAMES: dict[Operation, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "stream": (("x", "steps", "row"), (*PARTS, "tail")),
     "feedback": (("x", "order", "factor"), PARTS),
+    "stream_feedback": (("x", "steps", "row", "order", "factor"), (*PARTS, "tail")),
 }  # fmt: skip
 
 

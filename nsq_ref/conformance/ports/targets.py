@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from nsq_ref.conformance.operations import OPERATIONS, Port
+from nsq_ref.conformance.operations import OPERATIONS, OPTIONAL, Port
 from nsq_ref.conformance.ports.frames import Frame
 from nsq_ref.conformance.ports.process import Process
 
@@ -29,6 +29,7 @@ def open_port(
     timeout: float = 30.0,
     header: Frame | None = None,
     feedback: str | None = None,
+    stream_feedback: str | None = None,
 ) -> Port:
     """Start what is to be checked, in a process of its own.
 
@@ -36,9 +37,9 @@ def open_port(
     ``path/to/file.py:function``, see `Callables`), a shared library that implements ``nsq.h``
     (``.so``, ``.dylib``, ``.dll``), or an ONNX model, whose operators ``custom_ops`` may bring. A
     library given as ``encode`` does also those of the others that are left out. A program, which
-    can only be given as ``encode`` and alone, does all of them; given as ``feedback`` once more,
-    that too. ValueError for what does not exist, cannot be loaded, or makes no sense together;
-    ``timeout`` and ``header`` are those of `Process`.
+    can only be given as ``encode`` and alone, does all of them; given as ``feedback`` or
+    ``stream_feedback`` once more, these too. ValueError for what does not exist, cannot be loaded,
+    or makes no sense together; ``timeout`` and ``header`` are those of `Process`.
 
     Examples
     --------
@@ -47,7 +48,8 @@ def open_port(
     'nsq_ref:quantize'
     >>> port.close()
     """
-    given = zip(OPERATIONS, (encode, decode, attend, stream, feedback), strict=True)
+    named = encode, decode, attend, stream, feedback, stream_feedback
+    given = zip(OPERATIONS, named, strict=True)
     targets = {operation: target for operation, target in given if target is not None}
     if not targets:
         raise ValueError("nothing to check was given; name at least what encodes or what decodes")
@@ -59,8 +61,8 @@ def open_port(
             raise ValueError(f"custom_ops: there is no file {custom_ops}")
     name = ", ".join(dict.fromkeys(targets.values()))
     if "program" in kinds.values():
-        # A program answers what it is asked: named once more, it is asked for feedback, too.
-        others = {name: one for name, one in targets.items() if name != "feedback"}
+        # A program answers what it is asked: named once more, it is asked for that, too.
+        others = {name: one for name, one in targets.items() if name not in OPTIONAL}
         if list(others) != ["encode"] or len(set(targets.values())) > 1:
             raise ValueError(
                 "a program answers all operations, so that it is given first and alone; got "

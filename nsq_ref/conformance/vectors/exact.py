@@ -43,7 +43,10 @@ def answer(case: Case) -> Exact:
     >>> exact.expected["packed"].tolist(), exact.intermediates["norm"].tolist()
     ([[255], [241]], [5.0, 2.5])
     """
-    operations = {"encode": encoded, "decode": decoded, "attend": attended, "stream": streamed}
+    operations = {
+        "encode": encoded, "decode": decoded, "attend": attended, "stream": streamed,
+        "feedback": encoded, "stream_feedback": streamed,
+    }  # fmt: skip
     exact = operations[case.operation](case)
     if case.refused_by is None:
         agrees = not exact.refused_by
@@ -61,7 +64,7 @@ def answer(case: Case) -> Exact:
 
 
 def encoded(case: Case) -> Exact:
-    """Return the stored parts of ``x[..., T, D]``."""
+    """Return the stored parts of ``x[..., T, D]``, with feedback where the case has some (F1)."""
     x, scheme = case.inputs["x"], case.scheme
     if not np.isfinite(x.astype(np.float32)).all():
         return Exact(("I2",), {}, {})
@@ -70,7 +73,10 @@ def encoded(case: Case) -> Exact:
     stages = []
     if sinks < tokens:
         rows = x.astype(np.float32).reshape(-1, tokens, head_dim)[:, sinks:]
-        stages = [oracle.encode(row.tolist(), scheme) for row in rows]
+        stages = [
+            oracle.encode(row.tolist(), scheme, feedback)
+            for row, feedback in zip(rows, feedback_of(case, len(rows)), strict=True)
+        ]
     if refused_by := refusals(stages):
         return Exact(refused_by, {}, {})
     lead, coded = x.shape[:-2], tokens - sinks
@@ -83,6 +89,8 @@ def encoded(case: Case) -> Exact:
         expected["sinks"] = x[..., :sinks, :]
     each, token = (*lead, coded, head_dim), (*lead, coded)
     intermediates = {"codes": gathered(stages, "codes", each, code_dtype(scheme))}
+    if "order" in case.inputs:
+        intermediates = {"w": gathered(stages, "coded", each, SINGLE), **intermediates}
     if scheme.separate_norm:
         intermediates = {
             "norm": gathered(stages, "x_norm", token, SINGLE),
@@ -97,6 +105,14 @@ def encoded(case: Case) -> Exact:
     x_hat = gathered(stages, "x_hat", each, SINGLE)
     intermediates["x_hat"] = np.concatenate([x[..., :sinks, :].astype(SINGLE), x_hat], axis=-2)
     return Exact((), expected, intermediates)
+
+
+def feedback_of(case: Case, sequences: int) -> list[tuple[Array, Array] | None]:
+    """Return order and factor of each sequence: of its head, or of the one that all share (F1)."""
+    if "order" not in case.inputs:
+        return [None] * sequences
+    heads = list(zip(case.inputs["order"], case.inputs["factor"], strict=True))
+    return [heads[n % len(heads)] for n in range(sequences)]
 
 
 def refusals(stages: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -243,7 +259,7 @@ def rounded_up(bound: Array) -> Array:
 def streamed(case: Case) -> Exact:
     """Return what a cache holds after its steps: a list of tokens, encoded at the end.
 
-    A sealed block keeps its bytes, so that it does not matter when it was encoded (B1).
+    A sealed block keeps its bytes, so that it does not matter when it was encoded (B1, F1).
     """
     x, scheme, row = case.inputs["x"], case.scheme, int(case.inputs["row"].item())
     if scheme.block_size is None:
@@ -284,8 +300,13 @@ def sealed_tokens(length: int, scheme: Scheme) -> tuple[int, int]:
 
 
 def replace_input(case: Case, x: Array, scheme: Scheme) -> Case:
-    """Return the case that asks to encode ``x``."""
-    return replace(case, operation="encode", scheme=scheme, inputs={"x": x})
+    """Return the case that asks to encode ``x``, with the feedback of the row, if there is one."""
+    inputs = {"x": x}
+    if "order" in case.inputs:
+        head = int(case.inputs["row"].item()) % len(case.inputs["order"])
+        own = slice(head, head + 1)
+        inputs |= {name: case.inputs[name][own] for name in ("order", "factor")}
+    return replace(case, operation="encode", scheme=scheme, inputs=inputs)
 
 
 def saturated(x_hat: Array, dtype: np.dtype[Any]) -> Array:

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.operations import USUAL, Case, Operation
+from nsq_ref.conformance.operations import Case, Operation
 from nsq_ref.conformance.vectors.exact import answer
 from nsq_ref.conformance.vectors.reading import FOLDER, FORMAT_VERSION
 from nsq_ref.dtypes import Array
@@ -41,11 +41,12 @@ DECODED = (
     "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep+out4", "streaming4",
     "nsep+pchan4-gain", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-asymmetric",
 )  # fmt: skip
-CHOSEN = {
+CHOSEN: dict[Operation, tuple[str, ...]] = {
     "encode": tuple(SCHEMES),
     "decode": DECODED,
     "attend": ("nsep+pchan4", "nsep+out4", "streaming4"),
     "stream": ("streaming4",),
+    "feedback": ("nsep+pchan4", "nsep+out4", "streaming4"),
 }
 # Kinds that came later, and of which small cases are written only.
 ADDED = (
@@ -80,7 +81,7 @@ def content(file: str) -> bytes:
     kind, _, name = stem.partition("-")
     if name in LARGE and (kind, ending) == ("large", "safetensors"):
         return _large(name)
-    if name in SCHEMES and kind in USUAL and ending == "json":
+    if name in SCHEMES and kind in CHOSEN and ending == "json":
         return _json(kind, name)
     raise ValueError(f"file={file!r} is not a file of vectors; see the manifest for those")
 
@@ -95,7 +96,7 @@ def files() -> list[str]:
     """
     found = [
         f"{operation}-{name}.json"
-        for operation in USUAL
+        for operation in CHOSEN
         for name in SCHEMES
         if _cases(operation, name)
     ]
@@ -215,7 +216,7 @@ def _object(array: Array) -> dict[str, Any]:
 
 @cache
 def _all_cases(name: str) -> list[Case]:
-    return cases(SCHEMES[name])
+    return cases(SCHEMES[name], [one for one, names in CHOSEN.items() if name in names])
 
 
 def _cases(operation: Operation, name: str) -> list[Case]:
@@ -233,11 +234,13 @@ def _most(case: Case, name: str) -> int:
     """How many elements an input may have, for files to stay small."""
     number = int(case.id.rpartition("/")[2])
     in_other_dtypes = number >= (1000 if case.operation == "decode" else 100)
-    if case.flags[0] in LEFT_OUT or (in_other_dtypes and name != FULLEST):
+    small = name not in LARGE or case.operation == "feedback" or case.flags[0] in ADDED
+    fullest = name == FULLEST and case.operation != "feedback"  # which widens them as encode does
+    if case.flags[0] in LEFT_OUT or (in_other_dtypes and not fullest):
         return 0
     if in_other_dtypes:
         return MOST_ELEMENTS_ELSEWHERE // 2
-    if name not in LARGE or case.flags[0] in ADDED:
+    if small:
         return MOST_ELEMENTS_ELSEWHERE
     return MOST_ELEMENTS
 

@@ -65,7 +65,7 @@ def test_cases_without_it_stay() -> None:
     usual, named = cases(RICH, quick=True), cases(RICH, OPERATIONS, quick=True)
     assert {case.operation for case in usual} == set(USUAL)
     assert [case.id for case in named[: len(usual)]] == [case.id for case in usual]
-    assert {case.operation for case in named[len(usual) :]} == {"feedback"}
+    assert {case.operation for case in named[len(usual) :]} == {"feedback", "stream_feedback"}
 
 
 def test_every_mistake_has_a_case_of_its_own() -> None:

@@ -44,12 +44,12 @@ def port(tmp_path_factory: pytest.TempPathFactory, go: dict[str, str]) -> Path:
 
 
 def test_it_conforms(port: Path) -> None:
-    """I1 I2 K1 B1 B2 C1 N1 N2 S2 S3 Z1 Q1 Q2 P1 M3 M4 D1 D3 A1 A2 A3."""
+    """I1 I2 K1 B1 B2 C1 N1 N2 S2 S3 Z1 Q1 Q2 P1 M3 M4 D1 D3 A1 A2 A3 F1."""
     assert " CONFORMS to streaming4: " in programs.conforms(port, "--scheme", "streaming4")
 
 
 def test_it_conforms_to_every_named_scheme(port: Path) -> None:
-    """O1 S1 S4 S5 M1 M2, in one case of a kind."""
+    """O1 S1 S4 S5 M1 M2 F1, in one case of a kind."""
     report = programs.conforms(port, "--all", "--quick")
     assert " CONFORMS SO FAR to all " in report
 
@@ -85,3 +85,10 @@ def test_a_mistake_in_it_is_found(
     """Q1 D1."""
     text = programs.wrong(programs.source(NAME), right, wrong)
     programs.does_not_conform(build(text, tmp_path, go), found, "--case", case)
+
+
+def test_an_error_of_the_direction_is_found(tmp_path: Path, go: dict[str, str]) -> None:
+    """F1."""
+    text = programs.wrong(programs.source(NAME), "e := row[j] - y", "e := direction[t*d+j] - y")
+    found = "F1", "errors are direction - y; they are w - y"
+    programs.feeds_back_wrongly(build(text, tmp_path, go), found)

@@ -31,13 +31,13 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_conforms(port: Path) -> None:
-    """I1 I2 K1 B1 B2 C1 N1 N2 S2 S3 Z1 Q1 Q2 P1 M3 M4 D1 D3 A1 A2 A3."""
+    """I1 I2 K1 B1 B2 C1 N1 N2 S2 S3 Z1 Q1 Q2 P1 M3 M4 D1 D3 A1 A2 A3 F1."""
     assert " CONFORMS to streaming4: " in programs.conforms(port, "--scheme", "streaming4")
 
 
 @pytest.mark.parametrize("fields", programs.OTHER_FIELDS)
 def test_it_conforms_to_schemes_without_a_name(fields: str, port: Path) -> None:
-    """O1 S1 S4 S5 M1 M2 D1 Q1."""
+    """O1 S1 S4 S5 M1 M2 D1 Q1 F1."""
     assert " CONFORMS SO FAR to " in programs.conforms(
         port, "--quick", *programs.set_options(fields)
     )
@@ -72,6 +72,24 @@ def test_a_mistake_in_it_is_found(
     """Q1 D1."""
     text = programs.wrong(programs.source(NAME), right, wrong)
     programs.does_not_conform(program(text, tmp_path), found, "--case", case)
+
+
+def test_fused_feedback_is_found(tmp_path: Path) -> None:
+    """F1: what float64 does by itself, where a product is not rounded."""
+    apart = "fround(error * factor[p * D + r])"
+    text = programs.wrong(programs.source(NAME), apart, "error * factor[p * D + r]")
+    programs.feeds_back_wrongly(program(text, tmp_path), programs.FUSED)
+
+
+def test_what_it_does_not_know_is_told(tmp_path: Path) -> None:
+    """Of an operation that came later, or a port without key feedback; the others are judged."""
+    text = programs.wrong(programs.source(NAME), "feedback: encode, ", "")
+    said = programs.judges_itself([program(text, tmp_path)], vectors.FOLDER).splitlines()
+    left_out = [name for name in vectors.names() if name.startswith("feedback-")]
+    assert {line.split(":")[0] for line in said[:-1]} == {f"{name}.json" for name in left_out}
+    assert all("feedback is not implemented here" in line for line in said[:-1])
+    count = programs.number_of_judged() - sum(len(vectors.load(name)) for name in left_out)
+    assert said[-1] == f"{count} passed, 0 failed"
 
 
 def test_it_finds_its_own_mistakes(tmp_path: Path) -> None:

@@ -116,6 +116,18 @@ def test_a_library_streams(in_c: Library, tokens: int) -> None:
     assert got["tail"].tobytes() == x[1, sinks + sealed : tokens].tobytes()
 
 
+def test_a_library_streams_with_feedback(in_c: Library) -> None:
+    """F1: order, factor and heads come to it, and the same comes out."""
+    scheme = Scheme(block_size=3)
+    asked = stream_case(scheme, [[0, 1, 4]], normal(2, 40, 4), row=1)
+    order, factor = np.int32([[0, 1, 2, 3], [1, 0, 3, 2]]), np.zeros((2, 4, 4), np.float32)
+    factor[0, 0, 1] = 7
+    given = {**asked.inputs, "order": order, "factor": factor}
+    got = arrays_of(in_c.ask(0, case("stream_feedback", scheme, **given)))
+    assert got["packed"].tolist() == [[2, 2], [7, 0x88], [0x88, 0x88]]
+    assert got["tail"].tobytes() == asked.inputs["x"][1, 3:4].tobytes()
+
+
 @pytest.mark.parametrize("number", range(7))
 def test_writing_beside_a_buffer(in_c: Library, number: int) -> None:
     """Of every part, before it and behind it."""

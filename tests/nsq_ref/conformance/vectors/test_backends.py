@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_safetensors
 
-from nsq_ref import KVCache, Quantized, Scheme, attention, dequantize, quantize, rounding
+from nsq_ref import (
+    Feedback,
+    KVCache,
+    Quantized,
+    Scheme,
+    attention,
+    dequantize,
+    quantize,
+    rounding,
+)
 from nsq_ref.codec import Backend, block_of
 from nsq_ref.conformance import model, vectors
 from nsq_ref.conformance.operations import Case, attention_options, scheme_of
@@ -39,17 +48,19 @@ def of_operation(operation: str) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", of_operation("encode"))
+@pytest.mark.parametrize("name", of_operation("encode") + of_operation("feedback"))
 def test_backends_encode_the_vectors(name: str, backend: Backend) -> None:
-    """I1 I2 K1 B1 N1 N2 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3."""
+    """I1 I2 K1 B1 N1 N2 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3 F1."""
     for vector in vectors.load(name):
         x, scheme = vector.case.inputs["x"], vector.case.scheme
+        given = [one for name, one in vector.case.inputs.items() if name in ("order", "factor")]
+        feedback = Feedback(*given) if given else None
         if vector.case.refused_by is not None:
             assert not vector.expected
             with pytest.raises(ValueError, match=r"."):
-                quantize(x, scheme, backend)
+                quantize(x, scheme, backend, feedback=feedback)
             continue
-        q = quantize(x, scheme, backend)
+        q = quantize(x, scheme, backend, feedback=feedback)
         assert q.parts.keys() == vector.expected.keys()
         for part, array in q.parts.items():
             assert same_bytes(array, vector.expected[part]), (vector.case, part)

@@ -28,7 +28,7 @@ def document(file: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_file_is_what_the_oracle_writes(file: str) -> None:
-    """N1 N2 O1 S1 S2 S3 S4 Z1 Q1 Q2 P1 M1 M2 M3 D1 B1 K1 C1 A1 A3, as bytes."""
+    """N1 N2 O1 S1 S2 S3 S4 Z1 Q1 Q2 P1 M1 M2 M3 D1 B1 K1 C1 A1 A3 F1, as bytes."""
     assert (vectors.FOLDER / file).read_bytes() == vectors.content(file)
 
 

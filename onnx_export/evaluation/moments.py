@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.audit import Layer
-from nsq_ref.feedback import DAMPING, Feedback, second_moment
+from nsq_ref.feedback import DAMPING, Feedback, Moments, second_moment
 from onnx_export.evaluation.captured import captured
 from onnx_export.models.built import Progress
 from onnx_export.models.texts import ADDRESSES, read_address
@@ -71,13 +71,7 @@ class QueryMoments:
         TypeError, ValueError
             As `nsq_ref.Feedback.from_moment`, with the layer.
         """
-        made = {}
-        for number, moment in self.layers.items():
-            try:
-                made[str(number)] = Feedback.from_moment(moment, damping)
-            except ValueError as error:
-                raise ValueError(f"layer {number}: {error}") from error
-        return made
+        return Moments(self.layers).feedback(damping)
 
 
 def query_moments(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from nsq_ref.arrays import as_array, as_integer_array
@@ -95,14 +95,15 @@ class _Watching(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self._moments: dict[int, Moments] = {}
+        self._moments = Moments({})
+        self._kept: set[int] = set()  # layers whose keys are in it
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Append, and return keys that know of what layer they are."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **options)
-        self._moments.setdefault(layer_idx, Moments({}))
+        self._kept.add(layer_idx)
         watched = keys.as_subclass(_Keys)
         watched.cache, watched.layer = self, layer_idx
         return watched, values
@@ -113,21 +114,18 @@ class _Watching(DynamicCache):
             moment = second_moment(queries.cpu(), kv_heads)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
-        self._moments[layer] += Moments({layer: moment})
+        self._moments += Moments({layer: moment})
 
     def found(self, model: str) -> Moments:
         """Return the moments of all layers; ValueError where a layer's queries were not seen."""
-        if not self._moments:
-            raise ValueError(f"{model} has no layer with a cache of keys, so none to calibrate")
-        total = Moments({})
-        for layer, moments in self._moments.items():
-            if not moments.layers:
-                raise ValueError(
-                    f"layer {layer}: no query of {model} is seen to meet the keys of its cache as "
-                    f"they are; {TAKE_THEM}"
-                )
-            total += moments
-        return total
+        missing = sorted(self._kept - set(self._moments.layers))
+        if missing or not self._kept:
+            where = f"layer {missing[0]}: " if missing else ""
+            raise ValueError(
+                f"{where}no query of {model} is seen to meet the keys of its cache as they are; "
+                f"{TAKE_THEM}"
+            )
+        return self._moments
 
 
 class _Keys(torch.Tensor):  # type: ignore[misc, unused-ignore]
@@ -174,6 +172,8 @@ def _text_config(model: Any) -> Any:
         raise ValueError(f"{name} is an encoder with a decoder; only decoders are calibrated")
     if model.training:
         raise ValueError(f"{name} is in training mode; call model.eval()")
+    if not any(isinstance(one, DynamicLayer) for one in DynamicCache(config=model.config).layers):
+        raise ValueError(f"{name} has no layer with a cache of keys, so none to calibrate")
     config = model.config.get_text_config(decoder=True)
     if computes_itself(config) is not None:
         raise ValueError(

@@ -145,11 +145,7 @@ class Feedback:
         array([[[ 1., -1.],
                 [ 0.,  1.]]], dtype=float32)
         """
-        moment = as_float_array("moment", moment).astype(np.float64)
-        if moment.ndim != 3 or 0 in moment.shape or moment.shape[1] != moment.shape[2]:
-            raise ValueError(
-                f"moment has shape {list(moment.shape)}; give [kv_heads, head_dim, head_dim]"
-            )
+        moment = _moment("moment", moment)
         damping = as_float("damping", damping)
         if not 0 <= damping < np.inf:
             raise ValueError(f"damping={damping} must be a finite number of at least 0")
@@ -236,12 +232,12 @@ class Moments:
     Parameters
     ----------
     layers : mapping of int to array, shape [kv_heads, D, D]
-        As `second_moment` returns them, by the number of the layer.
+        As `second_moment` returns them, by the number of the layer. Kept as float64.
 
     Raises
     ------
-    TypeError
-        For what is no mapping.
+    TypeError, ValueError
+        For what is no mapping from numbers of layers, and for other dtypes and shapes.
 
     Examples
     --------
@@ -261,6 +257,12 @@ class Moments:
         if not isinstance(self.layers, Mapping):
             got = type(self.layers).__name__
             raise TypeError(f"layers must map numbers of layers to moments, got {got}")
+        own = {}
+        for number, given in self.layers.items():
+            layer = as_integer("a layer of layers", number, least=0)
+            own[layer] = _moment(f"layers[{layer}]", given)
+            own[layer].setflags(write=False)
+        object.__setattr__(self, "layers", own)
 
     def __add__(self, other: Moments) -> Moments:
         """Return the moments of both texts; a layer that one does not have is the other's.
@@ -351,6 +353,16 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
     for part in queries.reshape(math.prod(lead), kv_heads, group * tokens, head_dim):
         wide = part.astype(np.float64)
         moment += wide.swapaxes(-1, -2) @ wide
+    return moment
+
+
+def _moment(name: str, given: Any) -> Float64:
+    """Take an array ``[kv_heads, D, D]``; a copy."""
+    moment = as_float_array(name, given).astype(np.float64)
+    if moment.ndim != 3 or 0 in moment.shape or moment.shape[1] != moment.shape[2]:
+        raise ValueError(
+            f"{name} has shape {list(moment.shape)}; give [kv_heads, head_dim, head_dim]"
+        )
     return moment
 
 

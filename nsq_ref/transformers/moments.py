@@ -110,7 +110,7 @@ class _Watching(DynamicCache):
 
     def note(self, layer: int, queries: Tensor, kv_heads: int) -> None:
         """Add the moment of queries ``[batch, heads, T, head_dim]``."""
-        try:
+        try:  # every query counts alike; a weight of each would go in here
             moment = second_moment(queries.cpu(), kv_heads)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from error
@@ -145,7 +145,8 @@ def _noting(
     if isinstance(key, _Keys):
         key.cache.note(key.layer, query, key.shape[1])
         key = key.as_subclass(torch.Tensor)
-    return attention(module, query, key, value, attention_mask, **options)
+    made: tuple[Tensor, None] = attention(module, query, key, value, attention_mask, **options)
+    return made
 
 
 AttentionInterface.register(WATCHING, _noting)

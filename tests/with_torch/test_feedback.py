@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 import nsq_ref as nsq
 import nsq_ref.transformers.attending
 import nsq_ref.transformers.moments
-from nsq_ref.feedback import Moments
 from nsq_ref.files import save_feedback
 from nsq_ref.transformers import NsqCache, NsqLayer, query_moments
 from tests.with_torch.reference_cache import reference_cache
@@ -179,19 +178,6 @@ def test_texts_add_up_and_padding_is_not_read() -> None:
     assert list(made) == ["0", "1"]
     for layer, moment in total.layers.items():
         assert made[str(layer)].digest == nsq.Feedback.from_moment(moment, 0.5).digest
-
-
-def test_moments_that_cannot_be_added_or_used() -> None:
-    one, other = Moments({0: np.eye(4)[None]}), Moments({1: np.eye(8)[None], 2: np.eye(2)[None]})
-    assert list((one + other).layers) == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"layer 0 has moments of shapes \[1, 4, 4\] and \[2, 4"):
-        one + Moments({0: np.eye(4)[None].repeat(2, 0)})
-    with pytest.raises(TypeError, match="unsupported operand"):
-        one + {0: np.eye(4)[None]}  # type: ignore[operator]
-    with pytest.raises(TypeError, match="layers must map numbers of layers to moments, got list"):
-        Moments([np.eye(4)[None]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^layer 3: the diagonal of moment\[0\] has the mean 0"):
-        Moments({3: np.zeros((1, 4, 4))}).feedback()
 
 
 def test_refused_texts_and_models() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,6 +20,9 @@ from tests.with_torch.tiny_decoders import CACHE, config_of, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
 VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)
+
+
+FEEDBACK = nsq.Feedback.from_queries(np.random.default_rng(0).standard_normal((2, 5, 4)), 2)
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0, dtype: Any = torch.float32) -> Any:
@@ -118,11 +122,12 @@ def test_any_operations(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_prompt_in_chunks_or_one_by_one(dtype: Any) -> None:
+@pytest.mark.parametrize("feedback", [None, FEEDBACK])
+def test_a_prompt_in_chunks_or_one_by_one(dtype: Any, feedback: nsq.Feedback | None) -> None:
     x = tokens(70, rows=2, dtype=dtype)
-    found = []
+    found = [fresh([x[:, 0], x[:, 1]], feedback=feedback)]
     for size in (70, 1, 9, 33):
-        layer = NsqLayer((KEY, VALUE))
+        layer = NsqLayer((KEY, VALUE), None, feedback)
         for start in range(0, 70, size):
             layer.update(*x[:, :, :, start : start + size])
         found.append(held(layer))

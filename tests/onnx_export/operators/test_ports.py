@@ -52,7 +52,7 @@ def test_right_models_conform(encode: str, decode: str) -> None:
     )
     assert "CONFORMS SO FAR to nsep+pchan4: " in text
     assert f"encode {asked['encode']} cases, decode {asked['decode']}" in text
-    assert NOT_ASKED in text
+    assert NOT_ASKED in " ".join(text.split())
     assert "not implemented" not in text
 
 
@@ -78,7 +78,7 @@ def test_exported_models_conform(tmp_path: Path, native: bool) -> None:
     library = ["--custom-ops", custom_ops.library_path()] if native else []
     text = check(*models, *library, "--quick")
     assert "CONFORMS SO FAR to nsep+pchan4: " in text
-    assert (NOT_ASKED in text) is not native
+    assert (NOT_ASKED in " ".join(text.split())) is not native
 
 
 def test_a_model_beside_a_library_that_refuses(encode: str) -> None:

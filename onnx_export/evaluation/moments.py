@@ -42,7 +42,9 @@ class ReadText(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class QueryMoments:
-    """What queries of a model were found; it never changes.
+    """What queries of a model were found.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from nsq_ref.arrays import as_float, as_float_array, as_integer, as_integer_arra
 from nsq_ref.dtypes import Float32, Float64
 from nsq_ref.environment import in_default_environment
 
-__all__ = ["Feedback", "HeadFeedback", "second_moment"]
+__all__ = ["Feedback", "HeadFeedback", "Moments", "second_moment"]
 
 DAMPING = 0.1
 ASYMMETRY = 1e-6  # of the largest element: more is no rounding
@@ -105,6 +106,9 @@ class Feedback:
     def __reduce__(self) -> tuple[Any, ...]:
         return Feedback, (self.order, self.factor)  # read-only again
 
+    def __deepcopy__(self, memo: object) -> Feedback:
+        return self  # nothing changes it
+
     def __repr__(self) -> str:
         return f"Feedback(kv_heads={self.kv_heads}, head_dim={self.head_dim})"
 
@@ -141,11 +145,7 @@ class Feedback:
         array([[[ 1., -1.],
                 [ 0.,  1.]]], dtype=float32)
         """
-        moment = as_float_array("moment", moment).astype(np.float64)
-        if moment.ndim != 3 or 0 in moment.shape or moment.shape[1] != moment.shape[2]:
-            raise ValueError(
-                f"moment has shape {list(moment.shape)}; give [kv_heads, head_dim, head_dim]"
-            )
+        moment = _moment("moment", moment)
         damping = as_float("damping", damping)
         if not 0 <= damping < np.inf:
             raise ValueError(f"damping={damping} must be a finite number of at least 0")
@@ -223,6 +223,90 @@ class Feedback:
         return HeadFeedback(self.order[index], self.factor[index])
 
 
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of the queries of a model, layer by layer.
+
+    Nothing changes one, so that threads may share it.
+
+    Parameters
+    ----------
+    layers : mapping of int to array, shape [kv_heads, D, D]
+        As `second_moment` returns them, by the number of the layer. Kept as float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no mapping from numbers of layers, and for other dtypes and shapes.
+
+    Examples
+    --------
+    Those of two texts, added up:
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> texts = rng.standard_normal((2, 4, 100, 16))  # queries of 4 heads, for 2 of keys
+    >>> one, other = (Moments({0: second_moment(queries, kv_heads=2)}) for queries in texts)
+    >>> (one + other).feedback()
+    {'0': Feedback(kv_heads=2, head_dim=16)}
+    """
+
+    layers: Mapping[int, Float64]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            got = type(self.layers).__name__
+            raise TypeError(f"layers must map numbers of layers to moments, got {got}")
+        own = {}
+        for number, given in self.layers.items():
+            layer = as_integer("a layer of layers", number, least=0)
+            own[layer] = _moment(f"layers[{layer}]", given)
+            own[layer].setflags(write=False)
+        object.__setattr__(self, "layers", own)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of both texts; a layer that one does not have is the other's.
+
+        Raises
+        ------
+        ValueError
+            For layers of other heads.
+        """
+        if not isinstance(other, Moments):
+            return NotImplemented
+        layers = dict(self.layers)
+        for layer, moment in other.layers.items():
+            mine = layers.get(layer)
+            if mine is not None and mine.shape != moment.shape:
+                raise ValueError(
+                    f"layer {layer} has moments of shapes {list(mine.shape)} and "
+                    f"{list(moment.shape)}; add those of one model"
+                )
+            layers[layer] = moment if mine is None else mine + moment
+        return Moments(layers)
+
+    def feedback(self, damping: Any = DAMPING) -> dict[str, Feedback]:
+        """Return the feedback of every layer, as `nsq_ref.files.save_feedback` takes it.
+
+        Parameters
+        ----------
+        damping : float
+            As `Feedback.from_moment` takes it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Feedback.from_moment`, with the layer.
+        """
+        made = {}
+        for layer, moment in self.layers.items():
+            try:
+                made[str(layer)] = Feedback.from_moment(moment, damping)
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from error
+        return made
+
+
 @in_default_environment
 def second_moment(queries: Any, kv_heads: Any) -> Float64:
     """Sum ``q q^T`` over the queries that meet each key/value head.
@@ -269,6 +353,16 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
     for part in queries.reshape(math.prod(lead), kv_heads, group * tokens, head_dim):
         wide = part.astype(np.float64)
         moment += wide.swapaxes(-1, -2) @ wide
+    return moment
+
+
+def _moment(name: str, given: Any) -> Float64:
+    """Take an array ``[kv_heads, D, D]``; a copy."""
+    moment = as_float_array(name, given).astype(np.float64)
+    if moment.ndim != 3 or 0 in moment.shape or moment.shape[1] != moment.shape[2]:
+        raise ValueError(
+            f"{name} has shape {list(moment.shape)}; give [kv_heads, head_dim, head_dim]"
+        )
     return moment
 
 

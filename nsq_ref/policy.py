@@ -254,9 +254,10 @@ class Policy:
 
 def feedback_of_layers(
     feedback: Mapping[Any, Feedback],
-    heads: Mapping[int, tuple[int, int]],
+    heads: Mapping[int, tuple[int, int] | None],
     *,
     has_others: bool = False,
+    name: str = "feedback",
 ) -> dict[int, Feedback]:
     """Return the feedback of keys of those layers of a model that have some.
 
@@ -265,10 +266,13 @@ def feedback_of_layers(
     feedback : mapping of str or int to Feedback
         By the number of the layer, as `nsq_ref.files.load_feedback` returns it. Layers that are not
         named have none.
-    heads : mapping of int to (int, int)
-        Key/value heads and channels of each, for every layer of the model.
+    heads : mapping of int to (int, int) or None
+        Key/value heads and channels of each, for every layer of the model; None where nobody knows
+        them yet.
     has_others : bool
         The model has other layers, too, of which nothing is known: theirs is passed over.
+    name : str
+        Of the argument, for errors.
 
     Raises
     ------
@@ -287,24 +291,24 @@ def feedback_of_layers(
     """  # noqa: E501
     if not isinstance(feedback, Mapping):
         got = type(feedback).__name__
-        raise TypeError(f"feedback must be a mapping from layer to Feedback, got {got}")
+        raise TypeError(f"{name} must be a mapping from layer to Feedback, got {got}")
     if not feedback:
-        raise ValueError("feedback is empty; give that of at least one layer, or leave it out")
+        raise ValueError(f"{name} is empty; give that of at least one layer, or leave it out")
     found: dict[int, Feedback] = {}
     for text, one in feedback.items():
-        layer = _layer(text, "feedback")
+        layer = _layer(text, name)
         if layer in found:
-            raise ValueError(f"feedback: layer {layer} is named twice; name it once")
+            raise ValueError(f"{name}: layer {layer} is named twice; name it once")
         if not isinstance(one, Feedback):
             got = type(one).__name__
-            raise TypeError(f"feedback: layer {layer} must be a Feedback, got {got}")
+            raise TypeError(f"{name}: layer {layer} must be a Feedback, got {got}")
         if has_others and layer not in heads:
             continue
-        _require_layer("feedback", layer, heads)
-        kv_heads, head_dim = heads[layer]
+        _require_layer(name, layer, heads)
+        kv_heads, head_dim = heads[layer] or (one.kv_heads, one.head_dim)
         if one.head_dim != head_dim or one.kv_heads not in (1, kv_heads):
             raise ValueError(
-                f"feedback: layer {layer} is of {one.kv_heads} key/value heads of {one.head_dim} "
+                f"{name}: layer {layer} is of {one.kv_heads} key/value heads of {one.head_dim} "
                 f"channels, and the model's of {kv_heads} of {head_dim}; calibrate this model"
             )
         found[layer] = one

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from nsq_ref.transformers.passes import Pass, Stored, Tensor
 
-__all__ = ["attention"]
+__all__ = ["attention", "computes_itself"]
 
 MOST_QUERIES = 16  # tokens of one pass for which reading codes is quicker than decoding them all
 
@@ -113,12 +113,27 @@ def _additive(module: Any, mask: Tensor | None, query: Tensor, key: Tensor) -> T
     return query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
+def computes_itself(config: Any) -> str | None:
+    """Return the name of a model that calls no attention function; None of others.
+
+    Examples
+    --------
+    >>> from transformers import BloomConfig, LlamaConfig
+    >>> computes_itself(BloomConfig()), computes_itself(LlamaConfig())
+    ('BloomForCausalLM', None)
+    """
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is None or hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"):
+        return None
+    return str(model.__name__)
+
+
 def _mask(*args: Any, config: Any = None, **options: Any) -> Tensor | None:
     """Make the mask of PyTorch's function; models that would take it for another are refused."""
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is not None and not hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"):
+    name = computes_itself(config)
+    if name is not None:
         raise ValueError(
-            f"attn_implementation='nsq' is not for {model.__name__}, which computes its attention "
+            f"attn_implementation='nsq' is not for {name}, which computes its attention "
             "itself; use 'eager', which goes with NsqCache as well"
         )
     return sdpa_mask(*args, config=config, **options)

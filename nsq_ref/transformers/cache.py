@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers.cache_utils import (
 from nsq_ref.arrays import as_array, as_integer
 from nsq_ref.cache import KVCache
 from nsq_ref.cache.arguments import as_sides
-from nsq_ref.policy import Policy
+from nsq_ref.feedback import Feedback
+from nsq_ref.files import load_feedback
+from nsq_ref.policy import Policy, feedback_of_layers
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 from nsq_ref.transformers.passes import Pass, Stored, Tensor
 
@@ -54,13 +57,21 @@ class NsqCache(Cache):
         That of the prompt, where it is padded on the left: the padding of each row is then not
         stored, and the row has the bytes that it would have alone. Otherwise padding is stored as
         any token, which wastes its bytes and the sinks. Rows may be repeated later, as beams are.
+    key_feedback : mapping of int or str to Feedback, or path, optional
+        With which keys are coded (F1), by the number of the layer: of this model, as
+        `query_moments` makes it, or a file of `nsq_ref.files.save_feedback`, which
+        ``nsq onnx calibrate`` writes too. Layers that are not named, and those that stay in
+        floating point, have none. A layer's heads are known when its first keys come: those of
+        another model are refused then.
 
     Raises
     ------
     TypeError, ValueError
         For what is no scheme, schemes without a block size, a policy for other layers than those
-        that there are or can be quantized, padding that is not on the left, and models that are
-        no decoders.
+        that there are or can be quantized, padding that is not on the left, feedback of layers
+        that there are not, and models that are no decoders.
+    OSError
+        Where a file of feedback cannot be read.
 
     Examples
     --------
@@ -89,6 +100,7 @@ class NsqCache(Cache):
         policy: Policy | Mapping[Any, Any] | Sequence[Any] | None = None,
         block_size: int | None = None,
         attention_mask: Any = None,
+        key_feedback: Mapping[Any, Feedback] | str | os.PathLike[str] | None = None,
     ) -> None:
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -107,12 +119,13 @@ class NsqCache(Cache):
                     f"transformers' own {type(layers[index]).__name__}; leave it out, or give None"
                 )
         padding = None if attention_mask is None else _padding(attention_mask)
+        feedback = _feedback(key_feedback, len(layers))
         for index, kind in full.items():
             schemes = chosen.get(index, usual)
             if schemes is not None:
                 states = getattr(layers[index], "number_of_states", None)
                 options = {} if states is None else {"number_of_states": states}
-                layers[index] = kind(schemes, padding, **options)
+                layers[index] = kind(schemes, padding, feedback.get(index), index, **options)
         super().__init__(layers=layers)
 
     @property
@@ -151,6 +164,10 @@ class NsqLayer(DynamicLayer):
         Of keys and of values, with block sizes.
     padding : sequence of int, optional
         Tokens on the left of each row that are not stored.
+    key_feedback : Feedback, optional
+        With which keys are coded (F1).
+    number : int
+        Of the layer, for errors.
 
     Attributes
     ----------
@@ -163,9 +180,16 @@ class NsqLayer(DynamicLayer):
     supports_early_init = False
     keys, values = _held(0), _held(1)
 
-    def __init__(self, schemes: Schemes, padding: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        schemes: Schemes,
+        padding: Sequence[int] | None = None,
+        key_feedback: Feedback | None = None,
+        number: int = 0,
+    ) -> None:
         super().__init__()
-        self.schemes, self.padding = schemes, padding
+        self.schemes, self.padding, self.key_feedback = schemes, padding, key_feedback
+        self.number = number
         self.reset()
 
     def __repr__(self) -> str:
@@ -189,8 +213,8 @@ class NsqLayer(DynamicLayer):
         Raises
         ------
         TypeError, ValueError
-            For tensors that are not on the CPU or need a gradient, and what `KVCache.append`
-            refuses. Nothing was appended then.
+            For tensors that are not on the CPU or need a gradient, feedback of other heads, and
+            what `KVCache.append` refuses. Nothing was appended then.
         """
         key_states, value_states = _taken(key_states, value_states)
         rows, before = len(key_states), self.kv_cache
@@ -220,8 +244,14 @@ class NsqLayer(DynamicLayer):
                 f"attention_mask of NsqCache has {len(padding)} rows and the model runs {batch}; "
                 "give that of this prompt"
             )
+        if self.key_feedback is not None:
+            heads = {self.number: (kv_heads, head_dim)}
+            feedback_of_layers({self.number: self.key_feedback}, heads, name="key_feedback")
         self._leads = [lead for lead in padding for _ in range(batch // len(padding))]
-        return KVCache(batch, kv_heads, head_dim, *self.schemes, value_head_dim=values.shape[3])
+        return KVCache(
+            batch, kv_heads, head_dim, *self.schemes, value_head_dim=values.shape[3],
+            key_feedback=self.key_feedback,
+        )  # fmt: skip
 
     def get_seq_length(self) -> int:
         """Positions that are held, padding included."""
@@ -281,10 +311,15 @@ class NsqHybridLayer(LinearAttentionLayer, NsqLayer):
     is_compileable = False
 
     def __init__(
-        self, schemes: Schemes, padding: Sequence[int] | None = None, **options: Any
+        self,
+        schemes: Schemes,
+        padding: Sequence[int] | None = None,
+        key_feedback: Feedback | None = None,
+        number: int = 0,
+        **options: Any,
     ) -> None:
         LinearAttentionLayer.__init__(self, **options)
-        NsqLayer.__init__(self, schemes, padding)
+        NsqLayer.__init__(self, schemes, padding, key_feedback, number)
 
     def reset(self) -> None:
         """Drop all tokens and states."""
@@ -376,6 +411,15 @@ def _pair(entry: Any, block_size: int | None) -> Schemes:
             "point"
         )
     return _schemes(pair[0], pair[1], block_size)
+
+
+def _feedback(given: Any, layers: int) -> dict[int, Feedback]:
+    """Return the feedback of the layers that have some."""
+    if given is None:
+        return {}
+    if isinstance(given, str | os.PathLike):
+        given = load_feedback(given)
+    return feedback_of_layers(given, dict.fromkeys(range(layers)), name="key_feedback")
 
 
 def _padding(attention_mask: Any) -> list[int]:

@@ -120,7 +120,9 @@ def captured(
     if path.is_dir():
         why = "a model of transformers gives no queries out"
         if require_queries:
-            raise ValueError(f"{path}: {why}; export it to ONNX")
+            raise ValueError(
+                f"{path}: {why}; export it to ONNX, or take nsq_ref.transformers.query_moments"
+            )
         opened = open_model(path)
         ids = every[: min(tokens, opened.context_length or tokens)]
         require_vocabulary("text", ids, opened.vocab_size, opened.name)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.audit import Layer
-from nsq_ref.feedback import DAMPING, Feedback, second_moment
+from nsq_ref.feedback import DAMPING, Feedback, Moments, second_moment
 from onnx_export.evaluation.captured import captured
 from onnx_export.models.built import Progress
 from onnx_export.models.texts import ADDRESSES, read_address
@@ -42,7 +42,9 @@ class ReadText(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class QueryMoments:
-    """What queries of a model were found; it never changes.
+    """What queries of a model were found.
+
+    Nothing changes one, so that threads may share it.
 
     Attributes
     ----------
@@ -71,13 +73,7 @@ class QueryMoments:
         TypeError, ValueError
             As `nsq_ref.Feedback.from_moment`, with the layer.
         """
-        made = {}
-        for number, moment in self.layers.items():
-            try:
-                made[str(number)] = Feedback.from_moment(moment, damping)
-            except ValueError as error:
-                raise ValueError(f"layer {number}: {error}") from error
-        return made
+        return Moments(self.layers).feedback(damping)
 
 
 def query_moments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ PathLike = str | os.PathLike[str]
 
 FORMAT = "nsq-session-1"
 MASK = "mask"
+FEEDBACK = "key_feedback"  # a field of those alone whose keys are coded with some: the digests
 BYTES = DTYPES["uint8"]
 
 
@@ -62,6 +64,8 @@ def write(
         "lengths": list(saved.lengths),
         "slots": saved.slots,
     }
+    if model.layout.key_feedback:
+        content[FEEDBACK] = list(model.layout.key_feedback)
     containers.write_container(path, FORMAT, content, arrays)
 
 
@@ -78,8 +82,9 @@ def read(path: PathLike, model: Model, batch: int, limit: int) -> Saved:
 
     def names(content: dict[str, Any]) -> set[str]:
         if content.get("model") != model.fingerprint:
-            raise _OtherModelError
-        if set(content) != {"model", "lengths", "slots"}:
+            raise _OtherModelError(_other_feedback(content.get(FEEDBACK), layout.key_feedback))
+        own = {"model", "lengths", "slots"} | ({FEEDBACK} if layout.key_feedback else set())
+        if set(content) != own or content.get(FEEDBACK, []) != list(layout.key_feedback):
             raise ValueError(f"its metadata has {sorted(content)}")
         slots = as_integer("slots", content["slots"], least=0)
         as_integers("lengths", content["lengths"], least=0, most=slots)
@@ -87,10 +92,10 @@ def read(path: PathLike, model: Model, batch: int, limit: int) -> Saved:
 
     try:
         content, arrays = containers.read_container(path, FORMAT, names)
-    except _OtherModelError:
+    except _OtherModelError as error:
         raise StorageError(
-            f"{path} is a state of another model than {model.path}; take the model that it was "
-            "saved with, or read the text again"
+            f"{path} is a state of another model than {model.path}{error}; take the model that it "
+            "was saved with, or read the text again"
         ) from None
     slots, lengths = content["slots"], content["lengths"]
     if len(lengths) != batch:
@@ -123,6 +128,22 @@ def read(path: PathLike, model: Model, batch: int, limit: int) -> Saved:
 
 class _OtherModelError(Exception):
     pass
+
+
+def _other_feedback(saved: Any, own: tuple[str | None, ...]) -> str:
+    """Say of which layer the keys are coded with another feedback (F1); nothing where none is."""
+    given = saved if isinstance(saved, list) else []
+    for layer, (theirs, ours) in enumerate(zip_longest(given, own)):
+        if theirs != ours:
+            return (
+                f": keys of layer {layer} are coded {_with(theirs)} in the file, and {_with(ours)} "
+                "in the model"
+            )
+    return ""
+
+
+def _with(digest: Any) -> str:
+    return "without feedback" if digest is None else f"with feedback {digest!s:.12}..."
 
 
 def _shape(

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 
 from nsq_ref import Feedback, Quantized, RangeError, Scheme, dequantize, files, oracle, quantize
 from nsq_ref.codec import Backend
-from nsq_ref.feedback import second_moment
+from nsq_ref.feedback import Moments, second_moment
 from nsq_ref.kernels.feedback import LANES, through_float16
 from nsq_ref.strategies import feedbacks, inputs, schemes, tensors
 from tests.nsq_ref.test_backends import SCHEMES
@@ -482,3 +482,22 @@ def test_oracle_takes_a_head_as_lists() -> None:
     arrays = oracle.encode(x, replace(PLAIN, bits=2), (order, factor))
     assert lists == arrays
     assert lists["coded"] != lists["direction"]
+
+
+def test_moments_that_cannot_be_added_or_used() -> None:
+    one = Moments({0: np.eye(4)[None]})
+    other = Moments({1: np.eye(8)[None], 0: one.layers[0]})
+    total = (one + other).layers
+    assert (list(total), total[0][0, 0, 0], total[1][0, 0, 0]) == ([0, 1], 2, 1)
+    with pytest.raises(ValueError, match=r"layer 0 has moments of shapes \[1, 4, 4\] and \[2, 4"):
+        one + Moments({0: np.eye(4)[None].repeat(2, 0)})
+    with pytest.raises(TypeError, match="unsupported operand"):
+        one + {0: np.eye(4)[None]}  # type: ignore[operator]
+    with pytest.raises(TypeError, match="layers must map numbers of layers to moments, got list"):
+        Moments([np.eye(4)[None]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a layer of layers='0' is not an integer"):
+        Moments({"0": np.eye(4)[None]})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"^layers\[2\] has shape \[4, 4\]; give \[kv_heads"):
+        Moments({2: np.eye(4)})
+    with pytest.raises(ValueError, match=r"^layer 3: the diagonal of moment\[0\] has the mean 0"):
+        Moments({3: np.zeros((1, 4, 4))}).feedback()

@@ -144,6 +144,10 @@ def feedback_parts(function: Callable[..., nsq.Feedback]) -> Callable[..., Any]:
     return parts
 
 
+def moments(layers: Any) -> feedback.Moments:
+    return feedback.Moments({3: layers})
+
+
 def prepared(**arguments: Any) -> Any:
     piece = attention.prepare(**arguments)
     return piece.kv_heads, piece.tokens, piece.head_dim, piece.arrays
@@ -198,6 +202,14 @@ CALLS: dict[str, Call] = {
     "Feedback.head": call(FEEDBACK.head, index=Integer(1)),
     "feedback.second_moment": call(
         feedback.second_moment, queries=Numbers(X), kv_heads=Integer(2)
+    ),
+    "feedback.Moments": call(
+        lambda layers: (moments(layers) + moments(layers)).layers[3],
+        layers=Numbers(X[:, :8].swapaxes(1, 2) @ X[:, :8]),
+    ),
+    "feedback.Moments.feedback": call(
+        feedback_parts(lambda damping: moments(np.eye(4)[None]).feedback(damping)["3"]),
+        damping=Number(0.25),
     ),
     "attention.attend": call(
         attention.attend, query=Numbers(QUERY[:, :, :3]), keys=Numbers(KEYS),

@@ -7,6 +7,7 @@ can hold, in a layer of its own. `masked` has a float32 cache that grows, and a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from nsq_ref import Scheme
+from nsq_ref import Feedback, Scheme
 from nsq_ref.scheme import KeyValueSchemes
 from onnx_export.operators import attention_node, functions
 from onnx_export.operators.cache_layout import CacheLayout, CacheTensor, quantized_tensors
@@ -54,6 +55,14 @@ class Tables:
         )
 
 
+def some_feedback(seed: int = 0) -> Feedback:
+    """Return that of a layer whose queries have much in common."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((KV_HEADS, HEAD_DIM, HEAD_DIM))
+    queries = rng.standard_normal((KV_HEADS, 5, HEAD_DIM)) @ mixing
+    return Feedback.from_queries(queries, KV_HEADS)
+
+
 def quantized(
     folder: Path,
     seed: int = 0,
@@ -61,8 +70,13 @@ def quantized(
     *,
     new_lengths: bool = True,
     counted: bool = False,
+    feedback: Mapping[int, Feedback] | None = None,
 ) -> Path:
-    """Write the model with a quantized cache, whose lengths are inputs or counted in a mask."""
+    """Write the model with a quantized cache, whose lengths are inputs or counted in a mask.
+
+    Layers may code their keys with feedback (F1).
+    """
+    feedback = feedback or {}
     optional = {"new_lengths": "new"} if new_lengths else {}
     tables, add = Tables(seed), Nodes()
     inputs: dict[str, Any] = {
@@ -93,8 +107,13 @@ def quantized(
             ]
             inputs[tensor.past] = outputs[tensor.present] = (tensor.dtype, axes)
         tensors += own
+        fed: dict[str, str] = {}
+        if (one := feedback.get(layer)) is not None:
+            arrays = {"key_order": one.order, "key_factor": one.factor}
+            fed = {name: add("Identity", array) for name, array in arrays.items()}
+            names |= fed
         node = attention_node(
-            KEY, VALUE, heads=HEADS, kv_heads=KV_HEADS, inputs=("key", "value", *optional)
+            KEY, VALUE, heads=HEADS, kv_heads=KV_HEADS, inputs=("key", "value", *optional, *fed)
         )
         for sides in (node.input, node.output):
             for index, name in enumerate(sides):
@@ -110,6 +129,11 @@ def quantized(
         8,
         context_length,
         right_padding=counted,
+        key_feedback=tuple(
+            feedback[layer].digest if layer in feedback else None for layer in range(LAYERS)
+        )
+        if feedback
+        else (),
     )
     return _write(folder / "quantized.onnx", add, inputs, outputs, layout, functions())
 

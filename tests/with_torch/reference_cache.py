@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,14 @@ from transformers.cache_utils import (
 import nsq_ref as nsq
 
 
-def reconstructed(x: Any, scheme: nsq.Scheme) -> Any:
+def reconstructed(x: Any, scheme: nsq.Scheme, feedback: nsq.Feedback | None = None) -> Any:
     """``x[kv_heads, T, D]`` with every full block behind the sinks as it decodes."""
     size, sinks = scheme.block_size or 1, scheme.sink_tokens
     full = max(x.shape[1] - sinks, 0) // size * size
     result = x.clone()
     if full:
-        blocks = nsq.quantize(x[:, sinks : sinks + full], replace(scheme, sink_tokens=0))
+        sealed = replace(scheme, sink_tokens=0)
+        blocks = nsq.quantize(x[:, sinks : sinks + full], sealed, feedback=feedback)
         result[:, sinks : sinks + full] = torch.from_numpy(nsq.dequantize(blocks))
     return result
 
@@ -32,10 +33,14 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
     """A layer of a `DynamicCache` that shows what came before a pass as the codec gives it back."""
 
     def __init__(
-        self, key: nsq.Scheme, value: nsq.Scheme, leads: Sequence[int] | None = None
+        self,
+        key: nsq.Scheme,
+        value: nsq.Scheme,
+        leads: Sequence[int] | None = None,
+        key_feedback: nsq.Feedback | None = None,
     ) -> None:
         super().__init__()
-        self.schemes, self.leads = (key, value), leads
+        self.schemes, self.leads = ((key, key_feedback), (value, None)), leads
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> Any:
         past = self.get_seq_length()
@@ -43,15 +48,15 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
         if not past:
             return dense
         both = zip(dense, self.schemes, strict=True)
-        return tuple(self.shown(x, scheme, past) for x, scheme in both)
+        return tuple(self.shown(x, past, *scheme) for x, scheme in both)
 
-    def shown(self, x: Any, scheme: nsq.Scheme, past: int) -> Any:
+    def shown(self, x: Any, past: int, *scheme: Any) -> Any:
         """The first ``past`` positions as they are stored, padding as zeros if it is not."""
         result, leads = x.clone(), self.leads or [0]
         for row in range(len(x)):
             lead = leads[row * len(leads) // len(x)]
             result[row, :, :lead] = 0
-            result[row, :, lead:past] = reconstructed(x[row, :, lead:past], scheme)
+            result[row, :, lead:past] = reconstructed(x[row, :, lead:past], *scheme)
         return result
 
 
@@ -65,10 +70,14 @@ KINDS = {DynamicLayer: ReferenceLayer, LinearAttentionAndFullAttentionLayer: Ref
 
 
 def reference_cache(
-    config: Any, key: nsq.Scheme, value: nsq.Scheme, leads: Sequence[int] | None = None
+    config: Any,
+    key: nsq.Scheme,
+    value: nsq.Scheme,
+    leads: Sequence[int] | None = None,
+    key_feedback: Mapping[int, nsq.Feedback] | None = None,
 ) -> Any:
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
         if kind := KINDS.get(type(layer)):
-            layers[index] = kind(key, value, leads)
+            layers[index] = kind(key, value, leads, (key_feedback or {}).get(index))
     return Cache(layers=layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsq_ref as nsq
+from nsq_ref.strategies import feedbacks
 from nsq_ref.transformers import NsqCache, NsqLayer
 from nsq_ref.transformers.passes import Stored
 from tests.with_torch.tiny_decoders import CACHE, config_of, decoder, prompt
 
 KEY = replace(nsq.Scheme.named("streaming4"), block_size=8)  # one sink
 VALUE = replace(nsq.Scheme.named("nsep+pchan3"), block_size=6)
+
+
+FEEDBACK = nsq.Feedback.from_queries(np.random.default_rng(0).standard_normal((2, 5, 4)), 2)
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0, dtype: Any = torch.float32) -> Any:
@@ -36,14 +41,19 @@ def held(layer: NsqLayer) -> list[dict[str, bytes]]:
     ]
 
 
-def fresh(rows: list[Any], leads: list[int] | None = None) -> list[dict[str, bytes]]:
-    """What is stored of dense rows ``[2, kv_heads, T, D]``, each appended alone and at once."""
+def fresh(
+    rows: list[Any], leads: list[int] | None = None, feedback: nsq.Feedback | None = None
+) -> list[dict[str, bytes]]:
+    """What a `KVCache` has of dense rows ``[2, kv_heads, T, D]``, each appended alone and at once."""
     found = []
     for index, row in enumerate(rows):
-        layer = NsqLayer((KEY, VALUE))
+        cache = nsq.KVCache(1, 2, 4, KEY, VALUE, key_feedback=feedback)
         lead = leads[index] if leads else 0
-        layer.update(*row[:, None, :, lead:])
-        found += held(layer)
+        cache.append(*row[:, None, :, lead:])
+        found += [
+            {name: array.tobytes() for name, array in side.arrays.items()}
+            for side in cache.stored()
+        ]
     return found
 
 
@@ -62,10 +72,16 @@ operations = st.lists(
 
 
 @settings(max_examples=40)
-@given(operations, st.sampled_from([None, [0, 0], [5, 0], [3, 12]]))
-def test_any_operations(steps: list[tuple[str, Any]], leads: list[int] | None) -> None:
-    """B1 B2 K1: the bytes of all that is left, appended at once, whatever was done before."""
-    layer = NsqLayer((KEY, VALUE), leads)
+@given(
+    operations,
+    st.sampled_from([None, [0, 0], [5, 0], [3, 12]]),
+    st.none() | feedbacks(2, 4, kinds=("queries", "ties")),
+)
+def test_any_operations(
+    steps: list[tuple[str, Any]], leads: list[int] | None, feedback: nsq.Feedback | None
+) -> None:
+    """B1 B2 K1 F1: the bytes of all that is left, appended at once, whatever was done before."""
+    layer = NsqLayer((KEY, VALUE), leads, feedback)
     x = tokens(400, rows=2)
     rows, own, at, last = [x[:, i, :, :0] for i in range(2)], list(leads or [0, 0]), 0, 0
     for step, value in [("update", 23), *steps, ("update", 13)]:
@@ -102,15 +118,16 @@ def test_any_operations(steps: list[tuple[str, Any]], leads: list[int] | None) -
             rows, own, last = [rows[i] for i in order], [own[i] for i in order], 0
     assert layer.get_seq_length() == at
     assert layer.get_mask_sizes(5) == (at + 5, 0)
-    assert held(layer) == fresh(rows, own)
+    assert held(layer) == fresh(rows, own, feedback)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_prompt_in_chunks_or_one_by_one(dtype: Any) -> None:
+@pytest.mark.parametrize("feedback", [None, FEEDBACK])
+def test_a_prompt_in_chunks_or_one_by_one(dtype: Any, feedback: nsq.Feedback | None) -> None:
     x = tokens(70, rows=2, dtype=dtype)
-    found = []
+    found = [fresh([x[:, 0], x[:, 1]], feedback=feedback)]
     for size in (70, 1, 9, 33):
-        layer = NsqLayer((KEY, VALUE))
+        layer = NsqLayer((KEY, VALUE), None, feedback)
         for start in range(0, 70, size):
             layer.update(*x[:, :, :, start : start + size])
         found.append(held(layer))

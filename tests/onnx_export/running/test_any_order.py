@@ -19,12 +19,14 @@ from tests.support.lookup_decoder import HEAD_DIM, KEY, KV_HEADS, LAYERS, POISON
 
 CAPACITY = 24
 TABLES = lookup_decoder.Tables()
+FEEDBACK = {1: lookup_decoder.some_feedback()}  # layer 0 has none
 BEHIND = 0x5A
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(lookup_decoder.quantized(tmp_path_factory.mktemp("lookup")), threads=1)
+    folder = tmp_path_factory.mktemp("lookup")
+    return Model(lookup_decoder.quantized(folder, feedback=FEEDBACK), threads=1)
 
 
 class Expected:
@@ -36,8 +38,9 @@ class Expected:
     @classmethod
     def empty(cls, batch: int) -> Expected:
         return cls(
-            [KVCache(batch, KV_HEADS, HEAD_DIM, KEY, VALUE, value_head_dim=VALUE_DIM)
-             for _ in range(LAYERS)]
+            [KVCache(batch, KV_HEADS, HEAD_DIM, KEY, VALUE, value_head_dim=VALUE_DIM,
+                     key_feedback=FEEDBACK.get(layer))
+             for layer in range(LAYERS)]
         )  # fmt: skip
 
     def append(self, rows: Sequence[Sequence[int]]) -> bool:
@@ -93,7 +96,7 @@ OPERATIONS = st.one_of(
 def test_the_bytes_are_those_of_kv_cache(
     model: Model, batch: int, operations: list[tuple[str, Any]]
 ) -> None:
-    """Rules K1, B1, B2 and C1, through every operation of a session."""
+    """Rules K1, B1, B2, C1 and F1, through every operation of a session."""
     require_same(model, batch, operations)
 
 

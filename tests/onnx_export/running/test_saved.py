@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,34 @@ def test_another_model_is_refused(model: Model, tmp_path: Path) -> None:
     require_refused(reader(model), tmp_path / "state", "a state of another model than")
 
 
+def test_another_feedback_is_another_model(model: Model, tmp_path: Path) -> None:
+    """It is told which layer's keys are coded with what (F1)."""
+    models = [model]
+    digests = [None]
+    for seed in range(2):
+        folder = tmp_path / f"feedback {seed}"
+        folder.mkdir()
+        feedback = lookup_decoder.some_feedback(seed)
+        path = lookup_decoder.quantized(folder, context_length=40, feedback={1: feedback})
+        models.append(Model(path))
+        digests.append(feedback.digest)
+    named = ["without feedback"] + [rf"with feedback {one:.12}\.\.\." for one in digests[1:]]
+    for i, one in enumerate(models):
+        reader(one).save(tmp_path / "state")
+        for j, other in enumerate(models):
+            session = reader(other)
+            if i == j:
+                session.crop(0)
+                session.restore(tmp_path / "state")
+                assert session.lengths == (10, 2)
+                continue
+            message = (
+                f"another model than {re.escape(str(other.path))}: keys of layer 1 are coded "
+                f"{named[i]} in the file, and {named[j]} in the model; take the model that it was"
+            )
+            require_refused(session, tmp_path / "state", message)
+
+
 def test_other_weights_are_another_model(tmp_path: Path) -> None:
     """Also where they lie in a file of their own, of equal length."""
     folders = [tmp_path / name for name in ("one", "other")]
@@ -119,6 +148,8 @@ def changed(path: Path, change: str) -> None:
         content["lengths"] = [10, 11]
     elif change == "slots":
         content["slots"] = -1
+    elif change == "feedback":
+        content["key_feedback"] = [None, "ab"]
     elif change == "content":
         content["rows"] = 2
     containers.write_container(path, "nsq-session-1", content, arrays)
@@ -133,6 +164,7 @@ def changed(path: Path, change: str) -> None:
         ("more", "'mask' does not belong there"),
         ("lengths", r"lengths\[1\]=11"),
         ("slots", "slots=-1"),
+        ("feedback", "its metadata has .*key_feedback"),
         ("content", "its metadata has"),
     ],
 )

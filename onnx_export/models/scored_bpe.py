@@ -18,35 +18,31 @@ __all__ = ["merges_by_score", "scored_bpe"]
 SPACE = "▁"  # how a space is written in a token
 
 
-def merges_by_score(
-    vocabulary: dict[str, int], scores: NDArray[np.float32]
-) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that make a token, that of the highest score first.
+def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Return all pairs of tokens that make a token, those of the highest score first.
 
     Parameters
     ----------
-    vocabulary : dict of str to int
-        The tokens that are merged, and what they are merged from.
-    scores : numpy.ndarray
-        float32, one a token.
+    scores : dict of str to float
+        Of each token, in the order of their ids.
 
     Examples
     --------
-    >>> merges_by_score({"a": 0, "b": 1, "ab": 2, "aab": 3}, np.array([0, 0, -2, -1]))
+    >>> merges_by_score({"a": 0.0, "b": 0.0, "ab": -2.0, "aab": -1.0})
     [('a', 'ab'), ('a', 'b')]
     """
+    ids = {token: index for index, token in enumerate(scores)}
     found = []
-    for token, index in vocabulary.items():
+    for token in sorted(scores, key=scores.__getitem__, reverse=True):
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        known = [one for one in pairs if one[0] in vocabulary and one[1] in vocabulary]
-        found += [(-scores[index], *pair) for pair in known]
-    # Two ways to one token differ in nothing that a text shows; they are in order of their cut.
-    found.sort(key=lambda one: one[0])
-    return [(left, right) for _, left, right in found]
+        known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+        # Ways to one token are in the order of ids, as in the files of Hugging Face.
+        found += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return found
 
 
 def scored_bpe(
-    file: GGUFFile, tokens: list[str], types: NDArray[np.int32], scores: NDArray[np.float32]
+    file: GGUFFile, vocabulary: dict[str, int], types: list[int], scores: NDArray[np.float32]
 ) -> tokenizers.Tokenizer:
     """Return the tokenizer of a vocabulary with scores; what it lacks is spelled in bytes.
 
@@ -55,25 +51,22 @@ def scored_bpe(
     ValueError
         If a byte has no token, or the file puts a space before every text.
     """
-    if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if file.metadata.get("tokenizer.ggml.add_space_prefix", True) is not False:
         raise ValueError(
             f"{file.path}: key 'tokenizer.ggml.add_space_prefix' is not false; tokenizers that put "
             "a space before every text are not supported"
         )
-    vocabulary = {token: index for index, token in enumerate(tokens)}
     for byte in range(256):
-        index = vocabulary.get(f"<0x{byte:02X}>", -1)
-        if index < 0 or types[index] != gguf.TokenType.BYTE:
+        index = vocabulary.get(f"<0x{byte:02X}>")
+        if index is None or types[index] != gguf.TokenType.BYTE:
             raise ValueError(
-                f"{file.path}: the byte {byte:#04x} has no token; convert the model again"
+                f"{file.path}: the byte {byte:#04x} has no token of its own; convert the model "
+                "again"
             )
-    merged = {token: i for token, i in vocabulary.items() if types[i] == gguf.TokenType.NORMAL}
+    normal, values = int(gguf.TokenType.NORMAL), scores.tolist()
+    merged = {token: values[i] for token, i in vocabulary.items() if types[i] == normal}
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=merges_by_score(merged, scores),
-            byte_fallback=True,
-        )
+        models.BPE(vocab=vocabulary, merges=merges_by_score(merged), byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence(

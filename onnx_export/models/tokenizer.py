@@ -131,7 +131,9 @@ class Tokenizer:
         self._origin = f"the chat template of {file.path}"
         self._missing_bytes: set[int] = set()
         if kind == "llama":
-            self._tokenizer = scored_bpe(file, tokens, types, _scores(file, len(tokens)))
+            self._tokenizer = scored_bpe(
+                file, vocabulary, types.tolist(), _scores(file, len(tokens))
+            )
         else:
             self._missing_bytes.update(
                 byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary

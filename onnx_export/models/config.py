@@ -1,4 +1,4 @@
-"""What a decoder of the Llama family is, read from its GGUF file: shape, constants, tensors.
+"""What a decoder is, of the Llama family or Gemma 3, by its GGUF file: shape, constants, tensors.
 
 Whatever the graph would not compute is refused here, before anything is built.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import string
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +22,15 @@ from onnx_export.models.config import DecoderConfig, read_config
 from onnx_export.models.decoder import Decoder
 from onnx_export.models.gguf import GGUFFile
 from onnx_export.running import Model, Session
+from tests.support.command import said
 from tests.support.llama_oracle import IDS, TinyModel, write_gguf
 
 # Layers 0 to 4 and 6 see five positions, layer 5 all.
 TINY = TinyModel("gemma3", layers=7, kv_heads=1, head_dim=16, explicit_head_dim=True)
 # Blocks longer than the context: nothing is sealed, and the cache is what was computed.
 UNSEALED = replace(Scheme.named("streaming4"), block_size=64)
+# In its tokens.
+TEXT = "the|▁|c|a|c|he|▁|o|f|▁|the|▁|he|a|d|s|▁|i|s|▁|w|h|a|t|▁|the|y|▁|s|e|e|▁|o|f|▁|the|n"
 FORMS: dict[str, AttentionForm] = {
     "plain": PlainAttention(),
     "gqa": GroupedAttention(),
@@ -49,6 +54,40 @@ def test_the_cache_is_that_of_the_forward_pass(tmp_path: Path) -> None:
     found = decoder.forward([IDS])[1:]
     for side, expected in zip(found, TINY.forward(IDS)[1:], strict=True):
         assert np.abs(side[:, 0] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_it_is_evaluated_from_the_token_that_begins_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    letters = ["the", "he", *string.ascii_lowercase, "▁"]
+    tokens = ["<eos>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    named = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [6] * 256 + [1] * len(letters),
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    model = replace(TINY, vocab=len(tokens), weights={})
+    write_gguf(tmp_path / "tiny.gguf", "gemma3", model.keys() | named, model.tensors())
+    pieces = TEXT.split("|")
+    (tmp_path / "text.txt").write_text("".join(pieces).replace("▁", " "))
+    quick = ("--prefill", 12, "--continuation", 6, "--passages", 2, "--text", "text.txt", "--json")
+    printed = said("eval", "tiny.gguf", *quick, "--scheme", "streaming4", cwd=tmp_path)
+    (table,) = json.loads(printed)["evaluations"][0]["tables"]
+    ids = [tokens.index(one) for one in pieces]
+    for number, found in enumerate(table["baseline"]["nll"]):
+        passage = [1, *ids[18 * number : 18 * (number + 1)]]
+        scores = model.forward(passage)[0][12:-1]
+        highest = scores.max(axis=1)
+        log_sum = highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1))
+        expected = (log_sum - scores[np.arange(6), passage[13:]]).mean()
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert 0 < table["schemes"]["streaming4"]["kl"]["mean"] < 1
 
 
 @pytest.mark.parametrize("change", [{"window": 6}, {"local_theta": 9000.0}, {"theta": 900.0}])

@@ -101,7 +101,7 @@ class DecoderGraph(Graph):
         if config.is_gemma:
             root = np.array(config.embedding_length**0.5, np.float32)
             factor = self.initializer("embedding_scale", root)
-            x = self.add("Mul", x, factor, name="token_embd.scaled")
+            x = self.add("Mul", x, factor, name="embedding")
         self._add_positions()
         for layer in range(config.layers):
             norm = self._rms_norm(x, f"blk.{layer}.attn_norm")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from nsq_ref import Scheme
 from onnx_export.models.attention_forms import (
@@ -47,6 +48,17 @@ def test_every_form_agrees_with_an_independent_forward_pass(form: str, tmp_path:
     for start, stop in ((0, 3), (3, 11), (11, 12), (12, 13)):
         logits = session.forward(IDS[start:stop], num_logits=None)
         assert np.abs(logits[0] - expected[start:stop]).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("form", ["plain", "nsq"])
+def test_so_does_one_whose_weights_stay_as_they_are_stored(form: str, tmp_path: Path) -> None:
+    kind = GGMLQuantizationType.Q8_0
+    model = replace(TINY, layers=6, feed_forward=64, tensor_type=kind, weights={})
+    path = model.write(tmp_path / "tiny.gguf")
+    built = cached_onnx(path, cache_dir=tmp_path, attention=FORMS[form], weights="stored")
+    logits = Session(Model(built)).forward(IDS, num_logits=None)
+    expected, _, _ = model.forward(IDS)
+    assert np.abs(logits[0] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_the_cache_is_that_of_the_forward_pass(tmp_path: Path) -> None:

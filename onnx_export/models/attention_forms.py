@@ -194,6 +194,8 @@ class PlainAttention(AttentionForm):
 class GroupedAttention(AttentionForm):
     """ONNX Runtime's ``com.microsoft.GroupQueryAttention`` over a cache of fixed size.
 
+    Where a model has windows, ONNX Runtime before 1.24 lets a query see one position more.
+
     Nothing changes one, so that threads may share it.
 
     Parameters

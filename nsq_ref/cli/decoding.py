@@ -34,7 +34,9 @@ OWN_OPTIONS = {
 
 def build(
     context: typer.Context,
-    gguf: Annotated[Path, typer.Argument(help="A model of the Llama, Qwen2 or Qwen3 family.")],
+    gguf: Annotated[
+        Path, typer.Argument(help="A model of the Llama, Qwen2, Qwen3 or Gemma 3 family.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="DIR", callback=file_name, help="A folder.")],
     *,
     attention: Annotated[

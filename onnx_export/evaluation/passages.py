@@ -34,6 +34,8 @@ def reporting(
 ) -> NDArray[np.int64]:
     """Return passages to report of: of files, or of what docs/fidelity.md keeps for that.
 
+    Each begins with the token that the tokenizer puts before every text, if it does.
+
     Parameters
     ----------
     tokenizer : Encodes
@@ -59,10 +61,12 @@ def reporting(
     >>> reporting(Tokenizer(tiny_gguf(tempfile.mkdtemp())), 641, 10).shape
     (10, 641)
     """
-    texts = [tokenizer.encode(read_text(file)) for file in files]
-    if not texts:
-        texts = [tokenizer.encode(read_address(name))[REPORTING_START:] for name in ADDRESSES]
-    return cut(texts, length, count, stride=stride)
+    start, given = 0, [read_text(file) for file in files]
+    if not given:
+        start, given = REPORTING_START, [read_address(name) for name in ADDRESSES]
+    begins, texts = _encoded(tokenizer, given)
+    texts = [text[start:] for text in texts]
+    return _beginning(begins, cut(texts, length - len(begins), count, stride=stride))
 
 
 def choosing(tokenizer: Encodes) -> NDArray[np.int64]:
@@ -76,5 +80,19 @@ def choosing(tokenizer: Encodes) -> NDArray[np.int64]:
     >>> choosing(Tokenizer(tiny_gguf(tempfile.mkdtemp()))).shape
     (4, 512)
     """
-    addresses = [tokenizer.encode(read_address(name))[:REPORTING_START] for name in ADDRESSES]
-    return cut(addresses, CALIBRATED, CALIBRATING)
+    begins, texts = _encoded(tokenizer, [read_address(name) for name in ADDRESSES])
+    texts = [text[:REPORTING_START] for text in texts]
+    return _beginning(begins, cut(texts, CALIBRATED - len(begins), CALIBRATING))
+
+
+def _encoded(tokenizer: Encodes, texts: Iterable[str]) -> tuple[Ids, list[Ids]]:
+    """Return the token that begins every text, if there is one, and the texts without it."""
+    encoded = [tokenizer.encode(text) for text in texts]
+    begins = tokenizer.encode("")[:1]
+    if any(ids[: len(begins)].tolist() != begins.tolist() for ids in encoded):
+        begins = begins[:0]  # it ends them
+    return begins, [ids[len(begins) :] for ids in encoded]
+
+
+def _beginning(begins: Ids, passages: Ids) -> Ids:
+    return np.concatenate([np.tile(begins, (len(passages), 1)), passages], axis=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from nsq_ref.extras import extra
 from nsq_ref.feedback import Feedback
 from nsq_ref.policy import feedback_of_layers
 from nsq_ref.scheme import KeyValueSchemes, Scheme
-from onnx_export.models.config import DecoderConfig
+from onnx_export.models.config import LOCAL, DecoderConfig
 from onnx_export.models.nodes import Graph
 from onnx_export.operators import attention_node, functions
 from onnx_export.operators.attention import SCATTER_OPSET
@@ -35,7 +35,8 @@ with extra("onnx", __name__):
 
 __all__ = ["AttentionForm", "GroupedAttention", "PlainAttention", "QuantizedAttention"]
 
-Float64 = NDArray[np.float64]
+Frequencies = Mapping[str, NDArray[np.float64]]
+"""Angles by which a position turns each channel, as `rotary_frequencies` gives them."""
 
 MOST_POSITIONS = 1 << 22
 TABLE_ROWS = 1 << 13  # that are in memory at a time
@@ -60,7 +61,7 @@ class AttentionForm(ABC):
         """Return the tensors of the cache."""
 
     @abstractmethod
-    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
+    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Frequencies) -> None:
         """Add what all layers need, given the angles by which a position turns each channel."""
 
     @abstractmethod
@@ -110,10 +111,11 @@ class PlainAttention(AttentionForm):
             for kind in ("key", "value")
         )
 
-    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
+    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Frequencies) -> None:
         """Add ``cosine`` and ``sine`` of the rotary angles, and the causal ``mask``.
 
-        Angles are computed in float64: in float32 the angle of a late position has lost digits.
+        Layers that see a window have their own, whose names begin with `LOCAL`. Angles are computed
+        in float64: in float32 the angle of a late position has lost digits.
         """
         zero = graph.initializer("zero", np.array(0, np.int64))
         one = graph.initializer("one", np.array(1, np.int64))
@@ -128,20 +130,27 @@ class PlainAttention(AttentionForm):
         masked = graph.initializer("masked", np.array(-np.inf, np.float32))
         visible = graph.initializer("visible", np.array(0, np.float32))
         graph.add("Where", future, masked, visible, name="mask")
+        if config.sliding_window:
+            window = graph.initializer("window", np.array(config.sliding_window, np.int64))
+            before = graph.add("Sub", queries, window, name="before_window")
+            earlier = graph.add("LessOrEqual", keys, before, name="earlier")
+            hidden = graph.add("Or", future, earlier, name="outside_window")
+            graph.add("Where", hidden, masked, visible, name=f"{LOCAL}mask")
 
         positions = graph.add("Cast", queries, to=TensorProto.DOUBLE, name="positions")
-        both_halves = graph.initializer("rotary_frequencies", np.tile(frequencies, 2))
-        angles = graph.add("Mul", positions, both_halves, name="angles")
 
         def add_sine(name: str, angle: str) -> None:
             exact = graph.add("Sin", angle, name=f"{name}.float64")
             graph.add("Cast", exact, to=TensorProto.FLOAT, name=name)
 
-        # Sine only: older runtimes have no cosine in float64.
-        quarter_turn = graph.initializer("quarter_turn", np.array(math.pi / 2))
-        shifted = graph.add("Add", angles, quarter_turn, name="angles.shifted")
-        add_sine("cosine", shifted)
-        add_sine("sine", angles)
+        for prefix, own in frequencies.items():
+            both_halves = graph.initializer(f"{prefix}rotary_frequencies", np.tile(own, 2))
+            angles = graph.add("Mul", positions, both_halves, name=f"{prefix}angles")
+            # Sine only: older runtimes have no cosine in float64.
+            quarter_turn = graph.initializer("quarter_turn", np.array(math.pi / 2))
+            shifted = graph.add("Add", angles, quarter_turn, name=f"{prefix}angles.shifted")
+            add_sine(f"{prefix}cosine", shifted)
+            add_sine(f"{prefix}sine", angles)
 
     def attend(self, graph: Graph, config: DecoderConfig, layer: int, new: tuple[str, ...]) -> str:
         """Add grouped-query attention, with past and present cache."""
@@ -160,8 +169,8 @@ class PlainAttention(AttentionForm):
             # [batch, kv_heads, 1, tokens, head_dim]: one cache row serves its group of query heads.
             return graph.add("Unsqueeze", present, graph.ints(2), name=f"{block}{kind}")
 
-        query = _rotary(graph, config, split_heads(new[0], heads))
-        key = cache("key", _rotary(graph, config, split_heads(new[1], kv_heads)))
+        query = _rotary(graph, config, layer, split_heads(new[0], heads))
+        key = cache("key", _rotary(graph, config, layer, split_heads(new[1], kv_heads)))
         value = cache("value", split_heads(new[2], kv_heads))
 
         scale = graph.initializer("attention_scale", np.array(head_dim**-0.5, np.float32))
@@ -170,7 +179,8 @@ class PlainAttention(AttentionForm):
         query = graph.add("Reshape", query, groups, name=f"{block}query")
         key = graph.add("Transpose", key, perm=[0, 1, 2, 4, 3], name=f"{block}key.transposed")
         scores = graph.add("MatMul", query, key, name=f"{block}scores")
-        scores = graph.add("Add", scores, "mask", name=f"{block}scores.masked")
+        mask = f"{_prefix(config, layer)}mask"
+        scores = graph.add("Add", scores, mask, name=f"{block}scores.masked")
         weights = graph.add("Softmax", scores, axis=-1, name=f"{block}attention_weights")
         mixed = graph.add("MatMul", weights, value, name=f"{block}attention")
         by_head = graph.ints(0, heads, -1, head_dim)
@@ -183,6 +193,8 @@ class PlainAttention(AttentionForm):
 @dataclass(frozen=True, eq=False)
 class GroupedAttention(AttentionForm):
     """ONNX Runtime's ``com.microsoft.GroupQueryAttention`` over a cache of fixed size.
+
+    Where a model has windows, ONNX Runtime before 1.24 lets a query see one position more.
 
     Nothing changes one, so that threads may share it.
 
@@ -235,7 +247,7 @@ class GroupedAttention(AttentionForm):
             return "float32", (*leading, config.head_dim)
         return "uint8", (*leading, config.head_dim // 2)
 
-    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
+    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Frequencies) -> None:
         """Add the tables of the rotation, and lengths as the operator counts them."""
         _add_lengths(graph)
         _add_tables(graph, config, frequencies)
@@ -257,7 +269,7 @@ class GroupedAttention(AttentionForm):
             graph.output(f"present.{name}", *shape, dtype=dtype)
         output = f"blk.{layer}.attention"
         inputs = [*new, *(f"past_key_values.{name}" for name in cache)]
-        inputs += ["last_positions", "total", "cosine_table", "sine_table"]
+        inputs += ["last_positions", "total", *_tables(config, layer)]
         packed: dict[str, Any] = {}
         if self.scales is not None:
             kinds = zip(cache, self.scales[layer], strict=True)
@@ -265,6 +277,8 @@ class GroupedAttention(AttentionForm):
             inputs += ["", "", "", *steps]
             packed = {f"{side}_quant_type": "PER_CHANNEL" for side in "kv"}
             packed["kv_cache_bit_width"] = 4
+        if (window := config.window(layer)) is not None:
+            packed["local_window_size"] = window
         graph.several(
             "GroupQueryAttention", inputs, [output, *(f"present.{name}" for name in cache)],
             name=output, domain="com.microsoft", num_heads=config.heads,
@@ -341,7 +355,7 @@ class QuantizedAttention(AttentionForm):
         """Return those of the domain."""
         return functions(self.opset, nodes)
 
-    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
+    def prepare(self, graph: Graph, config: DecoderConfig, frequencies: Frequencies) -> None:
         """Add the tables of the rotation, and the lengths."""
         _add_lengths(graph)
         _add_tables(graph, config, frequencies)
@@ -353,11 +367,12 @@ class QuantizedAttention(AttentionForm):
         node = attention_node(
             self.key, self.value, heads=config.heads, kv_heads=config.kv_heads,
             inputs=("key", "value", "new_lengths", "cos", "sin", *tables),
+            sliding_window=config.window(layer),
         )  # fmt: skip
         output = f"blk.{layer}.attention"
-        names = dict(zip(("query", "key", "value"), new, strict=True))
-        names |= {"cos": "cosine_table", "sin": "sine_table", "output": output}
-        names["present_lengths"] = f"{output}.lengths"
+        given = (*new, *_tables(config, layer))
+        names = dict(zip(("query", "key", "value", "cos", "sin"), given, strict=True))
+        names |= {"output": output, "present_lengths": f"{output}.lengths"}
         names |= {name: graph.tensor(table) for name, table in tables.items()}
         for tensor in self.tensors(config):
             if tensor.layer == layer:
@@ -393,18 +408,33 @@ def _add_lengths(graph: Graph) -> None:
     graph.input("new_lengths", "batch", dtype="int64")
 
 
-def _add_tables(graph: Graph, config: DecoderConfig, frequencies: Float64) -> None:
+def _add_tables(graph: Graph, config: DecoderConfig, frequencies: Frequencies) -> None:
     """Add cosine and sine of every position that the model was made for."""
-    shape = (config.context_length, len(frequencies))
-    turns: dict[str, Callable[[Float64], Float64]] = {"cosine": np.cos, "sine": np.sin}
-    for name, function in turns.items():
+    for prefix, own in frequencies.items():
+        for name, function in (("cosine", np.cos), ("sine", np.sin)):
+            shape = (config.context_length, len(own))
+            rows = _turns(config.context_length, own, function)
+            graph.weight_parts(f"{prefix}{name}_table", shape, np.dtype(np.float32), rows)
 
-        def parts(function: Callable[[Float64], Float64] = function) -> Iterator[Float64]:
-            for start in range(0, shape[0], TABLE_ROWS):
-                positions = np.arange(start, min(start + TABLE_ROWS, shape[0]), dtype=np.float64)
-                yield function(positions[:, None] * frequencies)
 
-        graph.weight_parts(f"{name}_table", shape, np.dtype(np.float32), parts())
+def _turns(
+    count: int, frequencies: NDArray[np.float64], function: np.ufunc
+) -> Iterator[NDArray[np.float64]]:
+    """Yield a function of the angles of so many positions, some rows at a time."""
+    for start in range(0, count, TABLE_ROWS):
+        positions = np.arange(start, min(start + TABLE_ROWS, count), dtype=np.float64)
+        yield function(positions[:, None] * frequencies)
+
+
+def _prefix(config: DecoderConfig, layer: int) -> str:
+    """Return what begins the names of the mask and the rotation of a layer."""
+    return "" if config.window(layer) is None else LOCAL
+
+
+def _tables(config: DecoderConfig, layer: int) -> tuple[str, str]:
+    """Return the names of the tables of cosine and sine of a layer."""
+    prefix = _prefix(config, layer)
+    return f"{prefix}cosine_table", f"{prefix}sine_table"
 
 
 def _require_positions(config: DecoderConfig) -> None:
@@ -416,13 +446,14 @@ def _require_positions(config: DecoderConfig) -> None:
         )
 
 
-def _rotary(graph: Graph, config: DecoderConfig, x: str) -> str:
+def _rotary(graph: Graph, config: DecoderConfig, layer: int, x: str) -> str:
     """Rotate ``x`` of shape ``[batch, heads, sequence, head_dim]``."""
+    prefix = _prefix(config, layer)
     middle, end = graph.ints(config.head_dim // 2), graph.ints(config.head_dim)
     first = graph.add("Slice", x, graph.ints(0), middle, graph.ints(3), name=f"{x}.first")
     second = graph.add("Slice", x, middle, end, graph.ints(3), name=f"{x}.second")
     negative = graph.add("Neg", second, name=f"{x}.negative")
     turned = graph.add("Concat", negative, first, axis=3, name=f"{x}.turned")
-    straight = graph.add("Mul", x, "cosine", name=f"{x}.cosine")
-    across = graph.add("Mul", turned, "sine", name=f"{x}.sine")
+    straight = graph.add("Mul", x, f"{prefix}cosine", name=f"{x}.cosine")
+    across = graph.add("Mul", turned, f"{prefix}sine", name=f"{x}.sine")
     return graph.add("Add", straight, across, name=f"{x}.rotary")

@@ -54,7 +54,7 @@ def build_onnx(
     Parameters
     ----------
     file : GGUFFile
-        A model of the llama, qwen2 or qwen3 architecture.
+        A model of the llama, qwen2, qwen3 or gemma3 architecture.
     directory : str or os.PathLike
         Created where it does not exist; existing files are replaced.
     progress : callable, optional
@@ -153,7 +153,7 @@ def cached_onnx(
     Parameters
     ----------
     gguf_path : str or os.PathLike
-        A model of the llama, qwen2 or qwen3 architecture.
+        A model of the llama, qwen2, qwen3 or gemma3 architecture.
     cache_dir : str or os.PathLike, optional
         Where to keep it; `default_cache_dir` when not given.
     progress : callable, optional

@@ -1,4 +1,4 @@
-"""What a decoder of the Llama family is, read from its GGUF file: shape, constants, tensors.
+"""What a decoder is, of the Llama family or Gemma 3, by its GGUF file: shape, constants, tensors.
 
 Whatever the graph would not compute is refused here, before anything is built.
 """
@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 from onnx_export.models.gguf import GGUFFile
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+
+LOCAL = "local_"
+"""What begins the names of the mask and the rotation of layers that see a window."""
+
 # What the graph computes; any other setting of the architecture would be ignored silently.
 _KNOWN_KEYS = frozenset({
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
@@ -24,6 +29,11 @@ _KNOWN_KEYS = frozenset({
     "attention.sliding_window",
 })  # fmt: skip
 
+
+# Of Gemma 3 every so many-th layer sees all; those between see a window, and rotate faster.
+_PERIOD = 6
+_LOCAL_THETA = 10000.0
+_OTHER_SCALE = 62  # layers of the one size whose scores have another scale
 
 _GREATEST = 2.0**127  # well within float32, in which constants are stored
 
@@ -38,15 +48,17 @@ class DecoderConfig:
     Attributes
     ----------
     architecture : str
-        ``"llama"``, ``"qwen2"`` or ``"qwen3"``.
+        One of `ARCHITECTURES`.
     layers, heads, kv_heads, head_dim : int
         Layers, query heads, key-value heads and channels of one head.
     embedding_length, feed_forward_length : int
-        Width of the residual stream and of the SwiGLU layer.
+        Width of the residual stream and of the gated layer.
     vocab_size, context_length : int
         Number of tokens in the vocabulary; longest sequence the model was trained for.
     rms_norm_epsilon, rope_theta : float
         Constants of the RMSNorm and of the rotary embedding.
+    sliding_window : int
+        Positions that a query of a local layer sees, its own the last of them; 0 of models without.
     """
 
     architecture: str
@@ -60,21 +72,33 @@ class DecoderConfig:
     context_length: int
     rms_norm_epsilon: float
     rope_theta: float
+    sliding_window: int = 0
 
     def to_metadata(self) -> dict[str, str]:
         """Return the attributes as strings, for the metadata of an ONNX model."""
-        return {name: str(value) for name, value in asdict(self).items()}
+        # What is 0 says nothing, and earlier models do not have it.
+        return {name: str(value) for name, value in asdict(self).items() if value}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> DecoderConfig:
         """Rebuild a configuration from what `to_metadata` returned."""
         types = {"str": str, "int": int, "float": float}
-        return cls(**{f.name: types[str(f.type)](metadata[f.name]) for f in fields(cls)})
+        stated = [f for f in fields(cls) if f.name in metadata or f.name != "sliding_window"]
+        return cls(**{f.name: types[str(f.type)](metadata[f.name]) for f in stated})
 
     @property
     def norms_heads(self) -> bool:
         """Whether queries and keys pass through an RMSNorm of their own, head by head."""
-        return self.architecture == "qwen3"
+        return self.architecture in ("qwen3", "gemma3")
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether embeddings are scaled, what a layer adds is normalized, and gates are GELU."""
+        return self.architecture == "gemma3"
+
+    def window(self, layer: int) -> int | None:
+        """Return how many positions a query of a layer sees at most; None where it sees all."""
+        return self.sliding_window if self.sliding_window and (layer + 1) % _PERIOD else None
 
     def require_ids(self, ids: NDArray[np.integer[Any]], name: str) -> None:
         """Refuse token ids that the model does not know, naming the first of an array so called."""
@@ -129,13 +153,13 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     >>> writer.close()
     >>> read_config(GGUFFile(path))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: .../falcon.gguf: architecture 'falcon' is not supported; use llama, qwen2 or qwen3
+    ValueError: .../falcon.gguf: architecture 'falcon' is not supported; use llama, qwen2, qwen3 ...
     """
     architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ("llama", "qwen2", "qwen3"):
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
             f"{file.path}: architecture {architecture!r} is not supported; "
-            "use llama, qwen2 or qwen3"
+            f"use {', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}"
         )
     prefix = f"{architecture}."
 
@@ -157,7 +181,8 @@ def read_config(file: GGUFFile) -> DecoderConfig:
 
     for key, value in file.metadata.items():
         harmless = isinstance(value, (int, float)) and value == _USUAL.get(key[len(prefix) :], 0)
-        if key.startswith(prefix) and key[len(prefix) :] not in _KNOWN_KEYS and not harmless:
+        known = _KNOWN_KEYS | ({"rope.freq_base_swa"} if architecture == "gemma3" else set())
+        if key.startswith(prefix) and key[len(prefix) :] not in known and not harmless:
             raise ValueError(
                 f"{file.path}: key {key!r} asks for something that this graph does not compute; "
                 f"use a plain {architecture} model"
@@ -171,6 +196,7 @@ def read_config(file: GGUFFile) -> DecoderConfig:
             f"embedding_length' ({embedding_length}) is not a multiple of the {heads} heads"
         )
     head_dim = integer("attention.key_length", embedding_length // heads)
+    windowed = architecture == "gemma3"
     config = DecoderConfig(
         architecture=architecture,
         layers=integer("block_count"),
@@ -183,7 +209,13 @@ def read_config(file: GGUFFile) -> DecoderConfig:
         context_length=integer("context_length"),
         rms_norm_epsilon=number("attention.layer_norm_rms_epsilon"),
         rope_theta=number("rope.freq_base", 10000.0),
+        sliding_window=integer("attention.sliding_window") if windowed else 0,
     )
+    if windowed and config.layers == _OTHER_SCALE:
+        raise ValueError(
+            f"{file.path}: Gemma 3 of {config.layers} layers scales its scores in another way, "
+            "which this graph does not compute; use a smaller one"
+        )
     if heads % config.kv_heads:
         raise ValueError(
             f"{file.path}: key '{prefix}attention.head_count' ({heads}) must be a multiple of "
@@ -209,19 +241,23 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     if scaling == "linear":
         number("rope.scaling.factor", 1.0)
     window = integer("attention.sliding_window", config.context_length)
-    if window < config.context_length:
+    if window < config.context_length and not windowed:
         raise ValueError(
             f"{file.path}: key '{prefix}attention.sliding_window' is {window}, shorter than the "
             f"context of {config.context_length}, which this graph does not compute; use a model "
             "that attends to all"
         )
+    if windowed:
+        number("rope.freq_base_swa", _LOCAL_THETA)
     _check_tensors(file, config)
     rotary_frequencies(file, config)  # which may be none
     return config
 
 
-def rotary_frequencies(file: GGUFFile, config: DecoderConfig) -> NDArray[np.float64]:
+def rotary_frequencies(file: GGUFFile, config: DecoderConfig) -> dict[str, NDArray[np.float64]]:
     """Return by which angle a position turns each pair of channels, float64 ``[head_dim / 2]``.
+
+    Of layers that see all under ``""``, of those that see a window under `LOCAL`.
 
     Raises
     ------
@@ -229,6 +265,7 @@ def rotary_frequencies(file: GGUFFile, config: DecoderConfig) -> NDArray[np.floa
         If one is no number.
     """
     half = config.head_dim // 2
+    found = {}
     with np.errstate(all="ignore"):
         frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in file.tensors:
@@ -237,22 +274,35 @@ def rotary_frequencies(file: GGUFFile, config: DecoderConfig) -> NDArray[np.floa
         # As in llama.cpp, a factor without a type means linear scaling.
         if file.metadata.get(f"{prefix}.type", "linear") == "linear":
             frequencies = frequencies / file.metadata.get(f"{prefix}.factor", 1.0)
-    if not np.isfinite(frequencies).all():
+        found[""] = frequencies
+        if config.sliding_window:  # never scaled: a window is as long as in training
+            theta = file.metadata.get(f"{config.architecture}.rope.freq_base_swa", _LOCAL_THETA)
+            found[LOCAL] = theta ** (-np.arange(half, dtype=np.float64) / half)
+    if not all(np.isfinite(one).all() for one in found.values()):
         raise ValueError(
             f"{file.path}: rotary frequencies are not finite, with '{config.architecture}."
             f"rope.freq_base' {config.rope_theta}; convert the model again"
         )
-    return frequencies
+    return found
 
 
 def layer_shapes(
-    embedding: int, feed_forward: int, query: int, key: int, head_norm: int | None = None
+    embedding: int,
+    feed_forward: int,
+    query: int,
+    key: int,
+    head_norm: int | None = None,
+    *,
+    norms_added: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight of a layer, by its name in a GGUF file.
 
-    ``head_norm`` is the width of the norm of queries and keys, where they have one.
+    ``head_norm`` is the width of the norm of queries and keys, where they have one; where
+    ``norms_added``, there are norms of what attention and the gated layer add.
     """
     norms = {} if head_norm is None else dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_norm,))
+    if norms_added:
+        norms |= dict.fromkeys(("post_attention_norm", "post_ffw_norm"), (embedding,))
     return {
         **norms,
         "attn_norm": (embedding,),
@@ -277,10 +327,13 @@ def _check_tensors(file: GGUFFile, config: DecoderConfig) -> None:
     }
     optional: dict[str, tuple[int, ...]] = {
         "output.weight": (config.vocab_size, embedding),
-        "rope_freqs.weight": (config.head_dim // 2,),
     }
+    if not config.sliding_window:
+        optional["rope_freqs.weight"] = (config.head_dim // 2,)
     head_norm = config.head_dim if config.norms_heads else None
-    per_layer = layer_shapes(embedding, feed_forward, query, key, head_norm)
+    per_layer = layer_shapes(
+        embedding, feed_forward, query, key, head_norm, norms_added=config.is_gemma
+    )
     # A damaged layer count must end in an error, not in a list of a billion names.
     for layer in range(min(config.layers, len(file.tensors))):
         for name, shape in per_layer.items():

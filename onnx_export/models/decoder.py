@@ -82,7 +82,7 @@ class Decoder:
         Parameters
         ----------
         gguf_path : str or os.PathLike
-            A model of the llama, qwen2 or qwen3 architecture.
+            A model of the llama, qwen2, qwen3 or gemma3 architecture.
         cache_dir : str or os.PathLike, optional
             Where to keep the ONNX file; `default_cache_dir` when not given.
         threads : int, optional

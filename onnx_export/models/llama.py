@@ -98,15 +98,22 @@ class DecoderGraph(Graph):
             self._count()
         else:
             x = self.add("Gather", self._rows(EMBEDDING), "input_ids", name="token_embd")
+        if config.is_gemma:
+            root = np.array(config.embedding_length**0.5, np.float32)
+            factor = self.initializer("embedding_scale", root)
+            x = self.add("Mul", x, factor, name="embedding")
         self._add_positions()
         for layer in range(config.layers):
             norm = self._rms_norm(x, f"blk.{layer}.attn_norm")
             attention = self._attention(layer, norm)
+            if config.is_gemma:
+                attention = self._rms_norm(attention, f"blk.{layer}.post_attention_norm")
             x = self.add("Add", x, attention, name=f"blk.{layer}.attn_residual")
             norm = self._rms_norm(x, f"blk.{layer}.ffn_norm")
-            x = self.add(
-                "Add", x, self._feed_forward(layer, norm), name=f"blk.{layer}.ffn_residual"
-            )
+            gated = self._feed_forward(layer, norm)
+            if config.is_gemma:
+                gated = self._rms_norm(gated, f"blk.{layer}.post_ffw_norm")
+            x = self.add("Add", x, gated, name=f"blk.{layer}.ffn_residual")
 
         # Only the last `num_logits` positions meet the vocabulary, the widest matrix by far.
         unscored = self.add("Sub", "sequence", "num_logits", name="unscored.signed")
@@ -171,13 +178,16 @@ class DecoderGraph(Graph):
         return self.add("Reshape", self._rms_norm(x, name), merged, name=f"{name}.merged")
 
     def _feed_forward(self, layer: int, x: str) -> str:
-        """SwiGLU layer: ``down(silu(gate(x)) * up(x))``."""
+        """Gated layer: ``down(silu(gate(x)) * up(x))``, or GELU in place of SiLU."""
         block = f"blk.{layer}."
         gate = self._linear(x, f"{block}ffn_gate")
-        sigmoid = self.add("Sigmoid", gate, name=f"{block}ffn_gate.sigmoid")
-        silu = self.add("Mul", gate, sigmoid, name=f"{block}ffn_gate.silu")
+        if self._config.is_gemma:
+            active = self.add("Gelu", gate, approximate="tanh", name=f"{block}ffn_gate.gelu")
+        else:
+            sigmoid = self.add("Sigmoid", gate, name=f"{block}ffn_gate.sigmoid")
+            active = self.add("Mul", gate, sigmoid, name=f"{block}ffn_gate.silu")
         up = self._linear(x, f"{block}ffn_up")
-        product = self.add("Mul", silu, up, name=f"{block}ffn_product")
+        product = self.add("Mul", active, up, name=f"{block}ffn_product")
         return self._linear(product, f"{block}ffn_down")
 
     def _rms_norm(self, x: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, rebuilt from the vocabulary and the merges in a GGUF file."""
+"""BPE tokenizers, rebuilt from the vocabulary and the merges, or scores, in a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nsq_ref.extras import extra
 from onnx_export.models.chat_template import ChatTemplate
 from onnx_export.models.gguf import GGUFFile
+from onnx_export.models.scored_bpe import scored_bpe
 
 with extra("onnx", __name__):
     import gguf
@@ -56,12 +57,12 @@ class Tokenizer:
     Parameters
     ----------
     gguf_path : str or os.PathLike
-        The GGUF file. Its ``tokenizer.ggml.pre``, the rule that splits text before the merges, must
-        be one of ``smollm``, ``gpt-2``, ``llama-bpe`` (also ``llama3``, ``llama-v3``) and
-        ``qwen2``; a wrong guess would tokenize
-        wrongly without a sign of it. With ``qwen2``, which Qwen3 has too, text is normalized to
-        NFC, as those models were trained; with the others decoding gives back exactly the text that
-        was encoded.
+        The GGUF file. Of byte-level BPE its ``tokenizer.ggml.pre``, the rule that splits text
+        before the merges, must be one of ``smollm``, ``gpt-2``, ``llama-bpe`` (also ``llama3``,
+        ``llama-v3``) and ``qwen2``; a wrong guess would tokenize wrongly without a sign of it. With
+        ``qwen2``, which Qwen3 has too, text is normalized to NFC, as those models were trained;
+        with the others decoding gives back exactly the text that was encoded. So it does with the
+        tokenizer of Gemma, whose tokens have scores, unless the text holds a ``▁``.
 
     Attributes
     ----------
@@ -97,10 +98,10 @@ class Tokenizer:
     def __init__(self, gguf_path: str | os.PathLike[str]) -> None:
         file = GGUFFile(gguf_path)
         kind = _metadata(file, "model", str)
-        if kind != "gpt2":
+        if kind not in ("gpt2", "llama"):
             raise ValueError(
-                f"{file.path}: key 'tokenizer.ggml.model' is {kind!r}; only byte-level BPE "
-                "('gpt2') is supported"
+                f"{file.path}: key 'tokenizer.ggml.model' is {kind!r}; only BPE, byte-level "
+                "('gpt2') or by scores ('llama'), is supported"
             )
         tokens: list[str] = _metadata(file, "tokens", list)
         types = _metadata(file, "token_type", np.ndarray)
@@ -128,10 +129,16 @@ class Tokenizer:
         }
         self.template = _optional(file, "tokenizer.chat_template", str)
         self._origin = f"the chat template of {file.path}"
-        self._missing_bytes = {
-            byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary
-        }
-        self._tokenizer = _byte_level_bpe(file, vocabulary, _merges(file, vocabulary))
+        self._missing_bytes: set[int] = set()
+        if kind == "llama":
+            self._tokenizer = scored_bpe(
+                file, vocabulary, types.tolist(), _scores(file, len(tokens))
+            )
+        else:
+            self._missing_bytes.update(
+                byte for byte, symbol in enumerate(byte_symbols()) if symbol not in vocabulary
+            )
+            self._tokenizer = _byte_level_bpe(file, vocabulary, _merges(file, vocabulary))
         control, user_defined = (
             [
                 tokenizers.AddedToken(token, normalized=False)
@@ -292,6 +299,16 @@ def _token_id(file: GGUFFile, name: str, count: int) -> int | None:
             "model again"
         )
     return token
+
+
+def _scores(file: GGUFFile, count: int) -> NDArray[np.float32]:
+    scores: NDArray[np.float32] = _metadata(file, "scores", np.ndarray)
+    if len(scores) != count or scores.dtype != np.float32 or np.isnan(scores).any():
+        raise ValueError(
+            f"{file.path}: 'tokenizer.ggml.scores' are not {count} numbers, one a token; convert "
+            "the model again"
+        )
+    return scores
 
 
 def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

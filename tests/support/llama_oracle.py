@@ -37,6 +37,9 @@ class TinyModel:
     theta: float = 1000.0
     context: int = 64
     explicit_head_dim: bool = False
+    window: int = 5  # of Gemma 3, in all but every sixth layer, whose rotation has another base
+    local_theta: float = 10000.0
+    global_factor: float = 1.0  # by which rotations of the others are slower
     weights: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,7 +65,10 @@ class TinyModel:
                 shapes[f"blk.{layer}.{name}.weight"] = shape
                 if name in self.biases:
                     shapes[f"blk.{layer}.{name}.bias"] = shape[:1]
-            if self.architecture == "qwen3":
+            if self.architecture == "gemma3":
+                shapes[f"blk.{layer}.post_attention_norm.weight"] = (self.embedding,)
+                shapes[f"blk.{layer}.post_ffw_norm.weight"] = (self.embedding,)
+            if self.architecture in ("qwen3", "gemma3"):
                 shapes[f"blk.{layer}.attn_q_norm.weight"] = (self.head_dim,)
                 shapes[f"blk.{layer}.attn_k_norm.weight"] = (self.head_dim,)
             shapes[f"blk.{layer}.attn_norm.weight"] = (self.embedding,)
@@ -92,6 +98,8 @@ class TinyModel:
                 "attention.key_length": self.head_dim,
                 "attention.value_length": self.head_dim,
             }
+        if self.architecture == "gemma3":
+            keys["attention.sliding_window"] = self.window
         return {f"{self.architecture}.{key}": value for key, value in keys.items()}
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
@@ -118,7 +126,8 @@ class TinyModel:
         """Return logits [tokens, vocab] and keys, values [layers, kv_heads, tokens, head_dim]."""
         w, half = self.weights, self.head_dim // 2
         factors = np.array(self.rope_factors or [1.0] * half)
-        x = w["token_embd.weight"][ids]
+        gemma = self.architecture == "gemma3"
+        x = w["token_embd.weight"][ids] * (np.sqrt(self.embedding) if gemma else 1)
         all_keys, all_values = [], []
 
         def linear(name: str, inputs: Array) -> Array:
@@ -128,10 +137,10 @@ class TinyModel:
             mean_square = (inputs**2).mean(axis=1, keepdims=True)
             return inputs / np.sqrt(mean_square + self.eps) * w[f"{name}.weight"]
 
-        def rotated(vector: Array, position: int) -> Array:
+        def rotated(vector: Array, position: float, theta: float) -> Array:
             result = vector.copy()
             for i in range(half):
-                angle = position / (self.theta ** (2 * i / self.head_dim) * factors[i])
+                angle = position / (theta ** (2 * i / self.head_dim) * factors[i])
                 a, b = vector[i], vector[i + half]
                 result[i] = a * np.cos(angle) - b * np.sin(angle)
                 result[i + half] = b * np.cos(angle) + a * np.sin(angle)
@@ -139,30 +148,39 @@ class TinyModel:
 
         for layer in range(self.layers):
             block = f"blk.{layer}."
+            local = gemma and layer % 6 != 5
+            theta = self.local_theta if local else self.theta
+            factor = self.global_factor if not local else 1.0
             h = norm(f"{block}attn_norm", x)
             q = linear(f"{block}attn_q", h).reshape(len(ids), self.heads, self.head_dim)
             k = linear(f"{block}attn_k", h).reshape(len(ids), self.kv_heads, self.head_dim)
             v = linear(f"{block}attn_v", h).reshape(len(ids), self.kv_heads, self.head_dim)
             for t in range(len(ids)):
-                if self.architecture == "qwen3":
+                if self.architecture in ("qwen3", "gemma3"):
                     q[t], k[t] = (
                         norm(f"{block}attn_q_norm", q[t]),
                         norm(f"{block}attn_k_norm", k[t]),
                     )
-                q[t] = [rotated(head, t) for head in q[t]]
-                k[t] = [rotated(head, t) for head in k[t]]
+                q[t] = [rotated(head, t / factor, theta) for head in q[t]]
+                k[t] = [rotated(head, t / factor, theta) for head in k[t]]
             mixed = np.zeros_like(q)
             for t in range(len(ids)):
                 for head in range(self.heads):
                     kv = head * self.kv_heads // self.heads
-                    scores = k[: t + 1, kv] @ q[t, head] / np.sqrt(self.head_dim)
+                    seen = slice(max(0, t + 1 - self.window) if local else 0, t + 1)
+                    scores = k[seen, kv] @ q[t, head] / np.sqrt(self.head_dim)
                     weights = np.exp(scores - scores.max())
-                    mixed[t, head] = weights / weights.sum() @ v[: t + 1, kv]
-            x = x + linear(f"{block}attn_output", mixed.reshape(len(ids), -1))
+                    mixed[t, head] = weights / weights.sum() @ v[seen, kv]
+            added = linear(f"{block}attn_output", mixed.reshape(len(ids), -1))
+            x = x + (norm(f"{block}post_attention_norm", added) if gemma else added)
             h = norm(f"{block}ffn_norm", x)
             gate = linear(f"{block}ffn_gate", h)
-            activated = gate / (1 + np.exp(-gate)) * linear(f"{block}ffn_up", h)
-            x = x + linear(f"{block}ffn_down", activated)
+            if gemma:  # GELU by its approximation with tanh
+                active = gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+            else:
+                active = gate / (1 + np.exp(-gate))
+            added = linear(f"{block}ffn_down", active * linear(f"{block}ffn_up", h))
+            x = x + (norm(f"{block}post_ffw_norm", added) if gemma else added)
             all_keys.append(k.transpose(1, 0, 2))
             all_values.append(v.transpose(1, 0, 2))
         embedding = w["token_embd.weight" if self.tied else "output.weight"]

@@ -86,7 +86,7 @@ UNSUPPORTED = {
         "gemma",
         {},
         {},
-        "architecture 'gemma' is not supported; use llama, qwen2 or qwen3",
+        "architecture 'gemma' is not supported; use llama, qwen2, qwen3 or gemma3",
     ),
     "experts": ("llama", {"llama.expert_count": 8}, {}, "key 'llama.expert_count' asks for"),
     "sliding window": (

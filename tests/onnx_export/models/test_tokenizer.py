@@ -145,7 +145,7 @@ BAD = {
     "other rule": ({"pre": "deepseek-llm"}, "'tokenizer.ggml.pre' is 'deepseek-llm'; supp"),
     "default rule": ({"pre": "default"}, "'tokenizer.ggml.pre' is 'default'; supported are"),
     "no rule": ({"pre": None}, "'tokenizer.ggml.pre' is missing"),
-    "sentencepiece": ({"model": "llama"}, "only byte-level BPE"),
+    "other kind": ({"model": "t5"}, "only BPE, byte-level \\('gpt2'\\) or by scores"),
     "no model": ({"model": None}, "'tokenizer.ggml.model' is missing"),
     "no tokens": ({"tokens": None}, "'tokenizer.ggml.tokens' is missing"),
     "numbers as tokens": ({"tokens": [1, 2]}, "'tokenizer.ggml.tokens' has the wrong type"),

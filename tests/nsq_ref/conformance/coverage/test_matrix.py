@@ -16,7 +16,7 @@ from nsq_ref import Scheme
 from nsq_ref.conformance.cases import input_dtype
 from nsq_ref.conformance.coverage import REASONS, REFUSALS, answered, coverage, reason, shows
 from nsq_ref.conformance.family import FAMILY
-from nsq_ref.conformance.judge.diagnose import reference_with
+from nsq_ref.conformance.judge.candidates import reference_with
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Reference
 from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS

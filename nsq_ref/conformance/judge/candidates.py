@@ -1,0 +1,172 @@
+"""Look for the mistakes that explain a stage: each is put into the reference, and judged with.
+
+A search tries some hundred mistakes on as many answers. Most are given up after a few answers, or
+cannot make a difference there, and are not judged with at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nsq_ref.conformance.findings import Finding
+from nsq_ref.conformance.judge import STAGES, Latitudes, judge
+from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.mistakes.reference import Mistake, Reference
+from nsq_ref.conformance.mistakes.watched import Call, WatchedReference, gives
+from nsq_ref.conformance.operations import Answer, Case
+
+ORDER = tuple(STAGES)
+UNEXPLAINABLE = ("chance", "refusal", "structure", "again")  # no other arithmetic explains them
+FIRST_STAGES = ("chance", "again")  # of what goes on to be judged
+LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
+FIRST_CASES = 8  # after which a mistake is given up that explains less than half of these
+
+
+class Judged(NamedTuple):
+    """An answer, and what was found in it."""
+
+    case: Case
+    answer: Answer
+    findings: Sequence[Finding]
+
+
+class Candidate(NamedTuple):
+    """A mistake, and what is still wrong where the reference makes it."""
+
+    mistake: Mistake
+    findings: list[Finding]
+    spoiled: int  # elements of the stage that it does not explain
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The lower, the better: what explains the whole stage comes first."""
+        return self.spoiled, 0 if self.spoiled else len(self.findings)
+
+
+@functools.lru_cache(maxsize=512)
+def reference_with(*mistakes: str) -> Reference:
+    """Make a reference once: every scheme of a run needs those of the single mistakes."""
+    return Reference([MISTAKES[name] for name in mistakes])
+
+
+def findings_of(one: Judged, reference: Reference, latitudes: Latitudes) -> Sequence[Finding]:
+    """Return what is still wrong with an answer where the reference makes some mistakes."""
+    kept = [f for f in one.findings if f.stage in UNEXPLAINABLE]
+    if any(f.stage not in FIRST_STAGES for f in kept):  # the others end the judging
+        return kept
+    return [*kept, *judge(one.case, one.answer, latitudes, reference).findings]
+
+
+@dataclass
+class Search:
+    """The search for what explains a stage, behind the mistakes that are known already."""
+
+    stage: str
+    answers: Sequence[Judged]
+    latitudes: Latitudes
+    known: Sequence[Mistake]
+    findings: Sequence[Finding]  # with those mistakes
+    part: bool  # whether to take what explains most of the stage, too
+    _watched: list[tuple[Sequence[Finding], list[Call]]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        wrong = {id(f.case): f.wrong for f in self.findings if f.stage == self.stage}
+        self._wrong, self._before = wrong, sum(wrong.values())
+        self._failing = [one for one in self.answers if id(one.case) in wrong]
+        # What is wrong in most of few elements comes first: the sooner is a candidate given up.
+        self._failing.sort(key=lambda one: -wrong[id(one.case)] / _size(one.case))
+        self._others = [one for one in self.answers if id(one.case) not in wrong]
+        self._others.sort(key=lambda one: _size(one.case))
+        self._spoilable = (1 - LEAST_SHARE) * self._before * self.part
+
+    def among(
+        self, mistakes: Sequence[Mistake], told: Callable[[int, int], None]
+    ) -> list[Candidate]:
+        """Return the best of some mistakes: all that explain equally much, in their order.
+
+        ``told`` gets how many were tried, and how many there are.
+        """
+        tried = []
+        for number, mistake in enumerate(mistakes):
+            told(number, len(mistakes))
+            if (found := self._on_failing(mistake)) is not None:
+                tried.append((number, mistake, found))
+        # The sooner the best is there, the sooner are others given up.
+        tried.sort(key=lambda one: sum(map(len, one[2].values())))
+        best: list[tuple[int, Candidate]] = []
+        for number, mistake, found in tried:
+            one = self._on_all(mistake, found, best[0][1] if best else None)
+            if one is not None:
+                if best and one.rank < best[0][1].rank:
+                    best.clear()
+                best.append((number, one))
+        return [one for _, one in sorted(best, key=lambda numbered: numbered[0])]
+
+    def _reference(self, mistake: Mistake) -> Reference:
+        return reference_with(*(m.name for m in (*self.known, mistake)))
+
+    def _on_failing(self, mistake: Mistake) -> dict[int, Sequence[Finding]] | None:
+        """Return what a mistake leaves in the cases that fail, or None if that is too much."""
+        found: dict[int, Sequence[Finding]] = {}
+        still = seen = 0
+        for asked, one in enumerate(self._failing):
+            here = found[id(one.case)] = self._findings(asked, one, mistake)
+            still += self._of_stage(here)
+            seen += self._wrong[id(one.case)]
+            if still > self._spoilable or (asked + 1 >= FIRST_CASES and still > seen / 2):
+                return None
+        return found
+
+    def _findings(self, asked: int, one: Judged, mistake: Mistake) -> Sequence[Finding]:
+        """Judge a case that fails; what computes there what was computed is wrong as before."""
+        if asked < FIRST_CASES:
+            if asked == len(self._watched):
+                self._watched.append(self._watch(one))
+            before, calls = self._watched[asked]
+            changed = [call for call in calls if call.function in mistake.changes]
+            if not changed or gives(self._reference(mistake), changed):
+                return before
+        return findings_of(one, self._reference(mistake), self.latitudes)
+
+    def _watch(self, one: Judged) -> tuple[Sequence[Finding], list[Call]]:
+        """Judge with what is known, and note what is computed."""
+        reference = WatchedReference(self.known)
+        return findings_of(one, reference, self.latitudes), reference.calls
+
+    def _on_all(
+        self, mistake: Mistake, found: dict[int, Sequence[Finding]], best: Candidate | None
+    ) -> Candidate | None:
+        """Judge the other cases, too; None once it spoils too much or is behind the best."""
+        reference = self._reference(mistake)
+        count = earlier = spoiled = 0
+        for one in (*self._failing, *self._others):
+            if id(one.case) not in found:
+                found[id(one.case)] = findings_of(one, reference, self.latitudes)
+            here = found[id(one.case)]
+            count += len(here)
+            earlier += _before(self.stage, here)
+            spoiled += self._of_stage(here)
+            if (
+                count >= len(self.findings)  # it spoils more than it explains
+                or earlier > _before(self.stage, self.findings)
+                or spoiled > self._spoilable
+                or (best is not None and (spoiled, 0 if spoiled else count) > best.rank)
+            ):
+                return None
+        left = [f for one in self.answers for f in found[id(one.case)]]
+        return Candidate(mistake, left, spoiled)
+
+    def _of_stage(self, findings: Iterable[Finding]) -> int:
+        return sum(f.wrong for f in findings if f.stage == self.stage)
+
+
+def _before(stage: str, findings: Iterable[Finding]) -> int:
+    """Count the elements that are wrong in earlier stages."""
+    return sum(f.wrong for f in findings if ORDER.index(f.stage) < ORDER.index(stage))
+
+
+def _size(case: Case) -> int:
+    return sum(array.size for array in case.inputs.values()) + 1

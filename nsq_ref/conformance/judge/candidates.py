@@ -70,7 +70,7 @@ class Search:
     known: Sequence[Mistake]
     findings: Sequence[Finding]  # with those mistakes
     part: bool  # whether to take what explains most of the stage, too
-    _watched: list[tuple[Sequence[Finding], list[Call]]] = field(default_factory=list, init=False)
+    _watched: list[list[Call]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         wrong = {id(f.case): f.wrong for f in self.findings if f.stage == self.stage}
@@ -89,63 +89,57 @@ class Search:
 
         ``told`` gets how many were tried, and how many there are.
         """
-        tried = []
+        best: list[Candidate] = []
         for number, mistake in enumerate(mistakes):
             told(number, len(mistakes))
-            if (found := self._on_failing(mistake)) is not None:
-                tried.append((number, mistake, found))
-        # The sooner the best is there, the sooner are others given up.
-        tried.sort(key=lambda one: sum(map(len, one[2].values())))
-        best: list[tuple[int, Candidate]] = []
-        for number, mistake, found in tried:
-            one = self._on_all(mistake, found, best[0][1] if best else None)
+            if not self._explains(mistake):
+                continue
+            one = self._on_all(mistake, best[0] if best else None)
             if one is not None:
-                if best and one.rank < best[0][1].rank:
-                    best.clear()
-                best.append((number, one))
-        return [one for _, one in sorted(best, key=lambda numbered: numbered[0])]
+                best = [one] if best and one.rank < best[0].rank else [*best, one]
+        return best
 
     def _reference(self, mistake: Mistake) -> Reference:
         return reference_with(*(m.name for m in (*self.known, mistake)))
 
-    def _on_failing(self, mistake: Mistake) -> dict[int, Sequence[Finding]] | None:
-        """Return what a mistake leaves in the cases that fail, or None if that is too much."""
-        found: dict[int, Sequence[Finding]] = {}
+    def _explains(self, mistake: Mistake) -> bool:
+        """Whether a mistake explains enough of the cases that fail to be judged with in all."""
         still = seen = 0
         for asked, one in enumerate(self._failing):
-            here = found[id(one.case)] = self._findings(asked, one, mistake)
-            still += self._of_stage(here)
+            still += self._still_wrong(asked, one, mistake)
             seen += self._wrong[id(one.case)]
             if still > self._spoilable or (asked + 1 >= FIRST_CASES and still > seen / 2):
-                return None
-        return found
+                return False
+        return True
 
-    def _findings(self, asked: int, one: Judged, mistake: Mistake) -> Sequence[Finding]:
-        """Judge a case that fails; what computes there what was computed is wrong as before."""
+    def _still_wrong(self, asked: int, one: Judged, mistake: Mistake) -> int:
+        """Count what is wrong at the stage in a case that fails, where a mistake is made."""
+        # A mistake of several functions may remember at one stage what it takes at another.
+        if any(len(m.changes) > 1 for m in (*self.known, mistake)):
+            return self._of_stage(findings_of(one, self._reference(mistake), self.latitudes))
         if asked < FIRST_CASES:
             if asked == len(self._watched):
                 self._watched.append(self._watch(one))
-            before, calls = self._watched[asked]
-            changed = [call for call in calls if call.function in mistake.changes]
-            if not changed or gives(self._reference(mistake), changed):
-                return before
-        return findings_of(one, self._reference(mistake), self.latitudes)
+            calls = [call for call in self._watched[asked] if call.function in mistake.changes]
+            if not calls or gives(self._reference(mistake), calls):
+                return self._wrong[id(one.case)]
+        return self._of_stage(self._judged(one, self._reference(mistake)))
 
-    def _watch(self, one: Judged) -> tuple[Sequence[Finding], list[Call]]:
-        """Judge with what is known, and note what is computed."""
+    def _watch(self, one: Judged) -> list[Call]:
+        """Note what is computed for the stage with what is known."""
         reference = WatchedReference(self.known)
-        return findings_of(one, reference, self.latitudes), reference.calls
+        self._judged(one, reference)
+        return reference.calls
 
-    def _on_all(
-        self, mistake: Mistake, found: dict[int, Sequence[Finding]], best: Candidate | None
-    ) -> Candidate | None:
-        """Judge the other cases, too; None once it spoils too much or is behind the best."""
-        reference = self._reference(mistake)
+    def _judged(self, one: Judged, reference: Reference) -> Sequence[Finding]:
+        return judge(one.case, one.answer, self.latitudes, reference, self.stage).findings
+
+    def _on_all(self, mistake: Mistake, best: Candidate | None) -> Candidate | None:
+        """Judge all cases with a mistake; None once it spoils too much or is behind the best."""
+        reference, found = self._reference(mistake), {}
         count = earlier = spoiled = 0
         for one in (*self._failing, *self._others):
-            if id(one.case) not in found:
-                found[id(one.case)] = findings_of(one, reference, self.latitudes)
-            here = found[id(one.case)]
+            here = found[id(one.case)] = findings_of(one, reference, self.latitudes)
             count += len(here)
             earlier += _before(self.stage, here)
             spoiled += self._of_stage(here)

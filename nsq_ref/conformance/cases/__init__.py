@@ -72,8 +72,8 @@ def cases(
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
-        others = set(operations) - {"feedback"}
-        encoded = list(encode_cases(scheme, seed, quick)) if others else []
+        from_encoded = set(operations) - {"attend", "feedback"}
+        encoded = list(encode_cases(scheme, seed, quick)) if from_encoded else []
         if "encode" in operations:
             made += encoded
         if "decode" in operations:

@@ -130,6 +130,23 @@ def as_integer_array(name: str, values: Any) -> Array:
     return given
 
 
+def require(name: str, values: Array, holds: Array, what: str) -> None:
+    """Refuse the first value that is not as it must be, in array order; ``what`` follows it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([1, np.nan])
+    >>> require("x", x, np.isfinite(x), ", which is not finite")
+    Traceback (most recent call last):
+    ValueError: x[1] is nan, which is not finite
+    """
+    if not holds.all():
+        index = [int(i) for i in np.argwhere(~holds)[0]]
+        where = f"{name}{index}" if index else name
+        raise ValueError(f"{where} is {values[tuple(index)]}{what}")
+
+
 def as_output(name: str, out: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     """Return an array of NumPy's that writes into ``out``, without a copy.
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.arrays import as_float, as_float_array, as_integer, as_integer_array
+from nsq_ref.arrays import as_float, as_float_array, as_integer, as_integer_array, require
 from nsq_ref.dtypes import Float32, Float64
 from nsq_ref.environment import in_default_environment
 
@@ -91,13 +91,9 @@ class Feedback:
                     f"order[{head}] is no permutation of the channels 0 to {head_dim - 1}"
                 )
         expected = np.eye(head_dim, dtype=np.float32)
-        wrong = ~np.isfinite(factor) | (np.tril(factor != expected))
-        if wrong.any():
-            h, p, r = (int(i) for i in np.argwhere(wrong)[0])
-            raise ValueError(
-                f"factor[{h}, {p}, {r}] is {factor[h, p, r]}; a factor is finite, 1 on the "
-                "diagonal and 0 below it"
-            )
+        holds = np.isfinite(factor) & ~np.tril(factor != expected)
+        require("factor", factor, holds,
+                "; a factor is finite, 1 on the diagonal and 0 below it")  # fmt: skip
         for name, array, dtype in (("order", order, np.int32), ("factor", factor, np.float32)):
             own = np.array(array, dtype, order="C")
             own.setflags(write=False)
@@ -345,9 +341,7 @@ def second_moment(queries: Any, kv_heads: Any) -> Float64:
     *lead, heads, tokens, head_dim = queries.shape
     if heads == 0 or heads % kv_heads:
         raise ValueError(f"queries has {heads} heads, which is no multiple of kv_heads={kv_heads}")
-    if not np.isfinite(queries).all():
-        index = [int(i) for i in np.argwhere(~np.isfinite(queries))[0]]
-        raise ValueError(f"queries{index} is {queries[tuple(index)]}; leave padding out")
+    require("queries", queries, np.isfinite(queries), "; leave padding out")
     group = heads // kv_heads
     moment = np.zeros((kv_heads, head_dim, head_dim))
     for part in queries.reshape(math.prod(lead), kv_heads, group * tokens, head_dim):
@@ -363,6 +357,7 @@ def _moment(name: str, given: Any) -> Float64:
         raise ValueError(
             f"{name} has shape {list(moment.shape)}; give [kv_heads, head_dim, head_dim]"
         )
+    require(name, moment, np.isfinite(moment), "; a moment is finite")
     return moment
 
 
@@ -371,9 +366,6 @@ def _order_and_factor(
 ) -> tuple[npt.NDArray[np.int32], Float32]:
     """Order and factor of one head."""
     where = f"moment[{head}]"
-    if not np.isfinite(moment).all():
-        i, j = (int(k) for k in np.argwhere(~np.isfinite(moment))[0])
-        raise ValueError(f"moment[{head}, {i}, {j}] is {moment[i, j]}; a moment is finite")
     if np.abs(moment - moment.T).max() > ASYMMETRY * np.abs(moment).max():
         raise ValueError(f"{where} is not symmetric; give sums of q q^T, as second_moment does")
     diagonal = np.diag(moment)

@@ -105,8 +105,8 @@ def unpack(packed: Any, scheme: Scheme | str, head_dim: int) -> npt.NDArray[np.i
 def _pack_row(fields: Bytes, bits: int, padding: int) -> Bytes:
     per_byte = 8 // bits
     missing = -fields.shape[-1] % per_byte
-    widths = [(0, 0)] * (fields.ndim - 1) + [(0, missing)]
-    padded = np.pad(fields, widths, constant_values=padding)
+    behind = np.full((*fields.shape[:-1], missing), padding, np.uint8)
+    padded = np.concatenate([fields, behind], axis=-1)
     groups = padded.reshape(*fields.shape[:-1], padded.shape[-1] // per_byte, per_byte)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed: Bytes = np.bitwise_or.reduce(groups << shifts, axis=-1)

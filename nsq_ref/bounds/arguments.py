@@ -8,31 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref.arrays import as_array, as_float, as_integer_array, as_real_array
+from nsq_ref.arrays import as_array, as_float, as_integer_array, as_real_array, require
 from nsq_ref.bounds.intervals import Interval
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float64
 from nsq_ref.scheme import FloatName, Scheme
 
 
-def require(name: str, values: Array, holds: Array, what: str) -> None:
-    """Name the first value that is not as it must be."""
-    if not holds.all():
-        index = [int(i) for i in np.argwhere(~holds)[0]]
-        where = f"{name}{index}" if index else name
-        raise ValueError(f"{where} is {values[tuple(index)]}, which {what}")
-
-
 def finite(name: str, values: Any) -> Float64:
     """Take real numbers that are finite."""
     numbers = as_real_array(name, values)
-    require(name, numbers, np.isfinite(numbers), "is not finite")
+    require(name, numbers, np.isfinite(numbers), ", which is not finite")
     return numbers
 
 
 def bounds(name: str, values: Any) -> Float64:
     """Take real numbers of 0 or more, infinity among them."""
     numbers = as_real_array(name, values)
-    require(name, numbers, numbers >= 0, "is not a bound: it must be 0 or more")
+    require(name, numbers, numbers >= 0, ", which is not a bound: it must be 0 or more")
     return numbers
 
 
@@ -51,7 +43,7 @@ def stored(name: str, values: Any, dtype: FloatName) -> Float64:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
     with np.errstate(over="ignore"):
         held = numbers.astype(FLOAT_DTYPES[dtype]) == numbers
-    require(name, numbers, held, f"is not a value of {dtype}")
+    require(name, numbers, held, f", which is not a value of {dtype}")
     return numbers
 
 
@@ -60,7 +52,7 @@ def codes(values: Any, scheme: Scheme) -> Float64:
     given = as_integer_array("codes", values)
     least, greatest = scheme.code_range
     inside = (given >= least) & (given <= greatest)
-    require("codes", given, inside, f"is not within {least} to {greatest}")
+    require("codes", given, inside, f", which is not within {least} to {greatest}")
     return given.astype(np.float64)
 
 

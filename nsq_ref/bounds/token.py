@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nsq_ref.arrays import require
 from nsq_ref.bounds import arguments
 from nsq_ref.bounds.intervals import (
     DOWN,
@@ -128,12 +129,12 @@ def relative_error(
     array([0.199])
     """
     chords = arguments.bounds("chord", chord)
-    arguments.require("chord", chords, chords <= 2, "is more than 2")
+    require("chord", chords, chords <= 2, ", which is more than 2")
     if magnitude not in ("norm", "gain", "lsq"):
         raise ValueError(f"magnitude={magnitude!r} is not one of norm, gain, lsq")
     known = (0.0, 0.0) if factor_error is None else factor_error
     errors = arguments.interval("factor_error", known)
-    arguments.require("factor_error", errors.low, errors.low >= -1, "is below -1")
+    require("factor_error", errors.low, errors.low >= -1, ", which is below -1")
     square = np.square(chords)
     if magnitude == "lsq":
         # Past a right angle the least-squares factor is negative, and turns x_hat back.

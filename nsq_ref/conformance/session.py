@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from nsq_ref.conformance.findings import Deviation, Explained, Finding, SchemeReport
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.judge.arrays import bits_of
-from nsq_ref.conformance.judge.diagnose import Judged, diagnose
+from nsq_ref.conformance.judge.candidates import Judged
+from nsq_ref.conformance.judge.diagnose import diagnose
 from nsq_ref.conformance.judge.stages import STAGES, Verdict, default_rule, stage_of
 from nsq_ref.conformance.known import KnownLine
 from nsq_ref.conformance.operations import (

@@ -12,7 +12,7 @@ import pytest
 from nsq_ref import Scheme
 from nsq_ref.conformance.cases import cases, input_dtype
 from nsq_ref.conformance.family import family_scheme
-from nsq_ref.conformance.operations import CASE_DTYPES, OPTIONAL, USUAL, Case
+from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, OPTIONAL, USUAL, Case
 
 checking = importlib.import_module("nsq_ref.conformance.check")  # the package has a function so
 
@@ -29,9 +29,13 @@ def cases_of(
     if quick:
         return _quick(family_scheme("scheme", scheme), tuple(operations), seed, tuple(dtypes))
     chosen = family_scheme("scheme", scheme)
-    made = _all(chosen, seed, USUAL) if set(operations) & set(USUAL) else []
-    for one in OPTIONAL:
-        made = [*made, *(_all(chosen, seed, (one,)) if one in operations else [])]
+    made = [
+        case
+        for together in (("encode", "decode", "stream"), ("attend",), *((one,) for one in OPTIONAL))
+        if set(operations) & set(together)
+        for case in _all(chosen, seed, together)
+    ]
+    made.sort(key=lambda case: OPERATIONS.index(case.operation))
     asked = (None, *dtypes)
     return [one for one in made if one.operation in operations and input_dtype(one) in asked]
 

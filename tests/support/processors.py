@@ -5,12 +5,15 @@ Asked in a process of its own: the first session of a process decides some thing
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
+import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from nsq_ref import Scheme
@@ -31,6 +34,14 @@ def runs(name: str) -> bool:
             raise
         return False
     return True
+
+
+@contextlib.contextmanager
+def sessions_on(name: str) -> Iterator[None]:
+    """Sessions that are made within run this instruction set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSQ_CPU", name)
+        yield
 
 
 def asked() -> tuple[str, ...]:

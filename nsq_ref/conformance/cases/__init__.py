@@ -73,8 +73,8 @@ def cases(
     require_size(scheme)
     made: list[Case] = []
     with np.errstate(all="ignore"):  # what overflows is refused, or is to be
-        usual = set(operations) & set(USUAL)
-        encoded = list(encode_cases(scheme, seed, quick)) if usual else []
+        from_encoded = set(operations) & set(USUAL) - {"attend"}
+        encoded = list(encode_cases(scheme, seed, quick)) if from_encoded else []
         if "encode" in operations:
             made += encoded
         if "decode" in operations:

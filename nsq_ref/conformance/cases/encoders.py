@@ -32,6 +32,7 @@ class Step(NamedTuple):
     scheme: Scheme
     scale: Array  # float32 of what is stored, once it is known
     zero: Array
+    right: tuple[Array, Array] | None = None  # scale and zero as they are stored, if kept
 
 
 def _right_scale(step: Step) -> tuple[Array, Array]:
@@ -71,7 +72,8 @@ class Encoder(NamedTuple):
         same = self.norm is rounding.norm and self.direction is spec.direction_of
         step = right if right is not None and same else self.begun(x, scheme)
         norm, index, coded = step.norm, step.outlier_index, step.coded
-        scale, zero = self.scale(step)
+        kept = step.right if self.scale is _right_scale else None
+        scale, zero = kept or self.scale(step)
         step = step._replace(scale=scale.astype(np.float32), zero=zero.astype(np.float32))
         clamped = np.clip(self.code(step), *scheme.code_range).astype(np.float32)
         codes = spec.without_codes(clamped, coded, norm)

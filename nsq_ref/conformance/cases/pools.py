@@ -110,7 +110,8 @@ class Pool(NamedTuple):
     def of(cls, blocks: Float32, scheme: Scheme) -> Pool:
         """Encode the blocks."""
         begun = Encoder().begun(blocks, scheme)
-        return cls(blocks, begun, Encoder()(blocks, scheme, begun))
+        right = Encoder()(blocks, scheme, begun)
+        return cls(blocks, begun._replace(right=(right[2], right[3])), right)
 
 
 def telling(

@@ -10,7 +10,7 @@ import numpy as np
 from nsq_ref import rounding, spec
 from nsq_ref.conformance.cases.halves import NORM, filled, rounded
 from nsq_ref.conformance.cases.pools import Draw
-from nsq_ref.conformance.cases.ties import four_squares
+from nsq_ref.conformance.cases.ties import four_squares, makes_plain_gains
 from nsq_ref.conformance.mistakes.arithmetic import in_order
 from nsq_ref.dtypes import FLOAT_DTYPES, Array, Float64
 from nsq_ref.scheme import Scheme
@@ -73,16 +73,10 @@ def gain_midpoints(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Array]:
     the midpoint of two float32.
     """
     tokens = 6
-    if not (
-        scheme.separate_norm
-        and scheme.magnitude == "lsq"
-        and scheme.axis == "channel"
-        and scheme.symmetric
-        and scheme.scale_rule == "range"
-        and scheme.scale_dtype == scheme.norm_dtype == "float32"
-        and not scheme.outlier_channels
-        and (scheme.block_size or tokens) >= tokens
-        and scheme.bits > 2
+    if (
+        not makes_plain_gains(scheme, tokens)
+        or {scheme.scale_dtype, scheme.norm_dtype} != {"float32"}
+        or scheme.bits == 2
     ):
         return
     kind, levels = FLOAT_DTYPES[dtype], scheme.code_range[1]

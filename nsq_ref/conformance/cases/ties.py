@@ -185,22 +185,26 @@ def _coded_midpoints(scheme: Scheme, draw: Draw) -> Float32 | None:
 # --- gains --------------------------------------------------------------------------------------
 
 
-def factor_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
-    """Yield tokens (m, m, m + u, m + u, m t), u a step of m, of which four channels decode to 1/2.
-
-    Their exact gain is 2 m + u, half way, but for about the rounding of t / 2 times t.
-    """
-    if not (
+def makes_plain_gains(scheme: Scheme, tokens: int) -> bool:
+    """Whether gains of least squares are stored of blocks of so many tokens, scaled by channel."""
+    return (
         scheme.separate_norm
         and scheme.magnitude == "lsq"
         and scheme.axis == "channel"
         and scheme.symmetric
         and scheme.scale_rule == "range"
-        and scheme.scale_dtype != "float16"  # which would flush the scale of t
         and not scheme.outlier_channels
-        and (scheme.block_size is None or scheme.block_size >= 5)
-    ):
-        return
+        and (scheme.block_size or tokens) >= tokens
+    )
+
+
+def factor_midpoints(scheme: Scheme, draw: Draw) -> Iterator[Array]:
+    """Yield tokens (m, m, m + u, m + u, m t), u a step of m, of which four channels decode to 1/2.
+
+    Their exact gain is 2 m + u, half way, but for about the rounding of t / 2 times t.
+    """
+    if not makes_plain_gains(scheme, 5) or scheme.scale_dtype == "float16":
+        return  # float16 would flush the scale of t
     # Each of four tokens makes the scale of its channel 1 / (qmax + 1): its norm is qmax + 1.
     most = scheme.code_range[1]
     block = np.zeros((5, 9))

@@ -13,7 +13,7 @@ from nsq_ref.conformance.cases.flags import FLAGS
 from nsq_ref.conformance.coverage.reasons import REFUSALS, Reason, reason
 from nsq_ref.conformance.family import family_scheme
 from nsq_ref.conformance.judge import judge
-from nsq_ref.conformance.judge.diagnose import reference_with
+from nsq_ref.conformance.judge.candidates import reference_with
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Mistake, Reference
 from nsq_ref.conformance.operations import (

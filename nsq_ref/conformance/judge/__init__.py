@@ -39,11 +39,13 @@ def judge(
     answer: Answer,
     latitudes: Latitudes | None = None,
     reference: Reference | None = None,
+    only: str = "",
 ) -> Verdict:
     """Judge what a port returned for a case.
 
     The answer is done or refused: what a port does not implement is nothing to judge. By default no
-    latitude is allowed, and the reference is the specification.
+    latitude is allowed, and the reference is the specification. Of the stages of `STAGES` that
+    follow the structure, ``only`` may name one: of the others nothing need be found then.
 
     Examples
     --------
@@ -55,7 +57,7 @@ def judge(
     []
     """
     judging = _JUDGING[case.operation](
-        case, answer, latitudes or Latitudes(), reference or _the_specification()
+        case, answer, latitudes or Latitudes(), reference or _the_specification(), only
     )
     with np.errstate(all="ignore"):
         judging.run()

@@ -34,9 +34,11 @@ class Around:
     def scales(self, spans: Sequence[Array]) -> list[Array]:
         """Return scales of all these spans, and of quotients that are off themselves."""
         steps, reference, scheme = self._steps.scale, self._reference, self._scheme
+        if not steps and len(spans) == 1:
+            return []
         scales = [reference.spec.scale_of(span, scheme) for span in spans]
         if not steps:
-            return scales if len(spans) > 1 else []
+            return scales
         levels, dtype = np.float32(scheme.code_range[1]), FLOAT_DTYPES[scheme.scale_dtype]
         for span, end in itertools.product(spans, (-steps, steps)):
             scales.append(reference.rounding.narrow(moved(span / levels, end), dtype))

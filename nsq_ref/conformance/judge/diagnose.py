@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from nsq_ref.conformance.findings import Diagnosis, Finding
-from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule, judge
+from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule
+from nsq_ref.conformance.judge.candidates import (
+    LEAST_SHARE,
+    ORDER,
+    UNEXPLAINABLE,
+    Candidate,
+    Judged,
+    Search,
+    findings_of,
+    reference_with,
+)
 from nsq_ref.conformance.judge.stages import ON_TIES
 from nsq_ref.conformance.mistakes import MISTAKES
-from nsq_ref.conformance.mistakes.reference import Mistake, Reference
-from nsq_ref.conformance.operations import OPERATIONS, Answer, Case, Operation
+from nsq_ref.conformance.mistakes.reference import Mistake
+from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
 from nsq_ref.conformance.rules import RULES
 from nsq_ref.environment import in_default_environment
 
-ORDER = tuple(STAGES)
-UNEXPLAINABLE = ("chance", "refusal", "structure", "again")  # no other arithmetic explains them
-FIRST_STAGES = ("chance", "again")  # of what goes on to be judged
 STORED_FACTORS = ("norm", "gain")  # the stages at which they are compared
-LEAST_SHARE = 0.8  # of the wrong elements that a mistake must explain if it does not explain all
-FIRST_CASES = 8  # after which a mistake is given up that explains less than half of these
 PLAIN = ("ordinary", "attention", "stream-append")  # chief flags of cases that nothing is odd about
 MOST_STEPS = 3  # by which something may be off that is taken for arithmetic of less precision
 
@@ -64,22 +67,6 @@ OFF_BY: dict[str, tuple[str, str]] = {
 }
 
 
-class _Candidate(NamedTuple):
-    """A mistake, and what is still wrong where the reference makes it."""
-
-    left: int  # findings, or where it explains a part, elements
-    mistake: Mistake
-    findings: list[Finding]
-
-
-class Judged(NamedTuple):
-    """An answer, and what was found in it."""
-
-    case: Case
-    answer: Answer
-    findings: Sequence[Finding]
-
-
 @in_default_environment
 def diagnose(
     judged: Sequence[Judged],
@@ -101,7 +88,7 @@ def diagnose(
     for operation in OPERATIONS:
         answers = [one for one in judged if one.case.operation == operation]
         if any(one.findings for one in answers):
-            _Search(operation, answers, latitudes, known, found, progress).run()
+            _Diagnosing(operation, answers, latitudes, known, found, progress).run()
     # What is wrong on plain data comes first: input that is taken or refused by way of it follows.
     ranked = sorted(found.values(), key=_place)
     return [one for one in ranked if one.findings]
@@ -115,14 +102,8 @@ def _place(one: Diagnosis) -> int:
     return 2 if any(_is_plain(f) for f in one.findings) else 3
 
 
-@functools.lru_cache(maxsize=512)
-def reference_with(*mistakes: str) -> Reference:
-    """Make a reference once: every scheme of a run needs those of the single mistakes."""
-    return Reference([MISTAKES[name] for name in mistakes])
-
-
 @dataclass
-class _Search:
+class _Diagnosing:
     """The diagnosis of one operation."""
 
     operation: Operation
@@ -134,7 +115,6 @@ class _Search:
 
     def __post_init__(self) -> None:
         self._by_chance = any(f.stage == "chance" for one in self.answers for f in one.findings)
-        self._alone = len(self.answers) == 1
 
     def run(self) -> None:
         for stage in UNEXPLAINABLE:
@@ -143,7 +123,7 @@ class _Search:
         mistakes = [m for m in self.known if self.operation in m.operations]
         if mistakes:  # what another operation has shown explains its part here
             reference = reference_with(*(m.name for m in mistakes))
-            left = [f for one in self.answers for f in self._findings(one, reference)]
+            left = [f for one in self.answers for f in findings_of(one, reference, self.latitudes)]
             for mistake in mistakes:
                 self._explain(mistake, findings, left, ())
             findings = left
@@ -153,83 +133,46 @@ class _Search:
             stage = min(stages, key=ORDER.index)
             # Behind a stage that is not understood, what explains only a part is no explanation.
             part = given_up == set(UNEXPLAINABLE) and not self._by_chance
-            whole: list[_Candidate] = []
-            parts: list[_Candidate] = []
+            best: list[Candidate] = []
             # Where most answers have another shape, the others are no evidence.
             if misshapen <= _cases_of([f for f in findings if f.stage not in UNEXPLAINABLE]):
-                whole, parts = self._candidates(stage, mistakes, findings, part)
+                best = self._candidates(stage, mistakes, findings, part)
+            whole = bool(best) and not best[0].spoiled
             less = None if whole else self._off_by_steps(stage, mistakes, findings)
             if less is not None:
                 findings = less
                 continue
-            if not (ranked := whole or parts):
+            if not best:
                 self._unexplained(stage, findings)
                 given_up.add(stage)
                 continue
-            least, mistake, left = ranked[0]
-            alike = tuple(m.name for size, m, _ in ranked[1:] if size == least)
-            self._explain(mistake, findings, left, alike)
+            mistake, left, _ = best[0]
+            self._explain(mistake, findings, left, tuple(one.mistake.name for one in best[1:]))
             mistakes.append(mistake)
             self.known.append(mistake)
             findings = left
 
-    def _findings(
-        self, one: Judged, reference: Reference, latitudes: Latitudes | None = None
-    ) -> Sequence[Finding]:
-        kept = [f for f in one.findings if f.stage in UNEXPLAINABLE]
-        if any(f.stage not in FIRST_STAGES for f in kept):  # the others end the judging
-            return kept
-        latitudes = latitudes or self.latitudes
-        return [*kept, *judge(one.case, one.answer, latitudes, reference).findings]
-
     def _candidates(
         self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding], part: bool
-    ) -> tuple[list[_Candidate], list[_Candidate]]:
-        """Return the mistakes that explain a stage, and those that explain most of it.
+    ) -> list[Candidate]:
+        """Return the mistakes that explain a stage best, the likeliest first.
 
-        The best come first; with `part` False there are none of the latter.
+        They explain all of it or, with `part`, most of it.
         """
-        wrong = {id(f.case): f.wrong for f in findings if f.stage == stage}
-        failing = [one for one in self.answers if id(one.case) in wrong]
-        # What is wrong in most of few elements comes first: the sooner is a candidate given up.
-        failing.sort(key=lambda one: -wrong[id(one.case)] / _size(one.case))
-        others = [one for one in self.answers if id(one.case) not in wrong]
-        candidates = [
+
+        def told(tried: int, count: int) -> None:
+            if self.progress:
+                self.progress("looking for the mistake", tried, count)
+
+        search = Search(stage, self.answers, self.latitudes, mistakes, findings, part)
+        some = [
             m for m in MISTAKES.values() if self.operation in m.operations and m not in mistakes
         ]
-        explained: list[_Candidate] = []
-        partly: list[_Candidate] = []
-        before = sum(wrong.values())
-        for number, mistake in enumerate(candidates):
-            if self.progress:
-                self.progress("looking for the mistake", number, len(candidates))
-            reference = reference_with(*(m.name for m in (*mistakes, mistake)))
-            found: dict[int, Sequence[Finding]] = {}
-            still = seen = 0
-            for asked, one in enumerate(failing, 1):
-                here = found[id(one.case)] = self._findings(one, reference)
-                still += sum(f.wrong for f in here if f.stage == stage)
-                seen += wrong[id(one.case)]
-                if still > (1 - LEAST_SHARE) * before * part or (
-                    asked >= FIRST_CASES and still > seen / 2
-                ):
-                    break
-            else:
-                found |= {id(one.case): self._findings(one, reference) for one in others}
-                left = [f for one in self.answers for f in found[id(one.case)]]
-                spoiled = sum(f.wrong for f in left if f.stage == stage)
-                if len(left) >= len(findings) or _before(stage, left) > _before(stage, findings):
-                    continue  # it spoils more than it explains
-                if spoiled == 0:
-                    explained.append(_Candidate(len(left), mistake, left))
-                elif part and spoiled <= (1 - LEAST_SHARE) * before:
-                    partly.append(_Candidate(spoiled, mistake, left))
-
-        def order(one: _Candidate) -> tuple[int, bool]:
+        best = search.among(some, told)
+        if len(self.answers) == 1:
             # A single case tells little: what its stage itself may do wrong is the likelier.
-            return one.left, self._alone and one.mistake.rule not in OWN_RULES[stage]
-
-        return sorted(explained, key=order), sorted(partly, key=order)
+            best.sort(key=lambda one: one.mistake.rule not in OWN_RULES[stage])
+        return best
 
     def _off_by_steps(
         self, stage: str, mistakes: Sequence[Mistake], findings: Sequence[Finding]
@@ -250,7 +193,7 @@ class _Search:
             latitudes = replace(self.latitudes, supposed=supposed)
             left: list[Finding] = []
             for one in wrong:
-                here = self._findings(one, reference, latitudes)
+                here = findings_of(one, reference, latitudes)
                 if any(f.stage == stage for f in here):
                     break
                 left += here
@@ -423,11 +366,6 @@ def _order(finding: Finding) -> tuple[int, int]:
     return OPERATIONS.index(finding.case.operation), ORDER.index(finding.stage)
 
 
-def _before(stage: str, findings: Iterable[Finding]) -> int:
-    """Count the elements that are wrong in earlier stages."""
-    return sum(f.wrong for f in findings if ORDER.index(f.stage) < ORDER.index(stage))
-
-
 def _is_plain(finding: Finding) -> bool:
     return finding.case.flags[0] in PLAIN
 
@@ -442,10 +380,6 @@ def _blocks(case: Case) -> int:
 def _amount(findings: Sequence[Finding]) -> str:
     wrong, stage = sum(f.wrong for f in findings), findings[0].stage
     return f"{wrong} wrong {STAGES[stage]} in {_cases(findings)}"
-
-
-def _size(case: Case) -> int:
-    return sum(array.size for array in case.inputs.values()) + 1
 
 
 def _cases_of(findings: Sequence[Finding]) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 
@@ -29,6 +29,14 @@ class JudgingEncode(Judging):
     # What is coded in place of the directions is known when the scales are (F1); else before.
     coded_late = False
 
+    x: Array  # what is coded, behind the sinks
+    rows: list[slice]  # the tokens of each block
+    own: spec.Block  # the port's
+    norm: Array
+    direction: Array
+    coded: Array  # what is no outlier channel
+    around: Around
+
     def stages(self) -> None:
         """Judge structure and sinks, then what blocks store."""
         x = self.case.inputs["x"]
@@ -42,72 +50,76 @@ class JudgingEncode(Judging):
 
     def _judge_blocks(self, x: Array, parts: Mapping[str, Array]) -> None:
         """The stages of `spec.encode`, in its order, each from the port's own stage before."""
-        reference, scheme, latitudes = self.reference, self.scheme, self.latitudes
-        supposed = latitudes.supposed
-        spec, head_dim = reference.spec, x.shape[-1]
-        rows = spec.block_slices(x.shape[-2], scheme)
-        own = reference.model.block_of(parts, scheme, head_dim)
-
-        def of_tokens(array: Array, axis: int = -2) -> list[Array]:
-            """Cut by the tokens of each block."""
-            return [np.moveaxis(np.moveaxis(array, axis, 0)[one], 0, axis) for one in rows]
-
-        def of_blocks(array: Array) -> list[Array]:
-            """Cut where there is one entry a block."""
-            return [array[..., b : b + 1, :] for b in range(len(rows))]
-
-        def each(function: Callable[..., Array], *cut: list[Array]) -> Array:
-            """Apply to each block what was cut for it."""
-            return np.concatenate(list(map(function, *cut)), axis=-2)
-
-        of_scales = of_blocks if scheme.axis == "channel" else of_tokens
-        own_scale, own_zero = of_scales(own.scale), of_scales(own.zero)
-        norm = reference.rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], "f4")
-        used = norm
+        reference, scheme = self.reference, self.scheme
+        self.x = x
+        self.rows = reference.spec.block_slices(x.shape[-2], scheme)
+        self.own = own = reference.model.block_of(parts, scheme, x.shape[-1])
+        self.norm = np.ones(x.shape[:-1], "f4")
+        if scheme.separate_norm:
+            self.norm = reference.rounding.norm(x)
+        used = self.norm
         if scheme.separate_norm and scheme.magnitude == "norm":
-            expected = spec.stored_factor(x, x, norm, scheme)
-            self._compare(
-                "norm", own.norm, expected,
-                {**self._near_norm(own.norm, norm, supposed.norm),
-                 **self._flushed(own.norm, expected)},
-                lambda index: self._norm_story(x, norm, index),
-            )  # fmt: skip
+            if self._is_asked("norm"):
+                self._judge_norm()
             if scheme.norm_dtype == "float32" and np.isfinite(own.norm).all():
                 used = own.norm
-        direction = spec.direction_of(x, used)
-        around = Around(reference, scheme, supposed, x, used)
-        directions, index = of_tokens(direction), own.outlier_index
-
-        coded = np.ones((*x.shape[:-2], len(rows), head_dim), bool)
+        self.direction = reference.spec.direction_of(x, used)
+        self.around = Around(reference, scheme, self.latitudes.supposed, x, used)
+        self.coded = np.ones((*x.shape[:-2], len(self.rows), x.shape[-1]), bool)
         if scheme.outlier_channels:
-            expected = each(lambda d: spec.outlier_channels(d, scheme), directions)
+            self._judge_outliers()
+        if self._is_asked("zero", "scale"):
+            self._judge_ranges()
+        if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
+            raise MeaninglessError
+        if self._is_asked("codes", *(["outliers"] if self.coded_late else [])):
+            self._judge_codes()
+        lowest, highest = scheme.code_range
+        if (own.codes < lowest).any() or (own.codes > highest).any():
+            raise MeaninglessError
+        if self._is_asked("packed"):
+            self._compare("packed", parts["packed"], reference.packing.pack(own.codes, scheme),
+                          what="padding bits behind the last channel differ")  # fmt: skip
+        if scheme.separate_norm and scheme.magnitude != "norm":
+            self._judge_gains()
+
+    def _judge_norm(self) -> None:
+        """Stored norms."""
+        x, norm, got = self.x, self.norm, self.own.norm
+        expected = self.reference.spec.stored_factor(x, x, norm, self.scheme)
+        self._compare(
+            "norm", got, expected,
+            {**self._near_norm(got, norm, self.latitudes.supposed.norm),
+             **self._flushed(got, expected)},
+            lambda index: self._norm_story(x, norm, index),
+        )  # fmt: skip
+
+    def _judge_outliers(self) -> None:
+        """Outlier channels, and what is stored of them if that does not wait for the scales."""
+        spec, scheme = self.reference.spec, self.scheme
+        index, head_dim = self.own.outlier_index, self.x.shape[-1]
+        directions = self._of_tokens(self.direction)
+        if self._is_asked("outlier_index"):
+            expected = _each(lambda d: spec.outlier_channels(d, scheme), directions)
             self._compare("outlier_index", index, expected)
-            if ((index < 0) | (index >= head_dim)).any() or (np.diff(index, axis=-1) < 1).any():
-                raise MeaninglessError
-            coded = ~spec.mark(index, head_dim)
-            near = [
-                each(spec.kept_outliers, of_tokens(d), of_blocks(index)) for d in around.directions
-            ]
-            if not self.coded_late:
-                expected = each(spec.kept_outliers, directions, of_blocks(index))
-                self._compare("outliers", own.outliers, expected, among(own.outliers, near))
+        if ((index < 0) | (index >= head_dim)).any() or (np.diff(index, axis=-1) < 1).any():
+            raise MeaninglessError
+        self.coded = ~spec.mark(index, head_dim)
+        if self._is_asked("outliers") and not self.coded_late:
+            got, expected = self.own.outliers, self._kept_outliers(self.direction)
+            near = [self._kept_outliers(d) for d in self.around.directions]
+            self._compare("outliers", got, expected, among(got, near))
 
-        def extents(direction: Array) -> list[Array]:
-            return [
-                each(lambda d, c, side=side: spec.extent(d, c, scheme)[side],
-                     of_tokens(direction), of_blocks(coded))
-                for side in (0, 1)
-            ]  # fmt: skip
-
-        def under_feedback(function: Callable[..., Array]) -> Array:
-            """Apply a function of F1 to each block."""
-            return each(
-                lambda *cut: self._under_feedback(function, *cut), directions, own_scale, own_zero,
-                of_blocks(coded), of_tokens(norm[..., None]),
-            )  # fmt: skip
-
-        low, high = extents(under_feedback(reference.model.measured))
-        near_extents = [extents(d) for d in around.directions]
+    def _judge_ranges(self) -> None:
+        """Zeros and scales."""
+        spec, scheme, own, around = self.reference.spec, self.scheme, self.own, self.around
+        low, high = self._extents(self._fed_back(self.reference.model.measured))
+        if scheme.scale_rule == "search":  # the encoder's choice (S4), but not just anything
+            if not scheme.symmetric:
+                self._storable("zero", own.zero)
+            self._storable("scale", own.scale)
+            return
+        near_extents = [self._extents(d) for d in around.directions]
 
         def range_story(at: tuple[int, ...]) -> Iterator[tuple[str, str]]:
             yield "minimum", text_of(low[at])
@@ -118,93 +130,114 @@ class JudgingEncode(Judging):
             yield "over", str(scheme.code_range[1])
             yield "quotient", text_of(np.float32(span) / np.float32(scheme.code_range[1]))
 
-        if scheme.scale_rule == "range":
-            if not scheme.symmetric:
-                expected = spec.range_zero(low, scheme)
-                self._compare(
-                    "zero", own.zero, expected,
-                    {**self._near_scale(own.zero, low, spec.range_zero),
-                     **between(own.zero, [spec.range_zero(end, scheme)
-                                           for end, _ in near_extents]),
-                     **self._flushed(own.zero, expected)}, range_story,
-                )  # fmt: skip
-            span = spec.range_span(low, high, own.zero, scheme)
-            expected = spec.scale_of(span, scheme)
+        if not scheme.symmetric:
+            expected = spec.range_zero(low, scheme)
             self._compare(
-                "scale", own.scale, expected,
-                {**self._near_scale(own.scale, span, spec.scale_of),
-                 **between(own.scale, around.scales(
-                     [span, *(spec.range_span(*ends, own.zero, scheme) for ends in near_extents)])),
-                 **self._flushed(own.scale, expected)}, range_story,
+                "zero", own.zero, expected,
+                {**self._near_scale(own.zero, low, spec.range_zero),
+                 **between(own.zero, [spec.range_zero(end, scheme) for end, _ in near_extents]),
+                 **self._flushed(own.zero, expected)}, range_story,
             )  # fmt: skip
-        else:  # the encoder's choice (S4), but not just anything
-            if not scheme.symmetric:
-                self._storable("zero", own.zero)
-            self._storable("scale", own.scale)
-        if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
-            raise MeaninglessError
+        span = spec.range_span(low, high, own.zero, scheme)
+        expected = spec.scale_of(span, scheme)
+        self._compare(
+            "scale", own.scale, expected,
+            {**self._near_scale(own.scale, span, spec.scale_of),
+             **between(own.scale, around.scales(
+                 [span, *(spec.range_span(*ends, own.zero, scheme) for ends in near_extents)])),
+             **self._flushed(own.scale, expected)}, range_story,
+        )  # fmt: skip
 
-        direction = under_feedback(spec.fed_back)
-        directions = of_tokens(direction)
+    def _judge_codes(self) -> None:
+        """Codes and, where they are coded with them, outliers."""
+        spec, scheme, own, norm = self.reference.spec, self.scheme, self.own, self.norm
+        direction = self._fed_back(spec.fed_back)
+        directions, coded = self._of_tokens(direction), self._of_blocks(self.coded)
 
         def code(d: Array, s: Array, z: Array, c: Array, n: Array) -> Array:
             return np.asarray(spec.without_codes(spec.code(d, s, z, scheme), c, n))
 
-        codes = each(
-            code, directions, own_scale, own_zero, of_blocks(coded), of_tokens(norm, axis=-1)
-        )
-        scale, zero = (self._each_token(part, rows) for part in (own.scale, own.zero))
-        free = (
-            np.concatenate(
-                [
-                    np.broadcast_to(c, d.shape)
-                    for c, d in zip(of_blocks(coded), directions, strict=True)
-                ],
-                axis=-2,
-            )
-            & (norm != 0)[..., None]
-        )
-        near_tie = (
-            self._near_tie(own.codes, codes, direction, scale, zero) if latitudes.tie_ulp else {}
-        )
+        norms = [norm[..., one] for one in self.rows]
+        codes = _each(code, directions, *self._of_scales(), coded, norms)
+        counts = [one.stop - one.start for one in self.rows]
+        free = np.repeat(self.coded, counts, axis=-2) & (norm != 0)[..., None]
+        scale, zero = (self._each_token(part, self.rows) for part in (own.scale, own.zero))
+        near_tie = {}
+        if self.latitudes.tie_ulp:
+            near_tie = self._near_tie(own.codes, codes, direction, scale, zero)
         own_codes = own.codes
         if self.coded_late:
-            expected = each(spec.kept_outliers, directions, of_blocks(index))
-            indices = np.repeat(index, [one.stop - one.start for one in rows], axis=-2)
+            expected = self._kept_outliers(direction)
+            indices = np.repeat(own.outlier_index, counts, axis=-2)
             own_codes, outliers = self._first_wrong(codes, expected, own, indices)
             if scheme.outlier_channels:
                 self._compare("outliers", outliers, expected)
         self._compare(
             "codes", own_codes, codes,
-            {**near_tie, **around.codes(own.codes, codes, free, scale, zero)},
-            lambda at: self._code_story(x, norm, direction, scale, zero, at),
+            {**near_tie, **self.around.codes(own.codes, codes, free, scale, zero)},
+            lambda at: self._code_story(self.x, norm, direction, scale, zero, at),
             what=self._code_words(own.codes, codes, direction, scale, zero),
         )  # fmt: skip
         last = self.verdict.findings[-1] if self.verdict.findings else None
         if last is not None and last.stage == "codes" and _renamed(own.codes, codes):
             self.verdict.findings[-1] = replace(last, rule="P1")
-        lowest, highest = scheme.code_range
-        if (own.codes < lowest).any() or (own.codes > highest).any():
-            raise MeaninglessError
-        self._compare("packed", parts["packed"], reference.packing.pack(own.codes, scheme),
-                      what="padding bits behind the last channel differ")  # fmt: skip
-        if scheme.separate_norm and scheme.magnitude != "norm":
-            y = each(
-                spec.dequantized_direction, of_tokens(own.codes), own_scale, own_zero,
-                of_blocks(index), of_tokens(own.outliers),
-            )  # fmt: skip
-            gain = spec.factor(x, y, norm, scheme)
-            expected = spec.stored_factor(x, y, norm, scheme)
-            self._compare(
-                "gain", own.norm, expected,
-                {**self._near_norm(own.norm, gain, supposed.gain),
-                 **around.gains(own.norm, y), **self._flushed(own.norm, expected)},
-                lambda at: iter([
-                    ("norm", text_of(norm[at])),
-                    ("||y||", text_of(reference.rounding.norm(y)[at])),
-                    ("gain", text_of(np.float32(gain[at]))),
-                ]),
-            )  # fmt: skip
+
+    def _judge_gains(self) -> None:
+        """Stored gains, those of least squares too."""
+        spec, scheme, x, norm, own = self.reference.spec, self.scheme, self.x, self.norm, self.own
+        y = _each(
+            spec.dequantized_direction, self._of_tokens(own.codes), *self._of_scales(),
+            self._of_blocks(own.outlier_index), self._of_tokens(own.outliers),
+        )  # fmt: skip
+        gain = spec.factor(x, y, norm, scheme)
+        expected = spec.stored_factor(x, y, norm, scheme)
+        self._compare(
+            "gain", own.norm, expected,
+            {**self._near_norm(own.norm, gain, self.latitudes.supposed.gain),
+             **self.around.gains(own.norm, y), **self._flushed(own.norm, expected)},
+            lambda at: iter([
+                ("norm", text_of(norm[at])),
+                ("||y||", text_of(self.reference.rounding.norm(y)[at])),
+                ("gain", text_of(np.float32(gain[at]))),
+            ]),
+        )  # fmt: skip
+
+    # --- block by block -------------------------------------------------------------------------
+
+    def _of_tokens(self, array: Array) -> list[Array]:
+        """Cut by the tokens of each block."""
+        return [array[..., one, :] for one in self.rows]
+
+    def _of_blocks(self, array: Array) -> list[Array]:
+        """Cut where there is one entry a block."""
+        return [array[..., b : b + 1, :] for b in range(len(self.rows))]
+
+    def _of_scales(self) -> tuple[list[Array], list[Array]]:
+        """The port's scales and zeros of each block."""
+        cut = self._of_blocks if self.scheme.axis == "channel" else self._of_tokens
+        return cut(self.own.scale), cut(self.own.zero)
+
+    def _extents(self, direction: Array) -> list[Array]:
+        """Minima and maxima of each block."""
+        both = [
+            self.reference.spec.extent(*cut, self.scheme)
+            for cut in zip(self._of_tokens(direction), self._of_blocks(self.coded), strict=True)
+        ]
+        return [np.concatenate(side, axis=-2) for side in zip(*both, strict=True)]
+
+    def _kept_outliers(self, direction: Array) -> Array:
+        cut = self._of_tokens(direction), self._of_blocks(self.own.outlier_index)
+        return _each(self.reference.spec.kept_outliers, *cut)
+
+    def _fed_back(self, function: Callable[..., Array]) -> Array:
+        """Apply a function of F1 to each block."""
+        if not self.coded_late:
+            return self.direction
+        return _each(
+            lambda *cut: self._under_feedback(function, *cut),
+            self._of_tokens(self.direction), *self._of_scales(), self._of_blocks(self.coded),
+            self._of_tokens(self.norm[..., None]),
+        )  # fmt: skip
 
     def _under_feedback(
         self, function: Callable[..., Array], direction: Array, *known: Array
@@ -274,8 +307,8 @@ class JudgingEncode(Judging):
         return "codes differ, by one at most" if most == 1 else f"codes differ, by up to {most}"
 
     def _norm_story(self, x: Array, norm: Array, at: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-        exact = sum((Fraction(float(v)) ** 2 for v in x[at]), Fraction())
-        yield "sum of squares", f"{float(exact)!r}"
+        exact = math.fsum(np.square(x[at], dtype=np.float64))  # of squares that are exact
+        yield "sum of squares", f"{exact!r}"
         yield "norm in float32", text_of(norm[at])
 
     def _code_story(
@@ -314,6 +347,11 @@ class JudgingEncode(Judging):
         """Return what the right blocks are."""
         block: spec.Block = self.reference.spec.encode_blocks(coded, self.scheme)
         return block
+
+
+def _each(function: Callable[..., Array], *cut: list[Array]) -> Array:
+    """Apply to each block what was cut for it."""
+    return np.concatenate(list(map(function, *cut)), axis=-2)
 
 
 def _renamed(got: Array, expected: Array) -> bool:

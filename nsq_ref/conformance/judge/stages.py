@@ -108,9 +108,9 @@ class Judging:
     """
 
     def __init__(
-        self, case: Case, answer: Answer, latitudes: Latitudes, reference: Reference
+        self, case: Case, answer: Answer, latitudes: Latitudes, reference: Reference, only: str
     ) -> None:
-        self.case, self.answer, self.latitudes = case, answer, latitudes
+        self.case, self.answer, self.latitudes, self.only = case, answer, latitudes, only
         self.reference, self.scheme = reference, case.scheme
         self.verdict = Verdict()
 
@@ -123,6 +123,10 @@ class Judging:
     def stages(self) -> None:
         """Judge the stages of the operation."""
         raise NotImplementedError
+
+    def _is_asked(self, *stages: str) -> bool:
+        """Whether one of these stages is to be judged; all are unless one is asked for alone."""
+        return not self.only or self.only in stages
 
     def _refusal(self) -> None:
         self.verdict.stages.append("refusal")
@@ -158,15 +162,15 @@ class Judging:
             self._wrong("structure", what, rule=rule, got=got, expected=expected, shown=shown)
 
         for name, (shape, dtype) in layout.items():
-            expected, got = f"{dtype} {list(shape)}", arrays.get(name)
+            got = arrays.get(name)
             if got is None:
                 if 0 not in shape:  # what has no elements need not be there
-                    wrong(name, f"{name} is missing", "nothing", expected)
+                    wrong(name, f"{name} is missing", "nothing", f"{dtype} {list(shape)}")
             elif (got.shape, got.dtype) != (shape, dtype):
                 differing = {"dtype": got.dtype != dtype, "shape": got.shape != shape}
                 which = " and ".join(one for one, differs in differing.items() if differs)
                 what = f"{name} has another {which}"
-                wrong(name, what, f"{got.dtype} {list(got.shape)}", expected)
+                wrong(name, what, f"{got.dtype} {list(got.shape)}", f"{dtype} {list(shape)}")
         for name in arrays:
             if name not in layout:
                 what = f"{name} is not stored by this scheme"

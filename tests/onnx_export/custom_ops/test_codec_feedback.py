@@ -19,39 +19,37 @@ from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.schema import ELEMENTS, QUANTIZE
 from tests.support.native_calls import PART_TYPES, Session
 from tests.support.onnx_runners import model_of
-from tests.support.processors import CPUS
+from tests.support.processors import CPUS, sessions_on
 
 Array = npt.NDArray[Any]
 
 
-@pytest.fixture(scope="module", params=CPUS)
-def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Sessions that are made now run this instruction set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NSQ_CPU", request.param)
-        yield request.param
-
-
-def session_of(scheme: Scheme, dtype: Any, feedback: Feedback | None, threads: int = 1) -> Session:
+def sessions_of(
+    scheme: Scheme, dtype: Any, feedback: Feedback | None, threads: int = 1
+) -> Iterator[tuple[str, Session]]:
+    """A session on each instruction set, with nothing but the library to answer."""
     model = quantize_model(scheme, dtype, feedback=feedback)
-    del model.functions[:]  # nothing but the library can answer
-    return Session(model, threads)
+    del model.functions[:]
+    for cpu in CPUS:
+        with sessions_on(cpu):
+            yield cpu, Session(model, threads)
 
 
 def assert_agrees(scheme: Scheme, x: Array, feedback: Feedback, threads: int = 1) -> None:
-    """Both quantize `x` to the same bytes, or both refuse it."""
-    session = session_of(scheme, x.dtype.name, feedback, threads)
+    """Both quantize `x` to the same bytes on every instruction set, or both refuse it."""
     try:
         expected = nsq.quantize(x, scheme, feedback=feedback).parts
     except nsq.RangeError:
-        with pytest.raises(RuntimeError, match=r"\(rule \w\d\)"):
-            session.run({"x": x})
+        for _, session in sessions_of(scheme, x.dtype.name, feedback, threads):
+            with pytest.raises(RuntimeError, match=r"\(rule \w\d\)"):
+                session.run({"x": x})
         return
-    got = session.run({"x": x})
-    assert got.keys() == expected.keys()
-    for name, part in expected.items():
-        assert (got[name].shape, got[name].dtype) == (part.shape, part.dtype), name
-        assert got[name].tobytes() == part.tobytes(), name
+    for cpu, session in sessions_of(scheme, x.dtype.name, feedback, threads):
+        got = session.run({"x": x})
+        assert got.keys() == expected.keys(), cpu
+        for name, part in expected.items():
+            assert (got[name].shape, got[name].dtype) == (part.shape, part.dtype), (name, cpu)
+            assert got[name].tobytes() == part.tobytes(), (name, cpu)
 
 
 # --- bytes --------------------------------------------------------------------------------------
@@ -63,7 +61,7 @@ def assert_agrees(scheme: Scheme, x: Array, feedback: Feedback, threads: int = 1
     strategies.schemes(),
     st.data(),
 )
-def test_every_scheme(cpu: str, x: Array, scheme: Scheme, data: st.DataObject) -> None:
+def test_every_scheme(x: Array, scheme: Scheme, data: st.DataObject) -> None:
     """F1 and all rules around it: equal bytes or refused."""
     kv_heads = data.draw(st.sampled_from([1, x.shape[-3] if x.ndim > 2 else 1]))
     assert_agrees(scheme, x, data.draw(strategies.feedbacks(kv_heads, x.shape[-1])))
@@ -79,7 +77,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_whole_heads(cpu: str, name: str) -> None:
+def test_whole_heads(name: str) -> None:
     """F1 B1 K1: work is cut into tasks and vectors of tokens, which do not show in the bytes."""
     rng = np.random.default_rng(0)
     for tokens, head_dim in ((1, 128), (67, 64), (300, 96)):
@@ -92,7 +90,7 @@ def test_whole_heads(cpu: str, name: str) -> None:
             assert_agrees(SCHEMES[name], x, feedback, threads=2)
 
 
-def test_ties_and_what_a_fused_operation_would_change(cpu: str) -> None:
+def test_ties_and_what_a_fused_operation_would_change() -> None:
     """F1: the product rounds, then the difference; many of both decide a tie."""
     rng = np.random.default_rng(0)
     factor = np.triu(rng.standard_normal((1, 64, 64)), 1).astype(np.float32) + np.eye(
@@ -106,7 +104,7 @@ def test_ties_and_what_a_fused_operation_would_change(cpu: str) -> None:
         assert_agrees(scheme, x, Feedback(order[None], np.round(4 * factor) / 4))
 
 
-def test_where_float32_ends(cpu: str) -> None:
+def test_where_float32_ends() -> None:
     """F1: w is the direction again where it is infinite or NaN; with scale 0 its code is 0."""
     factor = np.triu(np.float32([[[1, -3e38, 3e38], [0, 1, 1], [0, 0, 1]]]))
     x = np.float32([[7e30, 3e38, 7e30], [2.5e30, 3e38, 2e30], [1.5, 3e38, 1e30]])
@@ -121,7 +119,7 @@ def test_where_float32_ends(cpu: str) -> None:
     assert_agrees(scheme, x, Feedback([[0, 1, 2, 3]], factor))
 
 
-def test_nothing_moves_in_a_zero_token(cpu: str) -> None:
+def test_nothing_moves_in_a_zero_token() -> None:
     """F1 N2 O1: not even into an outlier channel, which would show it."""
     x = np.float32([[3, 4, 12], [0, 0, 0], [-3, 2, 1]])
     feedback = Feedback([[0, 1, 2]], np.triu(np.ones((1, 3, 3), np.float32)))

@@ -22,9 +22,11 @@ from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.operations import DONE, Answer, Case
 from nsq_ref.conformance.report import as_text
 from onnx_export.operators import dequantize_model, quantize_model, save_models
-from tests.support.cases import cases_of, checking
+from tests.support.cases import cases_made_once, cases_of, checking
 from tests.support.command import nsq, refused
 from tests.support.onnx_runners import RUNNERS, Run
+
+__all__ = ["cases_made_once"]  # the fixture
 
 # Every family of names, width, axis, factor and option once.
 FEW = (

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.judge import Latitudes, judge
-from nsq_ref.conformance.judge.diagnose import Judged, diagnose
+from nsq_ref.conformance.judge.candidates import Judged
+from nsq_ref.conformance.judge.diagnose import diagnose
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.reference import Reference
 from nsq_ref.conformance.operations import DONE, Answer, Case

@@ -39,8 +39,13 @@ def calibrate(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=16, help="Tokens of each text that are read at most.")
-    ] = 512,
+        int,
+        typer.Option(
+            min=16,
+            help="Tokens of each text that are read at most. Feedback serves positions like these: "
+            "give more, and texts as long, for caches of many more.",
+        ),
+    ] = 1024,
     damping: Annotated[
         float, typer.Option(min=0, help="The more, the less it is made for these texts alone.")
     ] = 0.1,

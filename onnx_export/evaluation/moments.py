@@ -23,8 +23,11 @@ __all__ = ["DEFAULT_TEXTS", "TOKENS", "QueryMoments", "ReadText", "query_moments
 
 Float64 = NDArray[np.float64]
 
-TOKENS = 512
-"""So many tokens of each text are read, if it has them and the model's context does."""
+TOKENS = 1024
+"""So many tokens of each text are read, if it has them and the model's context does.
+
+Queries are rotated by their positions, and feedback serves positions like those that it is made of.
+"""
 
 DEFAULT_TEXTS = ADDRESSES[:4]
 """Addresses whose beginnings are read where no text is given; figures are of what comes later."""

@@ -99,7 +99,7 @@ def tiny_with(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"model": "llama"}, {}, "only byte-level BPE"),
+        ({"model": "bert"}, {}, "only BPE, byte-level"),
         ({"pre": "deepseek-llm"}, {}, "'tokenizer.ggml.pre' is 'deepseek-llm'"),
         ({"tokens": None}, {}, "'tokenizer.ggml.tokens' is missing"),
         ({}, {"passages": 100_000}, "the text holds"),

@@ -219,5 +219,5 @@ def test_an_architecture_that_is_no_text_is_refused(path: Path) -> None:
     path.write_bytes(
         header(keys=key("general.architecture", 9, struct.pack("<IQ2I", 4, 2, 1, 1)), count=1)
     )
-    with pytest.raises(ValueError, match="is not supported; use llama, qwen2 or qwen3"):
+    with pytest.raises(ValueError, match="is not supported; use llama, qwen2, qwen3 or gemma3"):
         convert(path)

@@ -16,7 +16,7 @@ from nsq_ref.conformance import model
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.encode import refusal
 from nsq_ref.conformance.cases.flags import FLAGS
-from nsq_ref.conformance.operations import Case, scheme_of
+from nsq_ref.conformance.operations import OPTIONAL, Case, scheme_of
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.scheme import scheme_names
 from tests.support.cases import cases_of
@@ -105,8 +105,8 @@ def test_flags_cite_rules() -> None:
     rules = set(re.findall(r"^\*\*([A-Z][0-9])\.", SPEC, re.MULTILINE))
     assert {flag.rule for flag in FLAGS.values()} <= rules
     used = {flag for name in SCHEMES for case in built(name) for flag in case.flags}
-    under_feedback = cases_of(SCHEMES["one outlier"], ["feedback"])
-    used |= {flag for case in under_feedback for flag in case.flags}
+    for name in ("one outlier", "streaming4"):
+        used |= {flag for case in cases_of(SCHEMES[name], OPTIONAL) for flag in case.flags}
     assert used == set(FLAGS)
 
 

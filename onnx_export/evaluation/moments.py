@@ -6,15 +6,15 @@ A text is read once, in float32, and of every layer the queries are taken as the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsq_ref.audit import Layer
-from nsq_ref.feedback import DAMPING, Feedback, Moments, second_moment
+from nsq_ref.feedback import Moments, second_moment
 from onnx_export.evaluation.captured import captured
 from onnx_export.models.built import Progress
 from onnx_export.models.texts import ADDRESSES, read_address
@@ -44,8 +44,8 @@ class ReadText(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class QueryMoments:
-    """What queries of a model were found.
+class QueryMoments(Moments):
+    """What queries of a model were found, and in how much text.
 
     Nothing changes one, so that threads may share it.
 
@@ -60,23 +60,7 @@ class QueryMoments:
     See `query_moments`.
     """
 
-    layers: Mapping[int, Float64]
-    texts: tuple[ReadText, ...]
-
-    def feedback(self, damping: Any = DAMPING) -> dict[str, Feedback]:
-        """Return the feedback of every layer, as `nsq_ref.files.save_feedback` takes it.
-
-        Parameters
-        ----------
-        damping : float
-            As `nsq_ref.Feedback.from_moment` takes it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As `nsq_ref.Feedback.from_moment`, with the layer.
-        """
-        return Moments(self.layers).feedback(damping)
+    texts: tuple[ReadText, ...] = ()
 
 
 def query_moments(
@@ -135,7 +119,7 @@ def query_moments(
     every = [read_address(one) for one in DEFAULT_TEXTS] if texts is None else list(texts)
     if not every:
         raise ValueError("texts is empty; give at least one, or leave it out")
-    sums: dict[int, Float64] = {}
+    whole = Moments({})
     read = []
     for number, text in enumerate(every):
         if progress is not None:
@@ -143,10 +127,9 @@ def query_moments(
         found = captured(
             model, text, tokens=tokens, tokenizer=tokenizer, require_queries=True, progress=progress
         )
-        for layer, moment in _moments(found.layers).items():
-            sums[layer] = moment + sums.get(layer, 0)
+        whole += Moments(_moments(found.layers))
         read.append(ReadText(found.tokens, found.text_tokens))
-    return QueryMoments(sums, tuple(read))
+    return QueryMoments(whole.layers, tuple(read))
 
 
 def _moments(layers: Sequence[Layer]) -> dict[int, Float64]:

@@ -29,8 +29,9 @@ def query_moments(model: Any, input_ids: Any, attention_mask: Any = None) -> Mom
     """Read texts, and return the second moments of the queries of every layer.
 
     Queries are those that meet the keys of the cache: after the rotary embedding, and of all layers
-    that use the same keys. A few hundred tokens of text that is like what the model will read are
-    enough. Moments of several calls may be added.
+    that use the same keys. Give text that is like what the model will read, and as many tokens
+    of it as a cache will have: queries are rotated by their positions, and feedback serves
+    positions like those that it is made of. Moments of several calls may be added.
 
     While it runs, the model has another attention function, so that no other thread may run it.
 

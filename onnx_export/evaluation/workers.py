@@ -156,18 +156,15 @@ def _require_scheduler(address: str) -> None:
     from distributed import comm  # noqa: PLC0415
 
     async def asked() -> Any:
-        opened = await comm.connect(address, timeout=TIMEOUT)
+        opened = await comm.connect(address, timeout=TIMEOUT)  # which says why it gave up
         try:
             await opened.write({"op": "identity", "reply": True})
-            return await opened.read()
+            return await asyncio.wait_for(opened.read(), TIMEOUT)
         finally:
             opened.abort()
 
-    async def within() -> Any:
-        return await asyncio.wait_for(asked(), TIMEOUT)
-
     try:
-        answer = asyncio.run(within())
+        answer = asyncio.run(asked())
     except (OSError, ValueError, MemoryError, asyncio.TimeoutError) as error:
         why = " ".join(str(error).split()) or f"no answer within {TIMEOUT} seconds"
         raise ConnectionError(f"no dask scheduler answers at {address!r}: {why}") from error

@@ -3,7 +3,8 @@
 An error e of a key matters only through the products with queries. With H the second moment of the
 queries that share a key head, the expected square of such a product is ``e^T H e``. Codes are made
 one channel after the other, and the error of each is moved into the channels not yet coded, by
-rows of F: the triangular factor of the inverse of H, its rows divided by their diagonal.
+rows of F: the triangular factor of the inverse of H, its rows divided by their diagonal. What is
+left of an error then counts by the inverse of that diagonal, which F has in its place.
 """
 
 from __future__ import annotations
@@ -49,14 +50,15 @@ class Feedback:
         Channels in the order in which they are coded: a permutation for each head.
     factor : array, shape [kv_heads, D, D]
         Row p says what an error of 1 in channel ``order[p]`` takes away from the channels that are
-        coded after it, column r being channel ``order[r]``: 1 on the diagonal, 0 below it. Kept as
-        float32.
+        coded after it, column r being channel ``order[r]``, and ``factor[p, p]``, above 0 and at
+        most 1, how much an error that is left in channel ``order[p]`` weighs. 0 below the diagonal.
+        Kept as float32.
 
     Raises
     ------
     TypeError, ValueError
         For other dtypes and shapes, an order that is no permutation, and a factor that is not
-        finite, or not 1 on the diagonal and 0 below.
+        finite, has another diagonal, or is not 0 below it.
 
     Examples
     --------
@@ -90,10 +92,11 @@ class Feedback:
                 raise ValueError(
                     f"order[{head}] is no permutation of the channels 0 to {head_dim - 1}"
                 )
-        expected = np.eye(head_dim, dtype=np.float32)
-        holds = np.isfinite(factor) & ~np.tril(factor != expected)
+        diagonal = np.eye(head_dim, dtype=bool)
+        weighs = (factor > 0) & (factor <= 1)
+        holds = np.where(diagonal, weighs, np.isfinite(factor) & ~np.tril(factor != 0))
         require("factor", factor, holds,
-                "; a factor is finite, 1 on the diagonal and 0 below it")  # fmt: skip
+                "; a factor is finite, above 0 and at most 1 on the diagonal, and 0 below it")  # fmt: skip
         for name, array, dtype in (("order", order, np.int32), ("factor", factor, np.float32)):
             own = np.array(array, dtype, order="C")
             own.setflags(write=False)
@@ -137,9 +140,9 @@ class Feedback:
         Examples
         --------
         >>> import numpy as np
-        >>> Feedback.from_moment(np.float64([[[1, 1], [1, 4]]]), damping=0).factor
-        array([[[ 1., -1.],
-                [ 0.,  1.]]], dtype=float32)
+        >>> Feedback.from_moment(np.float64([[[1, 1], [1, 5]]]), damping=0).factor
+        array([[[ 1. , -1. ],
+                [ 0. ,  0.5]]], dtype=float32)
         """
         moment = _moment("moment", moment)
         damping = as_float("damping", damping)
@@ -388,11 +391,13 @@ def _order_and_factor(
         ) from None
     upper = np.triu(np.linalg.inv(lower[::-1, ::-1]))
     with np.errstate(over="ignore", under="ignore"):
-        factor = (upper / np.diag(upper)[:, None]).astype(np.float32)
-    if not np.isfinite(factor).all():
+        diagonal = np.diag(upper)
+        factor = (upper / diagonal[:, None]).astype(np.float32)
+        weights = (diagonal.min() / diagonal).astype(np.float32)
+    if not (np.isfinite(factor).all() and weights.all()):
         raise ValueError(
             f"{where} with damping={damping} has a factor beyond float32; give damping, such as "
             f"{DAMPING}"
         )
-    np.fill_diagonal(factor, 1)
+    np.fill_diagonal(factor, weights)
     return order, factor + np.float32(0)  # no -0

@@ -18,7 +18,7 @@ from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
-SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
+SHRINK = np.array([1, 0.9, 0.8, 0.7, 0.6, 0.5], np.float32)  # S4, widest first
 
 
 class Block(NamedTuple):
@@ -40,6 +40,19 @@ class Block(NamedTuple):
     collapsed: npt.NDArray[np.bool_]  # [..., T], tokens that decode to zero but are not (D2)
 
 
+class FedBack(NamedTuple):
+    """What rule F1 makes of the directions of one block.
+
+    No function of this library writes to one, so that threads may share it.
+    """
+
+    w: Float32  # [..., T, D], coded in place of the directions
+    error: Float32  # [..., T, D], of each step
+    seen: Float32  # [..., T, D], the directions as the weights see them (M2)
+    scale: Array  # as in Block
+    zero: Array
+
+
 @in_default_environment
 def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> Block:
     """Quantize one block ``x[..., T, D]``, with ``feedback`` all of one key/value head.
@@ -58,15 +71,18 @@ def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> 
     direction = direction_of(x, norm)  # N2
     index = outlier_channels(direction, scheme)  # O1
     coded = ~mark(index, x.shape[-1])
-    low, high = extent(direction, coded, scheme)
-    scale, zero = scale_and_zero(low, high, direction, coded, scheme)  # S1 S2 S3 S4
-    if feedback is not None:
-        direction = fed_back(direction, scale, zero, coded, norm, feedback, scheme)  # F1
-    rounded = code(direction, scale, zero, scheme)  # Q1 Q2
+    if feedback is None:
+        fed, w = None, direction
+        scale, zero = scale_and_zero(direction, coded, scheme)  # S1 S2 S3 S4
+    else:
+        fed = fed_back(direction, coded, norm, feedback, scheme)  # F1
+        w, scale, zero = fed.w, fed.scale, fed.zero
+    rounded = code(w, scale, zero, scheme)  # Q1 Q2
     codes = without_codes(rounded, coded, norm)  # N2 O1
-    outliers = kept_outliers(direction, index)  # O1
+    outliers = kept_outliers(w, index)  # O1
     y = dequantized_direction(codes, scale, zero, index, outliers)
-    stored = stored_factor(x, y, norm, scheme)  # M1 M2 M3 M4
+    length = None if fed is None or feedback is None else length_kept(fed, feedback)
+    stored = stored_factor(x, y, norm, scheme, length)  # M1 M2 M3 M4
     lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
     return Block(codes, stored, scale, zero, index, outliers, lost)
 
@@ -152,25 +168,50 @@ def direction_of(x: Float32, norm: Float32) -> Float32:
 
 def fed_back(
     direction: Float32,
-    scale: Array,
-    zero: Array,
     coded: npt.NDArray[np.bool_],
     norm: Float32,
     feedback: HeadFeedback,
     scheme: Scheme,
-) -> Float32:
-    """Return what is coded in place of the directions (rule F1)."""
-    scale, zero = np.broadcast_arrays(scale, zero, direction)[:2]
-    w: Float32 = direction.copy()
+) -> FedBack:
+    """Return what is coded in place of the directions, and with which scales (rule F1)."""
+    w, seen, error = direction.copy(), direction.copy(), np.zeros_like(direction)
+    scale, zero = scale_and_zero(direction, coded, scheme)  # those of axis channel are made anew
     for p, j in enumerate(feedback.order):
-        w[..., j] = np.where(np.isfinite(w[..., j]), w[..., j], direction[..., j])
-        pair = scale[..., j], zero[..., j]
-        y = dequantize(code(w[..., j], *pair, scheme), *pair)
-        kept = rounding.narrow(w[..., j], np.dtype(np.float16)).astype(np.float32)
-        error = np.where(norm == 0, 0, w[..., j] - np.where(coded[..., j], y, kept))
-        later = feedback.order[p + 1 :]
-        w[..., later] -= error[..., None] * feedback.factor[p, p + 1 :]
-    return w
+        one = slice(j, j + 1)
+        for moved in (w, seen):
+            moved[..., j] = np.where(np.isfinite(moved[..., j]), moved[..., j], direction[..., j])
+        if scheme.axis == "channel":
+            scale[..., one], zero[..., one] = scale_and_zero(
+                w[..., one], coded[..., one], scheme, fourth_powers=True
+            )
+            pair = scale[..., one], zero[..., one]
+        else:
+            pair = scale, zero
+        y = dequantize(code(w[..., one], *pair, scheme), *pair)
+        kept = rounding.narrow(w[..., one], np.dtype(np.float16)).astype(np.float32)
+        error[..., one] = w[..., one] - np.where(coded[..., one], y, kept)
+        error[norm == 0] = 0
+        later, shares = feedback.order[p + 1 :], feedback.factor[p, p + 1 :]
+        w[..., later] -= error[..., one] * shares
+        seen[..., later] -= seen[..., one] * shares
+    return FedBack(w, error, seen, scale, zero)
+
+
+def length_kept(fed: FedBack, feedback: HeadFeedback) -> Float32:
+    """Return how much longer directions are than what is coded, as the weights see both (M2)."""
+    weights = np.empty(len(feedback.order), np.float32)
+    weights[feedback.order] = np.diagonal(feedback.factor)
+    before, after = (
+        length_if_finite(weights * values) for values in (fed.seen, fed.seen - fed.error)
+    )
+    return np.where(np.isinf(after), after, before / where_zero(after, np.inf))
+
+
+def length_if_finite(values: Float32) -> Float32:
+    """Return the norm (N1), infinity where a value is none."""
+    finite = np.isfinite(values).all(axis=-1)
+    norm = rounding.norm(np.where(finite[..., None], values, np.float32(0)))
+    return np.where(finite, norm, np.float32(np.inf))
 
 
 def without_codes(
@@ -210,13 +251,14 @@ def extent(
 
 
 def scale_and_zero(
-    low: Float32,
-    high: Float32,
     direction: Float32,
     coded: npt.NDArray[np.bool_],
     scheme: Scheme,
+    *,
+    fourth_powers: bool = False,
 ) -> tuple[Array, Array]:
     """Return scale and zero of the full range, or of the best shrunken one (rule S4)."""
+    low, high = extent(direction, coded, scheme)
     if scheme.scale_rule == "range":
         return range_scale(low, high, scheme)
     scales, zeros = shrunken_scales(low, high, scheme)
@@ -224,9 +266,11 @@ def scale_and_zero(
     errors = []
     for scale, zero in zip(scales, zeros, strict=True):
         y = dequantize(code(direction, scale, zero, scheme), scale, zero)
-        square = np.square(np.where(coded, direction - y, 0), dtype=np.float64)
+        loss = np.square(np.where(coded, direction - y, 0), dtype=np.float64)
+        if fourth_powers:  # F1
+            loss = np.square(loss)
         # Accumulated, not np.sum: S4 names the order, and np.sum has its own.
-        errors.append(np.add.accumulate(square, axis=axis).take([-1], axis=axis))
+        errors.append(np.add.accumulate(loss, axis=axis).take([-1], axis=axis))
     return best_scale(scales, zeros, np.stack(errors))
 
 
@@ -312,19 +356,25 @@ def dequantized_direction(
     return y
 
 
-def stored_factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Array:
+def stored_factor(
+    x: Float32, y: Float32, norm: Float32, scheme: Scheme, length: Float32 | None = None
+) -> Array:
     """Return the narrowed factor of each token (rule M4)."""
-    return rounding.narrow(factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype])
+    return rounding.narrow(factor(x, y, norm, scheme, length), FLOAT_DTYPES[scheme.norm_dtype])
 
 
-def factor(x: Float32, y: Float32, norm: Float32, scheme: Scheme) -> Float32:
+def factor(
+    x: Float32, y: Float32, norm: Float32, scheme: Scheme, length: Float32 | None = None
+) -> Float32:
     """Return the factor of each token before it is narrowed (rules M1, M2, M3).
 
-    A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
+    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
     """
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return norm
-    if scheme.magnitude == "gain":
+    if scheme.magnitude == "gain" and length is not None:
+        gain = norm * length
+    elif scheme.magnitude == "gain":
         gain = norm / where_zero(rounding.norm(y), np.inf)
     else:
         gain = rounding.least_squares_gain(x, y)

@@ -49,9 +49,9 @@ Status expect_triangles(const char* name, const float* factor, int64_t heads, in
       if (is_row(row, p, head_dim)) continue;
       int64_t r = 0;
       while (r < p ? row[r] == 0 : r == p ? is_weight(row[r]) : is_finite(row[r])) ++r;
-      return Status::error("%s[%lld, %lld, %lld] is %g; a factor is finite, above 0 and at most 1 on "
-                           "the diagonal, and 0 below it (rule F1)", name, shown(head), shown(p),
-                           shown(r), static_cast<double>(row[r]));
+      return Status::error("%s[%lld, %lld, %lld] is %.9g; a factor is finite, above 0 and at most "
+                           "1 on the diagonal, and 0 below it (rule F1)", name, shown(head),
+                           shown(p), shown(r), static_cast<double>(row[r]));
     }
   }
   return Status();

@@ -150,21 +150,25 @@ def feedback_metric_error(
 
 
 @in_default_environment
-def feedback_gain_error(direction: Any, step_error: Any, feedback: HeadFeedback) -> Interval:
+def feedback_gain_error(
+    direction: Any, step_error: Any, feedback: HeadFeedback, y: Any = None
+) -> Interval:
     """Enclose how much longer queries see a key than they did, in the gain of rule M2 (E10).
 
     Parameters
     ----------
     direction, step_error, feedback
         As in `feedback_element_error`, but that `direction` must be the directions themselves.
+    y : array, [..., T, D], optional
+        The dequantized directions. Without them, the shortest that the steps allow are taken.
 
     Returns
     -------
     Interval of [..., T]
         Of ``ratio * seen(y) / seen(direction) - 1``: `ratio` is the ``a / b`` that the norm is
         multiplied by, before what is stored is narrowed (`factor_error`), and ``seen(v)`` the
-        length of v in the metric of the feedback. From -1 to infinity where the steps may leave
-        nothing of a direction.
+        length of v in the metric of the feedback. From -1 to infinity where nothing may be left of
+        a direction.
 
     Raises
     ------
@@ -181,6 +185,9 @@ def feedback_gain_error(direction: Any, step_error: Any, feedback: HeadFeedback)
     """
     directions, steps, factor = _taken(direction, step_error, feedback)
     weights = np.diagonal(feedback.factor).astype(np.float64)
+    dequantized = None if y is None else _in_order("y", arguments.finite("y", y), feedback)
+    if dequantized is not None:
+        arguments.common_shape(direction=directions, step_error=steps, y=dequantized)
     with np.errstate(all="ignore"):  # what is infinite or NaN in between bounds nothing
         inverse = _Inverse(factor)
         seen, off = inverse.times(directions)
@@ -192,10 +199,13 @@ def feedback_gain_error(direction: Any, step_error: Any, feedback: HeadFeedback)
         of_seen = _length(weights * inverse.at_most(rounded))
         moved = _rounded(directions, steps @ np.abs(factor))
         of_steps = _length(weights * (inverse.at_most(moved) + UNIT * steps))
-        long, slack = euclidean(weights * seen), _length(weights * off)
-        before = Interval(np.maximum(long.low - slack, 0) * DOWN, (long.high + slack) * UP)
-        coded = _length(weights * steps) + _length(weights * inverse.at_most(moved))
-        after = Interval(np.maximum(before.low - coded, 0) * DOWN, (before.high + coded) * UP)
+        before = _between(weights * seen, weights * off)
+        if dequantized is None:
+            most = _length(weights * steps) + _length(weights * inverse.at_most(moved))
+            after = Interval(np.maximum(before.low - most, 0) * DOWN, (before.high + most) * UP)
+        else:
+            given, off = inverse.times(dequantized)
+            after = _between(weights * given, weights * off)
         tiny = (np.sqrt(len(factor)) + 3) * TINY
         first = 2.01 * UNIT + divide((of_seen * (1 + 4 * UNIT) + tiny) * UP, before.low, np.inf)
         second = 3.01 * UNIT + divide(
@@ -218,19 +228,20 @@ def _taken(
         raise TypeError(
             f"feedback must be a HeadFeedback, of Feedback.head, got {type(feedback).__name__}"
         )
-    directions = arguments.finite("direction", direction)
-    steps = arguments.bounds("step_error", step_error)
-    head_dim = len(feedback.order)
-    for name, array in (("direction", directions), ("step_error", steps)):
-        if array.ndim < 2 or array.shape[-1] != head_dim:
-            raise ValueError(
-                f"{name} has shape {list(array.shape)}; give [..., tokens, {head_dim}]"
-            )
-    if head_dim > MOST_CHANNELS:
+    if (head_dim := len(feedback.order)) > MOST_CHANNELS:
         raise ValueError(f"feedback is of {head_dim} channels; E10 holds up to {MOST_CHANNELS}")
+    directions = _in_order("direction", arguments.finite("direction", direction), feedback)
+    steps = _in_order("step_error", arguments.bounds("step_error", step_error), feedback)
     arguments.common_shape(direction=directions, step_error=steps)
-    order = feedback.order
-    return directions[..., order], steps[..., order], _with_unit_diagonal(feedback)
+    return directions, steps, _with_unit_diagonal(feedback)
+
+
+def _in_order(name: str, values: Float64, feedback: HeadFeedback) -> Float64:
+    """Put channels in the order of coding."""
+    head_dim = len(feedback.order)
+    if values.ndim < 2 or values.shape[-1] != head_dim:
+        raise ValueError(f"{name} has shape {list(values.shape)}; give [..., tokens, {head_dim}]")
+    return np.asarray(values[..., feedback.order])
 
 
 def _with_unit_diagonal(feedback: HeadFeedback) -> Float64:
@@ -267,6 +278,12 @@ class _Inverse:
         most = (vectors @ self.residual).max(axis=-1, keepdims=True)
         total = vectors @ self.sizes + most * self.columns
         return np.asarray(total + 2 * _slack(total))
+
+
+def _between(vectors: Float64, off: Float64) -> Interval:
+    """Enclose the Euclidean norms of vectors whose elements may be off."""
+    length, slack = euclidean(vectors), _length(off)
+    return Interval(np.maximum(length.low - slack, 0) * DOWN, (length.high + slack) * UP)
 
 
 def _length(vectors: Float64) -> Float64:

@@ -151,7 +151,8 @@ def test_the_gain_keeps_the_length_that_queries_see(
     coded = Coded(x, scheme, head)
     assume(coded.finite and len(coded.direction))
     norm, stored = rounding.norm(x)[coded.real], stored[coded.real]
-    gain = bounds.feedback_gain_error(coded.direction, coded.steps, head)
+    y = data.draw(st.sampled_from([None, np.array(coded.y, float)]))
+    gain = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
     narrowed = bounds.factor_error(stored, scheme.norm_dtype)
     for t, (direction, y) in enumerate(zip(coded.exact_direction, coded.y, strict=True)):
         before = Fraction(float(norm[t])) ** 2 * seen(direction, head)
@@ -237,6 +238,8 @@ ONES = np.ones((2, 3))
          "is not finite"),
         (lambda: bounds.feedback_element_error(ONES, np.ones((4, 3)), HEAD), ValueError,
          "^shapes do not fit together"),
+        (lambda: bounds.feedback_gain_error(ONES, ONES, HEAD, ONES[:, :2]), ValueError,
+         r"^y has shape \[2, 2\]; give \[..., tokens, 3\]"),
         (lambda: bounds.feedback_logit_error(ONES[:, :2], ONES, ONES, HEAD), ValueError,
          r"^query has shape \[2, 2\]; give \[..., queries, 3\]"),
         (lambda: bounds.feedback_metric_error(ONES, ONES, ONES, HEAD), ValueError,

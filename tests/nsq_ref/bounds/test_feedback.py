@@ -165,6 +165,26 @@ def test_the_gain_keeps_the_length_that_queries_see(
         assert most is None or after <= most**2 * before
 
 
+def test_what_cancels_in_a_heavy_channel_costs_the_gain_as_much_as_is_known() -> None:
+    """F1 M2: what queries see of a direction may be as small as what float32 rounds of it."""
+    head = HeadFeedback(np.int32([0, 1]), np.float32([[2.0**-14, 1.3], [0, 1]]))
+    first = np.random.default_rng(0).standard_normal((100, 1))
+    x = (first * [1, float(head.factor[0, 1]) + 2.0**-12]).astype(np.float32)
+    scheme = Scheme(magnitude="gain", norm_dtype="float32", scale_dtype="float32")
+    coded = Coded(x, scheme, head)
+    ratio = spec.length_kept(coded.fed, head).astype(float)
+    y = np.array(coded.y, float)
+    low, high = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
+    errors = [
+        r * np.sqrt(float(seen(own, head) / seen(before, head))) - 1
+        for r, own, before in zip(ratio, coded.y, coded.exact_direction, strict=True)
+    ]
+    assert (low <= errors).all()
+    assert (errors <= high).all()
+    assert np.max(np.abs(errors) / high) > 0.05
+    assert np.max(errors) > 1e-4
+
+
 def test_all_steps_half_way_reach_the_bounds() -> None:
     """F1: E10 is attained, by the query and by the moment that F is made of."""
     moment = np.float64([[[4, 4, 0], [4, 8, 2], [0, 2, 5]]])

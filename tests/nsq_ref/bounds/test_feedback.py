@@ -116,7 +116,7 @@ def test_elements_logits_and_the_metric(x: Array, scheme: Scheme, data: st.DataO
         assert sum(v * v for v in seen) <= Fraction(float(bound))
 
 
-def seen(vector: list[Fraction], head: HeadFeedback) -> Fraction:
+def seen_square(vector: list[Fraction], head: HeadFeedback) -> Fraction:
     """Return the square of the exact length of a vector in the metric of the feedback (F1)."""
     left = [vector[j] for j in head.order]
     factor = head.factor.astype(float)
@@ -155,8 +155,8 @@ def test_the_gain_keeps_the_length_that_queries_see(
     gain = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
     narrowed = bounds.factor_error(stored, scheme.norm_dtype)
     for t, (direction, y) in enumerate(zip(coded.exact_direction, coded.y, strict=True)):
-        before = Fraction(float(norm[t])) ** 2 * seen(direction, head)
-        after = Fraction(stored[t]) ** 2 * seen(y, head)
+        before = Fraction(float(norm[t])) ** 2 * seen_square(direction, head)
+        after = Fraction(stored[t]) ** 2 * seen_square(y, head)
         least, most = (
             Fraction(1 + one[t]) * Fraction(1 + other[t]) if np.isfinite(one[t]) else None
             for one, other in zip(gain, narrowed, strict=True)
@@ -176,7 +176,7 @@ def test_what_cancels_in_a_heavy_channel_costs_the_gain_as_much_as_is_known() ->
     y = np.array(coded.y, float)
     low, high = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
     errors = [
-        r * np.sqrt(float(seen(own, head) / seen(before, head))) - 1
+        r * np.sqrt(float(seen_square(own, head) / seen_square(before, head))) - 1
         for r, own, before in zip(ratio, coded.y, coded.exact_direction, strict=True)
     ]
     assert (low <= errors).all()
@@ -238,6 +238,19 @@ def test_plain_errors_may_grow_without_a_bound_of_half_a_scale() -> None:
     coded = Coded(x, scheme, head)
     assert (error <= bounds.feedback_element_error(coded.direction, coded.steps, head)[1]).all()
     assert (error > bounds.certificate(q).direction_element[1]).any()
+
+
+def test_fourth_powers_cut_no_more_than_their_root_of_the_tokens() -> None:
+    """F1 S4: where squares take half of the range from one token, for those on a finer grid."""
+    x = np.append(np.tile(np.arange(-6, 7) / 14, 60), 1).astype(np.float32)[:, None]
+    scheme = Scheme(separate_norm=False, scale_rule="search", scale_dtype="float32")
+    known = len(x) ** 0.25 * bounds.element_error(
+        np.float32([[1 / 7]]), scheme=scheme, direction=[[1.0]]
+    )
+    for head, holds in ((Feedback([[0]], np.ones((1, 1, 1))).head(0), True), (None, False)):
+        block = spec.encode(x, scheme, head)
+        error = np.abs(x - spec.decode(block, scheme)).max()
+        assert (error <= known) == holds
 
 
 HEAD = Feedback.from_queries(np.eye(3)[None], kv_heads=1).head(0)

@@ -75,8 +75,8 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
 
     w, scale, zero, length = fed_back(  # F1
         add, direction, norm, (scale, zero), coded, channel=fields.channel, gain=fields.gain,
-        made_anew=lambda add, column: _scale_and_zero_of_column(add, column, present, fields),
-        decoded=lambda add, *column: _decoded(add, *column, fields),
+        pair_of=lambda add, column: _scale_and_zero_of_column(add, column, present, fields),
+        decoded=lambda add, w, scale, zero: _decoded(add, w, scale, zero, fields),
     )  # fmt: skip
     outliers = _kept_outliers(add, w, index, fields)  # O1
     codes = _code(add, w, scale, zero, fields)  # Q1 Q2
@@ -316,8 +316,8 @@ def _scale_and_zero(
         shrunken = _shrunken(add, low, high, fields)
 
         def shrink(add: Nodes, step: str, state: Sequence[str]) -> list[str]:
-            ends = shrunken(add, add("Gather", SHRINK[1:], step))
-            scale, zero = _range_scale(add, *ends, fields)
+            lower, upper = shrunken(add, add("Gather", SHRINK[1:], step))
+            scale, zero = _range_scale(add, lower, upper, fields)
             new = [scale, zero, error(add, scale, zero, np.float64(np.inf))]
             better = add("Less", new[2], state[2])
             return [add("Where", better, one, old) for one, old in zip(new, state, strict=True)]
@@ -335,18 +335,21 @@ def _scale_and_zero_of_column(add: Nodes, column: str, present: str, fields: _Fi
 
     def search(add: Nodes) -> list[str]:
         # All candidates at once, on a new first axis: there are many columns, and little in each.
-        others = _shrunken(add, low, high, fields)(add, SHRINK[1:].reshape(-1, 1, 1, 1, 1, 1))
-        ends = [
-            add("Concat", add("Unsqueeze", widest, [0]), other, axis=0)
-            for widest, other in zip((low, high), others, strict=True)
-        ]
-        scale, zero = _range_scale(add, *ends, fields)
-        off = add("Mul", _off(add, column, scale, zero, fields), add.cast(present, "float32"))
-        wide = add.cast(off, "float64")
+        ranges = SHRINK.reshape(-1, 1, 1, 1, 1, 1)
+        lower, upper = (
+            add("Concat", add("Unsqueeze", widest, [0]), shorter, axis=0)
+            for widest, shorter in zip(
+                (low, high), _shrunken(add, low, high, fields)(add, ranges[1:]), strict=True
+            )
+        )
+        scale, zero = _range_scale(add, lower, upper, fields)
+        wide = add.cast(_off(add, column, scale, zero, fields), "float64")
         square = add("Mul", wide, wide)
-        total = _last_sum(add, add("Mul", square, square), -2)
+        # Quicker than Where, and 0 for what was filled in, even where that is infinite.
+        most = add("Where", present, np.float64(np.inf), np.float64(0))
+        total = _last_sum(add, add("Min", add("Mul", square, square), most), -2)
         # Nothing is less than -infinity: a full range that does not fit is kept.
-        refused = np.where(SHRINK == 1, -np.inf, np.inf).reshape(-1, 1, 1, 1, 1, 1)
+        refused = np.where(ranges == 1, -np.inf, np.inf)
         errors = add("Where", _fits(add, scale, zero), total, refused)
         best = add("ArgMin", errors, axis=0, keepdims=1)
         return [
@@ -361,19 +364,19 @@ def _scale_and_zero_of_column(add: Nodes, column: str, present: str, fields: _Fi
 
 def _shrunken(
     add: Nodes, low: str, high: str, fields: _Fields
-) -> Callable[[Nodes, Any], list[str]]:
-    """S4: return what makes ends of a shorter range, of a builder and factors."""
+) -> Callable[[Nodes, Any], tuple[str, str]]:
+    """S4: return what makes both ends of shorter ranges, of a builder and factors."""
     half = np.float32(0.5)
     half_high, half_low = add("Mul", high, half), add("Mul", low, half)
     middle, radius = add("Add", half_high, half_low), add("Sub", half_high, half_low)
 
-    def shrunken(add: Nodes, factor: Any) -> list[str]:
+    def shrunken(add: Nodes, factor: Any) -> tuple[str, str]:
         shorter = add("Mul", factor, radius)
-        ends = (low, add("Sub", middle, shorter)), (high, add("Add", middle, shorter))
-        return [
-            add("Where", fields.symmetric, add("Mul", factor, end), asymmetric)
-            for end, asymmetric in ends
-        ]
+        lower, upper = add("Sub", middle, shorter), add("Add", middle, shorter)
+        return (
+            add("Where", fields.symmetric, add("Mul", factor, low), lower),
+            add("Where", fields.symmetric, add("Mul", factor, high), upper),
+        )
 
     return shrunken
 

@@ -25,7 +25,7 @@ def fed_back(
     *,
     channel: str,
     gain: str,
-    made_anew: Callable[[Nodes, str], list[str]],
+    pair_of: Callable[[Nodes, str], list[str]],
     decoded: Callable[[Nodes, str, str, str], str],
 ) -> list[str]:
     """Return what is coded in place of ``direction[..., blocks, n, D]``, its pair and its length.
@@ -34,8 +34,8 @@ def fed_back(
     that is given: scale and zero, [..., blocks, 1, D] if the scalar ``channel`` is true, and else
     [..., blocks, n, 1]. ``coded`` broadcasts to the direction; ``norm`` is [..., blocks, n].
 
-    Of a builder, columns [..., blocks, n, 1], and whether each is coded, ``made_anew`` makes scale
-    and zero; of columns, scales and zeros ``decoded`` makes what codes decode to (Q1, Q2, D1).
+    Of a builder and columns [heads, outer, blocks, n, 1] ``pair_of`` makes scale and zero, as if
+    they were coded; of both ``decoded`` makes what codes decode to (Q1, Q2, D1).
 
     The length, [..., blocks, n], says how much longer directions are than what is coded, as the
     weights see both (M2); and nothing without feedback, or if the scalar ``gain`` is false.
@@ -44,7 +44,7 @@ def fed_back(
     --------
     >>> fed_back(
     ...     Nodes(), "x", "norm", ("scale", "zero"), "coded", channel="channel", gain="gain",
-    ...     made_anew=lambda *_: ["scale", "zero"], decoded=lambda add, w, *_: w,
+    ...     pair_of=lambda *_: ["scale", "zero"], decoded=lambda add, w, *_: w,
     ... )
     ['chosen_1_0', 'chosen_1_1', 'chosen_1_2', 'chosen_1_3']
     """
@@ -79,7 +79,7 @@ def fed_back(
             ordered = add("GatherND", whole, add("Unsqueeze", order, [-1]), batch_dims=1)
             return add("Unsqueeze", ordered, [-1])
 
-        def of_tokens(values: str) -> str:
+        def by_head(values: str) -> str:
             whole = split(values, add("Shape", values, start=-2))
             return add("Transpose", whole, perm=[1, 0, 2, 3, 4])
 
@@ -87,9 +87,9 @@ def fed_back(
         # Of a block all tokens of a channel are coded, or none: [heads, D, outer, blocks, 1, 1].
         is_coded = add("Slice", in_order(add.cast(coded, "float32")), [0], [1], [-2])
         is_coded = add.cast(is_coded, "bool")
-        moves = add.cast(of_tokens(add("Unsqueeze", norm, [-1])), "bool")  # no zero token
-        still = add("Expand", np.float32(0), add("Shape", moves))
-        given_pair = [of_tokens(one) for one in pair]
+        moves = add.cast(by_head(add("Unsqueeze", norm, [-1])), "bool")  # no zero token
+        nothing_moves = add("Expand", np.float32(0), add("Shape", moves))  # Where is slow of one 0
+        of_direction = [by_head(one) for one in pair]
 
         def step(add: Nodes, p: str, state: Sequence[str]) -> list[str]:
             here, has_code = (add("Gather", one, p, axis=1) for one in (plain, is_coded))
@@ -98,36 +98,31 @@ def fed_back(
             both = add("Where", add("Less", add("Abs", both), INFINITY), both, here)
             w, seen = add("Gather", both, 0, axis=0), add("Slice", both, [1], [LAST], [0])
 
-            def anew(add: Nodes) -> list[str]:
-                return [add("Where", has_code, one, np.float32(0)) for one in made_anew(add, w)]
+            def of_column(add: Nodes) -> list[str]:
+                return [add("Where", has_code, one, np.float32(0)) for one in pair_of(add, w)]
 
             scale, zero = add.choose_several(
-                channel, anew, lambda _: given_pair, ["float32", "float32"]
+                channel, of_column, lambda _: of_direction, ["float32", "float32"]
             )
             half = add.cast(add.cast(w, "float16"), "float32")
             y = add("Where", has_code, decoded(add, w, scale, zero), half)
-            error = add("Where", moves, add("Sub", w, y), still)
+            error = add("Where", moves, add("Sub", w, y), nothing_moves)
 
             following = add("Unsqueeze", add("Add", p, 1), [0])
-            shares = add("Slice", row, following, [LAST], [1])
-            shares = add("Unsqueeze", shares, [2, 3, 4, 5])
-            sources = add(
-                "Unsqueeze", add("Concat", add("Unsqueeze", error, [0]), seen, axis=0), [2]
-            )
-            rest = add("Slice", state[0], [1], [LAST], [2])
-            rest = add("Sub", rest, add("Mul", sources, shares))
+            shares = add("Unsqueeze", add("Slice", row, following, [LAST], [1]), [2, 3, 4, 5])
+            taken = add("Concat", add("Unsqueeze", error, [0]), seen, axis=0)
+            product = add("Mul", add("Unsqueeze", taken, [2]), shares)
+            rest = add("Sub", add("Slice", state[0], [1], [LAST], [2]), product)
 
             weight = add("Unsqueeze", add("Gather", row, p, axis=1), [1, 2, 3, 4])
-            after = add("Sub", seen, error)
-            weighed = add("Mul", add("Concat", seen, after, axis=0), weight)
-            return [rest, w, scale, zero, weighed]
+            ends = add("Concat", seen, add("Sub", seen, error), axis=0)
+            return [rest, w, scale, zero, add("Mul", ends, weight)]
 
-        # The directions as the weights see them are moved beside w, where they are asked for.
+        # Beside w, where a gain is asked for, what the weights see of the directions.
         sides = add("Unsqueeze", add("Add", add.cast(gain, "int64"), 1), [0])
-        first = add("Expand", plain, add("Concat", sides, add("Shape", plain), axis=0))
-        times = add("Squeeze", channels)
-        dtypes = ["float32"] * 4
-        _, *made, weighed = add.repeat(times, step, [first], ["float32"], dtypes)
+        both = add("Expand", plain, add("Concat", sides, add("Shape", plain), axis=0))
+        times, dtypes = add("Squeeze", channels), ["float32"] * 4
+        _, *made, weighed = add.repeat(times, step, [both], ["float32"], dtypes)
 
         # Back again: where a channel is in the order.
         places = add("Expand", add("Range", 0, times, 1), add("Shape", order))
@@ -154,17 +149,17 @@ def fed_back(
 
         w = natural(add, made[0], direction)
 
-        def of_channels(add: Nodes) -> list[str]:
+        def anew(add: Nodes) -> list[str]:
             pairs = zip(made[1:], pair, strict=True)
             return [w, *(natural(add, new, old) for new, old in pairs)]
 
-        def of_tokens_too(add: Nodes) -> list[str]:
+        def as_given(add: Nodes) -> list[str]:
             # With scale 0 the code is 0 whatever is coded, even where a difference overflows.
             flat = add("And", coded, add("Equal", pair[0], np.float32(0)))
             return [add("Where", flat, direction, w), *pair]
 
-        made = add.choose_several(channel, of_channels, of_tokens_too, ["float32"] * 3)
-        return [*made, add.choose(gain, length, lambda _: norm)]
+        results = add.choose_several(channel, anew, as_given, ["float32"] * 3)
+        return [*results, add.choose(gain, length, lambda _: norm)]
 
     def unmoved(_: Nodes) -> list[str]:
         return [direction, *pair, norm]

@@ -147,19 +147,14 @@ def fed_back(
             ratio = add("Div", before, where_zero(add, after, INFINITY))
             return add("Reshape", ratio, add("Shape", norm), allowzero=1)
 
-        w = natural(add, made[0], direction)
+        def of_columns(add: Nodes) -> list[str]:
+            return [natural(add, new, old) for new, old in zip(made[1:], pair, strict=True)]
 
-        def anew(add: Nodes) -> list[str]:
-            pairs = zip(made[1:], pair, strict=True)
-            return [w, *(natural(add, new, old) for new, old in pairs)]
-
-        def as_given(add: Nodes) -> list[str]:
-            # With scale 0 the code is 0 whatever is coded, even where a difference overflows.
-            flat = add("And", coded, add("Equal", pair[0], np.float32(0)))
-            return [add("Where", flat, direction, w), *pair]
-
-        results = add.choose_several(channel, anew, as_given, ["float32"] * 3)
-        return [*results, add.choose(gain, length, lambda _: norm)]
+        return [
+            natural(add, made[0], direction),
+            *add.choose_several(channel, of_columns, lambda _: pair, ["float32", "float32"]),
+            add.choose(gain, length, lambda _: norm),
+        ]
 
     def unmoved(_: Nodes) -> list[str]:
         return [direction, *pair, norm]

@@ -348,9 +348,7 @@ def _scale_and_zero_of_column(add: Nodes, column: str, present: str, fields: _Fi
         # Quicker than Where, and 0 for what was filled in, even where that is infinite.
         most = add("Where", present, np.float64(np.inf), np.float64(0))
         total = _last_sum(add, add("Min", add("Mul", square, square), most), -2)
-        # Nothing is less than -infinity: a full range that does not fit is kept.
-        refused = np.where(ranges == 1, -np.inf, np.inf)
-        errors = add("Where", _fits(add, scale, zero), total, refused)
+        errors = add("Where", _fits(add, scale, zero), total, np.float64(np.inf))
         best = add("ArgMin", errors, axis=0, keepdims=1)
         return [
             add("Squeeze", add("GatherElements", one, best, axis=0), [0]) for one in (scale, zero)

@@ -201,15 +201,18 @@ def length_kept(fed: FedBack, feedback: HeadFeedback) -> Float32:
     """Return how much longer directions are than what is coded, as the weights see both (M2)."""
     weights = np.empty(len(feedback.order), np.float32)
     weights[feedback.order] = np.diagonal(feedback.factor)
-    before, after = (
-        length_if_finite(weights * values) for values in (fed.seen, fed.seen - fed.error)
-    )
-    return np.where(np.isinf(after), after, before / where_zero(after, np.inf))
+    return length_ratio(weights * fed.seen, weights * (fed.seen - fed.error))
+
+
+def length_ratio(before: Float32, after: Float32) -> Float32:
+    """Return ``||before|| / ||after||``, 0 where that divides by 0 (M2)."""
+    whole, kept = length_if_finite(before), length_if_finite(after)
+    return np.where(np.isinf(kept), kept, whole / where_zero(kept, np.inf))
 
 
 def length_if_finite(values: Float32) -> Float32:
     """Return the norm (N1), infinity where a value is none."""
-    finite = np.isfinite(values).all(axis=-1)
+    finite = np.asarray(np.isfinite(values).all(axis=-1))
     norm = rounding.norm(np.where(finite[..., None], values, np.float32(0)))
     return np.where(finite, norm, np.float32(np.inf))
 
@@ -368,7 +371,8 @@ def factor(
 ) -> Float32:
     """Return the factor of each token before it is narrowed (rules M1, M2, M3).
 
-    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
+    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays
+    infinite, and is refused, whatever is stored in its place (N1).
     """
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return norm

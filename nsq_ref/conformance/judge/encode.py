@@ -202,7 +202,7 @@ class JudgingEncode(Judging):
         if self.length is None or self.scheme.magnitude != "gain":
             yield "||y||", text_of(self.reference.rounding.norm(y)[at])
         else:
-            yield "a / b", text_of(self.length[at])
+            yield "a / b", text_of(np.float32(self.length[at].real))
         yield "gain", text_of(np.float32(gain[at]))
 
     # --- block by block -------------------------------------------------------------------------

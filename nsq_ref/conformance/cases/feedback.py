@@ -9,11 +9,12 @@ gain does.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
 ATTEMPTS = 12  # at a case that shows a mistake
-SHARES = (0.5, 1, 1.5, 2)  # of errors, between which ranges are searched
+SHARES = (0, 0.5, 1, 2, 4)  # of errors, between which ranges are searched
 TUNED = 3  # tokens that are put on a tie in turn
 STEPS = (0, 1, -1, 2, -2, 3, -3, 5, -5, 8, -8)  # from a tie, of the factor
 MOST_BLOCK = 512  # tokens of a block that has cases of its own
@@ -268,10 +269,15 @@ def searched_otherwise(made: Made, scheme: Scheme, mistake: str) -> Iterator[Mad
         found = wrong.scale_and_zero(w, right.coded, scheme, fourth_powers=True)[0]
         return bool((found != scale).any())
 
-    for low in SHARES:
+    def chosen(share: np.float32) -> Any:
+        w, scale, _ = right.scales(share)
+        all_ranges = spec.shrunken_scales(*spec.extent(w, right.coded, scheme), scheme)[0]
+        return np.asarray(np.argmax(all_ranges == scale, axis=0))[0]
+
+    for low, high in itertools.pairwise(SHARES):
         if differs(np.float32(low)):
             yield _with_share(made, np.float32(low))
-        for share in crossing(lambda share: right.scales(share)[1][0], 0, low, low + 0.5):
+        for share in crossing(chosen, 0, low, high):
             if differs(share):  # about where two ranges are as good
                 yield _with_share(made, share)
 
@@ -337,7 +343,7 @@ def _tuned_gains(made: Made, scheme: Scheme) -> Iterator[Made]:
 
 
 def crossing(
-    function: Callable[[np.float32], Array], at: int, low: float, high: float
+    function: Callable[[np.float32], Any], at: int, low: float, high: float
 ) -> Iterator[np.float32]:
     """Yield float32 about one where an element changes; none where both ends give the same.
 

@@ -26,7 +26,7 @@ from nsq_ref.scheme import Scheme
 
 MOST_OUTLIERS = 32  # of a case: more channels make it no better
 CODED_CHANNELS = 5
-ATTEMPTS = 12  # at a case that shows a mistake
+ATTEMPTS = 24  # at a case that shows a mistake
 
 _Steps = Sequence[tuple[int, ...]]  # ``(kind, number of row 0, number of row 1, ...)``
 
@@ -77,8 +77,11 @@ def _searched(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Made]:
     alone = replace(scheme, sink_tokens=0)
     head_dim = min(scheme.outlier_channels, MOST_OUTLIERS) + CODED_CHANNELS
     for mistake in SEARCHING:
-        for _ in range(ATTEMPTS if "stream_feedback" in mistake.operations else 0):
+        for attempt in range(ATTEMPTS if "stream_feedback" in mistake.operations else 0):
             made = drawn(draw, scheme, (scheme.block_size, head_dim), dtype)
+            made.factor[0, :-2, -1] = 0  # errors of others hide tails, which squares cut off
+            if attempt % 2:
+                made.x[:, made.order[0, -1]] **= made.x.dtype.type(3)
             found = next(searched_otherwise(made, alone, mistake.name), None)
             if found is not None:
                 yield found

@@ -492,9 +492,8 @@ SEARCHING = [
     place("spec.shrunken_scales", "S4", ("stream", *SEARCHED))("ranges of an earlier draft",
         "ranges are shrunken by 0.95, 0.9, 0.85, 0.8 and 0.7; by 0.9, 0.8, 0.7, 0.6 and 0.5",
         _candidates(1, 0.95, 0.9, 0.85, 0.8, 0.7)),
-    place("spec.losses", "S4", ("stream", *SEARCHED))("fourth powers without feedback",
-        "the range of the least sum of fourth powers is taken; without feedback, and of tokens, "
-        "squares decide",
+    place("spec.losses", "S4", ("stream",))("fourth powers without feedback",
+        "the range of the least sum of fourth powers is taken; without feedback squares decide",
         instead(_fourth_powers)),
     place("spec.losses", "F1", SEARCHED)("squares under feedback",
         "the range of the least sum of squares is taken; under feedback fourth powers decide",

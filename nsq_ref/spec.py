@@ -225,7 +225,7 @@ def length_ratio(before: Float32, after: Float32) -> Float32:
 
 def length_if_finite(values: Float32) -> Float32:
     """Return the norm (N1), infinity where a value is none."""
-    finite = np.isfinite(values).all(axis=-1)
+    finite = np.asarray(np.isfinite(values).all(axis=-1))
     norm = rounding.norm(np.where(finite[..., None], values, np.float32(0)))
     return np.where(finite, norm, np.float32(np.inf))
 
@@ -388,7 +388,8 @@ def factor(
 ) -> Float32:
     """Return the factor of each token before it is narrowed (rules M1, M2, M3).
 
-    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
+    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays
+    infinite, and is refused, whatever is stored in its place (N1).
     """
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return norm

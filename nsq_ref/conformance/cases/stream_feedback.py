@@ -26,7 +26,7 @@ from nsq_ref.scheme import Scheme
 
 MOST_OUTLIERS = 32  # of a case: more channels make it no better
 CODED_CHANNELS = 5
-ATTEMPTS = 24  # at a case that shows a mistake
+ATTEMPTS = 40  # at a case that shows a mistake
 
 _Steps = Sequence[tuple[int, ...]]  # ``(kind, number of row 0, number of row 1, ...)``
 

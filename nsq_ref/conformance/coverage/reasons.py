@@ -370,11 +370,14 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.outlier_channels == 0,
         ["outlier channels passed over", "errors of outlier channels left out"]),
     _reason("no error in a zero token",
-        "Without norm separation no token has norm 0; symmetric, code 0 is 0 and no error; and "
-        "with scales of tokens and without outlier channels, codes and factor of the token are 0 "
-        "all the same (N2, F1).",
+        "Without norm separation no token has norm 0; symmetric, code 0 is 0, and the scale of a "
+        "zero token is 0: no error. (N2, F1).",
         lambda scheme, dtype: not scheme.separate_norm or scheme.symmetric
-        or (scheme.axis == "token" and scheme.outlier_channels == 0),
+        or scheme.axis == "token", ["feedback in zero tokens"]),
+    _reason("encoder's choice",
+        "Codes and factor of a zero token are 0 all the same; and with the scale rule search a "
+        "port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search" and scheme.outlier_channels == 0,
         ["feedback in zero tokens"]),
     _reason("quotients are small",
         "The scale is made of what is coded, and at least two thirds of it, or 0 (S3): no quotient "

@@ -31,7 +31,7 @@ from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
 ATTEMPTS = 12  # at a case that shows a mistake
-SHARES = (0, 0.5, 1, 2, 4)  # of errors, between which ranges are searched
+SHARES = (0, 0.0625, 0.125, 0.25, 0.5, 1, 2, 4)  # of errors, between which ranges are searched
 TUNED = 3  # tokens that are put on a tie in turn
 STEPS = (0, 1, -1, 2, -2, 3, -3, 5, -5, 8, -8)  # from a tie, of the factor
 MOST_BLOCK = 512  # tokens of a block that has cases of its own
@@ -62,11 +62,6 @@ def _has_outliers(scheme: Scheme) -> bool:
     return scheme.outlier_channels > 0
 
 
-def _has_zero_errors(scheme: Scheme) -> bool:
-    seen = scheme.axis == "channel" or scheme.outlier_channels > 0
-    return scheme.separate_norm and not scheme.symmetric and seen
-
-
 def _has_ties(scheme: Scheme) -> bool:
     return scheme.axis == "token" or scheme.scale_rule == "range"  # a search avoids them
 
@@ -77,6 +72,10 @@ def _narrows(scheme: Scheme) -> bool:
 
 def _ranges_by(axis: str) -> Callable[[Scheme], bool]:
     return lambda scheme: scheme.axis == axis and scheme.scale_rule == "range"
+
+
+def _has_zero_errors(scheme: Scheme) -> bool:
+    return scheme.separate_norm and not scheme.symmetric and _ranges_by("channel")(scheme)
 
 
 def _has_gains(scheme: Scheme) -> bool:
@@ -445,7 +444,8 @@ def _wild(made: Made, draw: Draw, scheme: Scheme) -> Made:
         return made._replace(order=order, factor=moving + weights)
     # A first channel makes others large, but for their scales' dtype, and these the last infinite.
     factor = made.factor.copy()
-    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), 12 + 2 * scheme.bits)
+    large = 12 + 2 * scheme.bits if scheme.symmetric else 14 + scheme.bits  # zeros are larger
+    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), large)
     factor[0, -4:-1, :] *= np.eye(shape[-1], dtype=np.float32)[-4:-1]
     factor[0, -4:-1, -1] = np.ldexp(draw.signs(3), 127)
     return made._replace(order=order, factor=factor)

@@ -444,8 +444,11 @@ def _wild(made: Made, draw: Draw, scheme: Scheme) -> Made:
         return made._replace(order=order, factor=moving + weights)
     # A first channel makes others large, but for their scales' dtype, and these the last infinite.
     factor = made.factor.copy()
-    large = 12 + 2 * scheme.bits if scheme.symmetric else 14 + scheme.bits  # zeros are larger
-    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), large)
+    factor[0, -5, -4:] = 0
+    error = _Block.of(made._replace(order=order), factor[0], scheme).fed.error[:, order[0, -5]]
+    largest = 2.0**14 * (scheme.code_range[1] if scheme.symmetric else 1)  # zeros are stored, too
+    exponent = int(np.frexp(largest / max(float(np.max(np.abs(error))), 2.0**-60))[1])
+    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), exponent)
     factor[0, -4:-1, :] *= np.eye(shape[-1], dtype=np.float32)[-4:-1]
     factor[0, -4:-1, -1] = np.ldexp(draw.signs(3), 127)
     return made._replace(order=order, factor=factor)

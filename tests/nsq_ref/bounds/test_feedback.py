@@ -127,7 +127,7 @@ def seen_square(vector: list[Fraction], head: HeadFeedback) -> Fraction:
     return dot(weighed, weighed)
 
 
-@pytest.mark.filterwarnings("ignore:(over|under)flow:RuntimeWarning")
+@pytest.mark.filterwarnings(r"ignore::RuntimeWarning:nsq_ref\.spec")
 @settings(max_examples=150)
 @given(
     tensors(

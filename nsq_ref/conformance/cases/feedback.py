@@ -62,8 +62,9 @@ def _has_outliers(scheme: Scheme) -> bool:
     return scheme.outlier_channels > 0
 
 
-def _has_ties(scheme: Scheme) -> bool:
-    return scheme.axis == "token" or scheme.scale_rule == "range"  # a search avoids them
+def _is_given(scheme: Scheme) -> bool:
+    """Whether scales are no choice: a search avoids ties, and what it chooses may be refused."""
+    return scheme.axis == "token" or scheme.scale_rule == "range"
 
 
 def _narrows(scheme: Scheme) -> bool:
@@ -82,8 +83,8 @@ def _has_gains(scheme: Scheme) -> bool:
     return scheme.separate_norm and scheme.magnitude == "gain"
 
 
-def _gain(mistake: str, kind: str = "plain") -> _Shown:
-    return _Shown("feedback-gain", mistake, kind, _has_gains, "gain")
+def _gain(mistake: str, kind: str = "plain", can: Callable[[Scheme], bool] = _has_gains) -> _Shown:
+    return _Shown("feedback-gain", mistake, kind, can, "gain")
 
 
 SHOWN = (
@@ -100,17 +101,17 @@ SHOWN = (
     _Shown("feedback-of-heads", "factors of the heads turned round", "heads"),
     _Shown("fused-feedback", "feedback fused"),
     _Shown("fused-feedback", "feedback in double precision"),
-    _Shown("feedback-tie", "half away from zero", can=_has_ties),
-    _Shown("feedback-tie", "half up", can=_has_ties),
-    _Shown("feedback-tie", "half down", can=_has_ties),
+    _Shown("feedback-tie", "half away from zero", can=_is_given),
+    _Shown("feedback-tie", "half up", can=_is_given),
+    _Shown("feedback-tie", "half down", can=_is_given),
     _Shown("error-of-w", "error of the direction"),
     _Shown("error-of-w", "error of the scale before narrowing", can=_narrows),
     _Shown("feedback-clamp", "error of the code before the clamp", "beyond codes"),
     _Shown("feedback-outliers", "outlier channels passed over", can=_has_outliers),
     _Shown("feedback-outliers", "errors of outlier channels left out", can=_has_outliers),
     _Shown("feedback-zero-token", "feedback in zero tokens", "zero", _has_zero_errors),
-    _Shown("feedback-overflow", "only NaN falls back", "wild"),
-    _Shown("feedback-overflow", "largest for what is not finite", "wild"),
+    _Shown("feedback-overflow", "only NaN falls back", "wild", _is_given),
+    _Shown("feedback-overflow", "largest for what is not finite", "wild", _is_given),
     _Shown("scales-of-w", "scales of the directions", can=_ranges_by("channel")),
     _Shown("scales-of-w", "scales of moved tokens", can=_ranges_by("token")),
     _gain("gain of the plain length"),
@@ -123,7 +124,8 @@ SHOWN = (
     _gain("what is seen moved by errors"),
     _gain("what is seen not moved"),
     _gain("diagonal in the movement"),
-    _gain("what is seen not finite", "wild"),
+    _gain("what is seen not finite", "wild",
+          lambda scheme: _has_gains(scheme) and _is_given(scheme)),
 )  # fmt: skip
 
 
@@ -180,10 +182,10 @@ def _made(scheme: Scheme, draw: Draw, dtype: str, quick: bool) -> Iterator[tuple
     yield "not-finite", made
     made = drawn(draw, scheme, (6, 8), dtype)
     yield "feedback-clamp", _enlarged(made, 16)
-    if scheme.axis == "channel":
+    if _ranges_by("channel")(scheme):
         made = drawn(draw, scheme, (4, 6), dtype)
         yield "moved-scales", _enlarged(made, 2**22)
-    if scheme.outlier_channels:
+    if scheme.outlier_channels and _is_given(scheme):
         made = drawn(draw, scheme, (3, scheme.outlier_channels + 3), dtype)
         yield "feedback-overflow", _enlarged(made, 2**40)
     if not quick:
@@ -444,8 +446,11 @@ def _wild(made: Made, draw: Draw, scheme: Scheme) -> Made:
         return made._replace(order=order, factor=moving + weights)
     # A first channel makes others large, but for their scales' dtype, and these the last infinite.
     factor = made.factor.copy()
-    large = 12 + 2 * scheme.bits if scheme.symmetric else 14 + scheme.bits  # zeros are larger
-    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), large)
+    factor[0, -5, -4:] = 0
+    error = _Block.of(made._replace(order=order), factor[0], scheme).fed.error[:, order[0, -5]]
+    largest = 2.0**14 * (scheme.code_range[1] if scheme.symmetric else 1)  # zeros are stored, too
+    exponent = int(np.frexp(largest / max(float(np.max(np.abs(error))), 2.0**-60))[1])
+    factor[0, -5, -4:-1] = np.ldexp(draw.signs(3), exponent)
     factor[0, -4:-1, :] *= np.eye(shape[-1], dtype=np.float32)[-4:-1]
     factor[0, -4:-1, -1] = np.ldexp(draw.signs(3), 127)
     return made._replace(order=order, factor=factor)

@@ -379,6 +379,11 @@ REASONS: tuple[Reason, ...] = (
         "port is judged on its own scales (S4).",
         lambda scheme, dtype: scheme.scale_rule == "search" and scheme.outlier_channels == 0,
         ["feedback in zero tokens"]),
+    _reason("encoder's choice",
+        "With the scale rule search how far channels move, and what is refused for it, follows "
+        "from a port's own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search" and scheme.axis == "channel",
+        ["only NaN falls back", "largest for what is not finite", "what is seen not finite"]),
     _reason("quotients are small",
         "The scale is made of what is coded, and at least two thirds of it, or 0 (S3): no quotient "
         "is beyond 3/2.",

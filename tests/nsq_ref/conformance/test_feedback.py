@@ -185,9 +185,9 @@ def test_what_follows_from_a_wrong_code_is_right() -> None:
 
     def code(w: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
         codes = right(w, scale, zero, scheme)
-        if w.shape[-1] == 1 and next(calls) % 8 == place:
+        if w.shape == (5, 1) and next(calls) % 8 == place:
             codes[..., 2, 0] = np.where(codes[..., 2, 0] > 7, 1, 14)
-        elif w.shape[-1] == 8 and codes.shape[-2] > 2:  # once more, of all w
+        elif w.shape == (5, 8):  # once more, of all w
             codes[..., 2, order[place]] = np.where(codes[..., 2, order[place]] > 7, 1, 14)
         return codes
 

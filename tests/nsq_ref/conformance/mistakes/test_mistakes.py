@@ -51,6 +51,7 @@ SCHEMES = [
     Scheme.named("naive4"),
     replace(PLAIN, scale_dtype="float32"),
     replace(PAPER, block_size=5, scale_dtype="bfloat16", norm_dtype="bfloat16"),
+    replace(PAPER, bits=2, scale_rule="search", block_size=24),
 ]  # fmt: skip
 
 

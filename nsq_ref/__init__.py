@@ -21,14 +21,14 @@ from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.environment import CompilationWarning
 from nsq_ref.feedback import Feedback
 from nsq_ref.renamed import Renamed
-from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
+from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, profile_names, scheme_names
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SPEC_VERSION", "CompilationWarning", "Feedback", "KVCache", "KeyValueSchemes", "Quantized",
     "RangeError", "Scheme", "attention", "bounds", "conformance", "dequantize", "feedback",
-    "quantize", "scheme_names",
+    "profile_names", "quantize", "scheme_names",
 ]  # fmt: skip
 
 RENAMED = {

@@ -237,18 +237,31 @@ class Policy:
             _require_layer("policy", layer, numbers)
         return {number: self.layers.get(number, self.default) for number in numbers}
 
-    def schemes(self, numbers: Sequence[int]) -> dict[int, KeyValueSchemes | None]:
+    def schemes(
+        self, numbers: Sequence[int], feedback: Collection[int] = ()
+    ) -> dict[int, KeyValueSchemes | None]:
         """Return the schemes of each layer of a model; None of one that stays as it is.
+
+        Parameters
+        ----------
+        numbers : sequence of int
+            Of all its layers that have a cache.
+        feedback : collection of int
+            Those whose keys are coded with feedback (F1).
 
         Raises
         ------
         ValueError
-            As `of_layers`, and for what is no scheme, with the layer.
+            As `of_layers`, and, with the layer, for what is no scheme and for a profile that wants
+            feedback where there is none.
         """
         found: dict[int, KeyValueSchemes | None] = {}
         for number, sides in self.of_layers(numbers).items():
             with _about(f"policy: layer {number}" if number in self.layers else "policy: default"):
                 found[number] = sides.schemes
+            if isinstance(sides.key, SchemeCodec) and number not in feedback:
+                with _about(f"layer {number}"):
+                    sides.key.require_feedback()
         return found
 
 

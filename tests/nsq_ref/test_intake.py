@@ -410,7 +410,7 @@ TAKE_NONE = {
     "audit.layers_of_arrays",
     "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
     "Scheme.to_dict",
-    "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
+    "profile_names", "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
     "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",

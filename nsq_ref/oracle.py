@@ -34,14 +34,7 @@ FORMATS = {
 }
 SINGLE = FORMATS["float32"]
 STORED = {"packed", "norm", "scale", "zero", "outlier_index", "outliers"}
-SHRINK = [
-    Fraction(1),
-    Fraction(95, 100),
-    Fraction(9, 10),
-    Fraction(85, 100),
-    Fraction(8, 10),
-    Fraction(7, 10),
-]
+SHRINK = [Fraction(tenths, 10) for tenths in (10, 9, 8, 7, 6, 5)]
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
@@ -168,12 +161,7 @@ def encode_block(
 
     w = direction
     if feedback is not None:
-        w = [
-            fed_back(row, [pair(t, j) for j in channels], kept, feedback, scheme)
-            if norms[t] != 0
-            else row
-            for t, row in enumerate(direction)
-        ]
+        w, lengths = fed_back(direction, norms, kept, pairs, feedback, scheme)
     codes = [
         [
             code(w[t][j], *pair(t, j), scheme) if j in coded and norms[t] != 0 else 0
@@ -187,6 +175,9 @@ def encode_block(
         for j, value in zip(kept, outliers[t], strict=True):
             y[t][j] = value
     factors = [factor(x[t], y[t], norms[t], scheme) for t in tokens]
+    if feedback is not None and scheme.separate_norm and scheme.magnitude == "gain":  # M2
+        known = map(math.isfinite, norms)  # others are refused (N1)
+        factors = [multiply(norms[t], lengths[t]) if k else norms[t] for t, k in enumerate(known)]
     stored = [narrow(value, scheme.norm_dtype) for value in factors]
     finite = [all(map(math.isfinite, row)) for row in y]  # others are refused (O1)
     x_hat = [reconstructed(y[t], stored[t], scheme) if finite[t] else y[t] for t in tokens]
@@ -214,7 +205,7 @@ def encode_block(
     }
 
 
-def scale_and_zero(values: list[float], scheme: Scheme) -> tuple[float, float]:
+def scale_and_zero(values: list[float], scheme: Scheme, power: int = 2) -> tuple[float, float]:
     """S1 to S5 for the direction's values that share a scale."""
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
     full = range_scale(low, high, scheme)
@@ -222,7 +213,7 @@ def scale_and_zero(values: list[float], scheme: Scheme) -> tuple[float, float]:
         return full
     middle = add(multiply(0.5, high), multiply(0.5, low))
     radius = add(multiply(0.5, high), -multiply(0.5, low))
-    best, least = full, squared_error(values, full, scheme)
+    best, least = full, lost(values, full, power, scheme)
     for ratio in SHRINK[1:]:
         shrink = rounded(ratio, SINGLE)
         if scheme.symmetric:
@@ -232,7 +223,7 @@ def scale_and_zero(values: list[float], scheme: Scheme) -> tuple[float, float]:
             pair = range_scale(add(middle, -shorter), add(middle, shorter), scheme)
         if not all(map(math.isfinite, pair)):
             continue
-        error = squared_error(values, pair, scheme)
+        error = lost(values, pair, power, scheme)
         if error < least:
             best, least = pair, error
     return best
@@ -247,12 +238,14 @@ def range_scale(low: float, high: float, scheme: Scheme) -> tuple[float, float]:
     return narrow(divide(span, float(levels)), scheme.scale_dtype), zero
 
 
-def squared_error(values: list[float], pair: tuple[float, float], scheme: Scheme) -> float:
-    """S4: float64, one value after the other."""
+def lost(values: list[float], pair: tuple[float, float], power: int, scheme: Scheme) -> float:
+    """S4: float64, one value after the other; squares are exact in it, fourth powers round (F1)."""
     total = 0.0
     for value in values:
         error = add(value, -dequantized(code(value, *pair, scheme), *pair, scheme))
-        total = float(Fraction(total) + Fraction(error) ** 2)
+        if not math.isfinite(error):
+            return math.inf
+        total = float(Fraction(total) + Fraction(float(Fraction(error) ** power)))
     return total
 
 
@@ -272,27 +265,56 @@ def code(value: float, scale: float, zero: float, scheme: Scheme) -> int:
 
 
 def fed_back(
-    direction: list[float],
-    pairs: list[tuple[float, float]],
+    direction: list[list[float]],
+    norms: list[float],
     kept: list[int],
+    pairs: list[tuple[float, float]],
     feedback: tuple[list[int], list[list[float]]],
     scheme: Scheme,
-) -> list[float]:
-    """F1 for one token: what is coded, channel by channel, from the errors before it."""
+) -> tuple[list[list[float]], list[float]]:
+    """F1: what is coded, channel by channel, and the lengths of M2.
+
+    With axis channel ``pairs`` are made anew.
+    """
     order, factor = feedback
-    w: list[float] = [math.nan] * len(direction)
-    errors: list[float] = []
+    tokens = range(len(direction))
+    w = [list(row) for row in direction]
+    errors: list[list[float]] = [[] for _ in tokens]  # in the order of coding, as what is seen is
+    seen: list[list[float]] = [[] for _ in tokens]
     for r, j in enumerate(order):
-        value = direction[j]
-        for p, error in enumerate(errors):
-            value = add(value, -multiply(error, factor[p][r]))
-        w[j] = value if math.isfinite(value) else direction[j]
-        if j in kept:
-            y = narrow(w[j], "float16")
-        else:
-            y = dequantized(code(w[j], *pairs[j], scheme), *pairs[j], scheme)
-        errors.append(add(w[j], -y))
-    return w
+        for t in tokens:
+            start = direction[t][j]
+            w[t][j] = moved(start, errors[t], [factor[p][r] for p in range(r)])
+            seen[t].append(moved(start, seen[t], [factor[p][r] for p in range(r)]))
+        if scheme.axis == "channel" and j not in kept:
+            pairs[j] = scale_and_zero([w[t][j] for t in tokens], scheme, power=4)
+        for t in tokens:
+            if j in kept:
+                y = narrow(w[t][j], "float16")
+            else:
+                pair = pairs[j if scheme.axis == "channel" else t]
+                y = dequantized(code(w[t][j], *pair, scheme), *pair, scheme)
+            errors[t].append(add(w[t][j], -y) if norms[t] != 0 else 0.0)
+    weights = [factor[p][p] for p in range(len(order))]
+    return w, [length_kept(seen[t], errors[t], weights) for t in tokens]
+
+
+def moved(start: float, errors: list[float], shares: list[float]) -> float:
+    """F1: what is left of a value as the errors before it are taken from it."""
+    value = start
+    for error, share in zip(errors, shares, strict=True):
+        value = add(value, -multiply(error, share))
+    return value if math.isfinite(value) else start
+
+
+def length_kept(seen: list[float], errors: list[float], weights: list[float]) -> float:
+    """M2 under feedback: the length before by the length after, as the weights see both."""
+    after = [add(value, -error) for value, error in zip(seen, errors, strict=True)]
+    lengths = []
+    for values in seen, after:
+        weighted = [multiply(weight, value) for weight, value in zip(weights, values, strict=True)]
+        lengths.append(exact_norm(weighted) if all(map(math.isfinite, weighted)) else math.inf)
+    return math.inf if math.isinf(lengths[1]) else divide(*lengths)
 
 
 def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:

@@ -201,10 +201,13 @@ def length_kept(fed: FedBack, feedback: HeadFeedback) -> Float32:
     """Return how much longer directions are than what is coded, as the weights see both (M2)."""
     weights = np.empty(len(feedback.order), np.float32)
     weights[feedback.order] = np.diagonal(feedback.factor)
-    before, after = (
-        length_if_finite(weights * values) for values in (fed.seen, fed.seen - fed.error)
-    )
-    return np.where(np.isinf(after), after, before / where_zero(after, np.inf))
+    return length_ratio(weights * fed.seen, weights * (fed.seen - fed.error))
+
+
+def length_ratio(before: Float32, after: Float32) -> Float32:
+    """Return ``||before|| / ||after||``, 0 where that divides by 0 (M2)."""
+    whole, kept = length_if_finite(before), length_if_finite(after)
+    return np.where(np.isinf(kept), kept, whole / where_zero(kept, np.inf))
 
 
 def length_if_finite(values: Float32) -> Float32:

@@ -23,7 +23,7 @@ from nsq_ref import packing, rounding, spec
 from nsq_ref.dtypes import FLOAT_DTYPES, Array
 from nsq_ref.feedback import Feedback
 from nsq_ref.kernels.compilation import compiled
-from nsq_ref.kernels.feedback import feed_back
+from nsq_ref.kernels.feedback import DROPPED, feed_back
 from nsq_ref.kernels.rows import (
     CHUNK_TOKENS,
     INFINITY_BITS,
@@ -164,13 +164,14 @@ def squared_errors(
 @jit
 def encode_rows(
     first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, moved: Array,
-    magnitude: int, scale: Array, zero: Array, low: np.float32, high: np.float32, per_channel: bool,
-    offset: np.float32, bits: int, outlier_index: Array, outliers: Array, packed: Array,
+    length: Array, magnitude: int, scale: Array, zero: Array, low: np.float32, high: np.float32,
+    per_channel: bool, offset: np.float32, bits: int, outlier_index: Array, outliers: Array, packed: Array,
     factor: Array, collapsed: Array,
 ) -> None:  # fmt: skip
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3).
 
-    ``moved[N, T, D]`` is coded in place of the directions (F1), unless it has no tokens.
+    ``moved[N, T, D]`` is coded in place of the directions (F1), unless it has no tokens, and
+    ``length[N, T]`` is by how much the weights see it as too short (M2), unless it has none.
     """
     head_dim = x.shape[2]
     scale_row = np.empty(head_dim, np.float32)
@@ -215,6 +216,8 @@ def encode_rows(
                 collapsed[n, t] = True
             if np.isinf(token_norm):
                 factor[n, t] = token_norm
+            elif magnitude == MAGNITUDE_GAIN and length.size:
+                factor[n, t] = token_norm * length[n, t]
             elif magnitude == MAGNITUDE_GAIN:
                 factor[n, t] = token_norm / divisor_of(norm_of_row(y, y_bits, 0))
             elif magnitude == MAGNITUDE_LSQ:
@@ -323,7 +326,10 @@ def encode(
         high = np.empty_like(low)
         run(token_extents, tasks, x, sinks, block_size, norm, index, low, high)
 
-    if scheme.scale_rule == "range":
+    moved, length = np.empty((count, 0, head_dim), np.float32), np.empty((count, 0), np.float32)
+    if feedback is not None and per_channel:
+        scale, zero = np.empty((2, *low.shape), FLOAT_DTYPES[scheme.scale_dtype])  # F1 makes them
+    elif scheme.scale_rule == "range":
         scale, zero = spec.range_scale(low, high, scheme)
     else:
         scales, zeros = spec.shrunken_scales(low, high, scheme)
@@ -334,30 +340,38 @@ def encode(
         )  # fmt: skip
         scale, zero = spec.best_scale(scales, zeros, errors)
 
-    moved = np.empty((count, 0, head_dim), np.float32)
     if feedback is not None:
         moved = np.empty((count, tokens, head_dim), np.float32)
+        seen = scheme.separate_norm and scheme.magnitude == "gain"
+        length = np.empty((count, tokens if seen else 0), np.float32)
+        before, after = np.empty((2, count, length.shape[1], head_dim), np.float32)
+        made = float32(scale), float32(zero)
         run(
-            feed_back, tasks, x, sinks, block_size, norm, float32(scale), float32(zero),
-            per_channel, low_code, high_code, index, heads, feedback.order, feedback.factor, moved,
+            feed_back, count * blocks, x, sinks, block_size, norm, per_channel, scheme.symmetric,
+            scheme.scale_rule == "search", low_code, high_code, DROPPED[scheme.scale_dtype], index,
+            heads, feedback.order, feedback.factor, *made, moved, before, after, length,
         )  # fmt: skip
+        scale, zero = (part.astype(FLOAT_DTYPES[scheme.scale_dtype]) for part in made)
         outliers = rounding.narrow(
             np.take_along_axis(moved, index[:, np.arange(tokens) // block_size], -1),
             np.dtype(np.float16),
         )
+        if (at := places(np.isnan(length))) is not None:
+            length[at] = spec.length_ratio(before[at], after[at])
 
     factor = np.empty((count, tokens), np.float32)
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
-        encode_rows, tasks, x, sinks, block_size, norm, moved, MAGNITUDES[scheme.magnitude],
-        float32(scale), float32(zero), low_code, high_code, per_channel,
-        np.float32(scheme.code_offset), scheme.bits, index, float32(outliers), packed, factor,
-        collapsed,
+        encode_rows, tasks, x, sinks, block_size, norm, moved, length,
+        MAGNITUDES[scheme.magnitude], float32(scale), float32(zero), low_code, high_code,
+        per_channel, np.float32(scheme.code_offset), scheme.bits, index, float32(outliers), packed,
+        factor, collapsed,
     )  # fmt: skip
     block = spec.Block(packed, factor, scale, zero, index, outliers, collapsed)
     if (at := places(np.isnan(factor))) is not None:
         y = directions(block, at, block_size, head_dim, scheme)
-        factor[at] = spec.factor(x[:, sinks:][at], y, norm[at], scheme)
+        known = length[at] if length.size else None
+        factor[at] = spec.factor(x[:, sinks:][at], y, norm[at], scheme, known)
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
     small = np.abs(factor) < np.float32(SMALL_FACTOR[scheme.norm_dtype])
     if (at := places(small & (norm != 0))) is not None:

@@ -52,8 +52,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {"streaming2": {"scale_rule": "search"}
 class _Profile(NamedTuple):
     """What profiles of one family are, whatever their budget."""
 
-    key_rule: str
-    value_rule: str
+    key_rule: Literal["range", "search"]
+    value_rule: Literal["range", "search"]
     wants_feedback: bool = False
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.results import facts, measure, needles, plans, structure
-from onnx_export.evaluation.injected import injected_onnx
+from onnx_export.evaluation.injected import changed_moments, injected_onnx
 from onnx_export.evaluation.moments import query_moments
 from onnx_export.models.decoder import Decoder, cached_onnx
 from onnx_export.models.sources import gemma3_gguf, smollm2_gguf
@@ -69,15 +69,15 @@ def measure_groups(groups: list[str], threads: int | None, most: int | None) -> 
                 one = Model.of(gemma3_gguf(), threads)
             tokens = passages(one.tokenizer, 641, count, start=REPORTING_START)
             with tempfile.TemporaryDirectory(dir=one.path.parent.parent) as folder:
+                own, entries = one.decoder, dict(calibration)
                 if plan.changes:
                     path = injected_onnx(one.path, folder, plan.changes)
-                    one = one._replace(path=path, decoder=Decoder(path, threads=threads))
-                entries = dict(calibration)
+                    own = Decoder(path, threads=threads)
                 if plan.wants_feedback:
                     say(f"{plan.name}: calibrating")
-                    feedback = query_moments(one.path, tokenizer=one.gguf).feedback()
-                    entries |= measure.fed_back(plan, feedback)
-                measure.run(plan, one.decoder, tokens, say, calibration=entries)
+                    moments = changed_moments(query_moments(one.gguf), plan.changes)
+                    entries |= measure.fed_back(plan, moments.feedback())
+                measure.run(plan, own, tokens, say, calibration=entries)
 
 
 def main() -> None:

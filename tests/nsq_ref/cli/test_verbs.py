@@ -24,6 +24,7 @@ from nsq_ref import (
     __version__,
     dequantize,
     files,
+    profile_names,
     quantize,
 )
 from nsq_ref import scheme_names as names
@@ -52,6 +53,14 @@ def test_without_a_file_info_tells_versions_and_schemes(tmp_path):
         bits = Scheme.named(row["name"]).bits_per_element(4096, 128)
         assert row["bits_per_element"] == bits
         assert any(line.split() == [row["name"], f"{bits:.3f}"] for line in text.splitlines())
+    assert [row["name"] for row in result["profiles"]] == profile_names()
+    for row in result["profiles"]:
+        key, value = (one.bits_per_element(4096, 128) for one in Scheme.named(row["name"]))
+        assert row["bits_per_element"] == (key + value) / 2
+        (line,) = (one.split() for one in text.splitlines() if one.split()[:1] == [row["name"]])
+        assert line[1:4] == [f"{bits:.3f}" for bits in ((key + value) / 2, key, value)]
+        assert row["wants_feedback"] == ("wants feedback" in " ".join(line))
+        assert row["wants_feedback"] == row["name"].startswith("best")
     assert nsq("--version", cwd=tmp_path).stdout == f"nsq {__version__}\n"
 
 

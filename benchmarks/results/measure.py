@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nsq_ref import Feedback, Scheme
 from nsq_ref.files import atomic
-from nsq_ref.policy import Policy, Sides
+from nsq_ref.policy import Policy, Sides, sides_of
 from nsq_ref.rivals import Entry, entry, entry_of
 from nsq_ref.scheme import wants_feedback
 from onnx_export.evaluation import Decode, Method
@@ -241,13 +241,13 @@ class _Methods:
         """Return what a condition is to `onnx_export.evaluation`."""
         if condition.changes:
             raise ValueError("changes as if the model had them are of prefill alone")
-        sides = {
-            layer: Sides(
-                self._entry(condition.method(layer, "key"), layer).key,
-                self._entry(condition.method(layer, "value"), layer).value,
-            )
-            for layer in range(layers)
-        }
+
+        def of(layer: int, side: str) -> Entry | Sides:
+            method = condition.method(layer, side)
+            return sides_of(method) if method in (EXACT, HALF) else self._entry(method, layer)
+
+        numbers = range(layers)
+        sides = {one: Sides(of(one, "key").key, of(one, "value").value) for one in numbers}
         return Policy(sides[0], sides)
 
 

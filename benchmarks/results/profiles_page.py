@@ -6,12 +6,13 @@ Every row follows from data; a model that was not measured is not on the page.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.results.kept import Kept, Mean, has, number, table
-from benchmarks.results.measure import NEAREST, method_entry
+from benchmarks.results.measure import DATA, NEAREST, method_entry
 from benchmarks.results.plans import BUDGETS
 from nsq_ref import Feedback
 
@@ -60,11 +61,12 @@ def bits(method: str, heads: int, head_dim: int, tokens: int = 512) -> tuple[flo
     return sealed / elements if elements else 0.0, every / (2 * nothing.size)
 
 
-def page() -> str:
+def page(folder: Path = DATA) -> str:
     """Return the page."""
-    first = Kept("profiles")
-    parts = [_part(name, told) for name, told in PLANS.items() if has(name)]
-    reached = "\n".join(f"- {line}" for name in PLANS if has(name) for line in _reached(name))
+    measured = [Kept(name, folder) for name in PLANS if has(name, folder=folder)]
+    parts = [_part(kept) for kept in measured]
+    reached = [row for kept in measured for row in _reached(kept)]
+    first = measured[0]
     prefill, continuation = first.plan["prefill"], first.plan["continuation"]
     return f"""# Profiles: keys and values at a budget of bits
 
@@ -88,13 +90,12 @@ Of every model: at most {SHARE:g} of the KL of the same schemes without feedback
 {", ".join(number(one) for one in LARGEST.values())} at {", ".join(LARGEST)} bits and {ROOM:g} for
 what stays unquantized. *Not told apart*: within two standard errors, paired by passage.
 
-{reached}
+{table(["model", "profile", "wanted", "measured", ""], reached)}
 """
 
 
-def _part(name: str, told: Told) -> str:
-    kept = Kept(name)
-    rows = []
+def _part(kept: Kept) -> str:
+    told, rows = PLANS[kept.name], []
     for budget in BUDGETS:
         best = f"best-{budget}"
         group = [one for one in _group(kept, budget) if one in kept.rows]
@@ -107,8 +108,8 @@ def _part(name: str, told: Told) -> str:
                  f"{100 * kept.mean(method, 'same_top').value:.1f}",
                  "" if method == best else _told(kept.difference(method, best))]
             )  # fmt: skip
-    head = ["group", "method", "bits, sealed", "with all", "KL", "99% of tokens", "same top 1, %",
-            "to best"]  # fmt: skip
+    head = ["group", "method", "bits, sealed", "with tail and sinks", "KL", "99% of tokens",
+            "same top 1, %", "to best"]  # fmt: skip
     count = "1 passage" if kept.passages == 1 else f"{kept.passages} passages"
     return f"## {told.title}\n\n{count}.\n\n{table(head, rows)}\n"
 
@@ -124,32 +125,28 @@ def _told(found: Mean) -> str:
     return f"**{found}**" if found.told else str(found)
 
 
-def _reached(name: str) -> Iterator[str]:
-    """Yield what was to be reached on a model, and whether it was."""
-    kept, told = Kept(name), PLANS[name]
+def _reached(kept: Kept) -> Iterator[list[str]]:
+    """Yield what was to be reached on a model, what was measured, and whether that is it."""
+    told = PLANS[kept.name]
     for budget, other in KIVI.items():
         best, nearest = f"best-{budget}", f"{NEAREST}best-{budget}"
         mean = kept.mean(best)
-        if name == "profiles":
-            most = LARGEST[budget]
+        if kept.name == "profiles":
+            most, room = LARGEST[budget], float(budget) + ROOM
             every = bits(best, told.heads, told.head_dim)[1]
-            within = every <= float(budget) + ROOM and mean.value <= most
             beyond = Mean(mean.value - most, mean.error, mean.count)
-            yield _line(
-                f"{told.title}, {best}: KL at most {number(most)} at {float(budget) + ROOM:g} bits",
-                f"{mean} at {every:.3f}", within, beyond,
-            )  # fmt: skip
+            reached = _verdict(beyond.value <= 0 and every <= room, beyond)
+            wanted = f"KL at most {number(most)} at {room:g} bits"
+            yield [told.title, best, wanted, f"{mean} at {every:.2f}", reached]
         share = mean.value / kept.mean(nearest).value
         pairs = zip(kept.samples(best), kept.samples(nearest), strict=True)
-        yield _line(
-            f"{told.title}, {best}: at most {SHARE:g} of {nearest}", f"{share:.2f}",
-            share <= SHARE, Mean.of([a - SHARE * b for a, b in pairs]),
-        )  # fmt: skip
+        beyond = Mean.of([a - SHARE * b for a, b in pairs])
+        wanted, reached = f"at most {SHARE:g} of {nearest}", _verdict(beyond.value <= 0, beyond)
+        yield [told.title, best, wanted, f"{share:.3f}", reached]
         less = kept.difference(best, other)
-        yield _line(f"{told.title}, {best}: below {other}", str(less), less.value < 0, less)
+        yield [told.title, best, f"below {other}", str(less), _verdict(less.value < 0, less)]
 
 
-def _line(wanted: str, found: Any, reached: bool, beyond: Mean) -> str:
-    verdict = "reached" if reached else "missed"
-    doubt = "" if beyond.told else ", not told apart"
-    return f"*{wanted}*: **{verdict}**{doubt} ({found})."
+def _verdict(reached: bool, beyond: Mean) -> str:
+    verdict = "reached" if reached else "**missed**"
+    return verdict if beyond.told else f"{verdict}, not told apart"

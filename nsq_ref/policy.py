@@ -6,7 +6,8 @@ says. An entry is
 
 - null: the layer stays as it is;
 - a name of `nsq_ref.Scheme.named` or of `nsq_ref.rivals.entry`; ``float32``, which is null, or
-  ``float16``, which rounds; two of them as ``KEY/VALUE``;
+  ``float16``, which rounds; two of them as ``KEY/VALUE``. A profile that is made for feedback of
+  the keys, such as ``best-3``, is refused for a layer that has none;
 - ``{"key": SIDE, "value": SIDE}``, each null, a name, or all fields of a scheme.
 
 Who stores caches refuses what it cannot store; all else is read alike. ``nsq audit`` writes such a

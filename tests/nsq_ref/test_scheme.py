@@ -97,6 +97,21 @@ def test_a_profile_means_these_schemes_and_is_within_its_budget(name: str) -> No
     assert wants_feedback(name) == name.startswith("best")
 
 
+def test_the_document_has_every_profile_and_its_bits() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in EXPECTED_PROFILES}
+    assert list(found) == profile_names()
+    for name, (key, value, *bits, wants) in found.items():
+        pair = Scheme.named(name)
+        assert isinstance(pair, KeyValueSchemes)
+        assert [key, value] == [f"{one.bits}, {one.scale_rule}" for one in pair]
+        for told, channels in zip(bits, (64, 128, 256), strict=True):
+            took = sum(one.bits_per_element(4096, channels) for one in pair) / 2
+            assert told == f"{took:.2f}"
+        assert wants_feedback(name) == wants.startswith("feedback")
+
+
 def test_what_is_made_for_feedback_is_refused_by_name_without_it() -> None:
     """The names of the schemes alone tell; who gives schemes is believed."""
     x = np.random.default_rng(0).standard_normal((1, 2, 200, 8), dtype=np.float32)

@@ -20,8 +20,9 @@ from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.environment import CompilationWarning
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import profile_names
 from nsq_ref.renamed import Renamed
-from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, profile_names, scheme_names
+from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
 __version__ = "0.1.0"
 

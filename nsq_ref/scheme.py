@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES, FloatName
+from nsq_ref.profiles import ProfileName, profile_fields, profile_names, wants_feedback
 
 __all__ = [
     "FLOAT_DTYPES", "PARTS", "SPEC_VERSION", "Cut", "Field", "FloatName", "KeyValueSchemes", "Part",
-    "Scheme", "profile_names", "scheme_names",
+    "Scheme", "scheme_names",
 ]  # fmt: skip
 
 SPEC_VERSION = "NSQ-1"
@@ -28,11 +29,6 @@ SchemeName = Literal[
     "nsep+out2", "nsep+out3", "nsep+out4", "nsep+out8",
     "nsep+pchan2", "nsep+pchan3", "nsep+pchan4", "nsep+pchan8",
     "streaming2", "streaming3", "streaming4", "streaming8",
-]  # fmt: skip
-ProfileName = Literal[
-    "fast-4.5",
-    "small-4.5", "small-3.5", "small-3", "small-2.5",
-    "best-4.5", "best-3.5", "best-3", "best-2.5",
 ]  # fmt: skip
 PairName = Literal["KIVI-K2V4", "nsep+KIVI", "nsep+KIVI-K2V4"] | ProfileName
 
@@ -47,23 +43,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 # At two bits a range that reaches to the extremes wastes codes: docs/fidelity.md has what it costs.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {"streaming2": {"scale_rule": "search"}}
-
-
-class _Profile(NamedTuple):
-    """What profiles of one family are, whatever their budget."""
-
-    key_rule: Literal["range", "search"]
-    value_rule: Literal["range", "search"]
-    wants_feedback: bool = False
-
-
-_PROFILES = {
-    "fast": _Profile("range", "range"),
-    "small": _Profile("range", "search"),
-    "best": _Profile("search", "search", wants_feedback=True),
-}
-# Bits of keys and of values by the bits an element that they take together, with 64 channels.
-_BUDGETS = {"4.5": (4, 4), "3.5": (3, 3), "3": (3, 2), "2.5": (2, 2)}
 _SINGLE = re.compile(r"(?P<family>[a-z+]+)(?P<bits>[2348])")
 _PAIR = re.compile(r"(?P<norm>nsep\+)?KIVI(-K(?P<key>[2348])V(?P<value>[2348]))?")
 
@@ -82,65 +61,6 @@ def scheme_names() -> list[SchemeName]:
     ['naive2', 'naive3', 'naive4', 'naive8']
     """
     return list(get_args(SchemeName))
-
-
-def profile_names() -> list[ProfileName]:
-    """Return every name that stands for keys and values at a budget of bits.
-
-    Returns
-    -------
-    list of str
-        Names that `Scheme.named` takes and that give a pair: ``fast`` is sealed soonest, ``small``
-        errs least of what needs no calibration, and ``best`` is made for feedback of the keys (F1).
-        The number is bits an element, keys and values together, with 64 channels.
-
-    Examples
-    --------
-    >>> [name for name in profile_names() if name.endswith("-4.5")]
-    ['fast-4.5', 'small-4.5', 'best-4.5']
-    """
-    return list(get_args(ProfileName))
-
-
-def wants_feedback(name: Any) -> bool:
-    """Tell whether it is the name of a profile whose keys are made for feedback (F1).
-
-    The schemes of such a profile do not tell: those of ``best-2.5`` are ``small-2.5``.
-
-    Examples
-    --------
-    >>> [name for name in profile_names() if wants_feedback(name)]
-    ['best-4.5', 'best-3.5', 'best-3', 'best-2.5']
-    """
-    known = isinstance(name, str) and name in profile_names()
-    return known and _PROFILES[name.partition("-")[0]].wants_feedback
-
-
-def feedback_is_missing(name: str) -> ValueError:
-    """Return the error of who gives the name of a profile that `wants_feedback`, and no feedback.
-
-    Examples
-    --------
-    >>> print(feedback_is_missing("best-3"))
-    best-3 is made for feedback of the keys, and there is none: write it with ...
-    """
-    other = name.replace("best", "small")
-    return ValueError(
-        f"{name} is made for feedback of the keys, and there is none: write it with `nsq onnx "
-        f"calibrate MODEL --text TEXT -o FILE` and give it (--feedback FILE, key_feedback), or "
-        f"take {other}, which needs none"
-    )
-
-
-def require_feedback(name: Any, feedback: Any) -> None:
-    """Refuse the name of a profile that `wants_feedback` where there is none.
-
-    Examples
-    --------
-    >>> require_feedback("small-3", None)
-    """
-    if feedback is None and wants_feedback(name):
-        raise feedback_is_missing(name)
 
 
 # What may be stored, in the order in which operators and ports take it.
@@ -324,7 +244,8 @@ class Scheme:
                 value=cls(bits=int(pair["value"] or 4), **family),
             )
         if name in profile_names():
-            return _profile(name)
+            key, value = profile_fields(name)
+            return KeyValueSchemes(key=cls(**key), value=cls(**value))
         single = _SINGLE.fullmatch(name)
         if single is None or single["family"] not in _FAMILIES:
             raise ValueError(
@@ -554,21 +475,6 @@ def as_scheme(name: str, scheme: Any) -> Scheme:
             f"Scheme.named({scheme!r}).key, or .value{beside}"
         )
     return named
-
-
-def _profile(name: str) -> KeyValueSchemes:
-    """Return the schemes of a profile."""
-    family, _, budget = name.partition("-")
-    sides = zip(_BUDGETS[budget], _PROFILES[family][:2], strict=True)
-    return KeyValueSchemes(
-        *(
-            Scheme(
-                bits=bits, symmetric=False, magnitude="gain", block_size=128, sink_tokens=1,
-                scale_rule="search" if bits == 2 else rule,
-            )
-            for bits, rule in sides
-        )
-    )  # fmt: skip
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Scheme)}

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from nsq_ref import Feedback, Scheme
 from nsq_ref.files import atomic
 from nsq_ref.policy import Policy, Sides, sides_of
+from nsq_ref.profiles import wants_feedback
 from nsq_ref.rivals import Entry, entry, entry_of
-from nsq_ref.scheme import wants_feedback
 from onnx_export.evaluation import Decode, Method
 from onnx_export.evaluation.injected import Change, KeyOutlier, changed_keys, restored_keys
 from onnx_export.evaluation.models import as_model

@@ -18,7 +18,8 @@ from nsq_ref.audit.modes import Mode, failure_modes
 from nsq_ref.audit.policy import CONTEXT, FLOAT_BITS, LIMIT, Choice, Recommendation, choose
 from nsq_ref.audit.sinks import Sink, leading_sinks, sinks_of
 from nsq_ref.policy import scheme_text
-from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme, require_feedback
+from nsq_ref.profiles import require_feedback
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEFINITIONS", "SCHEMES", "Audit", "LayerAudit", "audit", "audit_layers", "summary"]
 

@@ -17,7 +17,8 @@ from nsq_ref.cache.state import Sides, State, StoredRow
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import Feedback
-from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName, require_feedback
+from nsq_ref.profiles import require_feedback
+from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
 PathLike = str | os.PathLike[str]
 

@@ -195,7 +195,7 @@ def _describe_cache(file: Path) -> list[dict[str, Any]]:
 
 def _show_library(as_json: bool) -> None:
     from nsq_ref import SPEC_VERSION, Scheme, __version__, profile_names, scheme_names
-    from nsq_ref.scheme import wants_feedback
+    from nsq_ref.profiles import wants_feedback
 
     tokens, head_dim = 4096, 128
     schemes = [

@@ -77,7 +77,7 @@ def build(
         if (own := OWN_OPTIONS.get(name, attention)) != attention:
             raise ValueError(f"{option} is of --attention {own}; leave it out with {attention}")
     from nsq_ref.files import atomic, load_feedback
-    from nsq_ref.scheme import require_feedback
+    from nsq_ref.profiles import require_feedback
 
     with extra("onnx", "nsq onnx"):
         from onnx_export.models.built import build_onnx

@@ -54,7 +54,7 @@ def key_value_schemes(
 
     from nsq_ref import KeyValueSchemes, Scheme
     from nsq_ref.policy import changed_fields
-    from nsq_ref.scheme import require_feedback
+    from nsq_ref.profiles import require_feedback
 
     named = Scheme.named(name)
     require_feedback(name, feedback)

@@ -18,8 +18,9 @@ from nsq_ref.codec import dequantize, quantize
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import feedback_is_missing
 from nsq_ref.quantized import Quantized, require_shape
-from nsq_ref.scheme import Scheme, feedback_is_missing
+from nsq_ref.scheme import Scheme
 
 __all__ = ["Codec", "NormFirst", "Part", "SchemeCodec", "Stored", "Unquantized"]
 

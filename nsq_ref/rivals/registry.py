@@ -11,6 +11,7 @@ import numpy as np
 
 from nsq_ref.arrays import as_float_array, as_integer
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import wants_feedback
 from nsq_ref.rivals.codebooks import NsnQuant, TurboQuant
 from nsq_ref.rivals.codec import Codec, NormFirst, SchemeCodec, Stored
 from nsq_ref.rivals.ggml import GgmlBlocks
@@ -21,7 +22,7 @@ from nsq_ref.rivals.nvfp4 import Nvfp4
 from nsq_ref.rivals.oscar import Oscar
 from nsq_ref.rivals.rotation import Rotated
 from nsq_ref.rivals.scaled import Smoothed, StaticChannels
-from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme, scheme_names, wants_feedback
+from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme, scheme_names
 
 __all__ = ["Entry", "entries", "entry", "entry_of"]
 

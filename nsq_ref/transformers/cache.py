@@ -22,7 +22,8 @@ from nsq_ref.cache.arguments import as_sides
 from nsq_ref.feedback import Feedback
 from nsq_ref.files import load_feedback
 from nsq_ref.policy import Policy, feedback_of_layers
-from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName, require_feedback
+from nsq_ref.profiles import require_feedback
+from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 from nsq_ref.transformers.passes import Pass, Stored, Tensor
 
 __all__ = ["NsqCache", "NsqLayer"]

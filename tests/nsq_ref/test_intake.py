@@ -431,7 +431,7 @@ ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
         "arrays", "cache", "conformance", "dlpack", "dtypes", "environment", "extras", "kernels",
-        "policy", "quantized", "transformers",
+        "policy", "profiles", "quantized", "transformers",
     )
 }  # fmt: skip
 

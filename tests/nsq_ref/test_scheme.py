@@ -11,7 +11,8 @@ import pytest
 
 import nsq_ref
 from nsq_ref import Feedback, KeyValueSchemes, KVCache, Quantized, quantize, spec
-from nsq_ref.scheme import PARTS, Scheme, profile_names, scheme_names, wants_feedback
+from nsq_ref.profiles import profile_names, wants_feedback
+from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
     "bits": 4, "separate_norm": True, "axis": "channel", "symmetric": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.results import facts, measure, needles, plans, structure
+from nsq_ref.feedback import Moments
 from onnx_export.evaluation.injected import changed_moments, injected_onnx
 from onnx_export.evaluation.moments import query_moments
 from onnx_export.models.decoder import Decoder, cached_onnx
@@ -25,6 +27,13 @@ GROUPS = [*plans.GROUPS, FACTS, NEEDLES, STRUCTURE]
 def say(text: str) -> None:
     """Tell progress."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def moments_of(gguf: Path) -> Moments:
+    """Return the second moments of a model's queries, which are had once for all its plans."""
+    say(f"{gguf.name}: calibrating")
+    return query_moments(gguf)
 
 
 class Model(NamedTuple):
@@ -74,8 +83,7 @@ def measure_groups(groups: list[str], threads: int | None, most: int | None) -> 
                     path = injected_onnx(one.path, folder, plan.changes)
                     own = Decoder(path, threads=threads)
                 if plan.wants_feedback:
-                    say(f"{plan.name}: calibrating")
-                    moments = changed_moments(query_moments(one.gguf), plan.changes)
+                    moments = changed_moments(moments_of(one.gguf), plan.changes)
                     entries |= measure.fed_back(plan, moments.feedback())
                 measure.run(plan, own, tokens, say, calibration=entries)
 

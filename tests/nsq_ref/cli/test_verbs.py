@@ -242,6 +242,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
     [
         (["--scheme", "nope"], "unknown scheme name 'nope'; known are naive"),
         (["--value-scheme", "KIVI"], "--value-scheme KIVI is a pair; give it to --scheme"),
+        (["--scheme", "best-3"], "best-3 is made for feedback of the keys, and there is none"),
         (["--set", "bits=5"], "bits=5 is not supported; choose one of 2, 3, 4, 8"),
         (["--set", "bits"], "--set 'bits' is not FIELD=VALUE with a field of bits, "),
         (["--set", "bit=4"], "--set 'bit=4' is not FIELD=VALUE with a field of bits, "),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import nsq_ref as nsq
 from benchmarks.timing import (
     Case,
     Row,
+    Target,
     Timed,
     as_text,
     beside,
@@ -55,12 +56,16 @@ MAIN: SchemeName = "streaming4"
 FEWER_BITS: tuple[SchemeName, ...] = ("streaming3", "streaming2")
 CODECS: tuple[SchemeName, ...] = ("streaming4", "nsep+pchan4")
 CODEC_SHAPE = (8, 4096, 128)
+FED: tuple[SchemeName, ...] = ("streaming3", "streaming2")  # the full range, and a search
+SEALED = 16  # blocks
 BLOCK_SIZE = 128
 IN_TAIL = BLOCK_SIZE // 2  # tokens beyond whole blocks, sinks included: half a block
 INSTRUCTION_SETS = ("avx512", "avx2")
 INT4_STEP = 0.5  # of GroupQueryAttention's static scales: standard normal data reach 7 of them
 PEER, PEER_FLOAT = "GQA int4", "GQA float32"
 READ_BYTES = 1 << 28  # more than caches of the processor hold
+MAGNITUDES: tuple[Literal["lsq", "gain"], ...] = ("lsq", "gain")
+MORE = Target(1, at_most=True)  # microseconds a token that feedback may take beyond 1.5 times
 SETTLE = 0.1  # seconds: threads of the sessions before spin for up to half of it
 
 
@@ -111,6 +116,7 @@ def main() -> None:
         ),
         Group(f"prefill of {options.prefill} tokens", partial(prefill, natives, options)),
         Group("Quantize and Dequantize", partial(codec, natives, options)),
+        Group("keys with feedback, 1 thread", partial(sealing, options.rounds)),
     ]
     rows, notes = [], general_notes(options.rounds)
     found = [
@@ -308,6 +314,38 @@ def codec(natives: Sequence[Native], options: argparse.Namespace) -> tuple[list[
             if not (same and (decoded == nsq.dequantize(quantized)).all()):
                 raise RuntimeError(f"{scheme_name}: the native operators give other bytes")
     return rows, [f"shape {list(x.shape)} float32; operators write to bound outputs"]
+
+
+def sealing(rounds: int) -> tuple[list[Row], list[str]]:
+    """Time Quantize with feedback (F1) beside itself without, on each instruction set."""
+    rng = np.random.default_rng(0)
+    feedback = nsq.Feedback.from_queries(
+        rng.standard_normal((HEADS, 64, HEAD_DIM)) @ rng.standard_normal((HEAD_DIM, HEAD_DIM)),
+        KV_HEADS,
+    )
+    rows = []
+    for name in FED:
+        for magnitude in MAGNITUDES:
+            scheme = replace(nsq.Scheme.named(name), magnitude=magnitude)
+            tokens = SEALED * BLOCK_SIZE + scheme.sink_tokens
+            x = rng.standard_normal((KV_HEADS, tokens, HEAD_DIM), dtype=np.float32)
+            cases = []
+            for cpu in dict.fromkeys([*available(), "portable"]):
+                for title, own in (("without", None), ("with", feedback)):
+                    results = dict(nsq.quantize(x, scheme, feedback=own).parts)
+                    model = quantize_model(scheme, feedback=own)
+                    step = Step(model, 1, Native(cpu, False), {"x": x}, results)
+                    cases.append(Case(f"{cpu}, {title}", step))
+            timed = interleaved(cases, rounds, SETTLE)
+            for cpu in dict.fromkeys(case.name.partition(",")[0] for case in cases):
+                without, fed = timed[f"{cpu}, without"].seconds, timed[f"{cpu}, with"].seconds
+                what = f"{name}, {magnitude}, {cpu}"
+                more = 1e6 * (fed - 1.5 * without) / (KV_HEADS * SEALED * BLOCK_SIZE)
+                rows += [
+                    Row(what, spread(fed / without), "times that without takes", spread(fed)),
+                    Row(f"{what}, beyond 1.5 times", spread(more), "us a token", target=MORE),
+                ]
+    return rows, [f"{SEALED} blocks of {BLOCK_SIZE} tokens of {KV_HEADS} heads"]
 
 
 def in_threads(count: int, call: Callable[[], object]) -> object:

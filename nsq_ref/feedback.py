@@ -95,8 +95,10 @@ class Feedback:
         diagonal = np.eye(head_dim, dtype=bool)
         weighs = (factor > 0) & (factor <= 1)
         holds = np.where(diagonal, weighs, np.isfinite(factor) & ~np.tril(factor != 0))
-        require("factor", factor, holds,
-                "; a factor is finite, above 0 and at most 1 on the diagonal, and 0 below it")  # fmt: skip
+        require(
+            "factor", factor, holds,
+            "; a factor is finite, above 0 and at most 1 on the diagonal, and 0 below it",
+        )  # fmt: skip
         for name, array, dtype in (("order", order, np.int32), ("factor", factor, np.float32)):
             own = np.array(array, dtype, order="C")
             own.setflags(write=False)

@@ -172,24 +172,37 @@ def fed_back(
     norm: Float32,
     feedback: HeadFeedback,
     scheme: Scheme,
+    stored: Block | None = None,
 ) -> FedBack:
-    """Return what is coded in place of the directions, and with which scales (rule F1)."""
+    """Return what is coded in place of the directions, and with which scales (rule F1).
+
+    With ``stored``, what an encoder made of the same tokens, w is what it had to code: errors are
+    those of its own codes, scales and outliers.
+    """
     w, seen, error = direction.copy(), direction.copy(), np.zeros_like(direction)
-    scale, zero = scale_and_zero(direction, coded, scheme)  # those of axis channel are made anew
+    given = None
+    if stored is None:
+        scale, zero = scale_and_zero(direction, coded, scheme)  # of axis channel they change below
+    else:
+        scale, zero = stored.scale, stored.zero
+        given = dequantized_direction(
+            stored.codes, scale, zero, stored.outlier_index, stored.outliers
+        )
     for p, j in enumerate(feedback.order):
         one = slice(j, j + 1)
         for moved in (w, seen):
             moved[..., j] = np.where(np.isfinite(moved[..., j]), moved[..., j], direction[..., j])
-        if scheme.axis == "channel":
-            scale[..., one], zero[..., one] = scale_and_zero(
-                w[..., one], coded[..., one], scheme, fourth_powers=True
-            )
-            pair = scale[..., one], zero[..., one]
+        if given is not None:
+            y = given[..., one]
         else:
             pair = scale, zero
-        y = dequantize(code(w[..., one], *pair, scheme), *pair)
-        kept = rounding.narrow(w[..., one], np.dtype(np.float16)).astype(np.float32)
-        error[..., one] = w[..., one] - np.where(coded[..., one], y, kept)
+            if scheme.axis == "channel":
+                pair = scale_and_zero(w[..., one], coded[..., one], scheme, fourth_powers=True)
+                scale[..., one], zero[..., one] = pair
+            kept = rounding.narrow(w[..., one], np.dtype(np.float16)).astype(np.float32)
+            y = dequantize(code(w[..., one], *pair, scheme), *pair)
+            y = np.where(coded[..., one], y, kept)
+        error[..., one] = w[..., one] - y
         error[norm == 0] = 0
         later, shares = feedback.order[p + 1 :], feedback.factor[p, p + 1 :]
         w[..., later] -= error[..., one] * shares
@@ -212,7 +225,7 @@ def length_ratio(before: Float32, after: Float32) -> Float32:
 
 def length_if_finite(values: Float32) -> Float32:
     """Return the norm (N1), infinity where a value is none."""
-    finite = np.isfinite(values).all(axis=-1)
+    finite = np.asarray(np.isfinite(values).all(axis=-1))
     norm = rounding.norm(np.where(finite[..., None], values, np.float32(0)))
     return np.where(finite, norm, np.float32(np.inf))
 
@@ -269,12 +282,16 @@ def scale_and_zero(
     errors = []
     for scale, zero in zip(scales, zeros, strict=True):
         y = dequantize(code(direction, scale, zero, scheme), scale, zero)
-        loss = np.square(np.where(coded, direction - y, 0), dtype=np.float64)
-        if fourth_powers:  # F1
-            loss = np.square(loss)
+        lost = losses(np.where(coded, direction - y, np.float32(0)), fourth_powers)
         # Accumulated, not np.sum: S4 names the order, and np.sum has its own.
-        errors.append(np.add.accumulate(loss, axis=axis).take([-1], axis=axis))
+        errors.append(np.add.accumulate(lost, axis=axis).take([-1], axis=axis))
     return best_scale(scales, zeros, np.stack(errors))
+
+
+def losses(error: Float32, fourth_powers: bool) -> Float64:
+    """Return squares of errors (rule S4) or, for scales under feedback, fourth powers (rule F1)."""
+    square = np.square(error, dtype=np.float64)
+    return np.square(square) if fourth_powers else square
 
 
 def range_scale(low: Float32, high: Float32, scheme: Scheme) -> tuple[Array, Array]:
@@ -371,7 +388,8 @@ def factor(
 ) -> Float32:
     """Return the factor of each token before it is narrowed (rules M1, M2, M3).
 
-    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays infinite, and is refused, whatever is stored in its place (N1).
+    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays
+    infinite, and is refused, whatever is stored in its place (N1).
     """
     if not scheme.separate_norm or scheme.magnitude == "norm":
         return norm

@@ -202,14 +202,16 @@ def feedbacks(
         What it is made of:
 
         ``identity``
-            No error moves: bytes are those without feedback.
+            No error moves, and all weigh the same.
         ``queries``, ``few queries``, ``one-hot queries``, ``heavy tails``
             Queries, as many as channels and more; fewer than channels; each of one channel;
             with channels of 1000 times the size of others.
         ``ties``
-            Any order, and multiples of 1/4: what moves leaves ties where ties were.
+            Any order, and multiples of 1/4: what moves leaves ties where ties were. Weights are
+            powers of two.
         ``wild``
-            Any order and any finite factor, so that much is clamped and float32 is left.
+            Any order, any finite factor and any weights down to the least float32, so that much is
+            clamped and float32 is left.
 
     Raises
     ------
@@ -314,14 +316,17 @@ def _feedbacks(
     shape = (kv_heads, head_dim, head_dim)
     if kind in ("identity", "ties", "wild"):
         order = np.stack([rng.permutation(head_dim) for _ in range(kv_heads)])
-        factor = np.zeros(shape)
+        factor, halvings = np.zeros(shape), np.zeros((kv_heads, head_dim))
         if kind == "ties":
             factor = rng.integers(-6, 7, shape) / 4
+            halvings += rng.integers(0, draw(st.sampled_from([1, 4, 21])), halvings.shape)
         elif kind == "wild":
+            halvings = rng.uniform(0, draw(st.sampled_from([0, 20, 149])), halvings.shape)
             factor = rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 38, shape)
             factor[rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9]))] = 0
             factor = np.clip(factor, -3e38, 3e38)
-        factor = np.triu(factor, 1) + np.eye(head_dim)
+        weights = 2.0 ** (halvings.min(axis=1, keepdims=True) - halvings)  # the largest is 1
+        factor = np.triu(factor, 1) + weights[:, None] * np.eye(head_dim)
         return Feedback(order.astype(np.int32), factor.astype(np.float32))
     count = max(head_dim // 3, 1) if kind == "few queries" else 2 * head_dim + 3
     queries = rng.standard_normal((kv_heads, count, head_dim))

@@ -124,26 +124,41 @@ static int code(float direction, uint16_t scale) /* S3, Q1: round, and then Q2: 
     return (int)fminf(fmaxf(rintf(direction / or_infinity(widen(scale))), -QMAX), QMAX);
 }
 
-/* F1: the error of each channel moves into those coded after it. `w` is working memory. */
-static void feed_back(float *direction, int64_t head_dim, const uint16_t *scale,
-                      const int32_t *order, const float *share, float *w)
+/* S1: the scale of a channel, of its directions or of what is coded in their place. */
+static uint16_t scale_of(const float *channel, int64_t tokens, int64_t head_dim)
 {
-    memcpy(w, direction, (size_t)head_dim * sizeof *w);
+    float peak = 0;
+    for (int64_t t = 0; t < tokens; t++)
+        peak = fmaxf(peak, fabsf(channel[t * head_dim]));
+    return narrow(peak / (float)QMAX);
+}
+
+/* F1: what is coded in place of the directions of a block, and its scales. Channel by channel, the
+ * scale is made of what the errors of the channels before have left. */
+static void feed_back(const float *direction, int64_t tokens, int64_t head_dim,
+                      const int32_t *order, const float *share, float *w, uint16_t *scale)
+{
+    memcpy(w, direction, (size_t)(tokens * head_dim) * sizeof *w);
     for (int64_t p = 0; p < head_dim; p++, share += head_dim) {
         int32_t j = order[p];
-        if (isfinite(w[j]))
-            direction[j] = w[j];
-        float error = direction[j] - (float)code(direction[j], scale[j]) * widen(scale[j]);
-        for (int64_t r = p + 1; r < head_dim; r++)
-            w[order[r]] -= error * share[r]; /* the product rounds, then the difference */
+        for (int64_t i = j; i < tokens * head_dim; i += head_dim)
+            if (!isfinite(w[i]))
+                w[i] = direction[i];
+        scale[j] = scale_of(w + j, tokens, head_dim);
+        for (float *row = w; row < w + tokens * head_dim; row += head_dim) {
+            float error = row[j] - (float)code(row[j], scale[j]) * widen(scale[j]);
+            for (int64_t r = p + 1; r < head_dim; r++)
+                row[order[r]] -= error * share[r]; /* the product rounds, then the difference */
+        }
     }
 }
 
-/* Encode the block x[first ...]. `direction` is working memory for (tokens + 1) * head_dim;
+/* Encode the block x[first ...]. `direction` and `w` are working memory for tokens * head_dim;
  * without feedback, `order` is NULL. */
 static int encode_block(const void *x, int32_t dtype, int64_t first, int64_t tokens,
                         int64_t head_dim, const int32_t *order, const float *share,
-                        float *direction, uint8_t *packed, uint16_t *scale, uint16_t *factor)
+                        float *direction, float *w, uint8_t *packed, uint16_t *scale,
+                        uint16_t *factor)
 {
     for (int64_t t = 0; t < tokens; t++) {
         float *row = direction + t * head_dim;
@@ -159,22 +174,21 @@ static int encode_block(const void *x, int32_t dtype, int64_t first, int64_t tok
         for (int64_t j = 0; j < head_dim; j++)
             row[j] /= or_infinity(length); /* N2 */
     }
-    for (int64_t j = 0; j < head_dim; j++) {
-        float peak = 0;
-        for (int64_t t = 0; t < tokens; t++)
-            peak = fmaxf(peak, fabsf(direction[t * head_dim + j]));
-        scale[j] = narrow(peak / (float)QMAX); /* S1 */
-    }
-    float *w = direction + tokens * head_dim;
-    for (int64_t t = 0; t < tokens; t++, direction += head_dim) {
-        if (order)
-            feed_back(direction, head_dim, scale, order, share, w);
+    if (order)
+        feed_back(direction, tokens, head_dim, order, share, w, scale);
+    else
+        for (int64_t j = 0; j < head_dim; j++)
+            scale[j] = scale_of(direction + j, tokens, head_dim);
+    for (int64_t j = 0; j < head_dim; j++)
+        if (scale[j] == HALF_INFINITY) /* S5: errors may add up to so much */
+            return NSQ_REFUSED;
+    const float *row = order ? w : direction;
+    for (int64_t t = 0; t < tokens; t++, row += head_dim)
         for (int64_t j = 0; j < head_dim; j += 2) { /* P1: an odd row is padded with code 0 */
-            int even = code(direction[j], scale[j]);
-            int odd = j + 1 < head_dim ? code(direction[j + 1], scale[j + 1]) : 0;
+            int even = code(row[j], scale[j]);
+            int odd = j + 1 < head_dim ? code(row[j + 1], scale[j + 1]) : 0;
             *packed++ = (uint8_t)((even + OFFSET) | (odd + OFFSET) << 4);
         }
-    }
     return NSQ_DONE;
 }
 
@@ -187,7 +201,7 @@ int nsq_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t
     if (sequences < 0 || tokens < 1 || head_dim < 1 || dtype < NSQ_FLOAT32 || dtype > NSQ_BFLOAT16)
         return NSQ_REFUSED;
     int64_t block = tokens_per_block(scheme, tokens);
-    float *direction = malloc((size_t)((block + 1) * head_dim) * sizeof *direction);
+    float *direction = malloc((size_t)(2 * block * head_dim) * sizeof *direction);
     int status = direction ? NSQ_DONE : NSQ_REFUSED;
     uint8_t *packed = out->packed;
     uint16_t *scale = out->scale, *factor = out->norm;
@@ -197,7 +211,7 @@ int nsq_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t
             status = encode_block(x, dtype, (s * tokens + t) * head_dim, count, head_dim,
                                   order ? order + head * head_dim : NULL,
                                   order ? share + head * head_dim * head_dim : NULL, direction,
-                                  packed, scale, factor);
+                                  direction + block * head_dim, packed, scale, factor);
             packed += count * ((head_dim + 1) / 2);
             scale += head_dim;
             factor += count;

@@ -327,33 +327,61 @@ func heads(request frame) []*feedback {
 	return all
 }
 
-// fedBack returns what is coded in place of the directions: each error is taken from the channels
-// that follow (F1).
-func (s scheme) fedBack(
+// fedBack is what F1 makes of the directions of a block.
+type fedBack struct {
+	w             []float32 // coded in place of them
+	before, after []float32 // they, and what is left of them in w's codes, as the weights see them
+}
+
+// feedBack codes channel by channel: each error is taken from the channels that follow, and scales of
+// axis channel are made of what is coded (F1).
+func (s scheme) feedBack(
 	b *block, direction, norms []float32, isOutlier []bool, head *feedback,
-) []float32 {
-	d, w := b.d, slices.Clone(direction)
-	for t, norm := range norms {
-		if norm == 0 {
-			continue
+) *fedBack {
+	d, w, seen := b.d, slices.Clone(direction), slices.Clone(direction)
+	f := &fedBack{w, make([]float32, len(w)), make([]float32, len(w))}
+	for p, j := range head.order {
+		column, weight := make([]float32, len(norms)), head.factor[p*d+p]
+		for t := range column {
+			for _, moved := range [][]float32{w, seen} {
+				if !isFinite(moved[t*d+j]) {
+					moved[t*d+j] = direction[t*d+j]
+				}
+			}
+			column[t] = w[t*d+j]
 		}
-		row := w[t*d : t*d+d]
-		for p, j := range head.order {
-			if !isFinite(row[j]) {
-				row[j] = direction[t*d+j]
+		if !s.perToken && !isOutlier[j] {
+			b.scale[j], b.zero[j] = s.fit(column, true)
+		}
+		for t, norm := range norms {
+			if norm == 0 {
+				continue
 			}
-			g := s.scaleIndex(t*d+j, d)
-			y := level(s.code(row[j], b.scale[g], b.zero[g]), b.scale[g], b.zero[g])
+			i := t*d + j
+			g := s.scaleIndex(i, d)
+			y := level(s.code(w[i], b.scale[g], b.zero[g]), b.scale[g], b.zero[g])
 			if isOutlier[j] {
-				y = narrow(row[j], float16Type)
+				y = narrow(w[i], float16Type)
 			}
-			e := row[j] - y
+			e := w[i] - y
 			for r := p + 1; r < d; r++ {
-				row[head.order[r]] -= float32(e * head.factor[p*d+r])
+				later, share := t*d+head.order[r], head.factor[p*d+r]
+				w[later] -= float32(e * share)
+				seen[later] -= float32(seen[i] * share)
 			}
+			f.before[i], f.after[i] = weight*seen[i], weight*(seen[i]-e)
 		}
 	}
-	return w
+	return f
+}
+
+// lengthKept is how much longer the direction of a token is than what is coded of it (M2).
+func (f *fedBack) lengthKept(t, d int) float32 {
+	before, after := norm(f.before[t*d:t*d+d]), norm(f.after[t*d:t*d+d])
+	if isInfinite(after) {
+		return after
+	}
+	return before / orInfinity(after)
 }
 
 func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) {
@@ -381,12 +409,13 @@ func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) 
 		}
 	}
 	for _, group := range groups {
-		scale, zero := s.fit(group)
+		scale, zero := s.fit(group, false)
 		b.scale, b.zero = append(b.scale, scale), append(b.zero, zero)
 	}
-	w := direction
+	w, fed := direction, (*fedBack)(nil)
 	if head != nil {
-		w = s.fedBack(b, direction, norms, isOutlier, head)
+		fed = s.feedBack(b, direction, norms, isOutlier, head)
+		w = fed.w
 	}
 	for i, v := range w {
 		if isOutlier[i%d] { // O1
@@ -396,25 +425,27 @@ func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) 
 			b.codes[i] = s.code(v, b.scale[g], b.zero[g])
 		}
 	}
-	if slices.ContainsFunc(b.outliers, isInfinite) { // F1 may move one so far
-		return nil, errors.New("O1: an outlier is beyond float16")
+	y := s.dequantize(b)
+	if slices.ContainsFunc(y, isInfinite) { // where a scale, a zero or an outlier is
+		return nil, errors.New("S5 or O1: a value is beyond its dtype")
 	}
 	if s.separateNorm {
-		y := s.dequantize(b)
 		for t, factor := range norms { // M1
 			yt := y[t*d : t*d+d]
-			switch s.magnitude {
-			case gainMagnitude:
+			switch {
+			case s.magnitude == gainMagnitude && fed != nil:
+				factor *= fed.lengthKept(t, d) // M2
+			case s.magnitude == gainMagnitude:
 				factor /= orInfinity(norm(yt)) // M2
-			case lsqMagnitude:
+			case s.magnitude == lsqMagnitude:
 				factor = leastSquares(x[t*d:t*d+d], yt)
 			}
 			b.factor = append(b.factor, stored(factor, s.normType))
 		}
 	}
-	for _, v := range slices.Concat(b.scale, b.zero, b.factor, s.decodeBlock(b)) {
+	for _, v := range slices.Concat(b.factor, s.decodeBlock(b)) {
 		if !isFinite(v) {
-			return nil, errors.New("S5, M4 or D3: a value is beyond its dtype")
+			return nil, errors.New("M4 or D3: a value is beyond its dtype")
 		}
 	}
 	return b, nil
@@ -456,8 +487,9 @@ func (s scheme) scaleIndex(i, d int) int {
 	return i % d
 }
 
-// fit returns the scale and zero of directions that share them (S4).
-func (s scheme) fit(directions []float32) (float32, float32) {
+// fit returns the scale and zero of directions that share them (S4), or of what is coded in their
+// place, of which fourth powers of errors count (F1).
+func (s scheme) fit(directions []float32, fourth bool) (float32, float32) {
 	if len(directions) == 0 {
 		return 0, 0
 	}
@@ -466,16 +498,16 @@ func (s scheme) fit(directions []float32) (float32, float32) {
 	if !s.search || !isFinite(scale) || !isFinite(zero) {
 		return scale, zero
 	}
-	least := s.squaredError(directions, scale, zero)
+	least := s.loss(directions, scale, zero, fourth)
 	middle := float32(0.5*highest) + float32(0.5*lowest)
 	radius := float32(0.5*highest) - float32(0.5*lowest)
-	for _, f := range []float32{0.95, 0.9, 0.85, 0.8, 0.7} {
+	for _, f := range []float32{0.9, 0.8, 0.7, 0.6, 0.5} {
 		low, high := f*lowest, f*highest
 		if !s.symmetric {
 			low, high = middle-float32(f*radius), middle+float32(f*radius)
 		}
 		newScale, newZero := s.rangeScale(low, high) // if infinite, so is the sum, or not a number
-		if sum := s.squaredError(directions, newScale, newZero); sum < least {
+		if sum := s.loss(directions, newScale, newZero, fourth); sum < least {
 			least, scale, zero = sum, newScale, newZero
 		}
 	}
@@ -491,11 +523,15 @@ func (s scheme) rangeScale(lowest, highest float32) (float32, float32) {
 	return stored((highest-zero)/float32(most), s.scaleType), zero // S2
 }
 
-func (s scheme) squaredError(directions []float32, scale, zero float32) float64 {
+func (s scheme) loss(directions []float32, scale, zero float32, fourth bool) float64 {
 	sum := 0.0
 	for _, v := range directions {
 		e := float64(v - level(s.code(v, scale, zero), scale, zero))
-		sum += e * e
+		square := e * e // exact
+		if fourth {
+			square = float64(square * square)
+		}
+		sum += square
 	}
 	return sum
 }

@@ -217,20 +217,21 @@ class Scheme {
     return this.symmetric ? y : fround(y + zero);
   }
 
-  /** The scale and zero of directions that share them (S4). */
-  fit(directions) {
+  /** The scale and zero of directions that share them (S4), or of what is coded in their place, of which fourth
+   * powers of errors count (F1). */
+  fit(directions, fourth = false) {
     if (!directions.length) return [0, 0];
     const lowest = directions.reduce((a, b) => min(a, b)), highest = directions.reduce((a, b) => max(a, b));
     let best = this.scaleOf(lowest, highest);
     if (!this.search || !best.every(isFinite)) return best;
     const error = ([scale, zero]) => directions.reduce((sum, v) => {
       const e = fround(v - this.level(this.code(v, scale, zero), scale, zero));
-      return sum + e * e;
+      return sum + (fourth ? e * e * (e * e) : e * e); // e * e is exact
     }, 0);
     let least = error(best);
     const middle = fround(fround(0.5 * highest) + fround(0.5 * lowest));
     const radius = fround(fround(0.5 * highest) - fround(0.5 * lowest));
-    for (const f of [0.95, 0.9, 0.85, 0.8, 0.7].map(fround)) {
+    for (const f of [0.9, 0.8, 0.7, 0.6, 0.5].map(fround)) {
       const shrunk = this.symmetric
         ? this.scaleOf(fround(f * lowest), fround(f * highest))
         : this.scaleOf(fround(middle - fround(f * radius)), fround(middle + fround(f * radius)));
@@ -259,19 +260,34 @@ function headsOf({ order, factor }) {
     ({ order: channels.slice(h * D, h * D + D), factor: shares.subarray(h * D * D, (h + 1) * D * D) }));
 }
 
-/** What is coded in place of the directions: each error is taken from the channels that follow (F1). */
-function fedBack(s, { D, scale, zero }, direction, norms, isOutlier, { order, factor }) {
-  const w = direction.slice();
-  for (let t = 0; t < norms.length; t++) {
-    for (let p = 0; p < D && norms[t] > 0; p++) {
-      const j = order[p], i = t * D + j, g = s.scaleIndex(i, D);
-      if (!isFinite(w[i])) w[i] = direction[i];
+/** What is coded in place of the directions, w, and, as the weights see them, the directions before and what is left
+ * of them after it. Channel by channel, each error is taken from the channels that follow, and scales of axis channel
+ * are made of what is coded (F1). */
+function feedBack(s, { D, scale, zero }, direction, norms, isOutlier, { order, factor }) {
+  const w = direction.slice(), seen = direction.slice(), before = new Float32Array(w.length), after = before.slice();
+  order.forEach((j, p) => {
+    for (let i = j; i < w.length; i += D) for (const moved of [w, seen]) if (!isFinite(moved[i])) moved[i] = direction[i];
+    if (!s.perToken && !isOutlier[j]) [scale[j], zero[j]] = s.fit(w.filter((_, i) => i % D === j), true);
+    for (let t = 0; t < norms.length; t++) {
+      if (norms[t] === 0) continue;
+      const i = t * D + j, g = s.scaleIndex(i, D), weight = factor[p * D + p];
       const y = isOutlier[j] ? narrow(w[i], FLOAT16) : s.level(s.code(w[i], scale[g], zero[g]), scale[g], zero[g]);
       const error = fround(w[i] - y);
-      for (let r = p + 1; r < D; r++) w[t * D + order[r]] -= fround(error * factor[p * D + r]);
+      for (let r = p + 1; r < D; r++) {
+        w[t * D + order[r]] -= fround(error * factor[p * D + r]);
+        seen[t * D + order[r]] -= fround(seen[i] * factor[p * D + r]);
+      }
+      before[i] = weight * seen[i];
+      after[i] = weight * fround(seen[i] - error);
     }
-  }
-  return w;
+  });
+  return { w, before, after };
+}
+
+/** How much longer the direction of a token is than what is left of it in its codes (M2). */
+function lengthKept({ before, after }, from, to) {
+  const length = norm(after.subarray(from, to));
+  return length === Infinity ? length : fround(norm(before.subarray(from, to)) / orInfinity(length));
 }
 
 /** The parts of one block x [tokens, D] (K1 aside), before codes are packed; floats as stored. */
@@ -292,22 +308,24 @@ function encodeBlock(s, x, D, head) {
   const fitted = groups.map((group) => s.fit(group));
   block.scale = fitted.map(([scale]) => scale);
   block.zero = fitted.map(([, zero]) => zero);
-  const w = head ? fedBack(s, block, direction, norms, isOutlier, head) : direction;
-  w.forEach((v, i) => {
+  const fed = head ? feedBack(s, block, direction, norms, isOutlier, head) : { w: direction };
+  fed.w.forEach((v, i) => {
     const g = s.scaleIndex(i, D);
     if (isOutlier[i % D]) block.outliers.push(stored(v, FLOAT16));
     else if (norms[(i - i % D) / D] > 0) block.codes[i] = s.code(v, block.scale[g], block.zero[g]);
   });
-  const y = dequantize(s, block);
+  const y = dequantize(s, block); // finite if scales, zeros and outliers are
+  if (!y.every(isFinite)) throw new Refusal("S5 or O1: beyond its dtype");
   for (let t = 0; t < tokens && s.separateNorm; t++) {
-    const part = y.subarray(t * D, t * D + D);
+    const from = t * D, to = from + D, part = y.subarray(from, to);
     let factor = norms[t]; // M1
-    if (s.magnitude === "gain") factor = fround(factor / orInfinity(norm(part))); // M2
-    if (s.magnitude === "lsq") factor = leastSquares(x.subarray(t * D, t * D + D), part);
+    if (s.magnitude === "gain" && head) factor = fround(factor * lengthKept(fed, from, to)); // M2
+    else if (s.magnitude === "gain") factor = fround(factor / orInfinity(norm(part)));
+    else if (s.magnitude === "lsq") factor = leastSquares(x.subarray(from, to), part);
     block.factor.push(stored(factor, s.normType));
   }
-  const all = [block.scale, block.zero, block.factor, block.outliers, decodeBlock(s, block)];
-  if (!all.every((values) => values.every(isFinite))) throw new Refusal("S5, M4, O1 or D3: beyond its dtype");
+  const all = [block.factor, decodeBlock(s, block)];
+  if (!all.every((values) => values.every(isFinite))) throw new Refusal("M4 or D3: beyond its dtype");
   return block;
 }
 

@@ -356,13 +356,15 @@ impl Scheme {
         if self.symmetric { y } else { y + zero }
     }
 
-    fn squared_error(&self, directions: &[f32], (scale, zero): (f32, f32)) -> f64 {
+    fn loss(&self, directions: &[f32], (scale, zero): (f32, f32), fourth: bool) -> f64 {
         let error = |v: f32| (v - self.level(self.code(v, scale, zero), scale, zero)) as f64;
-        directions.iter().fold(0.0, |sum, &v| sum + error(v) * error(v))
+        let squares = directions.iter().map(|&v| error(v) * error(v)); // exact
+        squares.fold(0.0, |sum, square| sum + if fourth { square * square } else { square })
     }
 
-    /// The scale and zero of directions that share them (S4).
-    fn fit(&self, directions: &[f32]) -> (f32, f32) {
+    /// The scale and zero of directions that share them (S4), or of what is coded in their place, of which
+    /// fourth powers of errors count (F1).
+    fn fit(&self, directions: &[f32], fourth: bool) -> (f32, f32) {
         if directions.is_empty() {
             return (0.0, 0.0);
         }
@@ -373,16 +375,16 @@ impl Scheme {
         if !self.search || !is_finite(best) {
             return best;
         }
-        let mut least = self.squared_error(directions, best);
+        let mut least = self.loss(directions, best, fourth);
         let middle = 0.5 * highest + 0.5 * lowest;
         let radius = 0.5 * highest - 0.5 * lowest;
-        for f in [0.95f32, 0.9, 0.85, 0.8, 0.7] {
+        for f in [0.9f32, 0.8, 0.7, 0.6, 0.5] {
             let shrunk = match self.symmetric {
                 true => self.scale_of(f * lowest, f * highest),
                 false => self.scale_of(middle - f * radius, middle + f * radius),
             };
             if is_finite(shrunk) {
-                let sum = self.squared_error(directions, shrunk);
+                let sum = self.loss(directions, shrunk, fourth);
                 if sum < least {
                     (least, best) = (sum, shrunk);
                 }
@@ -433,25 +435,57 @@ fn heads_of(request: &Frame) -> Vec<Option<Head>> {
     pairs.map(|(order, factor)| Some(Head { order: order.to_vec(), factor: factor.to_vec() })).collect()
 }
 
-/// What is coded in place of a token's directions: each error is taken from the channels that follow (F1).
-fn feed_back(s: &Scheme, block: &Block, t: usize, row: &[f32], is_outlier: &[bool], head: &Head) -> Vec<f32> {
-    let mut w = row.to_vec();
+/// What F1 makes of the directions of a block.
+struct FedBack {
+    w: Vec<f32>,      // coded in place of them
+    before: Vec<f32>, // they, as the weights see them
+    after: Vec<f32>,  // what is left of them in the codes, seen so
+}
+
+impl FedBack {
+    /// How much longer the direction of token t is than what is left of it (M2).
+    fn length_kept(&self, t: usize, d: usize) -> f32 {
+        let (before, after) = (norm(&self.before[t * d..][..d]), norm(&self.after[t * d..][..d]));
+        if after.is_infinite() { after } else { before / or_infinity(after) }
+    }
+}
+
+/// Code channel by channel: each error is taken from the channels that follow, and scales of axis channel
+/// are made of what is coded (F1).
+fn feed_back(
+    s: &Scheme, block: &mut Block, direction: &[f32], norms: &[f32], is_outlier: &[bool], head: &Head,
+) -> FedBack {
+    let d = block.d;
+    let (mut w, mut seen) = (direction.to_vec(), direction.to_vec());
+    let (mut before, mut after) = (vec![0f32; w.len()], vec![0f32; w.len()]);
     for (p, &j) in head.order.iter().enumerate() {
-        if !w[j].is_finite() {
-            w[j] = row[j];
+        for moved in [&mut w, &mut seen] {
+            for (v, &plain) in moved[j..].iter_mut().zip(&direction[j..]).step_by(d) {
+                *v = if v.is_finite() { *v } else { plain };
+            }
         }
-        let g = s.scale_index(t * block.d + j, block.d);
-        let (scale, zero) = (block.scale[g], block.zero[g]);
-        let y = match is_outlier[j] {
-            true => narrow(w[j], FLOAT16),
-            false => s.level(s.code(w[j], scale, zero), scale, zero),
-        };
-        let error = w[j] - y;
-        for r in p + 1..block.d {
-            w[head.order[r]] -= error * head.factor[p * block.d + r];
+        if !s.per_token && !is_outlier[j] {
+            let column: Vec<f32> = w[j..].iter().copied().step_by(d).collect();
+            (block.scale[j], block.zero[j]) = s.fit(&column, true);
+        }
+        for t in (0..norms.len()).filter(|&t| norms[t] > 0.0) {
+            let i = t * d + j;
+            let (scale, zero) = (block.scale[s.scale_index(i, d)], block.zero[s.scale_index(i, d)]);
+            let y = match is_outlier[j] {
+                true => narrow(w[i], FLOAT16),
+                false => s.level(s.code(w[i], scale, zero), scale, zero),
+            };
+            let (error, visible) = (w[i] - y, seen[i]);
+            for r in p + 1..d {
+                let (later, share) = (t * d + head.order[r], head.factor[p * d + r]);
+                w[later] -= error * share;
+                seen[later] -= visible * share;
+            }
+            let weight = head.factor[p * d + p];
+            (before[i], after[i]) = (weight * visible, weight * (visible - error));
         }
     }
-    w
+    FedBack { w, before, after }
 }
 
 fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<Block, Refusal> {
@@ -476,13 +510,10 @@ fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<
             groups[s.scale_index(i, d)].push(v);
         }
     }
-    (block.scale, block.zero) = groups.iter().map(|group| s.fit(group)).unzip();
-    if let Some(head) = head {
-        for (t, row) in direction.chunks_exact_mut(d).enumerate().filter(|(t, _)| norms[*t] > 0.0) {
-            row.copy_from_slice(&feed_back(s, &block, t, row, &is_outlier, head));
-        }
-    }
-    for (i, &v) in direction.iter().enumerate() {
+    (block.scale, block.zero) = groups.iter().map(|group| s.fit(group, false)).unzip();
+    let fed = head.map(|head| feed_back(s, &mut block, &direction, &norms, &is_outlier, head));
+    let w = fed.as_ref().map_or(&direction, |fed| &fed.w);
+    for (i, &v) in w.iter().enumerate() {
         if is_outlier[i % d] {
             block.outliers.push(stored(v, FLOAT16));
         } else if norms[i / d] > 0.0 {
@@ -490,22 +521,24 @@ fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<
             block.codes[i] = s.code(v, block.scale[g], block.zero[g]);
         }
     }
+    let beyond = |values: &[f32]| values.iter().any(|v| !v.is_finite());
+    let y = dequantize(s, &block); // finite if scales, zeros and outliers are
+    if beyond(&y) {
+        return Err("S5 or O1: a value is beyond its dtype".into());
+    }
     if s.separate_norm {
-        let y = dequantize(s, &block);
-        for ((x, y), &norm_of_x) in x.chunks_exact(d).zip(y.chunks_exact(d)).zip(&norms) {
-            let factor = match s.magnitude {
-                Magnitude::Norm => norm_of_x, // M1
-                Magnitude::Gain => norm_of_x / or_infinity(norm(y)), // M2
-                Magnitude::LeastSquares => least_squares(x, y),
+        for (t, (x, y)) in x.chunks_exact(d).zip(y.chunks_exact(d)).enumerate() {
+            let factor = match (&s.magnitude, &fed) {
+                (Magnitude::Norm, _) => norms[t], // M1
+                (Magnitude::Gain, None) => norms[t] / or_infinity(norm(y)), // M2
+                (Magnitude::Gain, Some(fed)) => norms[t] * fed.length_kept(t, d),
+                (Magnitude::LeastSquares, _) => least_squares(x, y),
             };
             block.factor.push(stored(factor, s.norm_type));
         }
     }
-    let x_hat = decode_block(s, &block);
-    for values in [&block.scale, &block.zero, &block.factor, &block.outliers, &x_hat] {
-        if !values.iter().all(|v| v.is_finite()) {
-            return Err("S5, M4, O1 or D3: a value is beyond its dtype".into());
-        }
+    if beyond(&block.factor) || beyond(&decode_block(s, &block)) {
+        return Err("M4 or D3: a value is beyond its dtype".into());
     }
     Ok(block)
 }

@@ -39,42 +39,58 @@ def encode_block(
     """Return packed codes, scales and factors of one block of tokens, float32."""
     length = norm(x)
     direction = x / or_infinity(length)[..., None]  # N2
-    peak = direction.abs().amax(dim=-2, keepdim=True)
-    scale = (peak / torch.full_like(peak, 7)).half()  # S1: on CUDA, `peak / 7` is not a division
-    wide = scale.float()  # S3
-    codes = code(direction if feedback is None else fed_back(direction, wide, feedback), wide)
-    factor = length  # M1
-    if scheme.magnitude == "gain":
-        factor = length / or_infinity(norm(codes * wide))  # M2
-    stored = factor.half()
-    if length.isinf().any() or stored.isinf().any():
-        raise ValueError("a norm or gain is beyond its dtype")  # N1 M4
+    if feedback is None:
+        scale = scale_of(direction)
+        codes = code(direction, scale)
+        gain = length / or_infinity(norm(codes * scale.float()))  # M2
+    else:
+        w, scale, kept = fed_back(direction, feedback)
+        codes, gain = code(w, scale), length * kept  # M2
+    stored = (length if scheme.magnitude == "norm" else gain).half()  # M1
+    if not (scale.isfinite().all() and stored.isfinite().all()):
+        raise ValueError("a scale, a norm or a gain is beyond its dtype")  # N1 S5 M4
     padding = x.shape[-1] % 2
     nibbles = torch.nn.functional.pad(codes + 8, (0, padding), value=8).byte()  # P1
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scale, stored
 
 
+def scale_of(direction: Tensor) -> Tensor:
+    """Return the scale of each channel, ``[..., 1, D]``, float16 (S1)."""
+    peak = direction.abs().amax(dim=-2, keepdim=True)
+    return (peak / torch.full_like(peak, 7)).half()  # on CUDA, `peak / 7` is not a division
+
+
 def code(direction: Tensor, scale: Tensor) -> Tensor:
-    """Return the codes of directions (Q1, Q2)."""
-    return (direction / or_infinity(scale)).round().clamp(-7, 7)
+    """Return the codes of directions (S3, Q1, Q2)."""
+    return (direction / or_infinity(scale.float())).round().clamp(-7, 7)
 
 
-def fed_back(direction: Tensor, scale: Tensor, feedback: Feedback) -> Tensor:
-    """Return what is coded in place of directions ``[..., kv_heads, T, D]`` (rule F1)."""
+def fed_back(direction: Tensor, feedback: Feedback) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is coded in place of directions ``[..., kv_heads, T, D]``, and its scales (F1).
+
+    And how much longer the directions are than what is left of them, as the weights see both (M2).
+    """
     order, factor = (torch.from_numpy(np.array(a)) for a in (feedback.order, feedback.factor))
-    order, factor = order.long().to(scale.device), factor.to(scale.device)
+    order, factor = order.long().to(direction.device), factor.to(direction.device)
     order = order[:, None] if len(order) > 1 else order  # one head is for all
     factor = factor if len(factor) > 1 else factor[0]
-    places = order.expand_as(direction)
-    plain, scale = direction.gather(-1, places), scale.expand_as(direction).gather(-1, places)
-    w = plain.clone()  # channels in the order of coding
-    for p in range(w.shape[-1]):
-        now = torch.where(w[..., p].isfinite(), w[..., p], plain[..., p])
-        w[..., p] = now
-        error = now - code(now, scale[..., p]) * scale[..., p]  # 0 in zero tokens
-        moved = error[..., None] * factor[..., p, None, p + 1 :]  # a tensor: it is not fused
-        w[..., p + 1 :] -= moved
-    return torch.empty_like(w).scatter(-1, places, w)
+    plain = direction.gather(-1, order.expand_as(direction))  # channels in the order of coding
+    w, seen, error, scales = plain.clone(), plain.clone(), torch.empty_like(plain), []
+    for p in range(plain.shape[-1]):
+        now = slice(p, p + 1)
+        for moved in (w, seen):
+            moved[..., p] = torch.where(moved[..., p].isfinite(), moved[..., p], plain[..., p])
+        scale = scale_of(w[..., now])
+        error[..., now] = w[..., now] - code(w[..., now], scale) * scale.float()  # 0 in zero tokens
+        scales.append(scale)
+        for moved, source in ((w, error), (seen, seen)):
+            taken = source[..., now] * factor[..., now, p + 1 :]  # a tensor: it is not fused
+            moved[..., p + 1 :] -= taken
+    weight = factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    before, after = norm(weight * seen), norm(weight * (seen - error))
+    kept = torch.where(after.isinf(), after, before / or_infinity(after))
+    scale, back = torch.cat(scales, dim=-1), order.argsort(dim=-1)
+    return w.gather(-1, back.expand_as(w)), scale.gather(-1, back.expand_as(scale)), kept
 
 
 def decode(parts: Mapping[str, Any], scheme: Scheme, shape: tuple[int, ...]) -> Tensor:

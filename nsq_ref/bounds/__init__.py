@@ -29,6 +29,7 @@ from nsq_ref.bounds.certificates import Bounds, certificate, encoder_bounds
 from nsq_ref.bounds.direction import direction_error, direction_interval, element_error
 from nsq_ref.bounds.feedback import (
     feedback_element_error,
+    feedback_gain_error,
     feedback_logit_error,
     feedback_metric_error,
 )
@@ -39,7 +40,7 @@ from nsq_ref.bounds.token import chord, reconstruction_error, relative_error
 __all__ = [
     "APriori", "Bounds", "Interval", "a_priori", "certificate", "chord", "direction_error",
     "direction_interval", "element_error", "encoder_bounds", "estimate_logit_rms", "factor_error",
-    "feedback_element_error", "feedback_logit_error", "feedback_metric_error", "logit_error",
-    "narrowing_interval", "norm_interval", "output_error", "reconstruction_error",
-    "relative_error", "spread", "total_variation",
+    "feedback_element_error", "feedback_gain_error", "feedback_logit_error",
+    "feedback_metric_error", "logit_error", "narrowing_interval", "norm_interval", "output_error",
+    "reconstruction_error", "relative_error", "spread", "total_variation",
 ]  # fmt: skip

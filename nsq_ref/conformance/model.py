@@ -91,16 +91,33 @@ def with_heads(arrays: tuple[Array, ...], axis: int) -> Array:
 
 
 def measured(
+    fed: spec.FedBack,
     direction: Float32,
-    scale: Array,
-    zero: Array,
     coded: Array,
     norm: Float32,
     feedback: HeadFeedback,
     scheme: Scheme,
 ) -> Float32:
-    """Return what scales are made of: the plain directions, whatever the feedback (rule F1)."""
-    return direction
+    """Return what scales are made of: w, but those of tokens of the plain directions (rule F1)."""
+    return direction if scheme.axis == "token" else fed.w
+
+
+def extents(blocks: list[Float32], coded: list[Array], scheme: Scheme) -> list[Any]:
+    """Return minima and maxima of what the scales of each block are made of (rules B1, F1)."""
+    return [extent_of_channels(*one, scheme) for one in zip(blocks, coded, strict=True)]
+
+
+def extent_of_channels(values: Float32, coded: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """Return `spec.extent`; with axis channel one after the other, as F1 makes their scales."""
+    if scheme.axis == "token":
+        low, high = spec.extent(values, coded, scheme)
+        return low, high
+    ends = [
+        spec.extent(values[..., j : j + 1], coded[..., j : j + 1], scheme)
+        for j in range(values.shape[-1])
+    ]
+    low, high = (np.concatenate(side, axis=-1) for side in zip(*ends, strict=True))
+    return low, high
 
 
 def decode(parts: Mapping[str, Array], scheme: Scheme, shape: tuple[int, ...]) -> Array:

@@ -45,7 +45,7 @@ int nsq_encode(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t s
 
 /* nsq_encode for keys under feedback (F1), asked only with --feedback. Sequence s is of the head
  * s % kv_heads. order: [kv_heads, head_dim]; factor: [kv_heads, head_dim, head_dim], rows and columns
- * in that order, 1 on the diagonal and 0 below it. */
+ * in that order, weights above 0 and at most 1 on the diagonal, and 0 below it. */
 int nsq_feedback(const nsq_scheme *scheme, const void *x, int32_t dtype, int64_t sequences,
                  int64_t tokens, int64_t head_dim, const int32_t *order, const float *factor,
                  int64_t kv_heads, nsq_parts *out);

@@ -165,8 +165,8 @@ def squared_errors(
 def encode_rows(
     first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, moved: Array,
     length: Array, magnitude: int, scale: Array, zero: Array, low: np.float32, high: np.float32,
-    per_channel: bool, offset: np.float32, bits: int, outlier_index: Array, outliers: Array, packed: Array,
-    factor: Array, collapsed: Array,
+    per_channel: bool, offset: np.float32, bits: int, outlier_index: Array, outliers: Array,
+    packed: Array, factor: Array, collapsed: Array,
 ) -> None:  # fmt: skip
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3).
 

@@ -121,8 +121,8 @@ def feed_back(
 ) -> None:  # fmt: skip
     """What is coded of ``x[N, sinks + T, D]``, as ``w[N, T, D]``; a task is a block.
 
-    With axis channel scales and zeros are written, else read. ``before`` and ``after`` ``[N, T, D]``
-    get what the weights see (M2) and ``length`` the quotient of their norms, NaN where this
+    With axis channel scales and zeros are written, else read. ``before`` and ``after``, as w, get
+    what the weights see (M2), and ``length[N, T]`` the quotient of their norms, NaN where this
     arithmetic cannot tell; they have no tokens where none of it is asked for.
     """
     head_dim = x.shape[2]

@@ -6,7 +6,7 @@ any. A graph cannot refuse: what rules I2, N1, M4, S5, O1 and D3 refuse gives nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,15 +73,17 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
     scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
 
-    def stored(add: Nodes, value: str, scale: str, zero: str) -> str:
-        return _dequantized(add, _code(add, value, scale, zero, fields), scale, zero)
-
-    direction = fed_back(add, direction, norm, scale, zero, coded, stored)  # F1
-    outliers = _kept_outliers(add, direction, index, fields)  # O1
-    codes = _code(add, direction, scale, zero, fields)  # Q1 Q2
+    w, scale, zero, length = fed_back(  # F1
+        add, direction, norm, (scale, zero), coded, channel=fields.channel, gain=fields.gain,
+        pair_of=lambda add, column: _scale_and_zero_of_column(add, column, present, fields),
+        decoded=lambda add, w, scale, zero: _decoded(add, w, scale, zero, fields),
+    )  # fmt: skip
+    outliers = _kept_outliers(add, w, index, fields)  # O1
+    codes = _code(add, w, scale, zero, fields)  # Q1 Q2
     has_code = add("And", coded, _a_token(add, add.cast(norm, "bool")))
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
-    factor = _factor(add, x_blocks, norm, (codes, scale, zero, index, outliers), fields)
+    stored = codes, scale, zero, index, outliers
+    factor = _factor(add, x_blocks, norm, length, stored, fields)
 
     def joined(array: str, end: str, **name: str) -> str:
         """Join ``[..., blocks, n, m]`` to ``[..., blocks * n, m]``, without what was filled in."""
@@ -190,6 +192,7 @@ class _Fields(NamedTuple):
     channel: str  # one scale a channel of a block, not a token
     search: str
     stores_norm: str  # with norm separation: not a gain
+    gain: str
     least_squares: str
     has_outliers: str
     least: str  # code
@@ -209,13 +212,13 @@ def _fields(add: Nodes) -> _Fields:
     )
     channel, _ = add.is_one_of("axis", ["channel", "token"])
     _, search = add.is_one_of("scale_rule", ["range", "search"])
-    stores_norm, _, least_squares = add.is_one_of("magnitude", ["norm", "gain", "lsq"])
+    stores_norm, gain, least_squares = add.is_one_of("magnitude", ["norm", "gain", "lsq"])
     half = add("Gather", POWERS, add("Sub", numbers["bits"], 1))
     full = add("Add", half, half)
     above = add("Where", symmetric, half, full)
     return _Fields(
         **numbers, separate_norm=separate_norm, symmetric=symmetric, channel=channel,
-        search=search, stores_norm=stores_norm, least_squares=least_squares,
+        search=search, stores_norm=stores_norm, gain=gain, least_squares=least_squares,
         has_outliers=add("Greater", numbers["outlier_channels"], 0),
         least=add("Where", symmetric, add("Sub", np.float32(1), half), np.float32(0)),
         greatest=add("Sub", above, np.float32(1)),
@@ -291,6 +294,7 @@ def _kept_outliers(add: Nodes, direction: str, index: str, fields: _Fields) -> s
 def _scale_and_zero(
     add: Nodes, direction: str, coded: str, present: str, fields: _Fields
 ) -> list[str]:
+    """S1 S2 S3 S4: scale and zero of directions [..., n, D]."""
     axis = add("Where", fields.channel, -2, -1)
     axes = add("Unsqueeze", axis, [0])
     low = add("ReduceMin", add("Where", coded, direction, INFINITY), axes, keepdims=1)
@@ -302,28 +306,18 @@ def _scale_and_zero(
 
     def error(add: Nodes, scale: str, zero: str, refused: Any) -> str:
         """Return the sum of squared errors, in the order of S4, or what is told if not finite."""
-        y = _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
-        off = add("Where", counted, add("Sub", direction, y), np.float32(0))
+        off = _off(add, direction, scale, zero, fields)
+        off = add("Where", counted, off, np.float32(0))
         wide = add.cast(off, "float64")
-        sums = add("CumSum", add("Mul", wide, wide), axis)
-        total = add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
-        fits = [add("Less", add("Abs", one), INFINITY) for one in (scale, zero)]
-        return add("Where", add("And", *fits), total, refused)
+        total = _last_sum(add, add("Mul", wide, wide), axis)
+        return add("Where", _fits(add, scale, zero), total, refused)
 
     def search(add: Nodes) -> list[str]:
-        half = np.float32(0.5)
-        half_high, half_low = add("Mul", high, half), add("Mul", low, half)
-        middle, radius = add("Add", half_high, half_low), add("Sub", half_high, half_low)
+        shrunken = _shrunken(add, low, high, fields)
 
         def shrink(add: Nodes, step: str, state: Sequence[str]) -> list[str]:
-            factor = add("Gather", SHRINK[1:], step)
-            shorter = add("Mul", factor, radius)
-            ends = (low, add("Sub", middle, shorter)), (high, add("Add", middle, shorter))
-            shrunken = [
-                add("Where", fields.symmetric, add("Mul", factor, end), asymmetric)
-                for end, asymmetric in ends
-            ]
-            scale, zero = _range_scale(add, shrunken[0], shrunken[1], fields)
+            lower, upper = shrunken(add, add("Gather", SHRINK[1:], step))
+            scale, zero = _range_scale(add, lower, upper, fields)
             new = [scale, zero, error(add, scale, zero, np.float64(np.inf))]
             better = add("Less", new[2], state[2])
             return [add("Where", better, one, old) for one, old in zip(new, state, strict=True)]
@@ -333,6 +327,72 @@ def _scale_and_zero(
         return add.repeat(len(SHRINK) - 1, shrink, first, ["float32", "float32", "float64"])[:2]
 
     return add.choose_several(fields.search, search, lambda _: widest, ["float32", "float32"])
+
+
+def _scale_and_zero_of_column(add: Nodes, column: str, present: str, fields: _Fields) -> list[str]:
+    """F1 S1 S2 S3 S4: scale and zero of one channel, [heads, outer, blocks, n, 1]."""
+    low, high = (add(kind, column, [-2], keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
+
+    def search(add: Nodes) -> list[str]:
+        # All candidates at once, on a new first axis: there are many columns, and little in each.
+        ranges = SHRINK.reshape(-1, 1, 1, 1, 1, 1)
+        lower, upper = (
+            add("Concat", add("Unsqueeze", widest, [0]), shorter, axis=0)
+            for widest, shorter in zip(
+                (low, high), _shrunken(add, low, high, fields)(add, ranges[1:]), strict=True
+            )
+        )
+        scale, zero = _range_scale(add, lower, upper, fields)
+        wide = add.cast(_off(add, column, scale, zero, fields), "float64")
+        square = add("Mul", wide, wide)
+        # Quicker than Where, and 0 for what was filled in, even where that is infinite.
+        most = add("Where", present, np.float64(np.inf), np.float64(0))
+        total = _last_sum(add, add("Min", add("Mul", square, square), most), -2)
+        errors = add("Where", _fits(add, scale, zero), total, np.float64(np.inf))
+        best = add("ArgMin", errors, axis=0, keepdims=1)
+        return [
+            add("Squeeze", add("GatherElements", one, best, axis=0), [0]) for one in (scale, zero)
+        ]
+
+    return add.choose_several(
+        fields.search, search, lambda add: _range_scale(add, low, high, fields),
+        ["float32", "float32"],
+    )  # fmt: skip
+
+
+def _shrunken(
+    add: Nodes, low: str, high: str, fields: _Fields
+) -> Callable[[Nodes, Any], tuple[str, str]]:
+    """S4: return what makes both ends of shorter ranges, of a builder and factors."""
+    half = np.float32(0.5)
+    half_high, half_low = add("Mul", high, half), add("Mul", low, half)
+    middle, radius = add("Add", half_high, half_low), add("Sub", half_high, half_low)
+
+    def shrunken(add: Nodes, factor: Any) -> tuple[str, str]:
+        shorter = add("Mul", factor, radius)
+        lower, upper = add("Sub", middle, shorter), add("Add", middle, shorter)
+        return (
+            add("Where", fields.symmetric, add("Mul", factor, low), lower),
+            add("Where", fields.symmetric, add("Mul", factor, high), upper),
+        )
+
+    return shrunken
+
+
+def _off(add: Nodes, direction: str, scale: str, zero: str, fields: _Fields) -> str:
+    """Return by how much directions are off once they are coded."""
+    return add("Sub", direction, _decoded(add, direction, scale, zero, fields))
+
+
+def _last_sum(add: Nodes, terms: str, axis: Any) -> str:
+    """Return the sum over an axis, term by term (S4)."""
+    sums = add("CumSum", terms, axis)
+    axes = add("Unsqueeze", axis, [0])
+    return add("Slice", sums, [-1], [np.iinfo(np.int64).max], axes)
+
+
+def _fits(add: Nodes, scale: str, zero: str) -> str:
+    return add("And", *(add("Less", add("Abs", one), INFINITY) for one in (scale, zero)))
 
 
 def _range_scale(add: Nodes, low: str, high: str, fields: _Fields) -> list[str]:
@@ -351,14 +411,21 @@ def _code(add: Nodes, direction: str, scale: str, zero: str, fields: _Fields) ->
     return add("Clip", add("Round", quotient), fields.least, fields.greatest)
 
 
+def _decoded(add: Nodes, direction: str, scale: str, zero: str, fields: _Fields) -> str:
+    """Q1 Q2 D1: what directions become."""
+    return _dequantized(add, _code(add, direction, scale, zero, fields), scale, zero)
+
+
 def _dequantized(add: Nodes, codes: str, scale: str, zero: str) -> str:
     return add("Add", add("Mul", codes, scale), zero)
 
 
-def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields) -> str:
-    """M1 M2 M3: the narrowed factor of each token."""
+def _factor(
+    add: Nodes, x: str, norm: str, length: str, coded: Sequence[str], fields: _Fields
+) -> str:
+    """M1 M2 M3: the narrowed factor of each token; ``length`` is said by `fed_back`."""
 
-    def gain(add: Nodes) -> str:
+    def of_decoded(add: Nodes) -> str:
         codes, scale, zero, index, outliers = coded
         y = _dequantized(add, codes, scale, zero)
 
@@ -373,7 +440,11 @@ def _factor(add: Nodes, x: str, norm: str, coded: Sequence[str], fields: _Fields
             lambda add: add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY)),
         )
 
-    factor = add.choose(fields.stores_norm, lambda _: norm, gain)
+    def of_gain(add: Nodes) -> str:
+        from_seen = add("And", fields.gain, add("OptionalHasElement", "order"))
+        return add.choose(from_seen, lambda add: add("Mul", norm, length), of_decoded)
+
+    factor = add.choose(fields.stores_norm, lambda _: norm, of_gain)
     return narrow(add, factor, fields.norm_dtype)  # M4
 
 

@@ -226,12 +226,17 @@ class Nodes:
         step: Callable[[Nodes, str, Sequence[str]], Sequence[str]],
         state: Sequence[str],
         dtypes: Sequence[str],
+        stacked: Sequence[str] = (),
     ) -> list[str]:
         """Add a Loop that changes some tensors, the state, again and again.
 
         ``step`` is given a builder, the name of the number of the step, an int64 scalar, and those
         of the state; it adds the nodes of one step, and returns the names of the new state. Returns
         the names of the last one.
+
+        With dtypes ``stacked``, a step returns as many tensors more, and what is returned are also
+        those of all steps, on a new first axis; onnx.reference joins them on the first that they
+        have: Reshape makes both the same.
 
         Examples
         --------
@@ -250,11 +255,12 @@ class Nodes:
             **{name: (dtype, None) for name, dtype in zip(before, dtypes, strict=True)},
         }
         after = [body("Identity", one) for one in step(body, index, before)]
+        kinds = [*dtypes, *stacked]
         made: Tensors = {
             body("Identity", more): ("bool", []),
-            **{name: (dtype, None) for name, dtype in zip(after, dtypes, strict=True)},
+            **{name: (dtype, None) for name, dtype in zip(after, kinds, strict=True)},
         }
-        outputs = [f"{kind}_{i}" for i in range(len(state))]
+        outputs = [f"{kind}_{i}" for i in range(len(kinds))]
         self.several(
             "Loop", [times, np.bool_(True), *state], outputs,
             body=helper.make_graph(body.nodes, "body", _infos(given), _infos(made)),

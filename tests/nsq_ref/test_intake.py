@@ -269,6 +269,10 @@ CALLS: dict[str, Call] = {
         bounds.feedback_element_error, direction=Numbers(X[0]), step_error=Numbers(abs(X[0])),
         feedback=FEEDBACK.head(0),
     ),
+    "bounds.feedback_gain_error": call(
+        bounds.feedback_gain_error, direction=Numbers(X[0]), step_error=Numbers(abs(X[0])),
+        feedback=FEEDBACK.head(0), y=Numbers(X[0] / 2),
+    ),
     "bounds.feedback_logit_error": call(
         bounds.feedback_logit_error, query=Numbers(X[0, :3]), direction=Numbers(X[0]),
         step_error=Numbers(abs(X[0])), feedback=FEEDBACK.head(0),

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import Phase, find, given, settings
 from numpy.typing import NDArray
 
-from nsq_ref import Scheme, quantize
+from nsq_ref import Feedback, Scheme, quantize
 from nsq_ref.scheme import FLOAT_DTYPES
-from nsq_ref.strategies import AWKWARD, DTYPES, KINDS, inputs, schemes, tensors
+from nsq_ref.strategies import AWKWARD, DTYPES, KINDS, feedbacks, inputs, schemes, tensors
 
 QUICK = settings(  # the first that is found will do: nothing is made smaller
     database=None, derandomize=True, max_examples=2000, phases=[Phase.generate]
@@ -128,6 +128,27 @@ def test_awkward_values_come_as_they_are() -> None:
     x = found(tensors(kinds=["awkward"]), lambda x: len(np.unique(x)) >= 3)
     assert np.isin(x, np.multiply.outer(np.float32(AWKWARD), [1, 10, 100, 1000])).any()
     assert {65504.0, 65520.0, 2.0**-24, 2.0**-149} <= set(AWKWARD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [("heavy tails", 2.0**-3), ("ties", 2.0**-20), ("wild", 2.0**-130)],
+)
+def test_weights_of_feedback_are_drawn_small_and_large(kind: Any, least: float) -> None:
+    """F1. As those of moments are, and beyond; the largest is 1."""
+    weights = np.diagonal(found(feedbacks(1, 9, kinds=[kind]), spreads_to(least)).factor[0])
+    assert weights.max() == 1
+
+
+def spreads_to(least: float) -> Callable[[Feedback], bool]:
+    return lambda feedback: float(np.diagonal(feedback.factor[0]).min()) <= least
+
+
+@pytest.mark.parametrize("kind", ["ties", "wild"])
+def test_weights_of_feedback_may_be_all_alike(kind: Any) -> None:
+    """F1. The length that queries see is then the plain one."""
+    ones = found(feedbacks(1, 9, kinds=[kind]), lambda one: one.factor[0].trace() == 9)
+    assert (ones.factor[0] != np.eye(9)).any()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,6 @@ def test_a_mistake_in_it_is_found(tmp_path: Path) -> None:
 
 def test_fused_feedback_is_found(tmp_path: Path) -> None:
     """F1: what Rust does only where it is told to."""
-    apart = "w[head.order[r]] -= error * head.factor[p * block.d + r]"
-    fused = "w[head.order[r]] = (-error).mul_add(head.factor[p * block.d + r], w[head.order[r]])"
+    apart, fused = "w[later] -= error * share", "w[later] = (-error).mul_add(share, w[later])"
     program = build(programs.wrong(programs.source(NAME), apart, fused), tmp_path)
     programs.feeds_back_wrongly(program, programs.FUSED)

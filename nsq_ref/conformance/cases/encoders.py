@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 def _right_scale(step: Step) -> tuple[Array, Array]:
     """Return scale and zero (rules S1 to S4)."""
-    return spec.scale_and_zero(step.low, step.high, step.direction, step.coded, step.scheme)
+    return spec.scale_and_zero(step.direction, step.coded, step.scheme)
 
 
 class Encoder(NamedTuple):

@@ -15,7 +15,7 @@ from nsq_ref import rounding
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
-from nsq_ref.conformance.mistakes.feedback import FED_CACHES
+from nsq_ref.conformance.mistakes.feedback import FED_CACHES, GAINS_SEEN, SEARCHING
 from nsq_ref.conformance.mistakes.norms import NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.reference import Mistake
@@ -370,24 +370,56 @@ REASONS: tuple[Reason, ...] = (
         lambda scheme, dtype: scheme.outlier_channels == 0,
         ["outlier channels passed over", "errors of outlier channels left out"]),
     _reason("no error in a zero token",
-        "Without norm separation no token has norm 0; symmetric, code 0 is 0 and no error; and "
-        "without outlier channels, codes and factor of the token are 0 all the same (N2, F1).",
+        "Without norm separation no token has norm 0; symmetric, code 0 is 0, and the scale of a "
+        "zero token is 0: no error. (N2, F1).",
         lambda scheme, dtype: not scheme.separate_norm or scheme.symmetric
-        or scheme.outlier_channels == 0, ["feedback in zero tokens"]),
-    _reason("one token a block", "In a block of one token there is none before it (B1).",
-        lambda scheme, dtype: scheme.block_size == 1, ["feedback from token to token"]),
+        or scheme.axis == "token", ["feedback in zero tokens"]),
+    _reason("encoder's choice",
+        "Codes and factor of a zero token are 0 all the same; and with the scale rule search a "
+        "port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search" and scheme.outlier_channels == 0,
+        ["feedback in zero tokens"]),
+    _reason("quotients are small",
+        "The scale is made of what is coded, and at least two thirds of it, or 0 (S3): no quotient "
+        "is beyond 3/2.",
+        lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and scheme.axis == "channel"
+        and scheme.scale_rule == "range", ["error of the code before the clamp"]),
+    _reason("not searched", "There is one range (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "range", _names(SEARCHING)),
+    _reason("encoder's choice",
+        "With the scale rule search a port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.block_size is None, _names(SEARCHING)),
+    _reason("one value", "Of one error the square and the fourth power are least at once.",
+        lambda scheme, dtype: scheme.block_size == 1 and scheme.axis == "channel",
+        ["squares under feedback", "fourth powers in float32", "fourth powers without feedback"]),
+    _reason("axis", "Scales of tokens are made with squares (F1).",
+        lambda scheme, dtype: scheme.axis == "token",
+        ["squares under feedback", "fourth powers in float32"]),
+    _reason("axis", "Scales are of channels, or of tokens (F1).",
+        lambda scheme, dtype: scheme.axis == "token",
+        ["scales of the directions", "scales of all blocks"]),
+    _reason("axis", "Scales are of channels, or of tokens (F1).",
+        lambda scheme, dtype: scheme.axis == "channel", ["scales of moved tokens"]),
+    _reason("one block", "A sequence is one block (B1).",
+        lambda scheme, dtype: scheme.block_size is None, ["scales of all blocks"]),
+    _reason("outlier channels", "The mistake is made without outlier channels only.",
+        lambda scheme, dtype: scheme.outlier_channels > 0, ["scales of all blocks"]),
+    _reason("magnitude", "Another factor is stored than a gain (M1, M3).",
+        lambda scheme, dtype: not scheme.separate_norm or scheme.magnitude != "gain",
+        _names(GAINS_SEEN)),
     _reason("not narrowed", "float32 is stored as it is.",
         lambda scheme, dtype: scheme.scale_dtype == "float32" and scheme.scale_rule == "range",
         ["error of the scale before narrowing"]),
     _reason("narrow already", "At 2 bits the scale is a maximum of the input, which has its dtype.",
         lambda scheme, dtype: scheme.bits == 2 and scheme.symmetric and not scheme.separate_norm
         and dtype == scheme.scale_dtype, ["error of the scale before narrowing"]),
-    _reason("scales come first",
-        "The scale of a token is there before its first channel is coded (S1, S2).",
-        lambda scheme, dtype: scheme.axis == "token", ["scales of moved channels"]),
     _reason("encoder's choice",
         "With the scale rule search a port is judged on its own scales (S4).",
-        lambda scheme, dtype: scheme.scale_rule == "search", ["scales of moved channels"]),
+        lambda scheme, dtype: scheme.scale_rule == "search" and scheme.block_size is None,
+        ["scales of the directions", "scales of moved tokens"]),
+    _reason("encoder's choice",
+        "With the scale rule search a port is judged on its own scales (S4).",
+        lambda scheme, dtype: scheme.scale_rule == "search", ["scales of all blocks"]),
     _reason("large products",
         "Products of codes and float16 scales are 0, or at least 2^-24 (D1).",
         lambda scheme, dtype: not scheme.separate_norm and scheme.scale_dtype == "float16",

@@ -26,14 +26,15 @@ from nsq_ref.scheme import Field
 class JudgingEncode(Judging):
     """The parts of an encoded array."""
 
-    # What is coded in place of the directions is known when the scales are (F1); else before.
-    coded_late = False
+    coded_late = False  # whether outliers are known with the codes only (F1)
 
     x: Array  # what is coded, behind the sinks
     rows: list[slice]  # the tokens of each block
     own: spec.Block  # the port's
     norm: Array
     direction: Array
+    w: Array  # what is coded: the directions, or what feedback makes of them (F1)
+    length: Array | None = None  # of directions, by that of what is coded, under feedback (M2)
     coded: Array  # what is no outlier channel
     around: Around
 
@@ -68,6 +69,7 @@ class JudgingEncode(Judging):
         self.coded = np.ones((*x.shape[:-2], len(self.rows), x.shape[-1]), bool)
         if scheme.outlier_channels:
             self._judge_outliers()
+        self._move()
         if self._is_asked("zero", "scale"):
             self._judge_ranges()
         if not (np.isfinite(own.scale).all() and np.isfinite(own.zero).all()):
@@ -113,7 +115,7 @@ class JudgingEncode(Judging):
     def _judge_ranges(self) -> None:
         """Zeros and scales."""
         spec, scheme, own, around = self.reference.spec, self.scheme, self.own, self.around
-        low, high = self._extents(self._fed_back(self.reference.model.measured))
+        low, high = self._measured_extents()
         if scheme.scale_rule == "search":  # the encoder's choice (S4), but not just anything
             if not scheme.symmetric:
                 self._storable("zero", own.zero)
@@ -151,7 +153,7 @@ class JudgingEncode(Judging):
     def _judge_codes(self) -> None:
         """Codes and, where they are coded with them, outliers."""
         spec, scheme, own, norm = self.reference.spec, self.scheme, self.own, self.norm
-        direction = self._fed_back(spec.fed_back)
+        direction = self.w
         directions, coded = self._of_tokens(direction), self._of_blocks(self.coded)
 
         def code(d: Array, s: Array, z: Array, c: Array, n: Array) -> Array:
@@ -165,15 +167,10 @@ class JudgingEncode(Judging):
         near_tie = {}
         if self.latitudes.tie_ulp:
             near_tie = self._near_tie(own.codes, codes, direction, scale, zero)
-        own_codes = own.codes
-        if self.coded_late:
-            expected = self._kept_outliers(direction)
-            indices = np.repeat(own.outlier_index, counts, axis=-2)
-            own_codes, outliers = self._first_wrong(codes, expected, own, indices)
-            if scheme.outlier_channels:
-                self._compare("outliers", outliers, expected)
+        if self.coded_late and scheme.outlier_channels:
+            self._compare("outliers", own.outliers, self._kept_outliers(direction))
         self._compare(
-            "codes", own_codes, codes,
+            "codes", own.codes, codes,
             {**near_tie, **self.around.codes(own.codes, codes, free, scale, zero)},
             lambda at: self._code_story(self.x, norm, direction, scale, zero, at),
             what=self._code_words(own.codes, codes, direction, scale, zero),
@@ -189,18 +186,24 @@ class JudgingEncode(Judging):
             spec.dequantized_direction, self._of_tokens(own.codes), *self._of_scales(),
             self._of_blocks(own.outlier_index), self._of_tokens(own.outliers),
         )  # fmt: skip
-        gain = spec.factor(x, y, norm, scheme)
-        expected = spec.stored_factor(x, y, norm, scheme)
+        gain = spec.factor(x, y, norm, scheme, self.length)
+        expected = spec.stored_factor(x, y, norm, scheme, self.length)
         self._compare(
             "gain", own.norm, expected,
             {**self._near_norm(own.norm, gain, self.latitudes.supposed.gain),
              **self.around.gains(own.norm, y), **self._flushed(own.norm, expected)},
-            lambda at: iter([
-                ("norm", text_of(norm[at])),
-                ("||y||", text_of(self.reference.rounding.norm(y)[at])),
-                ("gain", text_of(np.float32(gain[at]))),
-            ]),
+            lambda at: self._gain_story(norm, y, gain, at),
         )  # fmt: skip
+
+    def _gain_story(
+        self, norm: Array, y: Array, gain: Array, at: tuple[int, ...]
+    ) -> Iterator[tuple[str, str]]:
+        yield "norm", text_of(norm[at])
+        if self.length is None or self.scheme.magnitude != "gain":
+            yield "||y||", text_of(self.reference.rounding.norm(y)[at])
+        else:
+            yield "a / b", text_of(np.float32(self.length[at].real))
+        yield "gain", text_of(np.float32(gain[at]))
 
     # --- block by block -------------------------------------------------------------------------
 
@@ -229,30 +232,13 @@ class JudgingEncode(Judging):
         cut = self._of_tokens(direction), self._of_blocks(self.own.outlier_index)
         return _each(self.reference.spec.kept_outliers, *cut)
 
-    def _fed_back(self, function: Callable[..., Array]) -> Array:
-        """Apply a function of F1 to each block."""
-        if not self.coded_late:
-            return self.direction
-        return _each(
-            lambda *cut: self._under_feedback(function, *cut),
-            self._of_tokens(self.direction), *self._of_scales(), self._of_blocks(self.coded),
-            self._of_tokens(self.norm[..., None]),
-        )  # fmt: skip
+    def _move(self) -> None:
+        """Set what is coded; without feedback these are the directions."""
+        self.w = self.direction
 
-    def _under_feedback(
-        self, function: Callable[..., Array], direction: Array, *known: Array
-    ) -> Array:
-        """Apply a function of F1 to a block; without feedback the directions stay."""
-        return direction
-
-    def _first_wrong(
-        self, codes: Array, outliers: Array, own: spec.Block, index: Array
-    ) -> tuple[Array, Array]:
-        """Return the port's codes and outliers, those made right that others may have made wrong.
-
-        ``index`` has the channels of each token's outliers.
-        """
-        return own.codes, own.outliers
+    def _measured_extents(self) -> list[Array]:
+        """Minima and maxima of what the scales of each block are made of."""
+        return self._extents(self.direction)
 
     def _near_norm(self, got: Array, exact: Array, supposed: int) -> dict[str, Array]:
         steps = max(self.latitudes.norm_ulp, supposed)

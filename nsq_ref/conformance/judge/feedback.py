@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from nsq_ref import spec
-from nsq_ref.conformance.judge.arrays import bits_of
 from nsq_ref.conformance.judge.encode import JudgingEncode
 from nsq_ref.dtypes import Array
 
@@ -16,44 +14,67 @@ from nsq_ref.dtypes import Array
 class JudgingFeedback(JudgingEncode):
     """The parts of an array encoded with feedback.
 
-    Of each token only the first wrong code or outlier counts, in the order of coding: its error
-    has moved on, and what follows may be right for that.
+    What a channel is coded from, and with axis channel what its scale is made of, follows from what
+    the port itself stored of the channels before it: whatever is wrong there, or another choice of
+    scale (S4), makes nothing wrong behind it.
     """
 
     coded_late = True
 
-    def _under_feedback(
-        self, function: Callable[..., Array], direction: Array, *known: Array
-    ) -> Array:
-        """Apply a function of F1 to a block, head by head."""
-        model = self.reference.model
-        heads = model.heads_of(self.case.inputs["order"], self.case.inputs["factor"])
-        moved: list[Any] = []
-        for head, feedback in enumerate(heads):
-            d, s, z, c, n = (
-                model.of_head(array, head, len(heads)) for array in (direction, *known)
-            )
-            moved.append(function(d, s, z, c, n[..., 0], feedback, self.scheme))
-        return np.asarray(model.with_heads(tuple(moved), -3))
-
-    def _first_wrong(
-        self, codes: Array, outliers: Array, own: spec.Block, index: Array
-    ) -> tuple[Array, Array]:
-        order = self.case.inputs["order"]
-        places = np.argsort(order, axis=-1)[:, None] if len(order) > 1 else np.argsort(order)
-        places = np.broadcast_to(places, codes.shape)
-        last = codes.shape[-1]
-        code_at = np.where(own.codes != codes, places, last)
-        outlier_at = np.where(
-            bits_of(own.outliers) != bits_of(outliers),
-            np.take_along_axis(places, index, axis=-1), last,
+    def _move(self) -> None:
+        """Follow F1 along the port's own codes, scales and outliers, block by block."""
+        inputs, model = self.case.inputs, self.reference.model
+        self.heads = model.heads_of(inputs["order"], inputs["factor"])
+        own, (scales, zeros) = self.own, self._of_scales()
+        blocks = zip(
+            self._of_tokens(self.direction), self._of_blocks(self.coded),
+            self._of_tokens(self.norm[..., None]), self._of_tokens(own.codes), scales, zeros,
+            self._of_blocks(own.outlier_index), self._of_tokens(own.outliers), strict=True,
         )  # fmt: skip
-        found = [at.min(axis=-1, keepdims=True, initial=last) for at in (code_at, outlier_at)]
-        first = np.minimum(*found)
-        return (
-            np.where((code_at == first) & (first < last), own.codes, codes),
-            np.where((outlier_at == first) & (first < last), own.outliers, outliers),
-        )
+        moved = [
+            [
+                self._moved(feedback, *(self._of_head(part, head) for part in block))
+                for head, feedback in enumerate(self.heads)
+            ]
+            for block in blocks
+        ]
+        # By block and by head; what the scales of each head are made of is asked for later.
+        self.measured = [[of_head[1] for of_head in block] for block in moved]
+        w, length = ([self._joined([h[i] for h in block]) for block in moved] for i in (0, 2))
+        self.w = np.concatenate(w, axis=-2)
+        self.length = np.concatenate(length, axis=-2)[..., 0]
+
+    def _moved(
+        self, feedback: Any, direction: Array, coded: Array, norm: Array, codes: Array,
+        scale: Array, zero: Array, index: Array, outliers: Array,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Return w of a block of one head, what its scales are made of, and M2's lengths."""
+        reference, norm = self.reference, norm[..., 0]
+        stored = spec.Block(codes, norm, scale, zero, index, outliers, norm == 0)
+        fed = reference.spec.fed_back(direction, coded, norm, feedback, self.scheme, stored)
+        measured = reference.model.measured(fed, direction, coded, norm, feedback, self.scheme)
+        return fed.w, measured, reference.spec.length_kept(fed, feedback)[..., None]
+
+    def _measured_extents(self) -> list[Array]:
+        coded = self._of_blocks(self.coded)
+        by_head = [
+            self.reference.model.extents(
+                [block[head] for block in self.measured],
+                [self._of_head(one, head) for one in coded], self.scheme,
+            )
+            for head in range(len(self.heads))
+        ]  # fmt: skip
+        ends = [
+            [self._joined([blocks[b][side] for blocks in by_head]) for b in range(len(self.rows))]
+            for side in (0, 1)
+        ]
+        return [np.concatenate(side, axis=-2) for side in ends]
+
+    def _of_head(self, array: Array, head: int) -> Array:
+        return np.asarray(self.reference.model.of_head(array, head, len(self.heads)))
+
+    def _joined(self, arrays: list[Array]) -> Array:
+        return np.asarray(self.reference.model.with_heads(tuple(arrays), -3))
 
     def _encoded(self, coded: Array) -> spec.Block:
         order, factor = self.case.inputs["order"], self.case.inputs["factor"]

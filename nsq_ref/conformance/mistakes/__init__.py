@@ -10,7 +10,7 @@ from nsq_ref.conformance.mistakes.caches import BLOCKS, CACHES
 from nsq_ref.conformance.mistakes.codes import CODES
 from nsq_ref.conformance.mistakes.decoding import DECODING
 from nsq_ref.conformance.mistakes.factors import FACTORS
-from nsq_ref.conformance.mistakes.feedback import FED_BACK, FED_CACHES
+from nsq_ref.conformance.mistakes.feedback import FED_BACK, FED_CACHES, GAINS_SEEN, SEARCHING
 from nsq_ref.conformance.mistakes.norms import DIRECTIONS, NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.packed import PACKED
@@ -22,7 +22,7 @@ __all__ = ["MISTAKES", "Mistake", "Reference"]
 
 # In the order of computation: of mistakes that explain equally much, a diagnosis names the first.
 _ALL = (
-    *NORMS, *DIRECTIONS, *RANGES, *NARROWING, *CODES, *FED_BACK, *PACKED, *FACTORS, *OUTLIERS,
-    *BLOCKS, *CACHES, *FED_CACHES, *DECODING, *ATTENTION, *TILES,
+    *NORMS, *DIRECTIONS, *RANGES, *NARROWING, *SEARCHING, *CODES, *FED_BACK, *PACKED, *FACTORS,
+    *GAINS_SEEN, *OUTLIERS, *BLOCKS, *CACHES, *FED_CACHES, *DECODING, *ATTENTION, *TILES,
 )  # fmt: skip
 MISTAKES = {mistake.name: mistake for mistake in _ALL}

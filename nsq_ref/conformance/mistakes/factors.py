@@ -35,34 +35,43 @@ _stored = place("spec.stored_factor", "M1", ENCODE)
 def _narrowed(name: str, says: str, function: Function) -> Mistake:
     """Narrow factors otherwise, and nothing else."""
 
-    def stored_factor(reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme) -> Any:
-        wide, dtype = reference.spec.factor(x, y, norm, scheme), FLOAT_DTYPES[scheme.norm_dtype]
+    def stored_factor(
+        reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None
+    ) -> Any:
+        wide = reference.spec.factor(x, y, norm, scheme, length)
+        dtype = FLOAT_DTYPES[scheme.norm_dtype]
         return function(reference.rounding.narrow(wide, dtype), wide, dtype)
 
     change = {"spec.stored_factor": knowing(stored_factor)}
     return Mistake(name, "M1", says, ENCODE, change, FACTOR_RULES)
 
 
-def _where_stored(magnitude: str, function: Function) -> Change:
-    """Call ``function(reference, x, y, norm, scheme)`` where the scheme has this magnitude."""
+def _where_stored(magnitude: str, function: Function, fed: bool = False) -> Change:
+    """Call ``function(reference, x, y, norm, scheme)`` where the scheme has this magnitude.
+
+    But, unless `fed`, not for gains under feedback, which are none of ``||y||``.
+    """
 
     def factor(
-        original: Function, reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme
-    ) -> Any:
-        if not scheme.separate_norm or scheme.magnitude != magnitude:
-            return original(x, y, norm, scheme)
+        original: Function, reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme,
+        length: Any = None,
+    ) -> Any:  # fmt: skip
+        other = magnitude == "gain" and length is not None and not fed
+        if not scheme.separate_norm or scheme.magnitude != magnitude or other:
+            return original(x, y, norm, scheme, length)
         return function(reference, x, y, norm, scheme)
 
     return knowing_both(factor)
 
 
-def _factor(magnitude: str, name: str, says: str, function: Function) -> Mistake:
+def _factor(magnitude: str, name: str, says: str, function: Function, fed: bool = False) -> Mistake:
     """Give another float32 factor ``function(reference, x, y, norm)`` for this magnitude."""
     change = _where_stored(
         magnitude,
         lambda reference, x, y, norm, scheme: np.where(
             np.isinf(norm), norm, function(reference, x, y, norm)
         ),
+        fed,
     )
     return Mistake(name, FACTOR_RULES[magnitude], says, ENCODE, {"spec.factor": change})
 
@@ -89,7 +98,7 @@ FACTORS = [
         "stored factors on a tie are narrowed away from zero", half_away_narrowed),
     _narrowed("subnormal factors flushed", "subnormal stored factors are flushed to 0", flushed),
     _factor("gain", "gain without the length",
-        "the stored gain is the norm itself; divide by ||y||", lambda ref, x, y, norm: norm),
+        "the stored gain is the norm itself; divide by ||y||", lambda ref, x, y, norm: norm, True),
     _factor("gain", "reciprocal of the length in a gain",
         "gains are norm * (1 / ||y||), which rounds twice",
         lambda ref, x, y, norm: norm * (F32(1) / divisor(ref.rounding.norm(y)))),
@@ -101,7 +110,7 @@ FACTORS = [
         "norm, ||y|| and quotient each round to float32",
         _at_once("gain", lambda x, y: length_in_float64(x) / divisor(length_in_float64(y))), "M2"),
     _factor("gain", "least squares for a gain", "stored gains are those of least squares (M3)",
-        lambda ref, x, y, norm: ref.rounding.least_squares_gain(x, y)),
+        lambda ref, x, y, norm: ref.rounding.least_squares_gain(x, y), True),
     _factor("lsq", "least squares in float32", "gains agree with sequential float32 dot products",
         lambda ref, x, y, norm: in_order(x, y) / divisor(in_order(y, y))),
     _stored("least squares in float64 alone",

@@ -22,10 +22,11 @@ struct Block {
   uint16_t* outliers;      // [tokens, k], float16
 };
 
-// Order and factor of one key/value head, F1: a permutation of the channels, and finite numbers.
+// Order and factor of one key/value head, F1: a permutation of the channels, and finite numbers,
+// on the diagonal above 0 and at most 1.
 struct Feedback {
   const int32_t* order = nullptr;  // [head_dim]; null where no error moves
-  const float* factor = nullptr;   // [head_dim, head_dim], of which what is above the diagonal
+  const float* factor = nullptr;   // [head_dim, head_dim], of which what is not below the diagonal
 };
 
 // Why a block cannot be coded, and where in it; `rule` is null if nothing is wrong.

@@ -31,9 +31,12 @@ Status expect_permutations(const char* name, const int32_t* order, int64_t heads
   return Status();
 }
 
-// Whether row p of a factor is 0 before the diagonal, 1 on it and finite behind it.
+// Above 0 and at most 1, whether or not this thread takes subnormals for 0.
+bool is_weight(float value) { return bits_of(value) - 1 < bits_of(1.0f); }
+
+// Whether row p of a factor is 0 before the diagonal, a weight on it and finite behind it.
 bool is_row(const float* row, int64_t p, int64_t head_dim) {
-  uint32_t wrong = bits_of(row[p]) != bits_of(1.0f);
+  uint32_t wrong = static_cast<uint32_t>(!is_weight(row[p]));
   for (int64_t r = 0; r < p; ++r) wrong |= bits_of(row[r]) << 1;  // of either sign
   for (int64_t r = p + 1; r < head_dim; ++r) wrong |= static_cast<uint32_t>(!is_finite(row[r]));
   return wrong == 0;
@@ -45,10 +48,10 @@ Status expect_triangles(const char* name, const float* factor, int64_t heads, in
     for (int64_t p = 0; p < head_dim; ++p, row += head_dim) {
       if (is_row(row, p, head_dim)) continue;
       int64_t r = 0;
-      while (r < p ? row[r] == 0 : r == p ? row[r] == 1 : is_finite(row[r])) ++r;
-      return Status::error("%s[%lld, %lld, %lld] is %g; a factor is finite, 1 on the diagonal and "
-                           "0 below it (rule F1)", name, shown(head), shown(p), shown(r),
-                           static_cast<double>(row[r]));
+      while (r < p ? row[r] == 0 : r == p ? is_weight(row[r]) : is_finite(row[r])) ++r;
+      return Status::error("%s[%lld, %lld, %lld] is %.9g; a factor is finite, above 0 and at most "
+                           "1 on the diagonal, and 0 below it (rule F1)", name, shown(head),
+                           shown(p), shown(r), static_cast<double>(row[r]));
     }
   }
   return Status();

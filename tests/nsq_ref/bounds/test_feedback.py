@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,11 +10,12 @@ import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 
-from nsq_ref import Feedback, RangeError, Scheme, bounds, quantize, rounding, spec
+from nsq_ref import Feedback, Quantized, RangeError, Scheme, bounds, quantize, rounding, spec
 from nsq_ref.feedback import HeadFeedback, second_moment
 from nsq_ref.strategies import feedbacks, schemes, tensors
+from tests.support.bounds_truth import dot, fractions
 
 Array = npt.NDArray[Any]
 KINDS = ("queries", "few queries", "one-hot queries", "heavy tails", "ties", "identity")
@@ -27,27 +29,48 @@ class Coded:
         norm = rounding.norm(x) if scheme.separate_norm else np.ones(len(x), np.float32)
         direction = spec.direction_of(x, norm)
         coded = ~spec.mark(block.outlier_index, x.shape[1])
-        w = spec.fed_back(direction, block.scale, block.zero, coded, norm, feedback, scheme)
+        self.fed = spec.fed_back(direction, coded, norm, feedback, scheme)
         y = spec.dequantized_direction(
             block.codes, block.scale, block.zero, block.outlier_index, block.outliers
         )
-        real = norm != 0  # of zero tokens E10 says as little as E1
+        self.real = real = norm != 0  # of zero tokens E10 says as little as E1
         self.direction = x[real].astype(float) / norm[real].astype(float)[:, None]
+        self.y = [fractions(row) for row in y[real]]
+        self.exact_direction = [
+            [v / Fraction(float(n)) for v in fractions(row)]
+            for row, n in zip(x[real], norm[real], strict=True)
+        ]
         self.exact = [
-            [Fraction(float(v)) / Fraction(float(n)) - Fraction(float(z))
-             for v, z in zip(row, own, strict=True)]
-            for row, n, own in zip(x[real], norm[real], y[real], strict=True)
-        ]  # fmt: skip
+            [v - z for v, z in zip(*rows, strict=True)]
+            for rows in zip(self.exact_direction, self.y, strict=True)
+        ]
         scales, zeros = (
             np.broadcast_to(part.astype(np.float32), x.shape)[real]
             for part in (block.scale, block.zero)
         )
-        steps = bounds.element_error(
-            scales, None if scheme.symmetric else zeros, scheme=scheme, direction=w[real]
+        given_to = scales, None if scheme.symmetric else zeros
+        coded, w = np.broadcast_to(coded, x.shape)[real], self.fed.w[real].astype(float)
+        plain = replace(scheme, separate_norm=False, magnitude="norm", norm_dtype="float16")
+        steps, stored = (
+            bounds.element_error(*given_to, scheme=plain, direction=known) for known in (w, None)
         )
-        kept = np.maximum(np.abs(w[real].astype(float)) * 2.0**-11, 2.0**-25)
-        self.steps = np.where(np.broadcast_to(coded, x.shape)[real], steps, kept)
-        self.finite = np.isfinite(w).all()
+        kept = np.maximum(np.abs(w) * 2.0**-11, 2.0**-25)
+        self.steps = np.where(coded, steps, kept)
+        # What a decoder knows where every channel has a scale of its own, made of w.
+        self.stored_steps = np.where(coded, stored, kept)
+        self.finite = np.isfinite(self.fed.w).all() and np.isfinite(self.fed.seen).all()
+
+
+def with_unit_diagonal(head: HeadFeedback) -> Array:
+    return np.triu(head.factor.astype(float), 1) + np.eye(len(head.order))
+
+
+def quantized_or_assume(x: Array, scheme: Scheme, head: HeadFeedback) -> Quantized:
+    feedback = Feedback(head.order[None], head.factor[None])
+    try:
+        return quantize(x, scheme, feedback=feedback)
+    except RangeError:
+        reject()
 
 
 @settings(max_examples=80)
@@ -63,21 +86,23 @@ def test_elements_logits_and_the_metric(x: Array, scheme: Scheme, data: st.DataO
     head_dim = x.shape[1]
     assume(np.abs(x).max() < 1e30)
     head = data.draw(feedbacks(1, head_dim, kinds=KINDS)).head(0)
-    try:
-        quantize(x, scheme, feedback=Feedback(head.order[None], head.factor[None]))
-    except RangeError:
-        assume(False)
+    quantized_or_assume(x, scheme, head)
     coded = Coded(x, scheme, head)
     assume(coded.finite and len(coded.direction))
     given_to = coded.direction, coded.steps, head
-    element = bounds.feedback_element_error(*given_to)
-    for own, known in zip(coded.exact, element, strict=True):
-        for e, bound in zip(own, known, strict=True):
-            assert abs(e) <= Fraction(float(bound))
+    known = [given_to]
+    if scheme.axis == "channel":
+        known.append((np.maximum(np.abs(coded.direction), scheme.separate_norm),
+                      coded.stored_steps, head))  # fmt: skip
+    for knowledge in known:
+        element = bounds.feedback_element_error(*knowledge)
+        for own, limits in zip(coded.exact, element, strict=True):
+            for e, limit in zip(own, limits, strict=True):
+                assert abs(e) <= Fraction(float(limit))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     # Those that E10 is nearest for are columns of the inverse of F.
     inverse = np.empty((head_dim, head_dim))
-    inverse[:, head.order] = np.linalg.inv(head.factor.astype(float)).T
+    inverse[:, head.order] = np.linalg.inv(with_unit_diagonal(head)).T
     queries = np.concatenate([rng.standard_normal((2, head_dim)), inverse])
     logit = bounds.feedback_logit_error(queries, *given_to)
     for query, knowns in zip(queries, logit, strict=True):
@@ -91,25 +116,95 @@ def test_elements_logits_and_the_metric(x: Array, scheme: Scheme, data: st.DataO
         assert sum(v * v for v in seen) <= Fraction(float(bound))
 
 
+def seen_square(vector: list[Fraction], head: HeadFeedback) -> Fraction:
+    """Return the square of the exact length of a vector in the metric of the feedback (F1)."""
+    left = [vector[j] for j in head.order]
+    factor = head.factor.astype(float)
+    for p, value in enumerate(left):
+        for r in range(p + 1, len(left)):
+            left[r] -= value * Fraction(factor[p, r])
+    weighed = [g * value for g, value in zip(fractions(np.diagonal(factor)), left, strict=True)]
+    return dot(weighed, weighed)
+
+
+@pytest.mark.filterwarnings(r"ignore::RuntimeWarning:nsq_ref\.spec")
+@settings(max_examples=150)
+@given(
+    tensors(
+        max_tokens=4, max_head_dim=7, leading=(), kinds=["normal", "awkward", "ties", "one-sided"]
+    ),
+    schemes(
+        separate_norm=True,
+        magnitude="gain",
+        block_size=None,
+        sink_tokens=0,
+        norm_dtype=st.sampled_from(["bfloat16", "float32"]),
+    ),
+    st.data(),
+)
+def test_the_gain_keeps_the_length_that_queries_see(
+    x: Array, scheme: Scheme, data: st.DataObject
+) -> None:
+    """F1 M2 M4: of the direction and of what is decoded, up to roundings that E10 bounds."""
+    head = data.draw(feedbacks(1, x.shape[1])).head(0)
+    stored = quantized_or_assume(x, scheme, head).norm.astype(float)
+    coded = Coded(x, scheme, head)
+    assume(coded.finite and len(coded.direction))
+    norm, stored = rounding.norm(x)[coded.real], stored[coded.real]
+    y = data.draw(st.sampled_from([None, np.array(coded.y, float)]))
+    gain = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
+    narrowed = bounds.factor_error(stored, scheme.norm_dtype)
+    for t, (direction, y) in enumerate(zip(coded.exact_direction, coded.y, strict=True)):
+        before = Fraction(float(norm[t])) ** 2 * seen_square(direction, head)
+        after = Fraction(stored[t]) ** 2 * seen_square(y, head)
+        least, most = (
+            Fraction(1 + one[t]) * Fraction(1 + other[t]) if np.isfinite(one[t]) else None
+            for one, other in zip(gain, narrowed, strict=True)
+        )
+        assert least**2 * before <= after
+        assert most is None or after <= most**2 * before
+
+
+def test_what_cancels_in_a_heavy_channel_costs_the_gain_as_much_as_is_known() -> None:
+    """F1 M2: what queries see of a direction may be as small as what float32 rounds of it."""
+    head = HeadFeedback(np.int32([0, 1]), np.float32([[2.0**-14, 1.3], [0, 1]]))
+    first = np.random.default_rng(0).standard_normal((100, 1))
+    x = (first * [1, float(head.factor[0, 1]) + 2.0**-12]).astype(np.float32)
+    scheme = Scheme(magnitude="gain", norm_dtype="float32", scale_dtype="float32")
+    coded = Coded(x, scheme, head)
+    ratio = spec.length_kept(coded.fed, head).astype(float)
+    y = np.array(coded.y, float)
+    low, high = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
+    errors = [
+        r * np.sqrt(float(seen_square(own, head) / seen_square(before, head))) - 1
+        for r, own, before in zip(ratio, coded.y, coded.exact_direction, strict=True)
+    ]
+    assert (low <= errors).all()
+    assert (errors <= high).all()
+    assert np.max(np.abs(errors) / high) > 0.05
+    assert np.max(errors) > 1e-4
+
+
 def test_all_steps_half_way_reach_the_bounds() -> None:
     """F1: E10 is attained, by the query and by the moment that F is made of."""
     moment = np.float64([[[4, 4, 0], [4, 8, 2], [0, 2, 5]]])
     feedback = Feedback.from_moment(moment, damping=0)
-    order, factor = feedback.head(0)
-    x = np.full((2, 3), 7, np.float32)
-    w = np.float32([0.5, 1.5, -2.5])  # ties: errors of 0.5, -0.5 and -0.5
-    errors = np.float64([0.5, -0.5, -0.5])
-    x[1, order] = w + factor.astype(float).T @ errors - errors
+    head = feedback.head(0)
+    order, factor = head.order, with_unit_diagonal(head)
+    w = np.float32([[7, 7, 7], [0.5, 1.5, -2.5]])  # ties: errors of 0.5, -0.5 and -0.5
+    errors = np.float64([[0, 0, 0], [0.5, -0.5, -0.5]])
+    x = np.empty((2, 3), np.float32)
+    x[:, order] = w + errors @ factor - errors
     scheme = Scheme(separate_norm=False, scale_dtype="float32")
-    assert quantize(x, scheme, feedback=feedback).codes[1, order].tolist() == [0, 2, -2]
-    e = np.zeros(3)
-    e[order] = x[1, order] - np.float64([0, 2, -2])
-    steps = bounds.element_error([[1.0]], scheme=scheme, direction=[w])
+    codes = spec.encode(x, scheme, head).codes
+    assert codes[:, order].tolist() == [[7, 7, 7], [0, 2, -2]]
+    e = x[1] - codes[1].astype(float)
+    steps = bounds.element_error([[1.0]], scheme=scheme, direction=w[1:])
     query = np.zeros((1, 3))
-    query[0, order] = np.linalg.solve(factor.astype(float), np.sign(errors))
-    (known,) = bounds.feedback_logit_error(query, x[1:], steps, feedback.head(0)).ravel()
+    query[0, order] = np.linalg.solve(factor, np.sign(errors[1]))
+    (known,) = bounds.feedback_logit_error(query, x[1:], steps, head).ravel()
     assert 0.9999 * known < abs(query @ e)[0] <= known
-    (known,) = bounds.feedback_metric_error(moment[0], x[1:], steps, feedback.head(0))
+    (known,) = bounds.feedback_metric_error(moment[0], x[1:], steps, head)
     assert 0.9999 * known < e @ moment[0] @ e <= known
 
 
@@ -117,10 +212,15 @@ def test_later_channels_leave_less_than_the_moment_has() -> None:
     """F1: the diagonal of F H F^T, which E10 has in place of H's own."""
     rng = np.random.default_rng(0)
     moment = second_moment(rng.standard_normal((1, 100, 16)) @ rng.standard_normal((16, 16)), 1)[0]
-    order, factor = Feedback.from_moment(moment[None], damping=0).head(0)
-    left = np.diag(factor @ moment[np.ix_(order, order)] @ factor.T)
-    assert (left <= np.diag(moment)[order] * (1 + 1e-6)).all()
+    head = Feedback.from_moment(moment[None], damping=0).head(0)
+    factor = with_unit_diagonal(head)
+    metric = factor @ moment[np.ix_(head.order, head.order)] @ factor.T
+    left = np.diag(metric)
+    assert (left <= np.diag(moment)[head.order] * (1 + 1e-6)).all()
     assert left.sum() < 0.6 * np.trace(moment)
+    # And nothing is left off the diagonal: the squares of the weights, times the largest.
+    weights = np.diagonal(head.factor).astype(float)
+    np.testing.assert_allclose(metric, left.max() * np.diag(weights**2), atol=1e-6 * left.max())
 
 
 def test_plain_errors_may_grow_without_a_bound_of_half_a_scale() -> None:
@@ -132,12 +232,25 @@ def test_plain_errors_may_grow_without_a_bound_of_half_a_scale() -> None:
     x[1] = 0.4
     scheme = Scheme(separate_norm=False)
     q = quantize(x, scheme, feedback=feedback)
-    error = np.abs(x[1] - q.codes[1])
-    assert error.max() > 6  # scales are 1, and w is beyond the range
+    error = np.abs(x - bounds.certificate(q).x_hat)[1]
+    assert error[1:].min() > 7  # the 0.4 that the first channel lost, 20 times
     head = feedback.head(0)
     coded = Coded(x, scheme, head)
     assert (error <= bounds.feedback_element_error(coded.direction, coded.steps, head)[1]).all()
     assert (error > bounds.certificate(q).direction_element[1]).any()
+
+
+def test_fourth_powers_cut_no_more_than_their_root_of_the_tokens() -> None:
+    """F1 S4: where squares take half of the range from one token, for those on a finer grid."""
+    x = np.append(np.tile(np.arange(-6, 7) / 14, 60), 1).astype(np.float32)[:, None]
+    scheme = Scheme(separate_norm=False, scale_rule="search", scale_dtype="float32")
+    known = len(x) ** 0.25 * bounds.element_error(
+        np.float32([[1 / 7]]), scheme=scheme, direction=[[1.0]]
+    )
+    for head, holds in ((Feedback([[0]], np.ones((1, 1, 1))).head(0), True), (None, False)):
+        block = spec.encode(x, scheme, head)
+        error = np.abs(x - spec.decode(block, scheme)).max()
+        assert (error <= known) == holds
 
 
 HEAD = Feedback.from_queries(np.eye(3)[None], kv_heads=1).head(0)
@@ -158,6 +271,8 @@ ONES = np.ones((2, 3))
          "is not finite"),
         (lambda: bounds.feedback_element_error(ONES, np.ones((4, 3)), HEAD), ValueError,
          "^shapes do not fit together"),
+        (lambda: bounds.feedback_gain_error(ONES, ONES, HEAD, ONES[:, :2]), ValueError,
+         r"^y has shape \[2, 2\]; give \[..., tokens, 3\]"),
         (lambda: bounds.feedback_logit_error(ONES[:, :2], ONES, ONES, HEAD), ValueError,
          r"^query has shape \[2, 2\]; give \[..., queries, 3\]"),
         (lambda: bounds.feedback_metric_error(ONES, ONES, ONES, HEAD), ValueError,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nsq_ref import Feedback, Scheme, packing, quantize
+from nsq_ref import Feedback, Scheme, quantize
 from nsq_ref.conformance import as_text, check
 from nsq_ref.conformance.cases import cases
 from nsq_ref.conformance.cases.feedback import SHOWN
 from nsq_ref.conformance.check import run
 from nsq_ref.conformance.coverage import answered as answer_of
+from nsq_ref.conformance.coverage import reason
 from nsq_ref.conformance.family import FAMILY
 from nsq_ref.conformance.judge import Latitudes, judge
 from nsq_ref.conformance.mistakes import MISTAKES, Reference
-from nsq_ref.conformance.mistakes.feedback import FED_BACK
+from nsq_ref.conformance.mistakes.feedback import FED_BACK, GAINS_SEEN
+from nsq_ref.conformance.mistakes.reference import Mistake
 from nsq_ref.conformance.operations import OPERATIONS, USUAL, Answer, Case
 from nsq_ref.conformance.ports import Callables, hello_frame, open_port, read_hello, write_requests
 from nsq_ref.conformance.ports.frames import read_frame
@@ -28,8 +32,10 @@ from tests.support.cases import cases_made_once, cases_of
 __all__ = ["cases_made_once"]  # the fixture
 
 RICH = Scheme(symmetric=False, magnitude="lsq", block_size=5, sink_tokens=2, outlier_channels=2)
+GAINS = replace(RICH, magnitude="gain")
 SCHEMES: dict[str, Scheme] = {
     "rich": RICH,
+    "gains": GAINS,
     "search a token": Scheme(
         bits=2, axis="token", scale_rule="search", symmetric=False, magnitude="gain"
     ),
@@ -68,32 +74,44 @@ def test_cases_without_it_stay() -> None:
     assert {case.operation for case in named[len(usual) :]} == {"feedback", "stream_feedback"}
 
 
-def test_every_mistake_has_a_case_of_its_own() -> None:
-    """All that are known, and each where it can show, in every dtype."""
-    about = {one.mistake for one in SHOWN}
-    assert {mistake.name for mistake in FED_BACK} <= about
-    for mistake in FED_BACK:
-        flags = {one.flag for one in SHOWN if one.mistake == mistake.name}
+@pytest.mark.parametrize(
+    ("scheme", "mistakes"),
+    [
+        (RICH, FED_BACK),
+        (GAINS, GAINS_SEEN),
+        (replace(RICH, outlier_channels=0), [MISTAKES["scales of all blocks"]]),
+        (Scheme(axis="token"), [MISTAKES["scales of moved tokens"]]),
+    ],
+)
+def test_every_mistake_has_a_case_of_its_own(scheme: Scheme, mistakes: list[Mistake]) -> None:
+    """F1 M2. All that are known, and each where it can show, in every dtype."""
+    for mistake in mistakes:
+        if reason(mistake, scheme, "float32") is not None:
+            continue
+        flags = {one.flag for one in SHOWN if one.mistake == mistake.name} or {"feedback-tokens"}
         for first in (0, 100, 200):
-            told = [
+            told = (
                 case.id
-                for case in cases_of(RICH, ["feedback"])
+                for case in cases_of(scheme, ["feedback"])
                 if case.flags[0] in flags
                 and first <= int(case.id.split("/")[1]) < first + 100
                 and case.refused_by is None
                 and is_wrong(case, mistake.name)
-            ]
-            assert told, (mistake.name, first)
+            )
+            assert any(told), (mistake.name, first)
 
 
 def test_no_mistake_breaks_off_under_feedback() -> None:
     """F1. All that encoders do wrong can be looked for here, too."""
     flags = ("feedback-of-heads", "feedback-outliers")
-    some = [case for case in cases_of(RICH, ["feedback"]) if case.flags[0] in flags]
+    some = [
+        [case for case in cases_of(scheme, ["feedback"]) if case.flags[0] in flags]
+        for scheme in (RICH, replace(GAINS, axis="token"))
+    ]
     for mistake in MISTAKES.values():
         if "feedback" in mistake.operations:
             reference = Reference([mistake])
-            for case in (some[0], some[-1]):
+            for case in (some[0][0], some[0][-1], some[1][0]):
                 given = answer_of(reference, case)
                 assert given is not None, mistake.name
                 assert not judge(case, given, Latitudes(), reference).findings, mistake.name
@@ -126,12 +144,20 @@ def port_with(*mistakes: str) -> Callables:
         ("feedback fused", "F1"),
         ("factor in the order of channels", "F1"),
         ("errors of outlier channels left out", "F1"),
+        ("errors over their weight", "F1"),
+        ("scales of the directions", "F1"),
         ("half away from zero", "Q1"),
+        ("zero tokens outside the range", "N2"),
+        ("gain of the plain length", "M2"),
+        ("weights in the order of channels", "M2"),
+        ("product before the quotient in a gain", "M2"),
+        ("what is seen moved by errors", "M2"),
     ],
 )
 def test_a_mistake_is_named(mistake: str, rule: str) -> None:
-    """F1 Q1. By the report, with the rule; of what is wrong in other cases nothing is left."""
-    report = run(port_with(mistake), [("mine", RICH)], ["feedback"], dtypes=["float32"])
+    """F1 M2 N2 Q1. By the report, with the rule; of other cases nothing is left."""
+    scheme = GAINS if rule == "M2" else RICH
+    report = run(port_with(mistake), [("mine", scheme)], ["feedback"], dtypes=["float32"])
     (found,) = report.schemes[0].diagnoses
     assert (found.rule, found.mistake) == (rule, mistake)
     text = as_text(report)
@@ -149,20 +175,40 @@ def test_a_mistake_of_encode_explains_its_part_here() -> None:
     assert {f.case.operation for f in found.findings} == {"encode", "feedback"}
 
 
-def test_only_the_first_wrong_code_of_a_token_counts() -> None:
-    """F1: what follows is right for the error that moved on, or wrong by way of it."""
-    case = next(c for c in cases_of(Scheme(), ["feedback"]) if c.id == "moved-errors/0")
-    right = quantize(case.inputs["x"], case.scheme, feedback=with_feedback(case))
+def test_what_follows_from_a_wrong_code_is_right() -> None:
+    """F1: its error has moved on, into codes, scales and gains, which are judged for that."""
+    case = next(c for c in cases_of(GAINS, ["feedback"]) if c.id == "moved-errors/0")
     order = case.inputs["order"][0]
-    parts = dict(right.parts)
-    codes = right.codes.astype(int)
-    codes[2, order[3:]] = np.where(codes[2, order[3:]] > 0, -1, 1)
+    place = next(p for p in range(2, 8) if order[p] > 1)  # behind others, and no outlier
+    reference, calls = Reference(), itertools.count()
+    right = reference.spec.code
 
-    parts["packed"] = packing.pack(codes, case.scheme)
-    (found,) = judge(case, Answer(0, parts)).findings
-    assert (found.stage, found.rule) == ("codes", "F1")
-    assert (found.index, found.wrong) == ((2, int(order[3])), 1)
-    assert [name for name, _ in found.shown] == ["x", "norm", "w", "scale", "quotient"]
+    def code(w: Any, scale: Any, zero: Any, scheme: Scheme) -> Any:
+        codes = right(w, scale, zero, scheme)
+        if w.shape[-1] == 1 and next(calls) % 8 == place:
+            codes[..., 2, 0] = np.where(codes[..., 2, 0] > 7, 1, 14)
+        elif w.shape[-1] == 8 and codes.shape[-2] > 2:  # once more, of all w
+            codes[..., 2, order[place]] = np.where(codes[..., 2, order[place]] > 7, 1, 14)
+        return codes
+
+    vars(reference.spec)["code"] = code
+    answer = answer_of(reference, case)
+    assert answer is not None
+    (found,) = judge(case, answer).findings
+    assert (found.stage, found.rule, found.wrong) == ("codes", "F1", 1)
+    assert found.index == (2, int(order[place]))
+    assert [name for name, _ in found.shown] == ["x", "norm", "w", "scale", "zero", "quotient"]
+
+
+def test_another_choice_of_scales_conforms() -> None:
+    """S4 F1. Whatever is searched, what follows is judged for the scales that are stored."""
+    scheme = Scheme(scale_rule="search", symmetric=False, magnitude="gain", bits=2)
+    for case in cases_of(scheme, ["feedback"], 0, ["float32"]):
+        if case.refused_by is None:
+            for mistake in ("squares under feedback", "ranges of an earlier draft"):
+                answer = answer_of(Reference([MISTAKES[mistake]]), case)
+                assert answer is not None
+                assert not judge(case, answer).findings, (case, mistake)
 
 
 # --- how it is asked ----------------------------------------------------------------------------

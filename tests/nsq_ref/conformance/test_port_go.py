@@ -89,6 +89,6 @@ def test_a_mistake_in_it_is_found(
 
 def test_an_error_of_the_direction_is_found(tmp_path: Path, go: dict[str, str]) -> None:
     """F1."""
-    text = programs.wrong(programs.source(NAME), "e := row[j] - y", "e := direction[t*d+j] - y")
+    text = programs.wrong(programs.source(NAME), "e := w[i] - y", "e := direction[i] - y")
     found = "F1", "errors are direction - y; they are w - y"
     programs.feeds_back_wrongly(build(text, tmp_path, go), found)

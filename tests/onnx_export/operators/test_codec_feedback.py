@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -55,6 +56,34 @@ def test_every_scheme(
     assert_agrees(runner, x, scheme, feedback)
 
 
+FORMS = {
+    "search": Scheme(bits=2, scale_rule="search", block_size=8),
+    "search, gain": Scheme(
+        bits=2, scale_rule="search", symmetric=False, magnitude="gain", outlier_channels=2,
+        block_size=8, norm_dtype="float32",
+    ),
+    "gain": Scheme(bits=3, magnitude="gain", norm_dtype="float32", sink_tokens=1, block_size=4),
+    "token": Scheme(
+        bits=2, scale_rule="search", axis="token", magnitude="gain", norm_dtype="float32",
+        outlier_channels=1, block_size=8,
+    ),
+    "lsq": Scheme(bits=2, magnitude="lsq", symmetric=False, scale_dtype="bfloat16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_heads_and_short_blocks(runner: Callable[[onnx.ModelProto], Run], name: str) -> None:
+    """F1 S4 M2. What fills up the last block is not counted, and zero tokens are."""
+    rng = np.random.default_rng(2)
+    heads, channels = 2, 24
+    x = rng.standard_normal((2, heads, 13, channels)) * np.exp(rng.standard_normal(channels))
+    x[..., 5, :] = x[1, 1, 12] = 0
+    queries = rng.standard_normal((heads, 60, channels)) @ rng.standard_normal((channels, channels))
+    feedback = Feedback.from_queries(queries, heads)
+    assert (np.diagonal(feedback.factor, axis1=1, axis2=2) < 0.9).any()
+    assert_agrees(runner, x.astype(np.float32), FORMS[name], feedback)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (2, 1, 3, 2, 5), (3, 40)])
 def test_ends_of_the_shapes(
     runner: Callable[[onnx.ModelProto], Run], shape: tuple[int, ...]
@@ -72,19 +101,31 @@ def test_ends_of_the_shapes(
 
 
 def test_where_float32_ends(runner: Callable[[onnx.ModelProto], Run]) -> None:
-    """F1: w is the direction again where it is infinite or NaN; with scale 0 its code is 0."""
-    factor = np.triu(np.float32([[[1, -3e38, 3e38], [0, 1, 1], [0, 0, 1]]]))
-    feedback = Feedback([[0, 1, 2]], factor)
-    x = np.float32([[7e30, 3e38, 7e30], [2.5e30, 3e38, 2e30], [1.5, 3e38, 1e30]])
+    """F1 M2: w, and what the weights see, is the direction again where it is infinite or NaN."""
+    factor = np.float32(
+        [[[1, -3e38, 3e38, 3e38], [0, 0.5, 1, 3e38], [0, 0, 1, 1], [0, 0, 0, 0.25]]]
+    )
+    feedback = Feedback([[0, 1, 2, 3]], factor)
+    x = np.float32([[7e3, 3e4, 7e3, 1e2], [2.5e3, 3e4, 2e3, 1e3], [1.5, 3e4, 1e3, 5e2]])
     for symmetric in (False, True):
         scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=symmetric)
         assert_agrees(runner, x, scheme, feedback)
-    # Two errors of 4 move 3e38 to -2.2e38, which is beyond float32 below the zero of 3e38.
-    factor = np.eye(4, dtype=np.float32)[None]
-    factor[0, :2, 2] = [0.8e38, 0.5e38]
-    x = np.float32([[0, 0, 3e38, 9], [150, 150, 3e38, 1], [24, 24, 3e38, 5]])
-    scheme = Scheme(separate_norm=False, scale_dtype="float32", symmetric=False)
-    assert_agrees(runner, x, scheme, Feedback([[0, 1, 2, 3]], factor))
+        scheme = replace(scheme, separate_norm=True, norm_dtype="float32")
+        assert_agrees(runner, x, scheme, feedback)
+        assert_agrees(runner, x, replace(scheme, axis="token", magnitude="gain"), feedback)
+
+
+def test_what_weights_do_not_see(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """F1 M2: a length of 0 stores 0, and so does a zero token."""
+    weights = np.full(6, 2.0**-149, np.float32)  # times less than a half: 0
+    weights[0] = 1
+    feedback = Feedback([range(6)], np.diag(weights)[None])
+    x = np.float32([[1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    scheme = Scheme(magnitude="gain", scale_dtype="float32", norm_dtype="float32")
+    assert_agrees(runner, x, scheme, feedback)
+    norm = nsq.quantize(x, scheme, feedback=feedback).norm
+    assert norm is not None
+    assert norm.tolist() == [1, 0, 0]
 
 
 def test_nothing_moves_in_a_zero_token(runner: Callable[[onnx.ModelProto], Run]) -> None:

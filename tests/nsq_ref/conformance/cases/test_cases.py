@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ def test_flags_cite_rules() -> None:
     rules = set(re.findall(r"^\*\*([A-Z][0-9])\.", SPEC, re.MULTILINE))
     assert {flag.rule for flag in FLAGS.values()} <= rules
     used = {flag for name in SCHEMES for case in built(name) for flag in case.flags}
-    for name in ("one outlier", "streaming4"):
+    for name in ("one outlier", "streaming4", "gain"):
         used |= {flag for case in cases_of(SCHEMES[name], OPTIONAL) for flag in case.flags}
+    searched = replace(SCHEMES["search"], bits=2, block_size=24)
+    used |= {flag for case in cases_of(searched, ["stream_feedback"]) for flag in case.flags}
     assert used == set(FLAGS)
 
 
@@ -171,7 +174,7 @@ def test_deterministic() -> None:
         ("nsep+out4", "8b1ccfcbd3239b0c"),
         ("naive2", "e7e6fa2bc0093ec9"),
         ("bfloat16", "15c5f6bb29581447"),
-        ("search", "e5f5f9fb6c790d10"),
+        ("search", "5aacac3747bf772e"),
     ],
 )
 def test_pinned(name: str, pinned: str) -> None:

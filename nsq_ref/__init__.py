@@ -20,6 +20,7 @@ from nsq_ref.cache import KVCache
 from nsq_ref.codec import Quantized, RangeError, dequantize, quantize
 from nsq_ref.environment import CompilationWarning
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import profile_names
 from nsq_ref.renamed import Renamed
 from nsq_ref.scheme import SPEC_VERSION, KeyValueSchemes, Scheme, scheme_names
 
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SPEC_VERSION", "CompilationWarning", "Feedback", "KVCache", "KeyValueSchemes", "Quantized",
     "RangeError", "Scheme", "attention", "bounds", "conformance", "dequantize", "feedback",
-    "quantize", "scheme_names",
+    "profile_names", "quantize", "scheme_names",
 ]  # fmt: skip
 
 RENAMED = {

@@ -6,7 +6,8 @@ says. An entry is
 
 - null: the layer stays as it is;
 - a name of `nsq_ref.Scheme.named` or of `nsq_ref.rivals.entry`; ``float32``, which is null, or
-  ``float16``, which rounds; two of them as ``KEY/VALUE``;
+  ``float16``, which rounds; two of them as ``KEY/VALUE``. A profile that is made for feedback of
+  the keys, such as ``best-3``, is refused for a layer that has none;
 - ``{"key": SIDE, "value": SIDE}``, each null, a name, or all fields of a scheme.
 
 Who stores caches refuses what it cannot store; all else is read alike. ``nsq audit`` writes such a
@@ -237,18 +238,31 @@ class Policy:
             _require_layer("policy", layer, numbers)
         return {number: self.layers.get(number, self.default) for number in numbers}
 
-    def schemes(self, numbers: Sequence[int]) -> dict[int, KeyValueSchemes | None]:
+    def schemes(
+        self, numbers: Sequence[int], feedback: Collection[int] = ()
+    ) -> dict[int, KeyValueSchemes | None]:
         """Return the schemes of each layer of a model; None of one that stays as it is.
+
+        Parameters
+        ----------
+        numbers : sequence of int
+            Of all its layers that have a cache.
+        feedback : collection of int
+            Those whose keys are coded with feedback (F1).
 
         Raises
         ------
         ValueError
-            As `of_layers`, and for what is no scheme, with the layer.
+            As `of_layers`, and, with the layer, for what is no scheme and for a profile that wants
+            feedback where there is none.
         """
         found: dict[int, KeyValueSchemes | None] = {}
         for number, sides in self.of_layers(numbers).items():
             with _about(f"policy: layer {number}" if number in self.layers else "policy: default"):
                 found[number] = sides.schemes
+            if isinstance(sides.key, SchemeCodec) and number not in feedback:
+                with _about(f"layer {number}"):
+                    sides.key.require_feedback()
         return found
 
 

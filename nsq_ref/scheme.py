@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.dtypes import DTYPES, FLOAT_DTYPES, FloatName
+from nsq_ref.profiles import ProfileName, profile_fields, profile_names, wants_feedback
 
 __all__ = [
     "FLOAT_DTYPES", "PARTS", "SPEC_VERSION", "Cut", "Field", "FloatName", "KeyValueSchemes", "Part",
@@ -29,7 +30,7 @@ SchemeName = Literal[
     "nsep+pchan2", "nsep+pchan3", "nsep+pchan4", "nsep+pchan8",
     "streaming2", "streaming3", "streaming4", "streaming8",
 ]  # fmt: skip
-PairName = Literal["KIVI-K2V4", "nsep+KIVI", "nsep+KIVI-K2V4"]
+PairName = Literal["KIVI-K2V4", "nsep+KIVI", "nsep+KIVI-K2V4"] | ProfileName
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "naive": {"separate_norm": False, "axis": "token"},
@@ -210,13 +211,14 @@ class Scheme:
         Parameters
         ----------
         name : str
-            A name of `scheme_names`, or ``KIVI-K2V4`` and ``nsep+KIVI`` (any two widths),
-            which code keys and values differently.
+            A name of `scheme_names`; or one of `profile_names`, or ``KIVI-K2V4`` and ``nsep+KIVI``
+            (any two widths), which code keys and values differently.
 
         Returns
         -------
         Scheme or KeyValueSchemes
-            A pair only for the names that contain ``KIVI``.
+            A pair only for profiles and the names that contain ``KIVI``. That a profile is made for
+            feedback is in its name alone: who makes schemes of it gives the feedback himself.
 
         Raises
         ------
@@ -241,11 +243,14 @@ class Scheme:
                 key=cls(bits=int(pair["key"] or 2), **family),
                 value=cls(bits=int(pair["value"] or 4), **family),
             )
+        if name in profile_names():
+            key, value = profile_fields(name)
+            return KeyValueSchemes(key=cls(**key), value=cls(**value))
         single = _SINGLE.fullmatch(name)
         if single is None or single["family"] not in _FAMILIES:
             raise ValueError(
                 f"unknown scheme name {name!r}; known are {', '.join(_FAMILIES)}, each followed "
-                "by 2, 3, 4 or 8, and KIVI-K2V4, nsep+KIVI"
+                f"by 2, 3, 4 or 8, and KIVI-K2V4, nsep+KIVI, {', '.join(profile_names())}"
             )
         own = _FAMILIES[single["family"]] | _EXCEPTIONS.get(name, {})
         return cls(bits=int(single["bits"]), **own)
@@ -464,9 +469,10 @@ def as_scheme(name: str, scheme: Any) -> Scheme:
         )
     named = Scheme.named(scheme)
     if isinstance(named, KeyValueSchemes):
+        beside = ", with feedback for the keys" if wants_feedback(scheme) else ""
         raise ValueError(
             f"{name}={scheme!r} names a pair for keys and values; pass "
-            f"Scheme.named({scheme!r}).key, or .value"
+            f"Scheme.named({scheme!r}).key, or .value{beside}"
         )
     return named
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.results import facts, measure, needles, plans, structure
-from onnx_export.evaluation.injected import injected_onnx
+from nsq_ref.feedback import Moments
+from onnx_export.evaluation.injected import changed_moments, injected_onnx
+from onnx_export.evaluation.moments import query_moments
 from onnx_export.models.decoder import Decoder, cached_onnx
-from onnx_export.models.sources import smollm2_gguf
+from onnx_export.models.sources import gemma3_gguf, smollm2_gguf
 from onnx_export.models.texts import REPORTING_START, passages
 from onnx_export.models.tokenizer import Tokenizer
 
@@ -24,12 +29,32 @@ def say(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
+@functools.cache
+def moments_of(gguf: Path) -> Moments:
+    """Return the second moments of a model's queries, which are had once for all its plans."""
+    say(f"{gguf.name}: calibrating")
+    return query_moments(gguf)
+
+
+class Model(NamedTuple):
+    """A model as plans take it."""
+
+    gguf: Path
+    path: Path  # of its ONNX file
+    tokenizer: Tokenizer
+    decoder: Decoder
+
+    @classmethod
+    def of(cls, gguf: Path, threads: int | None) -> Model:
+        """Open one."""
+        path = cached_onnx(gguf)
+        return cls(gguf, path, Tokenizer(gguf), Decoder(path, threads=threads))
+
+
 def measure_groups(groups: list[str], threads: int | None, most: int | None) -> None:
     """Run what is missing of these groups of plans."""
-    gguf = smollm2_gguf()
-    path = cached_onnx(gguf)
-    tokenizer = Tokenizer(gguf)
-    decoder = Decoder(path, threads=threads)
+    smollm2 = Model.of(smollm2_gguf(), threads)
+    tokenizer, decoder = smollm2.tokenizer, smollm2.decoder
     chosen = passages(tokenizer, 641, 1)
     _, keys, values = decoder.forward(chosen[:, :512], num_logits=0)
     static = plans.RIVALS if "rivals" in groups else ()
@@ -46,12 +71,21 @@ def measure_groups(groups: list[str], threads: int | None, most: int | None) -> 
             continue
         for plan in plans.GROUPS[group](keys):
             count = plan.passages if most is None else min(most, plan.passages)
-            tokens = passages(tokenizer, 641, count, start=REPORTING_START)
-            with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-                own = decoder
+            if len(measure.read(measure.DATA / f"{plan.name}.json", plan)["baseline"]) >= count:
+                continue
+            one = smollm2
+            if plan.model == measure.GEMMA3:
+                one = Model.of(gemma3_gguf(), threads)
+            tokens = passages(one.tokenizer, 641, count, start=REPORTING_START)
+            with tempfile.TemporaryDirectory(dir=one.path.parent.parent) as folder:
+                own, entries = one.decoder, dict(calibration)
                 if plan.changes:
-                    own = Decoder(injected_onnx(path, folder, plan.changes), threads=threads)
-                measure.run(plan, own, tokens, say, calibration=calibration)
+                    path = injected_onnx(one.path, folder, plan.changes)
+                    own = Decoder(path, threads=threads)
+                if plan.wants_feedback:
+                    moments = changed_moments(moments_of(one.gguf), plan.changes)
+                    entries |= measure.fed_back(plan, moments.feedback())
+                measure.run(plan, own, tokens, say, calibration=entries)
 
 
 def main() -> None:

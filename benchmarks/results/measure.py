@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsq_ref import Feedback, Scheme
 from nsq_ref.files import atomic
-from nsq_ref.rivals import Entry, entry
+from nsq_ref.policy import Policy, Sides, sides_of
+from nsq_ref.profiles import wants_feedback
+from nsq_ref.rivals import Entry, entry, entry_of
+from onnx_export.evaluation import Decode, Method
 from onnx_export.evaluation.injected import Change, KeyOutlier, changed_keys, restored_keys
+from onnx_export.evaluation.models import as_model
+from onnx_export.evaluation.moments import DEFAULT_TEXTS, TOKENS
 from onnx_export.evaluation.scoring import Reference, Scores
 from onnx_export.models.decoder import Decoder, KeyValueCache
 
 DATA = Path(__file__).parents[2] / "docs" / "results" / "data"
 EXACT, HALF, LOST = "float32", "float16", "zeros"
+NEAREST = "nearest:"  # before a profile that is made for feedback: its schemes without
+SMOLLM2, GEMMA3 = "SmolLM2-135M-Instruct", "Gemma 3 270M"
 SIDES = ("key", "value")
 
 Float32 = NDArray[np.float32]
@@ -35,8 +43,9 @@ Say = Callable[[str], None]
 class Condition:
     """What is stored how: a method for all layers, and for some layers another one.
 
-    A method is a name of `nsq_ref.rivals`, ``float16``, ``float32`` or ``zeros``; ``a|b`` stands
-    for keys by the one and values by the other. ``changes`` are done as if the model had them.
+    A method is a name of `nsq_ref.rivals`, one with ``nearest:`` before it, ``float16``,
+    ``float32`` or ``zeros``; ``a|b`` stands for keys by the one and values by the other.
+    ``changes`` are done as if the model had them.
     """
 
     rest: str
@@ -70,15 +79,29 @@ class Plan:
     prefill: int = 512
     continuation: int = 128
     changes: tuple[Change, ...] = ()
+    model: str = SMOLLM2
+    protocol: Literal["prefill", "decode"] = "prefill"
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether a condition is made for feedback of the keys."""
+        return any(wants_feedback(one.rest) for one in self.conditions.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the number of passages, to which more may be added."""
-        return {
+        made = {
             "name": self.name, "question": self.question, "texts": "reporting",
             "prefill": self.prefill, "continuation": self.continuation,
             "changes": [change_dict(change) for change in self.changes],
             "conditions": {name: one.to_dict() for name, one in self.conditions.items()},
         }  # fmt: skip
+        if self.model != SMOLLM2:
+            made["model"] = self.model
+        if self.protocol != "prefill":
+            made["protocol"] = self.protocol
+        if self.wants_feedback:
+            made["feedback"] = {"beginnings of": list(DEFAULT_TEXTS), "tokens": TOKENS}
+        return made
 
 
 def change_dict(change: Change) -> dict[str, Any]:
@@ -102,29 +125,52 @@ def run(
     stored = _Methods(calibration or {})
     stop = plan.prefill + plan.continuation
     for number in range(len(kept["baseline"]), min(plan.passages, len(tokens))):
-        row, start = tokens[number], time.perf_counter()
-        _, keys, values = decoder.forward(row[None, : plan.prefill], num_logits=0)
-        targets = row[plan.prefill + 1 : stop + 1]
-
-        def logits(cache: KeyValueCache, row: NDArray[np.int64] = row) -> Float32:
-            of_batch, _, _ = decoder.forward(row[None, plan.prefill : stop], cache)
-            return np.asarray(of_batch[0])
-
-        exact = Reference(logits((keys, values)), targets)
-        rows = {}
-        for done, (name, condition) in enumerate(plan.conditions.items()):
-            cache = stored.cache(condition, keys, values)
-            rows[name] = figures(exact.scores(logits(cache)))
+        row, start = tokens[number, : stop + 1], time.perf_counter()
+        how = _decoded if plan.protocol == "decode" else _prefilled
+        scored = how(plan, decoder, row, stored)
+        baseline, rows = next(scored)[1]["nll"], {}
+        for done, (name, found) in enumerate(scored):
+            rows[name] = found
             say(f"{plan.name}: passage {number + 1}/{plan.passages}, {done + 1}/"
                 f"{len(plan.conditions)} {name}: KL {rows[name]['kl']:.4f}")  # fmt: skip
         stored.forget()
         for name, one in rows.items():
             kept["rows"].setdefault(name, []).append(one)
-        kept["baseline"].append({"nll": rounded(exact.nll.mean())})
+        kept["baseline"].append({"nll": baseline})
         kept["seconds"].append(round(time.perf_counter() - start, 1))
         write(path, kept)
     kept["passages"] = len(kept["baseline"])
     return kept
+
+
+Scored = Iterator[tuple[str, dict[str, float]]]
+
+
+def _prefilled(plan: Plan, decoder: Decoder, row: NDArray[np.int64], stored: _Methods) -> Scored:
+    """Yield figures of the float32 cache, then of each condition, all read from one prefill."""
+    _, keys, values = decoder.forward(row[None, : plan.prefill], num_logits=0)
+
+    def logits(cache: KeyValueCache) -> Float32:
+        of_batch, _, _ = decoder.forward(row[None, plan.prefill : -1], cache)
+        return np.asarray(of_batch[0])
+
+    exact = Reference(logits((keys, values)), row[plan.prefill + 1 :])
+    yield EXACT, {"nll": rounded(exact.nll.mean())}
+    for name, condition in plan.conditions.items():
+        cache = stored.cache(condition, keys, values)
+        yield name, figures(exact.scores(logits(cache)))
+
+
+def _decoded(plan: Plan, decoder: Decoder, row: NDArray[np.int64], stored: _Methods) -> Scored:
+    """Yield the same where every key and value is made under the quantized cache."""
+    model, protocol = as_model(decoder), Decode(plan.prefill, plan.continuation)
+    (unit,) = protocol.units(0, row, None)
+    (shapes, exact), _ = reference = protocol.reference(model, unit)
+    yield EXACT, {"nll": rounded(exact.nll.mean())}
+    for name, condition in plan.conditions.items():
+        bound = Method(name, stored.policy(condition, shapes[0][0])).bound(shapes[0][0])
+        found = protocol.measured(model, unit, reference[0], bound)
+        yield name, figures(Scores(*(np.array(found[figure]) for figure in Scores._fields)))
 
 
 def read(path: Path, plan: Plan) -> dict[str, Any]:
@@ -185,8 +231,37 @@ class _Methods:
             return x.astype(np.float16).astype(np.float32)
         if method == LOST:
             return np.zeros_like(x)
-        one = self._calibration.get(f"{method}.{layer}") or entry(method)
+        one = self._entry(method, layer)
         return (one.key if side == "key" else one.value)(x).x_hat
+
+    def _entry(self, method: str, layer: int) -> Entry:
+        return self._calibration.get(f"{method}.{layer}") or method_entry(method)
+
+    def policy(self, condition: Condition, layers: int) -> Policy:
+        """Return what a condition is to `onnx_export.evaluation`."""
+        if condition.changes:
+            raise ValueError("changes as if the model had them are of prefill alone")
+
+        def of(layer: int, side: str) -> Entry | Sides:
+            method = condition.method(layer, side)
+            return sides_of(method) if method in (EXACT, HALF) else self._entry(method, layer)
+
+        numbers = range(layers)
+        sides = {one: Sides(of(one, "key").key, of(one, "value").value) for one in numbers}
+        return Policy(sides[0], sides)
+
+
+def method_entry(method: str) -> Entry:
+    """Return the entry of a method that stores.
+
+    Examples
+    --------
+    >>> method_entry("best-3").wants_feedback, method_entry("nearest:best-3").wants_feedback
+    (True, False)
+    """
+    if method.startswith(NEAREST):
+        return entry_of(Scheme.named(method.removeprefix(NEAREST)))
+    return entry(method)
 
 
 def calibrated(methods: Sequence[str], keys: Float32, values: Float32) -> dict[str, Entry]:
@@ -196,6 +271,16 @@ def calibrated(methods: Sequence[str], keys: Float32, values: Float32) -> dict[s
         for name in methods
         if entry(name).needs_calibration
         for layer, pair in enumerate(zip(keys, values, strict=True))
+    }
+
+
+def fed_back(plan: Plan, feedback: Mapping[str, Feedback]) -> dict[str, Entry]:
+    """Return the entries of a plan that are made for feedback, layer by layer, with it."""
+    wanting = {one.rest for one in plan.conditions.values() if wants_feedback(one.rest)}
+    return {
+        f"{name}.{layer}": entry(name).with_feedback(one)
+        for name in wanting
+        for layer, one in feedback.items()
     }
 
 

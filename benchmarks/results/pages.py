@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import causal_page, coverage_page, errata_page, figures
+from benchmarks.results import causal_page, coverage_page, errata_page, figures, profiles_page
 from benchmarks.results.kept import Kept, Mean, filled, has, load, number, table
 from benchmarks.results.plans import NAIVE, OURS
 from nsq_ref.files import atomic
@@ -307,6 +307,7 @@ def index() -> str:
         "causes": "[Causes](causes.md): an outlier put into a model that has none; layer 0, "
         "INT3 against INT4, the ablation, biases",
         "methods": "[Methods](methods.md): what each bit buys, ours and those of others",
+        "profiles": "[Profiles](profiles.md): one name for keys and values, at a budget of bits",
         "needles": "[Needles](needles.md): what a model still finds",
         "structure": "[Structure](structure.md): a post-LN encoder; keys against values",
         "errata": "[Errata](errata.md): what in the paper does not hold, each with the proof or "
@@ -376,6 +377,7 @@ def _drawn() -> str:
 PAGES: Mapping[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "causes": (causal_page.page, ("facts", "paper")),
     "methods": (rivals, ("rivals",)),
+    "profiles": (profiles_page.page, ("profiles",)),
     "needles": (needles, ("needles", "paper")),
     "structure": (structure, ("structure", "paper")),
     "errata": (errata_page.page, ("facts", "paper")),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.results.measure import EXACT, HALF, LOST, Condition, Plan
+from benchmarks.results.measure import EXACT, GEMMA3, HALF, LOST, NEAREST, Condition, Plan
+from nsq_ref import profile_names
 from onnx_export.evaluation.injected import (
     Change,
     KeyBias,
@@ -39,6 +40,17 @@ RIVALS = (
     "turboquant2", "nsnquant2", "nvfp4", "onnxruntime-int4", "gear4", "gear2", "smoothquant4",
     "nsep+kivi2", "nsep+gear2", "nsep+smoothquant4",
 )  # fmt: skip
+
+# By the budget of the profiles beside which each stands.
+BUDGETS: Mapping[str, tuple[str, ...]] = {
+    "4.5": (
+        "kivi4", "oscar4", "kvarn-k4v4", "turboquant4", "q4_0", "hadamard+q4_0", "naive4",
+        "nsep+pchan4", "streaming4",
+    ),
+    "3.5": ("kivi3", "kvarn-k3v3", "turboquant3", "streaming3"),
+    "3": ("kivi2", "kvarn-k4v2", "oscar2"),
+    "2.5": ("kvarn-k2v2", "turboquant2", "streaming2"),
+}  # fmt: skip
 
 BIASED = (
     "streaming4", "nsep+pchan4", "kivi4", "naive4", "q4_0", "hadamard+q4_0", "q8_0",
@@ -170,6 +182,25 @@ def _rivals(keys: Keys) -> Iterator[Plan]:
     yield Plan("rivals", asked, {name: Condition(name) for name in RIVALS})
 
 
+def profile_conditions() -> dict[str, Condition]:
+    """Return the profiles, those made for feedback once more without, and methods of their bits."""
+    names = []
+    for budget, others in BUDGETS.items():
+        own = [name for name in profile_names() if name.partition("-")[2] == budget]
+        names += [*own, f"{NEAREST}best-{budget}", *others]
+    return {name: Condition(name) for name in names}
+
+
+def _profiles(keys: Keys) -> Iterator[Plan]:
+    asked = "What does each profile cost beside what is published of its bits?"
+    every, methods = tuple(range(len(keys))), profile_conditions()
+    yield Plan("profiles", asked, methods)
+    yield Plan("profiles-decode", asked, methods, protocol="decode")
+    yield Plan("profiles-outlier", asked, methods, changes=outliers(keys, every))
+    yield Plan("profiles-bias", asked, methods, changes=biases(keys, every))
+    yield Plan("profiles-gemma", asked, methods, model=GEMMA3)
+
+
 def _sides(keys: Keys) -> Iterator[Plan]:
     pairs = [(4, 8), (3, 8), (2, 8), (8, 4), (4, 4), (3, 4), (2, 4), (8, 3), (8, 2)]
     conditions = {
@@ -188,5 +219,5 @@ def _sides(keys: Keys) -> Iterator[Plan]:
 
 GROUPS: dict[str, Callable[[Keys], Iterator[Plan]]] = {
     "causal": _causal, "second": _second, "bias": _bias, "dose": _dose, "layers": _layers,
-    "rivals": _rivals, "sides": _sides,
+    "rivals": _rivals, "profiles": _profiles, "sides": _sides,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from nsq_ref.audit.modes import Mode, failure_modes
 from nsq_ref.audit.policy import CONTEXT, FLOAT_BITS, LIMIT, Choice, Recommendation, choose
 from nsq_ref.audit.sinks import Sink, leading_sinks, sinks_of
 from nsq_ref.policy import scheme_text
+from nsq_ref.profiles import require_feedback
 from nsq_ref.scheme import KeyValueSchemes, Scheme, as_scheme
 
 __all__ = ["DEFINITIONS", "SCHEMES", "Audit", "LayerAudit", "audit", "audit_layers", "summary"]
@@ -405,6 +406,7 @@ def _policy(layers: Sequence[LayerAudit], default: KeyValueSchemes) -> Recommend
 
 def _default(given: Scheme | KeyValueSchemes | str) -> KeyValueSchemes:
     named = Scheme.named(given) if isinstance(given, str) else given
+    require_feedback(given, None)
     key, value = named if isinstance(named, tuple) else (named, named)
     pair = KeyValueSchemes(as_scheme("default", key), as_scheme("default", value))
     for side, scheme in zip(("keys", "values"), pair, strict=True):

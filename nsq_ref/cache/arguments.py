@@ -113,7 +113,7 @@ def as_tokens(
     return held[0], held[1], counts
 
 
-def require_feedback(sides: Sides) -> None:
+def require_own_feedback(sides: Sides) -> None:
     """Refuse to go on where keys are coded with feedback that is not here (F1)."""
     if sides.keys.coded_with is not None and sides.keys.feedback is None:
         raise ValueError(

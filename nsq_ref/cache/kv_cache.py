@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from nsq_ref.arrays import as_array, as_integer, as_integers
 from nsq_ref.cache import attending
-from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens, require_feedback
+from nsq_ref.cache.arguments import as_dtype, as_sides, as_tokens, require_own_feedback
 from nsq_ref.cache.contents import Described, contents, read
 from nsq_ref.cache.pages import Cell, Change
 from nsq_ref.cache.state import Sides, State, StoredRow
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import require_feedback
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 
 PathLike = str | os.PathLike[str]
@@ -43,7 +44,8 @@ class KVCache:
         Channels of a key, and of a value unless ``value_head_dim`` says otherwise.
     key, value : Scheme or str, optional
         Schemes of keys and of values, or their names; ``"streaming4"`` by default. As ``key`` alone
-        a pair (`KeyValueSchemes`, or a name such as ``"nsep+KIVI"``) is for both.
+        a pair (`KeyValueSchemes`, or a name such as ``"small-3"``) is for both. The profiles
+        ``best-*`` are made for ``key_feedback``.
     block_size : int, optional
         Of schemes that have none, which they need here: a block of the whole sequence would never
         be full. ``"streaming4"`` by default has it too.
@@ -60,7 +62,8 @@ class KVCache:
     ------
     TypeError, ValueError
         For sizes below 1, another dtype, what is no scheme, schemes without a block size or with
-        another one than ``block_size``, and feedback of other heads or channels.
+        another one than ``block_size``, feedback of other heads or channels, and the name of a
+        profile that is made for feedback where there is none.
 
     Examples
     --------
@@ -95,6 +98,7 @@ class KVCache:
         key_feedback: Feedback | None = None,
     ) -> None:
         batch = as_integer("batch", batch, least=1)
+        require_feedback(key, key_feedback)
         self._sides = as_sides(
             kv_heads, head_dim, value_head_dim, key, value, block_size, key_feedback
         )
@@ -253,7 +257,7 @@ class KVCache:
         >>> cache.lengths
         array([3, 1])
         """
-        require_feedback(self._sides)
+        require_own_feedback(self._sides)
         before = self._now
         keys, values, counts = as_tokens(
             self._sides, len(before.rows), before.dtype, keys, values, lengths

@@ -63,7 +63,7 @@ def quantize(
     *,
     output: OutputOption,
     scheme: Annotated[
-        str, typer.Option(help="A name of `nsq info`, or a pair such as KIVI-K2V4.")
+        str, typer.Option(help="A name of `nsq info`, or a pair such as small-3 or KIVI-K2V4.")
     ] = "nsep+pchan4",
     value_scheme: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another scheme for the values.")
@@ -194,12 +194,25 @@ def _describe_cache(file: Path) -> list[dict[str, Any]]:
 
 
 def _show_library(as_json: bool) -> None:
-    from nsq_ref import SPEC_VERSION, Scheme, __version__, scheme_names
+    from nsq_ref import SPEC_VERSION, Scheme, __version__, profile_names, scheme_names
+    from nsq_ref.profiles import wants_feedback
 
     tokens, head_dim = 4096, 128
     schemes = [
         (name, Scheme.named(name).bits_per_element(tokens, head_dim)) for name in scheme_names()
     ]
+    profiles: list[dict[str, Any]] = []
+    for name in profile_names():
+        key, value = (one.bits_per_element(tokens, head_dim) for one in Scheme.named(name))
+        profiles.append(
+            {
+                "name": name,
+                "key_bits_per_element": key,
+                "value_bits_per_element": value,
+                "bits_per_element": (key + value) / 2,
+                "wants_feedback": wants_feedback(name),
+            }
+        )
     if as_json:
         print_json(
             {
@@ -208,12 +221,25 @@ def _show_library(as_json: bool) -> None:
                 "tokens": tokens,
                 "head_dim": head_dim,
                 "schemes": [{"name": n, "bits_per_element": bits} for n, bits in schemes],
+                "profiles": profiles,
             }
         )
         return
     typer.echo(f"nsq {__version__}, specification {SPEC_VERSION}")
     typer.echo(f"bits per element at {tokens} tokens of {head_dim} channels:")
     print_table(("scheme", "bits"), [(name, f"{bits:.3f}") for name, bits in schemes])
+    typer.echo("Profiles, for keys and values; the number is bits with 64 channels:")
+    print_table(
+        ("profile", "bits", "of keys", "of values", ""),
+        [
+            (
+                one["name"],
+                *(f"{one[f'{of}bits_per_element']:.3f}" for of in ("", "key_", "value_")),
+                "wants feedback: nsq onnx calibrate" if one["wants_feedback"] else "",
+            )
+            for one in profiles
+        ],
+    )
     typer.echo("Pairs for keys and values: KIVI-K2V4 and nsep+KIVI-K2V4, with any two widths.")
 
 

@@ -72,11 +72,12 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
 ) -> None:
     """Write the ONNX decoder of a GGUF file, with its tokenizer, as `nsq onnx run` takes it."""
-    schemes = key_value_schemes(scheme, value_scheme, changes or [])
+    schemes = key_value_schemes(scheme, value_scheme, changes or [], feedback)
     for name, option in given(context).items():
         if (own := OWN_OPTIONS.get(name, attention)) != attention:
             raise ValueError(f"{option} is of --attention {own}; leave it out with {attention}")
     from nsq_ref.files import atomic, load_feedback
+    from nsq_ref.profiles import require_feedback
 
     with extra("onnx", "nsq onnx"):
         from onnx_export.models.built import build_onnx
@@ -99,6 +100,9 @@ def build(
             f"{config.vocab_size}; convert the model again"
         )
     files = tokenizer_files(tokenizer)
+    for layer in range(config.layers):
+        with about(f"layer {layer}"):
+            require_feedback(scheme, fed_back.get(str(layer)))
     with stages() as told:
         if attention == "gqa-int4":
             form = _calibrated(file, tokenizer, calibrate, output, weights, told)

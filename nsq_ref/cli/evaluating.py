@@ -65,14 +65,15 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help="Each scheme of NSQ-1 once more, its keys coded with what `nsq onnx calibrate` "
-            "wrote of this model.",
+            "wrote of this model; best-3 and its like have no other form.",
         ),
     ] = None,
     calibrate: Annotated[
         bool,
         typer.Option(
             "--calibrate",
-            help="The same, with feedback from text that is kept apart from what is reported of.",
+            help="The same, with feedback from text that is kept apart from what is reported of; "
+            "best-3 and its like are calibrated so by themselves.",
         ),
     ] = False,
     protocol: Annotated[
@@ -261,9 +262,13 @@ def _evaluated(
     from onnx_export.models.json_tokenizer import tokenizer_of
 
     words = tokenizer_of(model_file(path), tokenizer)
-    if calibrate:
-        feedback = _calibrated(path, tokenizer, options["progress"])
-    if feedback is not None:
+    wanting = [one.name for one in methods if one.wants_feedback]
+    if calibrate or (wanting and feedback is None):
+        for name in wanting:
+            typer.echo(f"{name} is made for feedback of the keys: calibrating {path}", err=True)
+        made = _calibrated(path, tokenizer, options["progress"])
+        methods = _also_with(methods, made, all_of_them=calibrate)
+    elif feedback is not None:
         methods = _also_with(methods, feedback)
     with extra("transformers", f"{path}, a model of transformers,"):
         model = open_model(path, threads=threads, progress=options["progress"])
@@ -285,18 +290,25 @@ def _evaluated(
 
 
 def _calibrated(path: Path, tokenizer: Path | None, told: Progress | None) -> dict[str, Feedback]:
-    with extra("rewrite", "nsq eval --calibrate"):
+    with extra("rewrite", "nsq eval with calibration"):
         from onnx_export.evaluation.moments import query_moments
 
     return query_moments(path, tokenizer=tokenizer, progress=told).feedback()
 
 
-def _also_with(methods: tuple[Method, ...], feedback: dict[str, Feedback]) -> tuple[Method, ...]:
-    """Return methods, each that takes feedback once more with it."""
+def _also_with(
+    methods: tuple[Method, ...], feedback: dict[str, Feedback], *, all_of_them: bool = True
+) -> tuple[Method, ...]:
+    """Return methods: what is made for feedback with it, and all others that take it both ways."""
     from onnx_export.evaluation.methods import methods_of
 
-    both = ((one, one.with_feedback(feedback)) if one.takes_feedback else (one,) for one in methods)
-    return methods_of([one for pair in both for one in pair])
+    found = []
+    for one in methods:
+        if not one.wants_feedback:
+            found.append(one)
+        if one.wants_feedback or (all_of_them and one.takes_feedback):
+            found.append(one.with_feedback(feedback))
+    return methods_of(found)
 
 
 def _found(patterns: list[str]) -> list[Path]:

@@ -46,14 +46,18 @@ def given(context: typer.Context) -> dict[str, str]:
     }
 
 
-def key_value_schemes(name: str, value_name: str | None, changes: list[str]) -> KeyValueSchemes:
+def key_value_schemes(
+    name: str, value_name: str | None, changes: list[str], feedback: Path | None = None
+) -> KeyValueSchemes:
     """Return the schemes of keys and values that the options mean."""
     from dataclasses import replace
 
     from nsq_ref import KeyValueSchemes, Scheme
     from nsq_ref.policy import changed_fields
+    from nsq_ref.profiles import require_feedback
 
     named = Scheme.named(name)
+    require_feedback(name, feedback)
     key, value = (named, named) if isinstance(named, Scheme) else named
     if value_name is not None:
         only = Scheme.named(value_name)

@@ -12,8 +12,7 @@ from nsq_ref.cli.options import FeedbackOption, JsonOption, file_name
 from nsq_ref.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from nsq_ref import KeyValueSchemes
-    from nsq_ref.policy import Policy
+    from nsq_ref.policy import Policy, Sides
     from onnx_export.rewrite import RewriteReport
 
 SHOWN = 5  # nodes that are gone
@@ -84,13 +83,13 @@ def rewrite(
 
     if out.exists() and not (force or dry_run):
         raise ValueError(f"{out} exists; choose another name, or replace it with --force")
-    usual = _schemes(scheme, key, value)
+    from nsq_ref.policy import Policy
+
+    usual = _sides(scheme, key, value)
     report = rewrite_model(
         model,
         out,
-        key=usual.key,
-        value=usual.value,
-        policy=None if policy is None else _read_policy(policy, usual),
+        policy=Policy(usual, {}) if policy is None else _read_policy(policy, usual),
         feedback=None if feedback is None else load_feedback(feedback),
         row_lengths=row_lengths,
         opset=opset,
@@ -107,20 +106,21 @@ def rewrite(
         raise typer.Exit(1)
 
 
-def _schemes(name: str, key: str | None, value: str | None) -> KeyValueSchemes:
-    """Return the schemes of keys and values that the options mean."""
-    from nsq_ref import KeyValueSchemes, Scheme
+def _sides(name: str, key: str | None, value: str | None) -> Sides:
+    """Return what the options say of keys and values: names of schemes."""
+    from nsq_ref import Scheme
+    from nsq_ref.policy import Sides, sides_of
     from nsq_ref.scheme import as_scheme
 
-    named = Scheme.named(name)
-    pair = named if isinstance(named, KeyValueSchemes) else KeyValueSchemes(named, named)
-    return KeyValueSchemes(
-        pair.key if key is None else as_scheme("key", key),
-        pair.value if value is None else as_scheme("value", value),
+    Scheme.named(name)  # which knows no methods of others
+    pair = sides_of(name)
+    return Sides(
+        pair.key if key is None else sides_of(as_scheme("key", key)).key,
+        pair.value if value is None else sides_of(as_scheme("value", value)).value,
     )
 
 
-def _read_policy(path: Path, default: KeyValueSchemes) -> Policy:
+def _read_policy(path: Path, default: Sides) -> Policy:
     from nsq_ref.policy import Policy
 
     with about(str(path)):

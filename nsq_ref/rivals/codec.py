@@ -18,6 +18,7 @@ from nsq_ref.codec import dequantize, quantize
 from nsq_ref.dtypes import Array, Float32
 from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import feedback_is_missing
 from nsq_ref.quantized import Quantized, require_shape
 from nsq_ref.scheme import Scheme
 
@@ -169,6 +170,8 @@ class SchemeCodec(Codec):
     scheme : Scheme
     feedback : Feedback, optional
         With which it codes (F1); the heads are axis -3.
+    made_for_feedback : str, optional
+        The name of a profile that wants it: nothing is stored without.
 
     Examples
     --------
@@ -179,6 +182,29 @@ class SchemeCodec(Codec):
 
     scheme: Scheme
     feedback: Feedback | None = None
+    made_for_feedback: str | None = None
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether it must have feedback before anything is stored, and has none.
+
+        Examples
+        --------
+        >>> SchemeCodec(Scheme(), made_for_feedback="best-3").wants_feedback
+        True
+        """
+        return self.made_for_feedback is not None and self.feedback is None
+
+    def require_feedback(self) -> None:
+        """Refuse to go on if it `wants_feedback`.
+
+        Raises
+        ------
+        ValueError
+            With what to do.
+        """
+        if self.made_for_feedback is not None and self.feedback is None:
+            raise feedback_is_missing(self.made_for_feedback)
 
     def coded(self, tokens: int) -> tuple[int, int]:
         """Return all tokens but the sinks."""
@@ -186,6 +212,7 @@ class SchemeCodec(Codec):
 
     def encode(self, x: Float32) -> Parts:
         """Return the parts of `Quantized`."""
+        self.require_feedback()
         scheme = replace(self.scheme, sink_tokens=0)
         parts = quantize(x, scheme, feedback=self.feedback).parts
         return {name: Part(part, 8 * part.itemsize) for name, part in parts.items()}
@@ -198,6 +225,7 @@ class SchemeCodec(Codec):
 
     def __call__(self, x: Any) -> Stored:
         """Quantize and dequantize; sinks are kept in the dtype of ``x``."""
+        self.require_feedback()
         quantized = quantize(x, self.scheme, feedback=self.feedback)
         kept = 0 if quantized.sinks is None else quantized.sinks.size
         kept_bits = 0 if quantized.sinks is None else 8 * quantized.sinks.nbytes

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from nsq_ref.arrays import as_float_array, as_integer
+from nsq_ref.feedback import Feedback
+from nsq_ref.profiles import wants_feedback
 from nsq_ref.rivals.codebooks import NsnQuant, TurboQuant
 from nsq_ref.rivals.codec import Codec, NormFirst, SchemeCodec, Stored
 from nsq_ref.rivals.ggml import GgmlBlocks
@@ -76,6 +78,36 @@ class Entry:
             for side in (self.key, self.value)
         )
 
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether `with_feedback` must be called before anything is stored.
+
+        Examples
+        --------
+        >>> entry("best-3").wants_feedback, entry("small-3").wants_feedback
+        (True, False)
+        """
+        return isinstance(self.key, SchemeCodec) and self.key.wants_feedback
+
+    def with_feedback(self, feedback: Feedback) -> Entry:
+        """Return the entry with feedback of the keys of a layer (F1).
+
+        Raises
+        ------
+        ValueError
+            For a method of others, which takes none.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> feedback = Feedback.from_queries(np.eye(64)[None], kv_heads=1)
+        >>> entry("best-3").with_feedback(feedback).wants_feedback
+        False
+        """
+        if not isinstance(self.key, SchemeCodec):
+            raise ValueError(f"{self.name} codes keys by no scheme of NSQ-1, which feedback is for")
+        return replace(self, key=replace(self.key, feedback=feedback))
+
     def calibrated(self, keys: Any, values: Any) -> Entry:
         """Return the entry with scales from keys and values of other text.
 
@@ -128,7 +160,10 @@ class Entry:
             for name, size in (("heads", heads), ("tokens", tokens), ("head_dim", head_dim))
         ]
         nothing = np.zeros(shape, np.float32)
-        stored = self.calibrated(nothing, nothing).store(nothing, nothing)
+        one = self.calibrated(nothing, nothing)
+        if one.wants_feedback:  # which changes no size
+            one = one.with_feedback(Feedback.from_moment(np.eye(head_dim)[None]))
+        stored = one.store(nothing, nothing)
         sealed = sum(side.sealed_bits for side in stored)
         elements = sum(side.sealed_elements for side in stored)
         total = sealed + sum(side.kept_bits for side in stored)
@@ -355,4 +390,6 @@ def _norm_first(one: Entry) -> Entry:
 def _of_schemes(name: str, schemes: Scheme | KeyValueSchemes) -> Entry:
     pair = schemes if isinstance(schemes, KeyValueSchemes) else (schemes, schemes)
     key, value = (SchemeCodec(as_scheme("schemes", one)) for one in pair)
+    if wants_feedback(name):
+        key = replace(key, made_for_feedback=name)
     return Entry(name, f"{name} of NSQ-1", key, value, "docs/spec.md", ours=True)

@@ -22,6 +22,7 @@ from nsq_ref.cache.arguments import as_sides
 from nsq_ref.feedback import Feedback
 from nsq_ref.files import load_feedback
 from nsq_ref.policy import Policy, feedback_of_layers
+from nsq_ref.profiles import require_feedback
 from nsq_ref.scheme import KeyValueSchemes, PairName, Scheme, SchemeName
 from nsq_ref.transformers.passes import Pass, Stored, Tensor
 
@@ -45,7 +46,8 @@ class NsqCache(Cache):
     config : transformers.PreTrainedConfig
         Of the model, a decoder.
     key, value : Scheme or str, optional
-        As `KVCache` takes them; ``"streaming4"`` by default. ``key`` alone may be a pair.
+        As `KVCache` takes them; ``"streaming4"`` by default. ``key`` alone may be a pair. The
+        profiles ``best-*`` are made for ``key_feedback`` of every layer that they are for.
     policy : mapping of int, sequence, or what `nsq_ref.policy` reads, optional
         Schemes of single layers: a pair ``(key, value)``, or the name of one such as
         ``"nsep+KIVI"``; None leaves a layer in floating point. Layers that a mapping does not name
@@ -69,7 +71,8 @@ class NsqCache(Cache):
     TypeError, ValueError
         For what is no scheme, schemes without a block size, a policy for other layers than those
         that there are or can be quantized, padding that is not on the left, feedback of layers
-        that there are not, and models that are no decoders.
+        that there are not, layers without that have the name of a profile that is made for it, and
+        models that are no decoders.
     OSError
         Where a file of feedback cannot be read.
 
@@ -111,7 +114,8 @@ class NsqCache(Cache):
         full = {i: KINDS[type(layer)] for i, layer in enumerate(layers) if type(layer) in KINDS}
         if not full:
             raise ValueError("config has no layer of full attention, so none to quantize")
-        chosen = _chosen(policy, len(layers), usual, full, block_size)
+        feedback = _feedback(key_feedback, len(layers))
+        chosen = _chosen(policy, len(layers), usual, full, block_size, feedback)
         for index, schemes in chosen.items():
             if schemes is not None and index not in full:
                 raise ValueError(
@@ -119,8 +123,9 @@ class NsqCache(Cache):
                     f"transformers' own {type(layers[index]).__name__}; leave it out, or give None"
                 )
         padding = None if attention_mask is None else _padding(attention_mask)
-        feedback = _feedback(key_feedback, len(layers))
         for index, kind in full.items():
+            if index not in chosen:
+                _require_feedback(index, key, feedback)
             schemes = chosen.get(index, usual)
             if schemes is not None:
                 states = getattr(layers[index], "number_of_states", None)
@@ -372,7 +377,12 @@ def _schemes(key: Any, value: Any, block_size: int | None) -> Schemes:
 
 
 def _chosen(
-    policy: Any, layers: int, usual: Schemes, full: Container[int], block_size: int | None
+    policy: Any,
+    layers: int,
+    usual: Schemes,
+    full: Container[int],
+    block_size: int | None,
+    feedback: Mapping[int, Feedback],
 ) -> dict[int, Schemes | None]:
     """Return the schemes of the layers that a policy names."""
     if policy is None:
@@ -381,10 +391,12 @@ def _chosen(
         isinstance(policy, Mapping) and policy and set(policy) <= {"default", "layers"}
     ):
         read = Policy.of(policy, KeyValueSchemes(*usual))
+        for_all = isinstance(policy, Policy) or "default" in policy
+        others = (layer for layer in range(layers) if layer not in full)
         return {
             layer: None if pair is None else _schemes(*pair, block_size)
-            for layer, pair in read.schemes(range(layers)).items()
-            if layer in full or layer in read.layers
+            for layer, pair in read.schemes(range(layers), {*feedback, *others}).items()
+            if layer in read.layers or (for_all and layer in full)
         }
     if isinstance(policy, Sequence) and not isinstance(policy, str):
         if len(policy) != layers:
@@ -396,6 +408,7 @@ def _chosen(
     for layer, entry in policy.items():
         index = as_integer("a layer of policy", layer, least=0, most=layers - 1)
         try:
+            require_feedback(entry, feedback.get(index))
             chosen[index] = None if entry is None else _pair(entry, block_size)
         except (TypeError, ValueError) as error:
             raise type(error)(f"policy[{index}]: {error}") from None
@@ -411,6 +424,14 @@ def _pair(entry: Any, block_size: int | None) -> Schemes:
             "point"
         )
     return _schemes(pair[0], pair[1], block_size)
+
+
+def _require_feedback(layer: int, name: Any, feedback: Mapping[int, Feedback]) -> None:
+    """Refuse a layer without the feedback that a profile is made for."""
+    try:
+        require_feedback(name, feedback.get(layer))
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from None
 
 
 def _feedback(given: Any, layers: int) -> dict[int, Feedback]:

@@ -160,8 +160,8 @@ def evaluate(
     Raises
     ------
     TypeError, ValueError
-        For unknown methods and protocols, tokens that the model does not know, and passages that
-        are too short: before any work.
+        For unknown methods and protocols, a profile that is made for feedback and has none, tokens
+        that the model does not know, and passages that are too short: before any work.
     OSError
         Where the model cannot be read or figures cannot be written. What was kept before stays.
 
@@ -191,6 +191,7 @@ def evaluate(
     calibrating = () if calibration is None else _rows("calibration", calibration, opened)
     calibrating = tuple(row[:CALIBRATED] for row in calibrating)
     for one in methods:
+        one.require_feedback()
         if one.needs_calibration and not calibrating:
             raise ValueError(
                 f"{one.name} has static scales; give calibration, tokens of other text"

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from nsq_ref.arrays import as_integer
 from nsq_ref.extras import extra
+from nsq_ref.feedback import Moments
 from nsq_ref.files import atomic
 from onnx_export.evaluation.fidelity import Transform
 from onnx_export.models.built import WEIGHTS
@@ -39,7 +40,7 @@ with extra("onnx", __name__):
 
 __all__ = [
     "Change", "KeyBias", "KeyOutlier", "as_if_injected", "bias_for_ratio", "changed_keys",
-    "factor_for_ratio", "injected_onnx", "restored_keys",
+    "changed_moments", "factor_for_ratio", "injected_onnx", "restored_keys",
 ]  # fmt: skip
 
 Float32 = NDArray[np.float32]
@@ -245,6 +246,38 @@ def restored_keys(keys: Float32, changes: Sequence[Change]) -> Float32:
         part / np.float32(change.factor)
         if isinstance(change, KeyOutlier) else part - np.float32(change.value)
     ))  # fmt: skip
+
+
+def changed_moments(moments: Moments, changes: Sequence[Change]) -> Moments:
+    """Return the second moments of the changed model's queries.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of the original's, as `onnx_export.evaluation.moments` makes them.
+    changes : sequence of KeyOutlier or KeyBias
+        A bias leaves queries as they are.
+
+    Returns
+    -------
+    Moments
+
+    Examples
+    --------
+    >>> moments = Moments({0: np.ones((1, 2, 2))})
+    >>> changed_moments(moments, [KeyOutlier(layer=0, pair=0, factor=2)]).layers[0]
+    array([[[0.25, 0.25],
+            [0.25, 0.25]]])
+    """
+    layers = {layer: moment.copy() for layer, moment in moments.layers.items()}
+    for change in changes:
+        if isinstance(change, KeyOutlier) and change.layer in layers:
+            moment = layers[change.layer]
+            channels = change.channels(moment.shape[-1])
+            for head in _heads(change, len(moment)):
+                moment[head, channels] /= change.factor
+                moment[head, :, channels] /= change.factor
+    return Moments(layers)
 
 
 def as_if_injected(transform: Transform, changes: Sequence[Change]) -> Transform:

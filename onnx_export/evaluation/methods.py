@@ -121,11 +121,41 @@ class Method:
     @property
     def takes_feedback(self) -> bool:
         """Whether keys of a layer are coded by a scheme of NSQ-1."""
+        return bool(self._key_codecs())
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether it has a profile that is made for feedback of the keys, and none yet.
+
+        Examples
+        --------
+        >>> Method.of("best-3").wants_feedback, Method.of("small-3").wants_feedback
+        (True, False)
+        """
+        own = self._key_codecs()
+        return not any(one.feedback for one in own) and any(one.wants_feedback for one in own)
+
+    def require_feedback(self) -> None:
+        """Refuse to go on if it `wants_feedback`.
+
+        Raises
+        ------
+        ValueError
+            With what to do.
+        """
+        if self.wants_feedback:
+            for one in self._key_codecs():
+                one.require_feedback()
+
+    def _key_codecs(self) -> list[SchemeCodec]:
+        """Return what codes keys by a scheme of NSQ-1."""
         every = (self.policy.default, *self.policy.layers.values())
-        return any(isinstance(sides.key, SchemeCodec) for sides in every)
+        return [sides.key for sides in every if isinstance(sides.key, SchemeCodec)]
 
     def with_feedback(self, feedback: Mapping[str, Feedback]) -> Method:
         """Return it with feedback of the keys (F1), where a scheme of NSQ-1 codes them.
+
+        What `wants_feedback` keeps its name, as nothing else has it.
 
         Parameters
         ----------
@@ -144,6 +174,8 @@ class Method:
         >>> method = Method.of("streaming2/q4_0").with_feedback({"0": feedback})
         >>> method.name, method.policy.layers[0].key.feedback
         ('streaming2/q4_0+feedback', Feedback(kv_heads=1, head_dim=4))
+        >>> Method.of("best-3").with_feedback({"0": feedback}).name
+        'best-3'
         """
         if not self.takes_feedback:
             raise ValueError(f"{self.name} codes keys by no scheme of NSQ-1, which feedback is for")
@@ -154,7 +186,8 @@ class Method:
             sides = layers.get(int(text), self.policy.default)
             if isinstance(sides.key, SchemeCodec):
                 layers[int(text)] = sides._replace(key=replace(sides.key, feedback=one))
-        return Method(f"{self.name}+feedback", Policy(self.policy.default, layers))
+        name = self.name if self.wants_feedback else f"{self.name}+feedback"
+        return Method(name, Policy(self.policy.default, layers))
 
     def bound(self, layers: int | Sequence[int], calibration: KeyValueCache | None = None) -> Bound:
         """Return it for the layers of a model, its static scales set.
@@ -169,10 +202,17 @@ class Method:
         Raises
         ------
         ValueError
-            If a layer is named that there is not, or static scales have no text.
+            If a layer is named that there is not, static scales have no text, or a layer has no
+            feedback that its profile is made for.
         """
         numbers = range(layers) if isinstance(layers, int) else layers
         every = self.policy.of_layers(numbers)
+        for number, sides in every.items():
+            if isinstance(sides.key, SchemeCodec) and sides.key.wants_feedback:
+                try:
+                    sides.key.require_feedback()
+                except ValueError as error:
+                    raise ValueError(f"layer {number}: {error}") from None
         if self.needs_calibration and calibration is None:
             raise ValueError(
                 f"{self.name} has static scales; give calibration, tokens of other text"

@@ -219,13 +219,13 @@ class _Edit:
         key = as_scheme("key", key)
         usual = KeyValueSchemes(key, key if value is None else as_scheme("value", value))
         chosen = Policy.of({} if policy is None else policy, usual)
-        by_layer = chosen.schemes(list(self.layers.values()))
-        self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
-        self.feedback: dict[Found, Feedback] = {}
+        given: dict[int, Feedback] = {}
         if feedback is not None:
             heads = {layer: (one.kv_heads, one.head_dim) for one, layer in self.layers.items()}
             given = feedback_of_layers(feedback, heads, has_others=len(found) < len(results))
-            self.feedback = {one: given[at] for one, at in self.layers.items() if at in given}
+        self.feedback = {one: given[at] for one, at in self.layers.items() if at in given}
+        by_layer = chosen.schemes(list(self.layers.values()), given)
+        self.schemes = {one: by_layer[layer] for one, layer in self.layers.items()}
         self.digests = {one: feedback.digest for one, feedback in self.feedback.items()}
         self.context_length: int | None = None
         if context is not None:

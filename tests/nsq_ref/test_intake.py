@@ -414,11 +414,13 @@ TAKE_NONE = {
     "audit.layers_of_arrays",
     "CompilationWarning", "RangeError", "KeyValueSchemes", "Scheme.named", "Scheme.from_dict",
     "Scheme.to_dict",
-    "scheme_names", "attention.Attention", "attention.PreparedPiece", "bounds.APriori",
+    "profile_names", "scheme_names", "attention.Attention", "attention.PreparedPiece",
+    "bounds.APriori",
     "bounds.Bounds", "bounds.Interval", "cache.StoredRow", "comparison.round_trips",
     "comparison.CacheRoundTrip.total_error", "comparison.CacheRoundTrip.worst_layer",
     "comparison.CacheRoundTrip.to_dict", "plots.demo_figure", "scheme.Cut", "scheme.Field",
-    "scheme.Part", "cli.main", "rivals.entry", "rivals.entries", "rivals.Entry", "rivals.Codec",
+    "scheme.Part", "cli.main", "rivals.entry", "rivals.entries", "rivals.Entry",
+    "rivals.Entry.with_feedback", "rivals.Codec",
     "rivals.Codec.encode", "rivals.Codec.decode", "rivals.Codec.coded", "rivals.NormFirst",
     "rivals.NormFirst.encode", "rivals.NormFirst.decode", "rivals.NormFirst.coded", "rivals.Part",
     "rivals.SchemeCodec", "rivals.SchemeCodec.encode", "rivals.SchemeCodec.decode",
@@ -433,7 +435,7 @@ ELSEWHERE = {
     f"nsq_ref.{name}"
     for name in (
         "arrays", "cache", "conformance", "dlpack", "dtypes", "environment", "extras", "kernels",
-        "policy", "quantized", "transformers",
+        "policy", "profiles", "quantized", "transformers",
     )
 }  # fmt: skip
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import nsq_ref
-from nsq_ref import KeyValueSchemes, Quantized, quantize, spec
+from nsq_ref import Feedback, KeyValueSchemes, KVCache, Quantized, quantize, spec
+from nsq_ref.profiles import profile_names, wants_feedback
 from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
@@ -42,6 +43,23 @@ EXPECTED_PAIRS = {
 }
 
 
+PROFILE = {
+    "symmetric": False, "magnitude": "gain", "block_size": 128, "sink_tokens": 1,
+}  # fmt: skip
+# Bits and rule of keys, and of values.
+EXPECTED_PROFILES = {
+    "fast-4.5": (4, "range", 4, "range"),
+    "small-4.5": (4, "range", 4, "search"),
+    "small-3.5": (3, "range", 3, "search"),
+    "small-3": (3, "range", 2, "search"),
+    "small-2.5": (2, "search", 2, "search"),
+    "best-4.5": (4, "search", 4, "search"),
+    "best-3.5": (3, "search", 3, "search"),
+    "best-3": (3, "search", 2, "search"),
+    "best-2.5": (2, "search", 2, "search"),
+}
+
+
 def test_the_defaults_are_the_paper_s_scheme() -> None:
     assert Scheme().to_dict() == DEFAULTS
 
@@ -60,6 +78,56 @@ def test_a_name_means_these_fields_and_no_others(name: str) -> None:
 @pytest.mark.parametrize("name", EXPECTED_PAIRS)
 def test_a_pair_is_made_of_named_schemes(name: str) -> None:
     assert tuple(Scheme.named(name)) == tuple(map(Scheme.named, EXPECTED_PAIRS[name]))  # type: ignore[arg-type]
+
+
+def test_every_profile_is_in_the_table() -> None:
+    assert profile_names() == list(EXPECTED_PROFILES)
+
+
+@pytest.mark.parametrize("name", EXPECTED_PROFILES)
+def test_a_profile_means_these_schemes_and_is_within_its_budget(name: str) -> None:
+    pair = Scheme.named(name)
+    assert isinstance(pair, KeyValueSchemes)
+    expected = EXPECTED_PROFILES[name]
+    for scheme, bits, rule in zip(pair, expected[::2], expected[1::2], strict=True):
+        assert scheme.to_dict() == DEFAULTS | PROFILE | {"bits": bits, "scale_rule": rule}
+    budget = float(name.partition("-")[2])
+    # Of full blocks of 64 channels exactly; the sink is float32.
+    took = sum(one.bits_per_element(1 + 4096, 64) for one in pair) / 2
+    assert took == pytest.approx((4096 * budget + 32) / 4097)
+    assert wants_feedback(name) == name.startswith("best")
+
+
+def test_the_document_has_every_profile_and_its_bits() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in EXPECTED_PROFILES}
+    assert list(found) == profile_names()
+    for name, (key, value, *bits, wants) in found.items():
+        pair = Scheme.named(name)
+        assert isinstance(pair, KeyValueSchemes)
+        assert [key, value] == [f"{one.bits}, {one.scale_rule}" for one in pair]
+        for told, channels in zip(bits, (64, 128, 256), strict=True):
+            took = sum(one.bits_per_element(4096, channels) for one in pair) / 2
+            assert told == f"{took:.2f}"
+        assert wants_feedback(name) == wants.startswith("feedback")
+
+
+def test_what_is_made_for_feedback_is_refused_by_name_without_it() -> None:
+    """The names of the schemes alone tell; who gives schemes is believed."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 200, 8), dtype=np.float32)
+    feedback = Feedback.from_queries(x, kv_heads=2)
+    remedy = r"best-3 is made for feedback.*`nsq onnx calibrate MODEL .*or take small-3, which"
+    with pytest.raises(ValueError, match=remedy):
+        KVCache(1, 2, 8, "best-3")
+    cache = KVCache(1, 2, 8, "best-3", key_feedback=feedback)
+    assert (cache.key, cache.value) == Scheme.named("best-3")
+    assert KVCache(1, 2, 8, "small-3").value.bits == 2
+    assert KVCache(1, 2, 8, Scheme.named("best-3")).key == cache.key
+    for name, beside in (("best-3", ", with feedback for the keys$"), ("small-3", r"\.value$")):
+        with pytest.raises(ValueError, match=f"scheme='{name}' names a pair.*{beside}"):
+            quantize(x, name)
+    assert not any(map(wants_feedback, ("best", "best-3.0", "streaming4", x, None, [])))
 
 
 def test_names_differ_in_more_than_their_letters() -> None:
@@ -89,7 +157,21 @@ def test_cut_refuses() -> None:
 
 
 def test_unknown_schemes() -> None:
-    for name in ("", "nsep", "nsep5", "pchan44", "NSEP4", "nsep+KIVI-K2", "KIVI-K2V5", "naive4 "):
+    for name in (
+        "",
+        "nsep",
+        "nsep5",
+        "pchan44",
+        "NSEP4",
+        "nsep+KIVI-K2",
+        "KIVI-K2V5",
+        "naive4 ",
+        "best-",
+        "best-4",
+        "fast-3",
+        "small-3.0",
+        "Best-3",
+    ):
         with pytest.raises(ValueError, match=r"unknown scheme name .*; known are naive, nsep"):
             Scheme.named(name)
     with pytest.raises(TypeError, match=r"name must be a string such as 'nsep\+pchan4', got 4"):

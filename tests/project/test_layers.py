@@ -18,6 +18,7 @@ LAYERS = [
         "dlpack",
         "environment",
         "arrays",
+        "profiles",
         "scheme",
         "rounding",
         "packing",

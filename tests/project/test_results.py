@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.results import measure, pages, plans
+from benchmarks.results import measure, pages, plans, profiles_page
 from benchmarks.results.kept import Kept, Mean, filled
-from nsq_ref.rivals import entry
+from nsq_ref import Feedback, profile_names
 from onnx_export.evaluation.injected import KeyOutlier, injected_onnx
 from onnx_export.evaluation.scoring import Reference
 from onnx_export.models.decoder import Decoder, cached_onnx
@@ -83,7 +83,83 @@ def test_data_are_of_the_plans() -> None:
         assert {len(rows) for rows in kept["rows"].values()} == {len(kept["baseline"])}
         for one in kept["plan"]["conditions"].values():
             for method in one["rest"].split("|"):
-                assert method in (measure.EXACT, measure.HALF, measure.LOST) or entry(method)
+                as_it_is = method in (measure.EXACT, measure.HALF, measure.LOST)
+                assert as_it_is or measure.method_entry(method)
+
+
+def test_the_profiles_are_measured_with_feedback_and_without(tmp_path: Path) -> None:
+    model = TinyModel(context=300)
+    decoder = Decoder.from_gguf(model.write(tmp_path / "tiny.gguf"), cache_dir=tmp_path)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 40, (2, 209))
+    queries = random.standard_normal((2, 4, 200, 8)) @ random.standard_normal((8, 8))
+    feedback = {str(layer): Feedback.from_queries(one, 2) for layer, one in enumerate(queries)}
+    names = ("small-2.5", "best-2.5", "nearest:best-2.5", "naive8|small-2.5", "float32")
+    conditions = {name: measure.Condition(name) for name in names}
+    found = {}
+    for protocol in ("prefill", "decode"):
+        plan = measure.Plan(f"of {protocol}", "?", conditions, 2, 200, 8, protocol=protocol)
+        assert plan.to_dict()["feedback"]["tokens"] == 1024
+        with pytest.raises(ValueError, match=r"best-2\.5 is made for feedback"):
+            measure.run(plan, decoder, tokens, print, folder=tmp_path)
+        made = measure.fed_back(plan, feedback)
+        assert sorted(made) == ["best-2.5.0", "best-2.5.1"]
+        measure.run(plan, decoder, tokens, print, calibration=made, folder=tmp_path)
+        kept = Kept(plan.name, tmp_path)
+        assert kept.samples("small-2.5") == kept.samples("nearest:best-2.5")
+        assert kept.samples("small-2.5") != kept.samples("best-2.5")
+        assert 0 < kept.mean("naive8|small-2.5").value < kept.mean("small-2.5").value
+        assert kept.samples("float32") == pytest.approx([0, 0], abs=1e-6)
+        found[protocol] = kept.mean("best-2.5").value
+    assert found["decode"] != found["prefill"]
+    changed = {"changed": measure.Condition("naive4", {}, (KeyOutlier(0, 3, 40.0),))}
+    plan = measure.Plan("other", "?", changed, 1, 200, 8, protocol="decode")
+    with pytest.raises(ValueError, match="of prefill alone"):
+        measure.run(plan, decoder, tokens, print, folder=tmp_path)
+
+
+def test_the_page_of_profiles_says_what_was_reached(tmp_path: Path) -> None:
+    """Of figures that are made up: each target once as it is, and once just beyond."""
+    keys = np.random.default_rng(0).standard_normal((2, 1, 3, 64, 64), dtype=np.float32)
+    (plan, *others) = plans.GROUPS["profiles"](keys)
+    assert [one.name for one in (plan, *others)] == list(profiles_page.PLANS)
+    assert set(profile_names()) < set(plan.conditions)
+    largest = profiles_page.LARGEST
+    costs = dict.fromkeys(plan.conditions, 1.0) | {
+        f"best-{budget}": most for budget, most in largest.items()
+    }
+    costs |= {f"nearest:best-{budget}": most / 0.9 + 1e-9 for budget, most in largest.items()}
+    costs["best-3"] *= 1.01  # of which only KIVI costs more
+    costs["nearest:best-2.5"] *= 0.99
+    costs["kivi4"] = costs["best-4.5"]
+    wobbles = {"best-3": (-1e-5, 1e-5)}  # a passage up and one down, but none with its nearest
+    rows = {
+        name: [
+            {"kl": cost + by, "kl_99": cost, "kl_max": cost, "nll": 2.0, "same_top": 0.5}
+            for by in wobbles.get(name, (0.0, 0.0))
+        ]
+        for name, cost in costs.items()
+    }
+    kept = {"plan": plan.to_dict(), "baseline": [{"nll": 1.0}] * 2, "rows": rows, "seconds": [1, 1]}
+    measure.write(tmp_path / "profiles.json", kept)
+    page = profiles_page.page(tmp_path)
+    require_filled(filled(page), page)
+    rows_of = [line.split(" | ") for line in page.splitlines() if " | best-" in line]
+    verdicts = {tuple(row[1:3]): row[4].rstrip(" |") for row in rows_of}
+    assert len(verdicts) == len(rows_of) == 12
+    missed = {found for found, verdict in verdicts.items() if verdict.startswith("**missed**")}
+    assert missed == {
+        ("best-3", "KL at most .00700 at 3.05 bits"),
+        ("best-3", "at most 0.9 of nearest:best-3"),
+        ("best-2.5", "at most 0.9 of nearest:best-2.5"),
+        ("best-4.5", "below kivi4"),
+    }
+    assert verdicts["best-3.5", "below kivi3"] == "reached"
+    assert verdicts["best-4.5", "below kivi4"] == "**missed**, not told apart"
+    assert verdicts["best-3", "KL at most .00700 at 3.05 bits"] == "**missed**"
+    assert "| **best-3** | 3.00 | 3.03 | .00707 ± " in page
+    assert "| kivi2 | 3.00 | 4.62 | 1.00 ± 0 |" in page
+    assert "Gemma" not in page
 
 
 def test_measuring_goes_on_where_it_was_and_costs_are_of_the_cache(tmp_path: Path) -> None:

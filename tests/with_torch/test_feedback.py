@@ -346,6 +346,27 @@ def test_refused_feedback(tmp_path: Path) -> None:
     stepwise(model, for_all, prompt(), [30])  # one head may be for all
 
 
+def test_a_profile_that_is_made_for_feedback() -> None:
+    """Every layer that has its name must have some; transformers' own layers need none."""
+    best, one = nsq.Scheme.named("best-3"), random_feedback(2, 16)
+    for policy in (None, {0: None}, {"layers": {"0": None}}, {"default": "best-3"}):
+        key = None if policy == {"default": "best-3"} else "best-3"
+        given: list[Any] = [None] if policy is None else [None, {0: one}]
+        for feedback in given:
+            with pytest.raises(ValueError, match=r"layer [01]: best-3 is made for feedback"):
+                NsqCache(config_of("llama"), key, policy=policy, key_feedback=feedback)
+        cache = NsqCache(config_of("llama"), key, policy=policy, key_feedback={0: one, 1: one})
+        assert (cache.layers[1].schemes, cache.layers[1].key_feedback) == (best, one)
+    for entry in ({0: "best-3"}, ["best-3", "small-3"], {"layers": {"0": "best-3"}}):
+        with pytest.raises(ValueError, match=r"(policy\[0\]|layer 0): best-3 is made for feedback"):
+            NsqCache(config_of("llama"), policy=entry, key_feedback={1: one})
+        cache = NsqCache(config_of("llama"), policy=entry, key_feedback={0: one})
+        assert cache.layers[0].schemes == best
+    for policy in (None, {"default": "best-3"}):
+        feedback = {1: random_feedbacks()[1]}
+        NsqCache(config_of("gemma2"), "best-3", policy=policy, key_feedback=feedback)
+
+
 # --- from a text to a cache ---------------------------------------------------------------------
 
 

@@ -117,6 +117,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("kv.npz", "--limit", 3), "limit=3.0 must be between 0 and 1, such as 0.25"),
     (("kv.npz", "--scheme", "naive4"), "default of keys has no block size"),
     (("kv.npz", "--scheme", "streaming5"), "streaming5"),
+    (("kv.npz", "--scheme", "best-3"), "best-3 is made for feedback of the keys"),
     (("kv.npz", "--softmax-scale", -1), "softmax_scale=-1.0 must be more than 0"),
     (("kv.npz", "--html", "no/a.html"), "there is no folder no; make it first"),
     (("missing.npz",), "missing.npz: No such file or directory"),

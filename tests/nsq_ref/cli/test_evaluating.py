@@ -101,6 +101,32 @@ def test_feedback_of_keys(folder: Path, tmp_path: Path) -> None:
         assert message in refused("eval", "tiny.gguf", *QUICK, *arguments, cwd=folder)
 
 
+def test_a_profile_that_is_made_for_feedback_is_calibrated(folder: Path, tmp_path: Path) -> None:
+    """By itself, and it alone; or it takes the feedback of a file."""
+    schemes = ("--scheme", "best-2.5", "--scheme", "small-2.5", "--json")
+    done = nsq("eval", "tiny.gguf", *QUICK, *schemes, cwd=folder)
+    assert done.stderr == "best-2.5 is made for feedback of the keys: calibrating tiny.gguf\n"
+    (one,) = json.loads(done.stdout)["evaluations"]
+    (table,) = one["tables"]
+    assert list(table["schemes"]) == ["best-2.5", "small-2.5"]
+    feedback = tmp_path / "feedback.safetensors"
+    said("onnx", "calibrate", "tiny.gguf", "-o", feedback, cwd=folder)
+    digests = [load_feedback(feedback)[layer].digest for layer in ("0", "1")]
+    layers = one["schemes"]["best-2.5"]["layers"]
+    assert [layers[layer]["key"]["feedback"] for layer in ("0", "1")] == digests
+    assert table["schemes"]["best-2.5"]["kl"]["mean"] != table["schemes"]["small-2.5"]["kl"]["mean"]
+    done = nsq("eval", "tiny.gguf", *QUICK, *schemes, "--feedback", feedback, cwd=folder)
+    assert done.stderr == ""
+    (same,) = json.loads(done.stdout)["evaluations"]
+    assert list(same["schemes"]) == ["best-2.5", "small-2.5", "small-2.5+feedback"]
+    assert same["schemes"]["best-2.5"] == one["schemes"]["best-2.5"]
+    from onnx_export.evaluation import Prefill, evaluate
+
+    tokens = passages(Tokenizer(folder / "tiny.gguf"), 57, 1)
+    with pytest.raises(ValueError, match=r"^best-2\.5 is made for feedback"):
+        evaluate(folder / "tiny.gguf", tokens, ["best-2.5"], protocol=Prefill(40, 16))
+
+
 def test_passages_are_those_that_report(folder: Path) -> None:
     (one,) = evaluated(folder, "tiny.gguf", *QUICK, "--scheme", "naive4")
     tokens = passages(Tokenizer(folder / "tiny.gguf"), 57, 3, start=REPORTING_START)

@@ -24,6 +24,7 @@ from nsq_ref import (
     __version__,
     dequantize,
     files,
+    profile_names,
     quantize,
 )
 from nsq_ref import scheme_names as names
@@ -52,6 +53,14 @@ def test_without_a_file_info_tells_versions_and_schemes(tmp_path):
         bits = Scheme.named(row["name"]).bits_per_element(4096, 128)
         assert row["bits_per_element"] == bits
         assert any(line.split() == [row["name"], f"{bits:.3f}"] for line in text.splitlines())
+    assert [row["name"] for row in result["profiles"]] == profile_names()
+    for row in result["profiles"]:
+        key, value = (one.bits_per_element(4096, 128) for one in Scheme.named(row["name"]))
+        assert row["bits_per_element"] == (key + value) / 2
+        (line,) = (one.split() for one in text.splitlines() if one.split()[:1] == [row["name"]])
+        assert line[1:4] == [f"{bits:.3f}" for bits in ((key + value) / 2, key, value)]
+        assert row["wants_feedback"] == ("wants feedback" in " ".join(line))
+        assert row["wants_feedback"] == row["name"].startswith("best")
     assert nsq("--version", cwd=tmp_path).stdout == f"nsq {__version__}\n"
 
 
@@ -233,6 +242,7 @@ def test_a_label_says_the_scale_rule_rather_than_the_width(name):
     [
         (["--scheme", "nope"], "unknown scheme name 'nope'; known are naive"),
         (["--value-scheme", "KIVI"], "--value-scheme KIVI is a pair; give it to --scheme"),
+        (["--scheme", "best-3"], "best-3 is made for feedback of the keys, and there is none"),
         (["--set", "bits=5"], "bits=5 is not supported; choose one of 2, 3, 4, 8"),
         (["--set", "bits"], "--set 'bits' is not FIELD=VALUE with a field of bits, "),
         (["--set", "bit=4"], "--set 'bit=4' is not FIELD=VALUE with a field of bits, "),

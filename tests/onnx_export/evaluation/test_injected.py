@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nsq_ref import Scheme
+from nsq_ref.feedback import Moments, second_moment
 from nsq_ref.metrics import outlier_ratio
 from onnx_export.evaluation.injected import (
     Change,
@@ -20,6 +23,7 @@ from onnx_export.evaluation.injected import (
     as_if_injected,
     bias_for_ratio,
     changed_keys,
+    changed_moments,
     factor_for_ratio,
     injected_onnx,
     restored_keys,
@@ -30,6 +34,7 @@ from onnx_export.models.tiny import tiny_onnx
 from tests.support.llama_oracle import IDS, TinyModel
 
 Float = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 LLAMA = TinyModel(biases=("attn_q", "attn_k"))
 QWEN3 = replace(LLAMA, architecture="qwen3", biases=(), weights={})
 
@@ -74,6 +79,38 @@ def test_no_logit_shows_what_is_injected_and_the_keys_are_as_told(
     np.testing.assert_allclose(values[:, 0], true_values, rtol=1e-3, atol=1e-4)
     told = changed_keys(true_keys[:, None].astype(np.float32), changes)
     np.testing.assert_allclose(keys, told, rtol=1e-3, atol=2e-3)
+
+
+@settings(max_examples=5)
+@given(st.data())
+def test_moments_are_those_of_the_changed_model_s_queries(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    changes = data.draw(some_changes(st.none() | st.integers(0, 1)))
+    changed = injected_onnx(llama, tmp_path_factory.mktemp("changed"), changes)
+    before, found = (Moments(queries_of(path)) for path in (llama, changed))
+    told = changed_moments(before, changes)
+    for layer, moment in found.layers.items():
+        unit = np.sqrt(np.diagonal(moment, axis1=-2, axis2=-1))
+        error = (told.layers[layer] - moment) / (unit[:, :, None] * unit[:, None])
+        assert np.abs(error).max() < 1e-3
+
+
+def queries_of(path: Path) -> dict[int, Float64]:
+    """Return the moments of a graph's queries, which it has by key/value head."""
+    model = onnx.load(path, load_external_data=False)
+    for layer in range(2):
+        model.graph.output.append(onnx.ValueInfoProto(name=f"blk.{layer}.query"))
+    onnx.save(model, path.with_name("queries.onnx"))
+    session = onnxruntime.InferenceSession(path.with_name("queries.onnx"))
+    past = (one.name for one in session.get_inputs() if one.name.startswith("past"))
+    feeds = {name: np.zeros((1, 2, 0, 8), np.float32) for name in past}
+    feeds |= {"input_ids": np.array([IDS]), "num_logits": np.array(0)}
+    found = session.run([f"blk.{layer}.query" for layer in range(2)], feeds)
+    return {
+        layer: second_moment(queries.reshape(1, -1, *queries.shape[-2:]), kv_heads=2)
+        for layer, queries in enumerate(found)
+    }
 
 
 def test_a_power_of_two_changes_no_bit_of_any_logit(llama: Path, tmp_path: Path) -> None:

@@ -126,6 +126,39 @@ def test_lists_of_methods() -> None:
     assert [one.name for one in methods_of("naive4")] == ["naive4"]
 
 
+def test_a_profile_that_is_made_for_feedback_is_not_measured_without() -> None:
+    queries = np.random.default_rng(2).standard_normal((4, 2, 90, 64))
+    feedback = {str(i): Feedback.from_queries(one, kv_heads=2) for i, one in enumerate(queries)}
+    fed_back = Method.of("best-3").with_feedback(feedback)
+    assert (fed_back.name, fed_back.wants_feedback) == ("best-3", False)
+    (keys, _), _ = fed_back.bound(4).replaced(KEYS, VALUES)
+    key = Scheme.named("best-3").key
+    expected = [
+        dequantize(quantize(one, key, feedback=feedback[str(i)])) for i, one in enumerate(KEYS)
+    ]
+    np.testing.assert_array_equal(keys, expected)
+    wanting: list[Any] = ["best-3", "best-3/q4_0", {"default": "q4_0", "layers": {"1": "best-3"}}]
+    for spec in wanting:
+        method = Method.of(spec)
+        assert method.wants_feedback
+        with pytest.raises(ValueError, match=r"best-3 is made for feedback"):
+            method.require_feedback()
+        with pytest.raises(ValueError, match=r"layer [01]: best-3 is made for feedback"):
+            method.bound(4)
+    del feedback["3"]
+    with pytest.raises(ValueError, match=r"layer 3: best-3 is made for feedback"):
+        Method.of("best-3").with_feedback(feedback).bound(4)
+    others: list[Any] = ["q4_0/best-3", Scheme.named("best-3"), "small-3"]
+    for method in map(Method.of, others):
+        assert not method.wants_feedback
+        method.require_feedback()
+        method.bound(4)
+    with pytest.raises(ValueError, match=r"best-3 is made for feedback"):
+        entry("best-3").store(KEYS[0], VALUES[0])
+    with pytest.raises(ValueError, match="q4_0 codes keys by no scheme of NSQ-1"):
+        entry("q4_0").with_feedback(feedback["0"])
+
+
 def test_feedback_is_of_the_keys_that_a_scheme_codes() -> None:
     rng = np.random.default_rng(1)
     queries = rng.standard_normal((4, 2, 90, 64)) @ rng.standard_normal((64, 64))

@@ -186,4 +186,12 @@ def test_feedback_of_another_model_is_not_built_in(tmp_path: Path) -> None:
     line = refused(*command, cwd=tmp_path)
     assert "layer 1 is of 1 key/value heads of 16 channels, and the model's of 2 of 8" in line
     assert not (tmp_path / "folder/model.onnx").exists()
+    some = nsq.Feedback.from_queries(np.eye(8)[None], kv_heads=1)
+    nsq.files.save_feedback(tmp_path / "some.safetensors", {"1": some})
+    best = ("onnx", "build", gguf, "folder", "--scheme", "best-3")
+    assert "best-3 is made for feedback of the keys" in refused(*best, cwd=tmp_path)
+    line = refused(*best, "--feedback", "some.safetensors", cwd=tmp_path)
+    assert "layer 0: best-3 is made for feedback of the keys" in line
+    nsq.files.save_feedback(tmp_path / "all.safetensors", {"0": some, "1": some})
+    said(*best, "--feedback", "all.safetensors", cwd=tmp_path)
     assert Decoder.from_gguf(gguf).config.head_dim == 8

@@ -240,6 +240,28 @@ def test_layers_that_are_refused_are_told_all_the_same(tmp_path: Path) -> None:
         assert report.attentions[1].reason == "attribute new_to_us is unknown"
 
 
+def test_a_profile_that_is_made_for_feedback(tmp_path: Path) -> None:
+    """Refused without, of every layer that has its name; with it as the schemes themselves."""
+    path, out = save(gqa_model(Decoder()), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    feedback = {str(i): feedback_of(2, 16, i) for i in (0, 1)}
+    some = {"1": feedback["1"]}
+    for policy, given in (
+        ({"default": "best-3"}, None),
+        ({"default": "best-3"}, some),
+        ({"layers": {"0": "best-3"}}, some),
+        ({"layers": {"0": "best-3/streaming4"}}, None),
+    ):
+        with pytest.raises(ValueError, match=r"^layer 0: best-3 is made for feedback of the keys"):
+            rewrite(path, out, policy=policy, feedback=given)
+    assert not out.exists()
+    report = rewrite(path, out, policy={"default": "best-3"}, feedback=feedback)
+    assert {one.schemes for one in report.attentions} == {nsq.Scheme.named("best-3")}
+    report = rewrite(path, out, policy={"default": "best-3", "layers": {"0": None}}, feedback=some)
+    assert [one.schemes is None for one in report.attentions] == [True, False]
+    for policy in ({"default": "small-3"}, {"layers": {"0": "streaming4/best-3"}}):
+        assert rewrite(path, out, policy=policy).rewritten == 2
+
+
 def test_other_types(tmp_path: Path) -> None:
     path = save(gqa_model(Decoder()), tmp_path / "model.onnx")
     for feedback, error, message in (
@@ -259,6 +281,17 @@ def test_the_command(tmp_path: Path) -> None:
     text = said(*command, "some.safetensors", cwd=tmp_path)
     assert [line.endswith("keys with feedback") for line in text.splitlines()[1:3]] == [False, True]
     assert (tmp_path / "out.onnx").exists()
+    best = ("onnx", "rewrite", "model.onnx", "best.onnx", "--scheme", "best-3")
+    line = refused(*best, cwd=tmp_path)
+    assert "layer 0: best-3 is made for feedback" in line
+    assert "nsq onnx calibrate MODEL --text TEXT -o FILE" in line
+    assert "take small-3" in line
+    assert "layer 0: best-3 is made" in refused(
+        *best, "--feedback", "some.safetensors", cwd=tmp_path
+    )
+    save_feedback(tmp_path / "all.safetensors", {str(i): feedback_of(2, 16, i) for i in (0, 1)})
+    assert "rewritten: 2 of 2" in said(*best, "--feedback", "all.safetensors", cwd=tmp_path)
+    said(*best, "--force", "--key", "streaming3", cwd=tmp_path)  # values alone by it
     for name, message in (
         ("other.safetensors", "feedback: there is no layer 7"),
         ("none.safetensors", "none.safetensors: No such file"),

@@ -191,7 +191,7 @@ FLAGS: dict[str, Flag] = {
     "feedback-zero-token": Flag("F1", "SpecialValue",
         "Nothing moves in a token of norm 0; without norm separation it is like any other."),
     "feedback-tokens": Flag("F1", "Blocks",
-        "Nothing moves from token to token, nor from block to block."),
+        "Scales are made of the tokens of their own block; nothing moves from block to block."),
     "feedback-overflow": Flag("F1", "Range",
         "A channel that is moved beyond float32 is coded as its direction."),
     "sealed-feedback": Flag("F1", "Blocks",

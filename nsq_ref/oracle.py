@@ -314,7 +314,7 @@ def length_kept(seen: list[float], errors: list[float], weights: list[float]) ->
     for values in seen, after:
         weighted = [multiply(weight, value) for weight, value in zip(weights, values, strict=True)]
         lengths.append(exact_norm(weighted) if all(map(math.isfinite, weighted)) else math.inf)
-    return math.inf if math.isinf(lengths[1]) else divide(*lengths)
+    return math.inf if math.inf in lengths else divide(*lengths)
 
 
 def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:

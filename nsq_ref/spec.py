@@ -218,9 +218,10 @@ def length_kept(fed: FedBack, feedback: HeadFeedback) -> Float32:
 
 
 def length_ratio(before: Float32, after: Float32) -> Float32:
-    """Return ``||before|| / ||after||``, 0 where that divides by 0 (M2)."""
+    """Return ``||before|| / ||after||``, 0 where that divides by 0, infinity where one is (M2)."""
     whole, kept = length_if_finite(before), length_if_finite(after)
-    return np.where(np.isinf(kept), kept, whole / where_zero(kept, np.inf))
+    beyond = np.isinf(whole) | np.isinf(kept)
+    return np.where(beyond, np.float32(np.inf), whole / where_zero(kept, np.inf))
 
 
 def length_if_finite(values: Float32) -> Float32:

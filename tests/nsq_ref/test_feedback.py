@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, settings
 
-from nsq_ref import Feedback, Quantized, RangeError, Scheme, dequantize, files, oracle, quantize
+from nsq_ref import (
+    Feedback, Quantized, RangeError, Scheme, dequantize, files, oracle, quantize, spec,
+)  # fmt: skip
 from nsq_ref.codec import Backend
 from nsq_ref.dtypes import FLOAT_DTYPES
 from nsq_ref.feedback import Moments, second_moment
@@ -273,6 +276,22 @@ def test_lengths_that_queries_do_not_see() -> None:
         assert unseen.collapsed_tokens == 1
         with pytest.raises(RangeError, match=r"the gain of token x\[0\] is beyond float32"):
             quantize(x[:1] + 1, scheme, backend, feedback=Feedback([range(6)], far))
+
+
+def test_an_infinite_length_of_which_nothing_is_left() -> None:
+    """F1 M2: refused like any other, and no quotient of infinity and 0."""
+    scheme = Scheme(bits=2, magnitude="gain", scale_dtype="float32", norm_dtype="float32")
+    factor = np.eye(32, dtype=np.float32)[None]
+    factor[0, 0, 1:] = -3.4e38
+    feedback = Feedback([range(32)], factor)
+    x = np.zeros((3, 32), np.float32)
+    x[:, 0] = [1, 0.49, 0.2]  # the second makes scales of which the third has less than a half
+    x[1:, 1:] = np.sqrt((1 - np.square(x[1:, :1])) / 31)
+    with np.errstate(all="ignore"):
+        block = spec.encode(x, scheme, feedback.head(0))
+    assert not block.codes[2].any()
+    stored = oracle.encode(x, scheme, feedback.head(0))["norm"]
+    assert block.norm.tolist() == stored == [math.inf, math.inf, math.inf]
 
 
 def test_heads_have_their_own_and_batches_share_them() -> None:

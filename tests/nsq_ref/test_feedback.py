@@ -14,7 +14,15 @@ import pytest
 from hypothesis import assume, given, settings
 
 from nsq_ref import (
-    Feedback, Quantized, RangeError, Scheme, dequantize, files, oracle, quantize, spec,
+    Feedback,
+    Quantized,
+    RangeError,
+    Scheme,
+    dequantize,
+    files,
+    oracle,
+    quantize,
+    spec,
 )  # fmt: skip
 from nsq_ref.codec import Backend
 from nsq_ref.dtypes import FLOAT_DTYPES

@@ -15,7 +15,8 @@ from nsq_ref import rounding
 from nsq_ref.conformance.mistakes import MISTAKES
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
-from nsq_ref.conformance.mistakes.feedback import FED_CACHES, GAINS_SEEN, SEARCHING
+from nsq_ref.conformance.mistakes.feedback import GAINS_SEEN, SEARCHING
+from nsq_ref.conformance.mistakes.feedback_caches import FED_CACHES
 from nsq_ref.conformance.mistakes.norms import NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.reference import Mistake

@@ -10,7 +10,8 @@ from nsq_ref.conformance.mistakes.caches import BLOCKS, CACHES
 from nsq_ref.conformance.mistakes.codes import CODES
 from nsq_ref.conformance.mistakes.decoding import DECODING
 from nsq_ref.conformance.mistakes.factors import FACTORS
-from nsq_ref.conformance.mistakes.feedback import FED_BACK, FED_CACHES, GAINS_SEEN, SEARCHING
+from nsq_ref.conformance.mistakes.feedback import FED_BACK, GAINS_SEEN, SEARCHING
+from nsq_ref.conformance.mistakes.feedback_caches import FED_CACHES
 from nsq_ref.conformance.mistakes.norms import DIRECTIONS, NORMS
 from nsq_ref.conformance.mistakes.outliers import OUTLIERS
 from nsq_ref.conformance.mistakes.packed import PACKED

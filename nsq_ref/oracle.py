@@ -34,7 +34,7 @@ FORMATS = {
 }
 SINGLE = FORMATS["float32"]
 STORED = {"packed", "norm", "scale", "zero", "outlier_index", "outliers"}
-SHRINK = [Fraction(tenths, 10) for tenths in (10, 9, 8, 7, 6, 5)]
+SHRINK = [Fraction(percent, 100) for percent in (100, 95, 90, 85, 80, 70)]
 
 
 # --- arithmetic ---------------------------------------------------------------------------------

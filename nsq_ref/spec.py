@@ -18,7 +18,7 @@ from nsq_ref.environment import in_default_environment
 from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
-SHRINK = np.array([1, 0.9, 0.8, 0.7, 0.6, 0.5], np.float32)  # S4, widest first
+SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
 
 
 class Block(NamedTuple):

@@ -501,7 +501,7 @@ func (s scheme) fit(directions []float32, fourth bool) (float32, float32) {
 	least := s.loss(directions, scale, zero, fourth)
 	middle := float32(0.5*highest) + float32(0.5*lowest)
 	radius := float32(0.5*highest) - float32(0.5*lowest)
-	for _, f := range []float32{0.9, 0.8, 0.7, 0.6, 0.5} {
+	for _, f := range []float32{0.95, 0.9, 0.85, 0.8, 0.7} {
 		low, high := f*lowest, f*highest
 		if !s.symmetric {
 			low, high = middle-float32(f*radius), middle+float32(f*radius)

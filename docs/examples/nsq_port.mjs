@@ -231,7 +231,7 @@ class Scheme {
     let least = error(best);
     const middle = fround(fround(0.5 * highest) + fround(0.5 * lowest));
     const radius = fround(fround(0.5 * highest) - fround(0.5 * lowest));
-    for (const f of [0.9, 0.8, 0.7, 0.6, 0.5].map(fround)) {
+    for (const f of [0.95, 0.9, 0.85, 0.8, 0.7].map(fround)) {
       const shrunk = this.symmetric
         ? this.scaleOf(fround(f * lowest), fround(f * highest))
         : this.scaleOf(fround(middle - fround(f * radius)), fround(middle + fround(f * radius)));

@@ -378,7 +378,7 @@ impl Scheme {
         let mut least = self.loss(directions, best, fourth);
         let middle = 0.5 * highest + 0.5 * lowest;
         let radius = 0.5 * highest - 0.5 * lowest;
-        for f in [0.9f32, 0.8, 0.7, 0.6, 0.5] {
+        for f in [0.95f32, 0.9, 0.85, 0.8, 0.7] {
             let shrunk = match self.symmetric {
                 true => self.scale_of(f * lowest, f * highest),
                 false => self.scale_of(middle - f * radius, middle + f * radius),

@@ -199,7 +199,7 @@ def _reach(scale: Float64, zero: Float64, scheme: Scheme) -> Interval:
         high = zero + span + UNIT * np.abs(span)
         if searched:
             middle, radius = (low + high) / 2, (high - low) / (2 * LEAST_SHRINK)
-            slack = 13 * UNIT * (np.abs(middle) + np.abs(radius)) + 2.0**-145
+            slack = 9 * UNIT * (np.abs(middle) + np.abs(radius)) + 2.0**-146
             low, high = middle - radius - slack, middle + radius + slack
     margin = OUTWARD * (np.abs(low) + np.abs(high) + np.abs(zero))
     low = undivided(low - margin, 0.0, -1, 0.0, scheme)

@@ -348,8 +348,9 @@ def encode(
         made = float32(scale), float32(zero)
         run(
             feed_back, count * blocks, x, sinks, block_size, norm, per_channel, scheme.symmetric,
-            scheme.scale_rule == "search", low_code, high_code, DROPPED[scheme.scale_dtype], index,
-            heads, feedback.order, feedback.factor, *made, moved, before, after, length,
+            spec.SHRINK if scheme.scale_rule == "search" else spec.SHRINK[:1], low_code, high_code,
+            DROPPED[scheme.scale_dtype], index, heads, feedback.order, feedback.factor, *made,
+            moved, before, after, length,
         )  # fmt: skip
         scale, zero = (part.astype(FLOAT_DTYPES[scheme.scale_dtype]) for part in made)
         outliers = rounding.narrow(

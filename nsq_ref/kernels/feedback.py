@@ -13,7 +13,6 @@ import numpy as np
 from nsq_ref.dtypes import Array
 from nsq_ref.kernels.compilation import compiled
 from nsq_ref.kernels.rows import divisor_of, jit_row, norm_of_row
-from nsq_ref.spec import SHRINK
 
 # Digits of a float32 that narrowing drops.
 DROPPED = {"float16": 13, "bfloat16": 16, "float32": 0}
@@ -61,22 +60,26 @@ def error_of(
 
 @jit_row
 def column_scale(
-    values: Array, symmetric: bool, search: bool, least: np.float32, greatest: np.float32,
+    values: Array, symmetric: bool, shrinks: Array, least: np.float32, greatest: np.float32,
     dropped: int, errors: Array,
 ) -> tuple[np.float32, np.float32]:  # fmt: skip
-    """Scale and zero of one channel's values (S1 to S4, with the fourth powers of F1)."""
+    """Scale and zero of one channel's values (S1 to S4, with the fourth powers of F1).
+
+    ``shrinks`` are the factors of S4, widest first, or 1 alone. They are no constant here, as kept
+    kernels would outlive another one.
+    """
     low, high = np.float32(np.inf), np.float32(-np.inf)
     for t in range(values.size):
         low, high = min(low, values[t]), max(high, values[t])
     scale, zero = range_pair(low, high, symmetric, greatest, dropped)
-    if not (search and np.isfinite(scale) and np.isfinite(zero)):
+    if shrinks.size == 1 or not (np.isfinite(scale) and np.isfinite(zero)):
         return scale, zero
     half = np.float32(0.5)
     middle = np.float32(np.float32(half * high) + np.float32(half * low))
     radius = np.float32(np.float32(half * high) - np.float32(half * low))
     fewest = np.inf
-    for candidate in range(SHRINK.size):
-        shrink = SHRINK[candidate]
+    for candidate in range(shrinks.size):
+        shrink = shrinks[candidate]
         if candidate == 0:
             pair = scale, zero
         elif symmetric:
@@ -115,7 +118,7 @@ def take_errors(errors: Array, shares: Array, count: int, start: Array, values: 
 @jit
 def feed_back(
     first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, per_channel: bool,
-    symmetric: bool, search: bool, least: np.float32, greatest: np.float32, dropped: int,
+    symmetric: bool, shrinks: Array, least: np.float32, greatest: np.float32, dropped: int,
     outlier_index: Array, heads: Array, order: Array, factor: Array, scale: Array, zero: Array,
     w: Array, before: Array, after: Array, length: Array,
 ) -> None:  # fmt: skip
@@ -157,7 +160,7 @@ def feed_back(
                     scale[n, block, j] = 0
                     zero[n, block, j] = np.float32(-0.0) if symmetric else np.float32(0)
             elif per_channel:
-                pair = column_scale(value, symmetric, search, least, greatest, dropped, error)
+                pair = column_scale(value, symmetric, shrinks, least, greatest, dropped, error)
                 for t in range(count):
                     error[t] = error_of(value[t], pair[0], pair[1], least, greatest)
                 scale[n, block, j], zero[n, block, j] = pair

@@ -489,9 +489,9 @@ FED_BACK = [
 ]  # fmt: skip
 
 SEARCHING = [
-    place("spec.shrunken_scales", "S4", ("stream", *SEARCHED))("ranges of an earlier draft",
-        "ranges are shrunken by 0.95, 0.9, 0.85, 0.8 and 0.7; by 0.9, 0.8, 0.7, 0.6 and 0.5",
-        _candidates(1, 0.95, 0.9, 0.85, 0.8, 0.7)),
+    place("spec.shrunken_scales", "S4", ("stream", *SEARCHED))("ranges of other lengths",
+        "ranges are shrunken by 0.9, 0.8, 0.7, 0.6 and 0.5; by 0.95, 0.9, 0.85, 0.8 and 0.7",
+        _candidates(1, 0.9, 0.8, 0.7, 0.6, 0.5)),
     place("spec.losses", "S4", ("stream",))("fourth powers without feedback",
         "the range of the least sum of fourth powers is taken; without feedback squares decide",
         instead(_fourth_powers)),

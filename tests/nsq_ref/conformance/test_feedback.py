@@ -205,7 +205,7 @@ def test_another_choice_of_scales_conforms() -> None:
     scheme = Scheme(scale_rule="search", symmetric=False, magnitude="gain", bits=2)
     for case in cases_of(scheme, ["feedback"], 0, ["float32"]):
         if case.refused_by is None:
-            for mistake in ("squares under feedback", "ranges of an earlier draft"):
+            for mistake in ("squares under feedback", "ranges of other lengths"):
                 answer = answer_of(Reference([MISTAKES[mistake]]), case)
                 assert answer is not None
                 assert not judge(case, answer).findings, (case, mistake)

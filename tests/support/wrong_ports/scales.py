@@ -47,7 +47,7 @@ def extents(direction: Array, enters: Array, scheme: Scheme, knobs: Knobs) -> tu
     return low, high
 
 
-SHRUNKEN = (1, 0.9, 0.8, 0.7, 0.6, 0.5)
+SHRUNKEN = (1, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 def scale_and_zero(

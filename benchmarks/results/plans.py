@@ -47,8 +47,8 @@ BUDGETS: Mapping[str, tuple[str, ...]] = {
         "kivi4", "oscar4", "kvarn-k4v4", "turboquant4", "q4_0", "hadamard+q4_0", "naive4",
         "nsep+pchan4", "streaming4",
     ),
-    "3.5": ("kivi3", "kvarn-k3v3", "turboquant3", "streaming3"),
-    "3": ("kivi2", "kvarn-k4v2", "oscar2"),
+    "3.5": ("kivi3", "kvarn-k3v3", "kvarn-k4v2", "turboquant3", "streaming3"),
+    "3": ("kivi2", "oscar2"),
     "2.5": ("kvarn-k2v2", "turboquant2", "streaming2"),
 }  # fmt: skip
 

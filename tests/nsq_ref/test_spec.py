@@ -50,7 +50,7 @@ def test_search_order_of_addition() -> None:
         for error in (direction - y)[:, 0].tolist():
             total += error * error
         found.append((total, -shrink, scale))
-    scale, _ = spec.scale_and_zero(low[None], high[None], direction, np.ones((1, 1), bool), scheme)
+    scale, _ = spec.scale_and_zero(direction, np.ones((1, 1), bool), scheme)
     assert scale[0, 0] == min(found)[2]
 
 

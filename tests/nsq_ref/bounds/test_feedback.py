@@ -241,8 +241,8 @@ def test_plain_errors_may_grow_without_a_bound_of_half_a_scale() -> None:
 
 
 def test_fourth_powers_cut_no_more_than_their_root_of_the_tokens() -> None:
-    """F1 S4: where squares take half of the range from one token, for those on a finer grid."""
-    x = np.append(np.tile(np.arange(-6, 7) / 14, 60), 1).astype(np.float32)[:, None]
+    """F1 S4: where squares take .3 of the range from one token, for those on a finer grid."""
+    x = np.append(np.tile(np.arange(-6, 7) / 10, 10), 1).astype(np.float32)[:, None]
     scheme = Scheme(separate_norm=False, scale_rule="search", scale_dtype="float32")
     known = len(x) ** 0.25 * bounds.element_error(
         np.float32([[1 / 7]]), scheme=scheme, direction=[[1.0]]

@@ -15,7 +15,7 @@ from nsq_ref.conformance import as_text
 from nsq_ref.conformance.check import run
 from nsq_ref.conformance.judge import judge
 from nsq_ref.conformance.mistakes import MISTAKES, Reference
-from nsq_ref.conformance.mistakes.feedback import FED_CACHES
+from nsq_ref.conformance.mistakes.feedback_caches import FED_CACHES
 from nsq_ref.conformance.operations import CASE_DTYPES, OPERATIONS, USUAL, Answer, Case
 from nsq_ref.conformance.ports import Callables, Hello, open_port
 from nsq_ref.conformance.vectors import exact

@@ -15,9 +15,11 @@ from benchmarks.results import facts, measure, needles, plans, structure
 from nsq_ref.feedback import Moments
 from onnx_export.evaluation.injected import changed_moments, injected_onnx
 from onnx_export.evaluation.moments import query_moments
+from onnx_export.evaluation.passages import reporting
 from onnx_export.models.decoder import Decoder, cached_onnx
+from onnx_export.models.json_tokenizer import tokenizer_of
 from onnx_export.models.sources import gemma3_gguf, smollm2_gguf
-from onnx_export.models.texts import REPORTING_START, passages
+from onnx_export.models.texts import passages
 from onnx_export.models.tokenizer import Tokenizer
 
 FACTS, NEEDLES, STRUCTURE = "facts", "needles", "structure"
@@ -76,7 +78,7 @@ def measure_groups(groups: list[str], threads: int | None, most: int | None) -> 
             one = smollm2
             if plan.model == measure.GEMMA3:
                 one = Model.of(gemma3_gguf(), threads)
-            tokens = passages(one.tokenizer, 641, count, start=REPORTING_START)
+            tokens = reporting(tokenizer_of(one.gguf), 641, count)
             with tempfile.TemporaryDirectory(dir=one.path.parent.parent) as folder:
                 own, entries = one.decoder, dict(calibration)
                 if plan.changes:

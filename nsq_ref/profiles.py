@@ -48,7 +48,7 @@ def profile_names() -> list[ProfileName]:
     -------
     list of str
         Names that `Scheme.named` takes and that give a pair: ``fast`` is sealed soonest, ``small``
-        errs least of what needs no calibration, and ``best`` is made for feedback of the keys (F1).
+        needs no calibration, either, and ``best`` is made for feedback of the keys (F1).
         The number is bits an element, keys and values together, with 64 channels.
 
     Examples

@@ -70,8 +70,8 @@ def page(folder: Path = DATA) -> str:
     prefill, continuation = first.plan["prefill"], first.plan["continuation"]
     return f"""# Profiles: keys and values at a budget of bits
 
-A profile is one name for keys and values: `fast` is sealed soonest, `small` errs least of what
-needs no calibration, `best` is made for feedback of the keys (F1), which is made of the beginnings
+A profile is one name for keys and values: `fast` is sealed soonest, `small` needs no
+calibration, either, `best` is made for feedback of the keys (F1), which is made of the beginnings
 of other texts, on the model that is measured. The number is bits an element with 64 channels.
 `{NEAREST}best-3` are the same schemes without feedback.
 

@@ -72,16 +72,16 @@ def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> 
     index = outlier_channels(direction, scheme)  # O1
     coded = ~mark(index, x.shape[-1])
     if feedback is None:
-        fed, w = None, direction
+        w, length = direction, None
         scale, zero = scale_and_zero(direction, coded, scheme)  # S1 S2 S3 S4
     else:
         fed = fed_back(direction, coded, norm, feedback, scheme)  # F1
         w, scale, zero = fed.w, fed.scale, fed.zero
+        length = length_kept(fed, feedback)
     rounded = code(w, scale, zero, scheme)  # Q1 Q2
     codes = without_codes(rounded, coded, norm)  # N2 O1
     outliers = kept_outliers(w, index)  # O1
     y = dequantized_direction(codes, scale, zero, index, outliers)
-    length = None if fed is None or feedback is None else length_kept(fed, feedback)
     stored = stored_factor(x, y, norm, scheme, length)  # M1 M2 M3 M4
     lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
     return Block(codes, stored, scale, zero, index, outliers, lost)

@@ -290,7 +290,8 @@ def encode(
     chunks = -(-block_size // CHUNK_TOKENS)
     tasks = count * blocks * chunks
     per_channel = scheme.axis == "channel"
-    with_extent = per_channel or scheme.outlier_channels > 0
+    makes_scales = per_channel and feedback is not None  # F1 does, of what it codes
+    with_extent = (per_channel and not makes_scales) or scheme.outlier_channels > 0
     low_code, high_code = map(np.float32, scheme.code_range)
 
     norm = np.empty((count, tokens), np.float32)
@@ -327,8 +328,8 @@ def encode(
         run(token_extents, tasks, x, sinks, block_size, norm, index, low, high)
 
     moved, length = np.empty((count, 0, head_dim), np.float32), np.empty((count, 0), np.float32)
-    if feedback is not None and per_channel:
-        scale, zero = np.empty((2, *low.shape), FLOAT_DTYPES[scheme.scale_dtype])  # F1 makes them
+    if makes_scales:
+        scale, zero = np.empty((2, count, blocks, head_dim), FLOAT_DTYPES[scheme.scale_dtype])
     elif scheme.scale_rule == "range":
         scale, zero = spec.range_scale(low, high, scheme)
     else:

@@ -144,8 +144,8 @@ def encode_block(
     feedback: tuple[list[int], list[list[float]]] | None = None,
 ) -> dict[str, Any]:
     tokens, channels = range(len(x)), range(len(x[0]))
-    norms = [exact_norm(row) if scheme.separate_norm else 1.0 for row in x]
-    direction = [[divide(value, norm) for value in row] for row, norm in zip(x, norms, strict=True)]
+    norms, sizes = norms_and_sizes(x, scheme)
+    direction = directions(x, norms)
     peak = [max(abs(direction[t][j]) for t in tokens) for j in channels]
     kept = sorted(sorted(channels, key=lambda j: (-peak[j], j))[: scheme.outlier_channels])  # O1
     coded = [j for j in channels if j not in kept]
@@ -174,7 +174,7 @@ def encode_block(
     for t in tokens:
         for j, value in zip(kept, outliers[t], strict=True):
             y[t][j] = value
-    factors = [factor(x[t], y[t], norms[t], scheme) for t in tokens]
+    factors = [factor(x[t], y[t], norms[t], sizes, scheme) for t in tokens]
     if feedback is not None and scheme.separate_norm and scheme.magnitude == "gain":  # M2
         known = map(math.isfinite, norms)  # others are refused (N1)
         factors = [multiply(norms[t], lengths[t]) if k else norms[t] for t, k in enumerate(known)]
@@ -203,6 +203,53 @@ def encode_block(
         "factor": factors,
         "x_hat": x_hat,
     }
+
+
+def norms_and_sizes(x: list[list[float]], scheme: Scheme) -> tuple[list[float], list[float]]:
+    """N1, N3: the norm of each token, and the size by which each channel counts."""
+    ones = [1.0] * len(x[0])
+    if not scheme.separate_norm:
+        return [1.0] * len(x), ones
+    plain = [exact_norm(row) for row in x]
+    if scheme.norm_rule == "plain":
+        return plain, ones
+    peaks = [max(map(abs, channel)) for channel in zip(*x, strict=True)]
+    sizes = [max(divide(peak, max(peaks)), 2.0**-12) for peak in peaks]
+    whole = [[divide(value, size) for value, size in zip(row, sizes, strict=True)] for row in x]
+    if not all(math.isfinite(value) for row in whole for value in row):
+        return plain, ones
+    balanced = [exact_norm(row) for row in whole]
+    if math.inf in balanced or not spread(x, balanced) < spread(x, plain):
+        return plain, ones
+    return balanced, sizes
+
+
+def spread(x: list[list[float]], norms: list[float]) -> float:
+    """N3: float64, one token, and one channel, after the other; squares are exact in it."""
+    ranges = [
+        [add(max(channel), -min(channel)) for channel in zip(*rows, strict=True)]
+        for rows in (directions(x, norms), x)
+    ]
+    growth = []
+    for after, before in zip(*ranges, strict=True):
+        growth.append(divide(after, before) if before else math.inf if after else 0.0)
+    sums = []
+    for values in norms, growth:
+        total = 0.0
+        for value in values:
+            if not math.isfinite(value):
+                total = math.inf
+            elif total < math.inf:
+                total = float(Fraction(total) + Fraction(value) ** 2)
+        sums.append(total)
+    if math.inf in sums:
+        return math.inf
+    return float(Fraction(sums[0]) * Fraction(sums[1]))
+
+
+def directions(x: list[list[float]], norms: list[float]) -> list[list[float]]:
+    """N2."""
+    return [[divide(value, norm) for value in row] for row, norm in zip(x, norms, strict=True)]
 
 
 def scale_and_zero(values: list[float], scheme: Scheme, power: int = 2) -> tuple[float, float]:
@@ -323,14 +370,17 @@ def dequantized(code: int, scale: float, zero: float, scheme: Scheme) -> float:
     return product if scheme.symmetric else add(product, zero)
 
 
-def factor(x: list[float], y: list[float], norm: float, scheme: Scheme) -> float:
+def factor(
+    x: list[float], y: list[float], norm: float, sizes: list[float], scheme: Scheme
+) -> float:
     """M1, M2, M3, before the factor is narrowed."""
     if not scheme.separate_norm or scheme.magnitude == "norm" or math.isinf(norm):
         return norm  # infinite norms are refused, whatever is stored in their place (N1)
     if not all(map(math.isfinite, y)):  # and so are outliers that feedback moved so far (F1 O1)
         return math.inf if scheme.magnitude == "lsq" else 0.0
     if scheme.magnitude == "gain":
-        return divide(norm, exact_norm(y))
+        sized = [divide(value, size) for value, size in zip(y, sizes, strict=True)]
+        return divide(norm, exact_norm(sized)) if all(map(math.isfinite, sized)) else 0.0
     below = sum((Fraction(v) ** 2 for v in y), Fraction(0))
     above = sum((Fraction(u) * Fraction(v) for u, v in zip(x, y, strict=True)), Fraction(0))
     return rounded(above / below, SINGLE) if below else 0.0

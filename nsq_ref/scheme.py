@@ -119,6 +119,9 @@ class Scheme:
         Codes around zero (S1), or from a stored ``zero`` upwards (S2).
     scale_rule : {"range", "search"}
         Scale from the full range, or from the best of six shrunken ranges (S4).
+    norm_rule : {"plain", "balanced"}
+        Norm of a token as it is (N1), or with the channels of its block brought to one size where
+        that keeps directions closer together (N3): for keys with outlier channels.
     magnitude : {"norm", "gain", "lsq"}
         The stored factor of a token: its norm (M1), the norm over the length of the
         dequantized direction (M2), or the least-squares factor (M3).
@@ -151,6 +154,7 @@ class Scheme:
     axis: Literal["channel", "token"] = "channel"
     symmetric: bool = True
     scale_rule: Literal["range", "search"] = "range"
+    norm_rule: Literal["plain", "balanced"] = "plain"
     magnitude: Literal["norm", "gain", "lsq"] = "norm"
     block_size: int | None = None
     sink_tokens: int = 0
@@ -168,6 +172,7 @@ class Scheme:
             "axis": ("channel", "token"),
             "symmetric": (True, False),
             "scale_rule": ("range", "search"),
+            "norm_rule": ("plain", "balanced"),
             "magnitude": ("norm", "gain", "lsq"),
             "scale_dtype": tuple(FLOAT_DTYPES),
             "norm_dtype": tuple(FLOAT_DTYPES),
@@ -188,12 +193,23 @@ class Scheme:
                     + (" or None for one block" if name == "block_size" else "")
                 )
         if not self.separate_norm:
-            for name in ("magnitude", "norm_dtype"):
+            for name in ("norm_rule", "magnitude", "norm_dtype"):
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} has no effect with separate_norm=False, "
                         f"which stores no norm; leave {name} out or set separate_norm=True"
                     )
+        if self.norm_rule == "balanced":
+            if self.axis != "channel":
+                raise ValueError(
+                    "norm_rule='balanced' is of channels that have scales of their own, and with "
+                    "axis='token' none has; set axis='channel' or norm_rule='plain'"
+                )
+            if self.magnitude == "norm":
+                raise ValueError(
+                    "norm_rule='balanced' makes norms that are no lengths, and magnitude='norm' "
+                    "stores a length; set magnitude='gain' or 'lsq', or norm_rule='plain'"
+                )
 
     @overload
     @classmethod

@@ -19,6 +19,7 @@ from nsq_ref.feedback import HeadFeedback
 from nsq_ref.scheme import Scheme
 
 SHRINK = np.array([1, 0.95, 0.9, 0.85, 0.8, 0.7], np.float32)  # S4, widest first
+LEAST_SIZE = np.float32(2.0**-12)  # N3
 
 
 class Block(NamedTuple):
@@ -67,7 +68,7 @@ def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> 
     >>> block.norm
     array([5. , 2.5], dtype=float16)
     """
-    norm = rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], np.float32)  # N1
+    norm, size = norms_and_sizes(x, scheme)  # N1 N3
     direction = direction_of(x, norm)  # N2
     index = outlier_channels(direction, scheme)  # O1
     coded = ~mark(index, x.shape[-1])
@@ -82,7 +83,7 @@ def encode(x: Float32, scheme: Scheme, feedback: HeadFeedback | None = None) -> 
     codes = without_codes(rounded, coded, norm)  # N2 O1
     outliers = kept_outliers(w, index)  # O1
     y = dequantized_direction(codes, scale, zero, index, outliers)
-    stored = stored_factor(x, y, norm, scheme, length)  # M1 M2 M3 M4
+    stored = stored_factor(x, y, norm, scheme, length, size)  # M1 M2 M3 M4
     lost = collapsed(x, reconstruct(y, stored, scheme))  # D2
     return Block(codes, stored, scale, zero, index, outliers, lost)
 
@@ -159,6 +160,45 @@ def decode_blocks(block: Block, scheme: Scheme) -> Float32:
         )  # fmt: skip
         decoded.append(decode(part, scheme))
     return np.concatenate(decoded, axis=-2)
+
+
+def norms_and_sizes(x: Float32, scheme: Scheme) -> tuple[Float32, Float32]:
+    """Return norms [..., T] and the sizes [..., 1, D] by which channels count (rules N1, N3)."""
+    plain, ones = np.ones(x.shape[:-1], np.float32), np.ones_like(x[..., :1, :])
+    if scheme.separate_norm:
+        plain = rounding.norm(x)
+    if scheme.norm_rule == "plain":
+        return plain, ones
+    size = channel_sizes(np.max(np.abs(x), axis=-2, keepdims=True))
+    balanced = length_if_finite(x / size)
+    gains = np.isfinite(balanced).all(axis=-1) & (spread(x, balanced) < spread(x, plain))
+    return (
+        np.where(gains[..., None], balanced, plain),
+        np.where(gains[..., None, None], size, ones),
+    )
+
+
+def channel_sizes(peak: Float32) -> Float32:
+    """Return each channel's largest magnitude over that of the block, bounded below (N3)."""
+    share = peak / where_zero(np.max(peak, axis=-1, keepdims=True), np.inf)
+    sizes: Float32 = np.maximum(share, LEAST_SIZE)
+    return sizes
+
+
+def spread(x: Float32, norm: Float32) -> Float64:
+    """Return by how much these norms spread the directions of a block (rule N3)."""
+    direction = direction_of(x, norm)
+    return spread_of(np.ptp(direction, axis=-2), np.ptp(x, axis=-2), norm)
+
+
+def spread_of(range_of_direction: Float32, range_of_x: Float32, norm: Float32) -> Float64:
+    """Return the sum of squared norms times that of the squared growth of ranges (rule N3)."""
+    growth = range_of_direction / range_of_x
+    growth = np.where(range_of_direction == 0, np.float32(0), growth)
+    squares, growths = np.square(norm, dtype=np.float64), np.square(growth, dtype=np.float64)
+    # Accumulated, not np.sum: N3 names the order, and np.sum has its own.
+    sums = [np.add.accumulate(part, axis=-1)[..., -1] for part in (squares, growths)]
+    return np.asarray(sums[0] * sums[1])
 
 
 def direction_of(x: Float32, norm: Float32) -> Float32:
@@ -378,18 +418,30 @@ def dequantized_direction(
 
 
 def stored_factor(
-    x: Float32, y: Float32, norm: Float32, scheme: Scheme, length: Float32 | None = None
+    x: Float32,
+    y: Float32,
+    norm: Float32,
+    scheme: Scheme,
+    length: Float32 | None = None,
+    size: Float32 | float = 1,
 ) -> Array:
     """Return the narrowed factor of each token (rule M4)."""
-    return rounding.narrow(factor(x, y, norm, scheme, length), FLOAT_DTYPES[scheme.norm_dtype])
+    wide = factor(x, y, norm, scheme, length, size)
+    return rounding.narrow(wide, FLOAT_DTYPES[scheme.norm_dtype])
 
 
 def factor(
-    x: Float32, y: Float32, norm: Float32, scheme: Scheme, length: Float32 | None = None
+    x: Float32,
+    y: Float32,
+    norm: Float32,
+    scheme: Scheme,
+    length: Float32 | None = None,
+    size: Float32 | float = 1,
 ) -> Float32:
     """Return the factor of each token before it is narrowed (rules M1, M2, M3).
 
-    ``length`` is what `length_kept` returns of keys under feedback. A norm beyond float32 stays
+    ``length`` is what `length_kept` returns of keys under feedback, and ``size`` what
+    `norms_and_sizes` returns beside norms. A norm beyond float32 stays
     infinite, and is refused, whatever is stored in its place (N1).
     """
     if not scheme.separate_norm or scheme.magnitude == "norm":
@@ -397,7 +449,7 @@ def factor(
     if scheme.magnitude == "gain" and length is not None:
         gain = norm * length
     elif scheme.magnitude == "gain":
-        gain = norm / where_zero(rounding.norm(y), np.inf)
+        gain = norm / where_zero(length_if_finite(y / size), np.inf)
     else:
         gain = rounding.least_squares_gain(x, y)
     return np.where(np.isinf(norm), norm, gain)

@@ -72,8 +72,9 @@ def schemes(**fixed: Any) -> st.SearchStrategy[Scheme]:
     Parameters
     ----------
     **fixed
-        Fields of `Scheme` that are not drawn freely: a value, or a strategy for it. ``magnitude``
-        and ``norm_dtype`` hold where norms are separated; they mean nothing elsewhere.
+        Fields of `Scheme` that are not drawn freely: a value, or a strategy for it. ``norm_rule``,
+        ``magnitude`` and ``norm_dtype`` hold where norms are separated, and a balanced norm with
+        axis channel and a gain; they mean nothing elsewhere.
 
     Raises
     ------
@@ -247,6 +248,7 @@ def _fields() -> dict[str, st.SearchStrategy[Any]]:
         "axis": st.sampled_from(["channel", "token"]),
         "symmetric": st.booleans(),
         "scale_rule": st.sampled_from(["range", "search"]),
+        "norm_rule": st.sampled_from(["plain", "balanced"]),
         "magnitude": st.sampled_from(["norm", "gain", "lsq"]),
         "block_size": st.sampled_from([None, 1, 2, 3, 5]),
         "sink_tokens": st.sampled_from([0, 1, 3]),
@@ -260,7 +262,9 @@ def _fields() -> dict[str, st.SearchStrategy[Any]]:
 def _schemes(draw: st.DrawFn, fields: dict[str, st.SearchStrategy[Any]]) -> Scheme:
     chosen = {name: draw(field) for name, field in fields.items()}
     if not chosen["separate_norm"]:
-        chosen.update(magnitude="norm", norm_dtype="float16")
+        chosen.update(norm_rule="plain", magnitude="norm", norm_dtype="float16")
+    if chosen["axis"] == "token" or chosen["magnitude"] == "norm":
+        chosen["norm_rule"] = "plain"
     return Scheme(**chosen)
 
 

@@ -58,18 +58,27 @@ jit = partial(compiled, keep=True, nogil=True, fastmath=False)  # what is called
 @jit
 def measure(
     first: int, last: int, x: Array, sinks: int, block_size: int, separate_norm: bool,
-    with_extent: bool, norm: Array, low: Array, high: Array,
+    with_extent: bool, size: Array, norm: Array, low: Array, high: Array,
 ) -> None:  # fmt: skip
-    """Norms (N1; 1 without separation) and each channel's extent over the tokens of a task."""
+    """Norms (N1; 1 without separation) and each channel's extent over the tokens of a task.
+
+    With ``size[N, blocks, D]`` norms are those of elements over it (N3), unless it has no blocks.
+    """
+    sized = np.empty((1, x.shape[2]), np.float32)
+    sized_bits = sized.view(np.int32)
     for task in range(first, last):
-        n, _, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
+        n, block, start, stop = span_of_task(task, x.shape[1] - sinks, block_size)
         rows, task_norm = x[n, sinks:], norm[n]
         bits = rows.view(np.int32)
         if with_extent:
             low[task] = np.inf
             high[task] = -np.inf
         for t in range(start, stop):
-            if separate_norm:
+            if size.shape[1]:
+                for j in range(rows.shape[1]):
+                    sized[0, j] = rows[t, j] / size[n, block, j]
+                token_norm = norm_of_row(sized, sized_bits, 0)
+            elif separate_norm:
                 token_norm = norm_of_row(rows, bits, t)
             else:
                 finite = largest_bits(bits, t) < INFINITY_BITS
@@ -163,13 +172,15 @@ def squared_errors(
 
 @jit
 def encode_rows(
-    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, moved: Array,
-    length: Array, magnitude: int, scale: Array, zero: Array, low: np.float32, high: np.float32,
+    first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, size: Array,
+    moved: Array, length: Array, magnitude: int, scale: Array, zero: Array, low: np.float32,
+    high: np.float32,
     per_channel: bool, offset: np.float32, bits: int, outlier_index: Array, outliers: Array,
     packed: Array, factor: Array, collapsed: Array,
 ) -> None:  # fmt: skip
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3).
 
+    ``size[N, blocks, D]`` is what channels count by (N3), unless it has no blocks;
     ``moved[N, T, D]`` is coded in place of the directions (F1), unless it has no tokens, and
     ``length[N, T]`` is by how much the weights see it as too short (M2), unless it has none.
     """
@@ -219,6 +230,9 @@ def encode_rows(
             elif magnitude == MAGNITUDE_GAIN and length.size:
                 factor[n, t] = token_norm * length[n, t]
             elif magnitude == MAGNITUDE_GAIN:
+                if size.shape[1]:
+                    for j in range(head_dim):
+                        y[0, j] = y[0, j] / size[n, block, j]
                 factor[n, t] = token_norm / divisor_of(norm_of_row(y, y_bits, 0))
             elif magnitude == MAGNITUDE_LSQ:
                 factor[n, t] = gain_of_row(rows, row_bits, t, y, y_bits)
@@ -291,30 +305,20 @@ def encode(
     tasks = count * blocks * chunks
     per_channel = scheme.axis == "channel"
     makes_scales = per_channel and feedback is not None  # F1 does, of what it codes
-    with_extent = (per_channel and not makes_scales) or scheme.outlier_channels > 0
+    with_extent = (
+        (per_channel and not makes_scales)
+        or scheme.outlier_channels > 0
+        or scheme.norm_rule == "balanced"
+    )
     low_code, high_code = map(np.float32, scheme.code_range)
 
-    norm = np.empty((count, tokens), np.float32)
-    low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
-    high = np.empty_like(low)
-    run(measure, tasks, x, sinks, block_size, scheme.separate_norm, with_extent, norm, low, high)
-    if (at := places(np.isnan(norm))) is not None:
-        rows = x[:, sinks:][at]
-        if not np.isfinite(rows).all():
-            raise FloatingPointError
-        norm[at] = rounding.norm(rows)
-        if with_extent:
-            direction = rows / spec.where_zero(norm[at], np.inf)[:, None]
-            n, t = at
-            task = (n * blocks + t // block_size) * chunks + t % block_size // CHUNK_TOKENS
-            np.minimum.at(low, task, direction)
-            np.maximum.at(high, task, direction)
+    size = np.empty((count, 0, head_dim), np.float32)
+    norm, low, high = measured(x, sinks, scheme, scheme.separate_norm, with_extent, size)
+    if scheme.norm_rule == "balanced":
+        norm, low, high, size = balanced(x, sinks, scheme, norm, low, high)
 
     index = np.zeros((count, blocks, 0), np.int32)
     outliers = np.zeros((count, tokens, 0), np.float16)
-    if with_extent:
-        low = low.reshape(count, blocks, chunks, head_dim).min(axis=2)
-        high = high.reshape(count, blocks, chunks, head_dim).max(axis=2)
     if scheme.outlier_channels:
         index = spec.outlier_channels(np.maximum(high, -low)[:, :, None], scheme)[:, :, 0]
         kept = np.empty((count, tokens, index.shape[2]), np.float32)
@@ -364,7 +368,7 @@ def encode(
     factor = np.empty((count, tokens), np.float32)
     collapsed = np.zeros((count, tokens), np.bool_)
     run(
-        encode_rows, tasks, x, sinks, block_size, norm, moved, length,
+        encode_rows, tasks, x, sinks, block_size, norm, size, moved, length,
         MAGNITUDES[scheme.magnitude], float32(scale), float32(zero), low_code, high_code,
         per_channel, np.float32(scheme.code_offset), scheme.bits, index, float32(outliers), packed,
         factor, collapsed,
@@ -373,7 +377,9 @@ def encode(
     if (at := places(np.isnan(factor))) is not None:
         y = directions(block, at, block_size, head_dim, scheme)
         known = length[at] if length.size else None
-        factor[at] = spec.factor(x[:, sinks:][at], y, norm[at], scheme, known)
+        n, t = at
+        counts = size[n, t // block_size] if size.shape[1] else 1
+        factor[at] = spec.factor(x[:, sinks:][at], y, norm[at], scheme, known, counts)
     stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
     small = np.abs(factor) < np.float32(SMALL_FACTOR[scheme.norm_dtype])
     if (at := places(small & (norm != 0))) is not None:
@@ -381,6 +387,67 @@ def encode(
         x_hat = spec.reconstruct(y, stored[at], scheme)
         collapsed[at] = spec.collapsed(x[:, sinks:][at], x_hat)
     return block._replace(norm=stored)
+
+
+def measured(
+    x: Array, sinks: int, scheme: Scheme, separate_norm: bool, with_extent: bool, size: Array
+) -> tuple[Array, Array, Array]:
+    """Norms ``[N, T]`` and, of each block, the extents ``[N, blocks, D]`` of directions by them.
+
+    ``size`` is as `measure` takes it. Without extents those have no rows.
+    """
+    count, tokens, head_dim = x.shape[0], x.shape[1] - sinks, x.shape[2]
+    block_size = scheme.tokens_per_block(tokens)
+    blocks, chunks = -(-tokens // block_size), -(-block_size // CHUNK_TOKENS)
+    tasks = count * blocks * chunks
+    norm = np.empty((count, tokens), np.float32)
+    low = np.empty((tasks if with_extent else 0, head_dim), np.float32)
+    high = np.empty_like(low)
+    run(measure, tasks, x, sinks, block_size, separate_norm, with_extent, size, norm, low, high)
+    if (at := places(np.isnan(norm))) is not None:
+        rows = x[:, sinks:][at]
+        if not np.isfinite(rows).all():
+            raise FloatingPointError
+        n, t = at
+        sized = rows / size[n, t // block_size] if size.shape[1] else rows
+        norm[at] = spec.length_if_finite(sized)
+        if with_extent:
+            direction = spec.direction_of(rows, norm[at])
+            task = (n * blocks + t // block_size) * chunks + t % block_size // CHUNK_TOKENS
+            np.minimum.at(low, task, direction)
+            np.maximum.at(high, task, direction)
+    if with_extent:
+        low = low.reshape(count, blocks, chunks, head_dim).min(axis=2)
+        high = high.reshape(count, blocks, chunks, head_dim).max(axis=2)
+    return norm, low, high
+
+
+def balanced(
+    x: Array, sinks: int, scheme: Scheme, norm: Array, low: Array, high: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Norms, extents and sizes of rule N3, from what `measured` returned of plain norms."""
+    none = np.empty((len(x), 0, x.shape[2]), np.float32)
+    _, least, greatest = measured(x, sinks, scheme, False, True, none)
+    size = spec.channel_sizes(np.maximum(greatest, -least))
+    other = measured(x, sinks, scheme, True, True, size)
+    block_size = scheme.tokens_per_block(norm.shape[1])
+    token_block = np.arange(norm.shape[1]) // block_size
+
+    def by_block(norms: Array) -> Array:
+        whole = np.zeros((len(x), size.shape[1] * block_size), np.float32)
+        whole[:, : norms.shape[1]] = norms
+        return whole.reshape(len(x), -1, block_size)
+
+    spread = spec.spread_of(high - low, greatest - least, by_block(norm))
+    other_spread = spec.spread_of(other[2] - other[1], greatest - least, by_block(other[0]))
+    chosen = np.isfinite(by_block(other[0])).all(axis=-1) & (other_spread < spread)
+    by_channel = chosen[..., None]
+    return (
+        np.where(chosen[:, token_block], other[0], norm),
+        np.where(by_channel, other[1], low),
+        np.where(by_channel, other[2], high),
+        np.where(by_channel, size, np.float32(1)),
+    )
 
 
 def decode(block: spec.Block, sinks: int, scheme: Scheme, out: Array) -> None:

@@ -24,7 +24,7 @@ from nsq_ref.environment import in_default_environment
 
 __all__ = ["Feedback", "HeadFeedback", "Moments", "second_moment"]
 
-DAMPING = 0.1
+DAMPING = 0.03
 FAINTEST = 1e-3  # of the mean of a moment's diagonal: channels of less are damped as if they had it
 ASYMMETRY = 1e-6  # of the largest element: more is no rounding
 

@@ -141,6 +141,9 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | 
         return Interval(ones, ones)
     values = arguments.finite("factor", factor)
     arguments.one_a_vector("factor", values, "y", dequantized)
+    if scheme.norm_rule == "balanced" and dequantized.ndim < 2:
+        shape = list(dequantized.shape)
+        raise ValueError(f"y has shape {shape}; give [..., tokens, D] of one block")
     narrowed = narrowing_interval(values, scheme.norm_dtype)
     if scheme.magnitude == "norm":
         return Interval(np.maximum(narrowed.low, 0), narrowed.high)
@@ -150,9 +153,6 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | 
         plain = rounding.norm(dequantized.astype(np.float32)).astype(np.float64)
         divisor, ratio_low = Interval(plain, plain), np.maximum(ratio.low, 0)
         if scheme.norm_rule == "balanced":
-            if dequantized.ndim < 2:
-                shape = list(dequantized.shape)
-                raise ValueError(f"y has shape {shape}; give [..., tokens, D] of one block")
             inside = arguments.interval("direction", direction)
             sized = sized_length(values, dequantized, inside, ratio_low * plain * DOWN)
             divisor = Interval(np.maximum(plain, sized.low), sized.high)

@@ -50,7 +50,13 @@ class Coded:
         )
         given_to = scales, None if scheme.symmetric else zeros
         coded, w = np.broadcast_to(coded, x.shape)[real], self.fed.w[real].astype(float)
-        plain = replace(scheme, separate_norm=False, magnitude="norm", norm_dtype="float16")
+        plain = replace(
+            scheme,
+            separate_norm=False,
+            norm_rule="plain",
+            magnitude="norm",
+            norm_dtype="float16",
+        )
         steps, stored = (
             bounds.element_error(*given_to, scheme=plain, direction=known) for known in (w, None)
         )

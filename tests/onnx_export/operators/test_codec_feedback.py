@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import numpy as np
@@ -86,12 +86,13 @@ def test_heads_and_short_blocks(runner: Callable[[onnx.ModelProto], Run], name: 
 
 
 @pytest.mark.parametrize("magnitude", ["gain", "lsq"])
-def test_balanced_norms(runner: Callable[[onnx.ModelProto], Run], magnitude: str) -> None:
+def test_balanced_norms(
+    runner: Callable[[onnx.ModelProto], Run], magnitude: Literal["gain", "lsq"]
+) -> None:
     """N3 F1 M2 M3. Errors that move are those of directions by the norms that are taken."""
     x = keys_of_two_kinds(tokens=14, channels=12)
-    scheme = Scheme.from_dict(
-        FORMS["gain"].to_dict()
-        | {"norm_rule": "balanced", "magnitude": magnitude, "block_size": 5, "outlier_channels": 1}
+    scheme = replace(
+        FORMS["gain"], norm_rule="balanced", magnitude=magnitude, block_size=5, outlier_channels=1
     )
     assert set(are_balanced(x, scheme).ravel().tolist()) == {True, False}
     queries = np.random.default_rng(2).standard_normal((2, 40, 12))

@@ -119,14 +119,12 @@ def norms_between_floats(ends: tuple[float, ...]) -> Array:
     return np.concatenate([x, np.clip(others, -1, 1)]) * sizes
 
 
-@pytest.mark.parametrize("fed", [False, True])
-def test_norms_that_float64_cannot_tell(fed: bool) -> None:
+def test_norms_that_float64_cannot_tell() -> None:
     """N3 N1: exact ties go to even, and what is just beside a tie does not."""
     x = norms_between_floats((0, 2.0**-30))
     scheme = replace(BALANCED, symmetric=True, bits=8, scale_dtype="float32")
-    feedback = Feedback([range(5)], np.eye(5, dtype=np.float32)[None]) if fed else None
-    assert gains(x, scheme, feedback)
-    assert_agrees(scheme, x, feedback)
+    assert gains(x, scheme)
+    assert_agrees(scheme, x, None)
 
 
 @pytest.mark.parametrize(("factor", "finite"), [(3e37, True), (7.05e37, False), (1.2e38, False)])

@@ -405,10 +405,10 @@ func (s scheme) normsAndSizes(x []float32, d int) ([]float32, []float32) {
 		sizes[j] = max(peak/most, 0x1p-12)
 	}
 	balanced := rowNorms(divided(x, sizes), d)
-	if slices.ContainsFunc(balanced, isInfinite) || !(spread(x, balanced) < spread(x, plain)) {
-		return plain, ones
+	if spread(x, balanced) < spread(x, plain) { // never so where a balanced norm is infinite
+		return balanced, sizes
 	}
-	return balanced, sizes
+	return plain, ones
 }
 
 // rowNorms returns the norm of each row of d values.

@@ -323,7 +323,8 @@ function normsAndSizes(s, x, D) {
   const most = orInfinity(sizes.reduce((a, b) => max(a, b)));
   sizes.forEach((peak, j) => (sizes[j] = max(peak / most, 2 ** -12)));
   const balanced = rowNorms(divided(x, sizes), D);
-  return balanced.every(isFinite) && spread(x, balanced, D) < spread(x, plain, D) ? [balanced, sizes] : [plain, ones];
+  const gains = spread(x, balanced, D) < spread(x, plain, D); // never so where a balanced norm is infinite
+  return gains ? [balanced, sizes] : [plain, ones];
 }
 
 /** The parts of one block x [tokens, D] (K1 aside), before codes are packed; floats as stored. */

@@ -62,7 +62,7 @@ def norms_and_sizes(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     peak = x.abs().amax(dim=-2, keepdim=True)
     size = (peak / or_infinity(peak.amax(dim=-1, keepdim=True))).clamp(min=2.0**-12)
     balanced = norm(x / size)
-    gains = balanced.isfinite().all(dim=-1) & (spread(x, balanced) < spread(x, plain))
+    gains = spread(x, balanced) < spread(x, plain)  # never so where a balanced norm is infinite
     balanced = torch.where(gains[..., None], balanced, plain)
     return balanced, torch.where(gains[..., None, None], size, ones)
 

@@ -25,13 +25,14 @@ class _Family(NamedTuple):
 
     key_rule: Literal["range", "search"]
     value_rule: Literal["range", "search"]
+    norm_rule: Literal["plain", "balanced"]  # of keys: values have no outlier channels
     wants_feedback: bool = False
 
 
 _FAMILIES = {
-    "fast": _Family("range", "range"),
-    "small": _Family("range", "search"),
-    "best": _Family("search", "search", wants_feedback=True),
+    "fast": _Family("range", "range", "plain"),
+    "small": _Family("range", "search", "balanced"),
+    "best": _Family("search", "search", "balanced", wants_feedback=True),
 }
 # Bits of keys and of values by the bits an element that they take together, with 64 channels.
 _BUDGETS = {"4.5": (4, 4), "3.5": (3, 3), "3": (3, 2), "2.5": (2, 2)}
@@ -109,8 +110,9 @@ def profile_fields(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     'search'
     """
     family, _, budget = name.partition("-")
+    own = _FAMILIES[family]
     key, value = (
         {"bits": bits, **_FIELDS, "scale_rule": "search" if bits == 2 else rule}
-        for bits, rule in zip(_BUDGETS[budget], _FAMILIES[family][:2], strict=True)
+        for bits, rule in zip(_BUDGETS[budget], (own.key_rule, own.value_rule), strict=True)
     )
-    return key, value
+    return key | {"norm_rule": own.norm_rule}, value

@@ -193,7 +193,8 @@ def spread(x: Float32, norm: Float32) -> Float64:
 
 def spread_of(range_of_direction: Float32, range_of_x: Float32, norm: Float32) -> Float64:
     """Return the sum of squared norms times that of the squared growth of ranges (rule N3)."""
-    growth = range_of_direction / range_of_x
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        growth = range_of_direction / range_of_x
     growth = np.where(range_of_direction == 0, np.float32(0), growth)
     squares, growths = np.square(norm, dtype=np.float64), np.square(growth, dtype=np.float64)
     # Accumulated, not np.sum: N3 names the order, and np.sum has its own.

@@ -16,8 +16,8 @@ from nsq_ref.scheme import PARTS, Scheme, scheme_names
 
 DEFAULTS: dict[str, Any] = {
     "bits": 4, "separate_norm": True, "axis": "channel", "symmetric": True,
-    "scale_rule": "range", "magnitude": "norm", "block_size": None, "sink_tokens": 0,
-    "outlier_channels": 0, "scale_dtype": "float16", "norm_dtype": "float16",
+    "scale_rule": "range", "norm_rule": "plain", "magnitude": "norm", "block_size": None,
+    "sink_tokens": 0, "outlier_channels": 0, "scale_dtype": "float16", "norm_dtype": "float16",
 }  # fmt: skip
 # What differs from the defaults, by family; widths are in the names.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -46,17 +46,17 @@ EXPECTED_PAIRS = {
 PROFILE = {
     "symmetric": False, "magnitude": "gain", "block_size": 128, "sink_tokens": 1,
 }  # fmt: skip
-# Bits and rule of keys, and of values.
+# Bits, scale rule and norm rule of keys, and of values.
 EXPECTED_PROFILES = {
-    "fast-4.5": (4, "range", 4, "range"),
-    "small-4.5": (4, "range", 4, "search"),
-    "small-3.5": (3, "range", 3, "search"),
-    "small-3": (3, "range", 2, "search"),
-    "small-2.5": (2, "search", 2, "search"),
-    "best-4.5": (4, "search", 4, "search"),
-    "best-3.5": (3, "search", 3, "search"),
-    "best-3": (3, "search", 2, "search"),
-    "best-2.5": (2, "search", 2, "search"),
+    "fast-4.5": (4, "range", "plain", 4, "range", "plain"),
+    "small-4.5": (4, "range", "balanced", 4, "search", "plain"),
+    "small-3.5": (3, "range", "balanced", 3, "search", "plain"),
+    "small-3": (3, "range", "balanced", 2, "search", "plain"),
+    "small-2.5": (2, "search", "balanced", 2, "search", "plain"),
+    "best-4.5": (4, "search", "balanced", 4, "search", "plain"),
+    "best-3.5": (3, "search", "balanced", 3, "search", "plain"),
+    "best-3": (3, "search", "balanced", 2, "search", "plain"),
+    "best-2.5": (2, "search", "balanced", 2, "search", "plain"),
 }
 
 
@@ -89,8 +89,9 @@ def test_a_profile_means_these_schemes_and_is_within_its_budget(name: str) -> No
     pair = Scheme.named(name)
     assert isinstance(pair, KeyValueSchemes)
     expected = EXPECTED_PROFILES[name]
-    for scheme, bits, rule in zip(pair, expected[::2], expected[1::2], strict=True):
-        assert scheme.to_dict() == DEFAULTS | PROFILE | {"bits": bits, "scale_rule": rule}
+    for scheme, own in zip(pair, (expected[:3], expected[3:]), strict=True):
+        fields = zip(("bits", "scale_rule", "norm_rule"), own, strict=True)
+        assert scheme.to_dict() == DEFAULTS | PROFILE | dict(fields)
     budget = float(name.partition("-")[2])
     # Of full blocks of 64 channels exactly; the sink is float32.
     took = sum(one.bits_per_element(1 + 4096, 64) for one in pair) / 2
@@ -106,7 +107,7 @@ def test_the_document_has_every_profile_and_its_bits() -> None:
     for name, (key, value, *bits, wants) in found.items():
         pair = Scheme.named(name)
         assert isinstance(pair, KeyValueSchemes)
-        assert [key, value] == [f"{one.bits}, {one.scale_rule}" for one in pair]
+        assert [key, value] == [f"{one.bits}, {one.scale_rule}, {one.norm_rule}" for one in pair]
         for told, channels in zip(bits, (64, 128, 256), strict=True):
             took = sum(one.bits_per_element(4096, channels) for one in pair) / 2
             assert told == f"{took:.2f}"

@@ -57,8 +57,8 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
     plain = replace(scheme, norm_rule="plain")
 
     def case_of(name: str, flags: tuple[str, ...], x: Array) -> Case:
-        if scheme.norm_rule == "balanced" and flags[0] in _HELD:
-            x = held_plain(x)
+        if flags[0] in _HELD:
+            x = held_plain(x, scheme)
         return Case(name, "encode", scheme, flags, {"x": x}, refusal(x, scheme))
 
     for flag, family in FAMILIES.items():

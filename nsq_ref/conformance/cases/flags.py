@@ -234,8 +234,8 @@ FLAGS: dict[str, Flag] = {
     "balanced-range": Flag("N3", "Range",
         "Balanced norms beyond float32, where plain ones are taken, and beyond norm_dtype."),
     "balanced-sizes": Flag("N3", "Arithmetic",
-        "Blocks on which another size of channels, another spread or another order of operations "
-        "gives other bytes."),
+        "Blocks on which another size of channels, another spread, an epsilon or another order "
+        "of operations gives other bytes."),
     "balanced-feedback": Flag("N3", "Feedback",
         "Keys with balanced norms under feedback: w, scales and gains are of these."),
     "largest-half": Flag("M4", "Range",

@@ -18,8 +18,7 @@ VARIANTS = {
     "blocks": Scheme(block_size=16, sink_tokens=2),
     "balanced": Scheme(norm_rule="balanced", magnitude="gain"),
     "balanced-blocks": Scheme(
-        symmetric=False, norm_rule="balanced", magnitude="lsq", block_size=16, sink_tokens=2,
-        outlier_channels=2, norm_dtype="bfloat16",
+        symmetric=False, norm_rule="balanced", magnitude="lsq", block_size=16, sink_tokens=2
     ),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,26 +77,26 @@ def computed(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Made]:
     kind, tokens = FLOAT_DTYPES[dtype], min(scheme.block_size or TOKENS, TOKENS)
     width = CHANNELS + scheme.outlier_channels
 
-    def chosen(make: Callable[[], Array], wanted: bool = True) -> Iterator[Array]:
+    def chosen(make: Callable[..., Array], *given: Any, wanted: bool = True) -> Iterator[Array]:
         """Yield the first of some whose norms are as wanted; none may be."""
         for _ in range(ATTEMPTS):
-            x = make().astype(kind)
+            x = make(draw, tokens, width, *given).astype(kind)
             if np.isfinite(x).all() and takes_balanced(x, scheme) == wanted:
                 yield x
                 return
 
     for size in (12.0, 40.0, 900.0):
-        for x in chosen(lambda size=size: _outlier_pair(draw, tokens, width, size)):
+        for x in chosen(_outlier_pair, size):
             yield "outlier-pair", x
     for offset in (6.0, 100.0):
-        for x in chosen(lambda offset=offset: _offsets(draw, tokens, width, offset), False):
+        for x in chosen(_offsets, offset, wanted=False):
             yield "offset-channel", x
     yield from (("balanced-choice", x.astype(kind)) for x in _mixed(scheme, draw, width))
     for exponent in (-11, -12, -13, -16, -30):
-        for x in chosen(lambda exponent=exponent: _small_channel(draw, tokens, width, exponent)):
+        for x in chosen(_small_channel, exponent):
             yield "size-bound", x
     for zeros in ("channel", "token", "both"):
-        for x in chosen(lambda zeros=zeros: _with_zeros(draw, tokens, width, zeros)):
+        for x in chosen(_with_zeros, zeros):
             yield "balanced-zero", x
     yield "balanced-zero", np.zeros((tokens, width), kind)
     x = _outlier_pair(draw, tokens, width, 30.0)
@@ -110,7 +110,7 @@ def computed(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Made]:
     end = FORMATS[scheme.norm_dtype].end
     if scheme.norm_dtype == "float16" and tokens > 1:
         for scale in (0.45, 0.9):
-            for x in chosen(lambda scale=scale: _beyond_norms(draw, tokens, width, scale * end)):
+            for x in chosen(_beyond_norms, scale * end):
                 yield "balanced-range", x
 
 
@@ -219,7 +219,7 @@ def _brought_together(scheme: Scheme, draw: Draw, dtype: str) -> tuple[Array, Ar
     def larger(factor: float) -> Array:
         x = base.copy()
         x[:, [1, 4]] *= factor
-        return x.astype(kind)
+        return np.asarray(x, kind)
 
     x = _bisected(larger, 0.125, 64.0, scheme)
     if x is None:
@@ -233,7 +233,7 @@ def _brought_together(scheme: Scheme, draw: Draw, dtype: str) -> tuple[Array, Ar
         def moved(value: float, start: Array = start, at: tuple[int, int] = (token, j)) -> Array:
             y = start.copy()
             y[at] = value
-            return y
+            return np.asarray(y)
 
         value = float(start[token, j]) or 1.0
         refined = _bisected(moved, 0.5 * value, 2 * value, scheme)
@@ -301,7 +301,7 @@ def _looked_for(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Array]:
                     yield x
 
 
-def _pool(kind: str, scheme: Scheme, draw: Draw, dtype: str, count: int) -> Sequence[Array]:
+def _pool(kind: str, scheme: Scheme, draw: Draw, dtype: str, count: int) -> Array | list[Array]:
     """Return blocks, or sequences of heads or blocks, each of which is an input."""
     size, width = scheme.block_size or TOKENS, CHANNELS + scheme.outlier_channels
     shape: tuple[int, ...] = min(size, TOKENS), width
@@ -327,7 +327,7 @@ def _pool(kind: str, scheme: Scheme, draw: Draw, dtype: str, count: int) -> Sequ
 
 
 def _among(
-    pool: Sequence[Array], names: Sequence[str], scheme: Scheme
+    pool: Array | list[Array], names: Sequence[str], scheme: Scheme
 ) -> Iterator[tuple[str, Array | None]]:
     """Yield the mistakes that show in a pool, with the first input that shows each.
 
@@ -348,7 +348,7 @@ def _among(
             yielded.add(index)
 
 
-def _answers(pool: Sequence[Array], mistake: str, scheme: Scheme) -> list[Array]:
+def _answers(pool: Array | list[Array], mistake: str, scheme: Scheme) -> list[Array]:
     """Encode a pool: an array at once, a list one input after the other."""
     model = _reference(mistake).model
     if isinstance(pool, np.ndarray):

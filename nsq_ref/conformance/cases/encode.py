@@ -83,12 +83,12 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
             inputs, name = {"x": recipe.make(dtype)}, f"long-sequence/{first}"
             yield Case(name, "encode", scheme, ("long-sequence",), inputs, None, recipe)
     for dtype, first in FIRST.items():
-        numbers = defaultdict(partial(count, first))
+        numbers: dict[str, Iterator[int]] = defaultdict(partial(count, first))
         draw = Draw(seed, f"balanced norms in {dtype}")
         for flag, coded in balanced(scheme, draw, dtype, quick):
             yield case_of(f"{flag}/{next(numbers[flag])}", (flag,), with_sinks(coded, scheme))
     for dtype in () if quick else NARROW:
-        numbers: dict[str, Iterator[int]] = defaultdict(partial(count, FIRST[dtype]))
+        numbers = defaultdict(partial(count, FIRST[dtype]))
         for flag, coded in narrow_ties(plain, seed, dtype):
             yield case_of(f"{flag}/{next(numbers[flag])}", (flag,), with_sinks(coded, scheme))
         for case in twins:

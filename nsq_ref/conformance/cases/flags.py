@@ -215,13 +215,13 @@ FLAGS: dict[str, Flag] = {
     "feedback-search": Flag("F1", "Search",
         "Blocks of which fourth powers of errors, in float64, choose another range than squares."),
     "outlier-pair": Flag("N3", "Norm",
-        "A pair of channels far larger than the others, on whose noise plain norms depend: balanced "
-        "norms spread directions less, and are taken."),
+        "A pair of channels far larger than the others, on whose noise plain norms depend: "
+        "balanced norms spread directions less, and are taken."),
     "offset-channel": Flag("N3", "Norm",
         "Channels of large offsets and small ranges, which plain norms keep together: balanced "
         "ones spread directions more, and are not taken."),
     "balanced-choice": Flag("N3", "Norm",
-        "Heads, and blocks of one sequence, of which some have balanced norms and some plain ones."),
+        "Heads, and blocks of one sequence, of which some have balanced norms and some plain."),
     "near-choice": Flag("N3", "Precision",
         "Blocks whose two spreads are nearly equal, on either side, and quite equal."),
     "size-bound": Flag("N3", "Range",

@@ -98,7 +98,9 @@ def test_a_port_from_the_text_alone_conforms_on_large_cases(
     assert report_on(RIGHT, SCHEMES[name], ("encode",), ("float32",)).conforms
 
 
-@pytest.mark.parametrize("name", ["cache", "plain cache", "balanced blocks", "everything", "streaming4", "streaming2"])
+@pytest.mark.parametrize(
+    "name", ["cache", "plain cache", "balanced blocks", "everything", "streaming4", "streaming2"]
+)
 def test_a_cache_from_the_text_alone_conforms(name: str) -> None:
     """B1 B2 C1 K1."""
     report = report_on(RIGHT, SCHEMES[name], ("stream",))

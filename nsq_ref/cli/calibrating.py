@@ -48,7 +48,7 @@ def calibrate(
     ] = 1024,
     damping: Annotated[
         float, typer.Option(min=0, help="The more, the less it is made for these texts alone.")
-    ] = 0.1,
+    ] = 0.03,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="tokenizer.json or a GGUF file; by default what is beside the model."),

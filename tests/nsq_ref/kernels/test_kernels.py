@@ -153,7 +153,8 @@ def test_gain_of_a_row_is_right_or_undecided(pair: tuple[list[float], list[float
     x, y = np.float32([pair[0]]), np.float32([pair[1]])
     known = kernel_rows.gain_of_row(x, bits_of(x), 0, y, bits_of(y))
     scheme = Scheme(magnitude="lsq")
-    expected = oracle.factor(x[0].tolist(), y[0].tolist(), 1.0, scheme)
+    ones = [1.0] * len(pair[0])
+    expected = oracle.factor(x[0].tolist(), y[0].tolist(), 1.0, ones, scheme)
     assert np.isnan(known) or known == expected
 
 

@@ -15,13 +15,12 @@ import numpy as np
 
 from nsq_ref.arrays import RangeError
 from nsq_ref.audit.attention import SampledAttention
-from nsq_ref.audit.figures import token_norms
 from nsq_ref.audit.layers import Layer
 from nsq_ref.codec import dequantize, quantize
 from nsq_ref.dtypes import Float32, Float64
 from nsq_ref.environment import in_default_environment
 from nsq_ref.scheme import Scheme
-from nsq_ref.spec import SHRINK
+from nsq_ref.spec import SHRINK, norms_and_sizes
 
 __all__ = ["Losses", "SideLoss", "predicted_error", "round_trip", "second_moment"]
 
@@ -140,7 +139,8 @@ def predicted_error(x: Float32, scheme: Scheme, moment: Float64) -> Float64:
 
     What is smaller than half a step rounds to zero, and is lost as it is; what a range that was
     searched for leaves out is clipped. All else errs as if uniformly over a step, and independently
-    (E6 of the bounds). Of a token with a norm or a gain of its own, the error along it is mended.
+    (E6 of the bounds). Of a token with a norm or a gain of its own, the error along it is mended:
+    a gain of balanced norms (N3) mends it as the length over the channels' sizes sees it.
 
     Parameters
     ----------
@@ -168,15 +168,21 @@ def predicted_error(x: Float32, scheme: Scheme, moment: Float64) -> Float64:
         raise ValueError(f"{scheme} has outlier channels, of which nothing is predicted")
     tokens, total = x.shape[2], np.zeros(x.shape[1])
     for block in _blocks(x, scheme):
-        factor = token_norms(block)[..., None] if scheme.separate_norm else np.ones(1)
+        with np.errstate(all="ignore"):  # what overflows is not chosen
+            norm, size = norms_and_sizes(block, scheme)
+        factor = norm[..., None].astype(np.float64)
         direction = block / np.where(factor == 0, 1, factor)
         known, variance = _expected(direction, scheme)
         weights = np.diagonal(moment, axis1=1, axis2=2)[:, None]
         if scheme.separate_norm:  # the token's factor mends what is along it
-            known = known - (known * direction).sum(axis=-1, keepdims=True) * direction
+            seen_by = direction / np.square(size.astype(np.float64))
+            if scheme.magnitude == "lsq":
+                squares = np.square(direction).sum(axis=-1, keepdims=True)
+                seen_by = direction / np.where(squares == 0, 1, squares)
+            known = known - (known * seen_by).sum(axis=-1, keepdims=True) * direction
             seen = direction @ moment
             along = (seen * direction).sum(axis=-1, keepdims=True)
-            weights = weights - 2 * direction * seen + np.square(direction) * along
+            weights = weights - 2 * seen_by * seen + np.square(seen_by) * along
         total += (variance * np.square(factor) * weights).sum(axis=(0, 2, 3))
         total += _sum_of_squares(known * factor, moment)
     error: Float64 = np.sqrt(np.maximum(total, 0) / (len(x) * tokens))
@@ -213,12 +219,12 @@ def _expected(direction: Float64, scheme: Scheme) -> tuple[Float64, Float64]:
     return best
 
 
-def _blocks(x: Float32, scheme: Scheme) -> Iterator[Float64]:
+def _blocks(x: Float32, scheme: Scheme) -> Iterator[Float32]:
     """Yield the tokens that share scales, without the sinks (K1, B1)."""
     coded = x[:, :, min(scheme.sink_tokens, x.shape[2]) :]
     size = scheme.tokens_per_block(coded.shape[2])
     for start in range(0, coded.shape[2], size):
-        yield coded[:, :, start : start + size].astype(np.float64)
+        yield coded[:, :, start : start + size]
 
 
 class Losses:

@@ -8,10 +8,11 @@ arrays below, which serve whoever quantizes elsewhere.
 Everything is float64 and rounds outwards, and holds for the float32 arithmetic that NSQ-1
 prescribes, not for real arithmetic only. What is named ``estimate`` is not a bound.
 
-**direction** here is ``x / norm`` as a real number, where ``norm`` is the float32 of rule N1 (1
-without norm separation), so that ``x = norm * direction`` holds exactly. ``y`` is the dequantized
-direction and ``x_hat`` the decoded token, both of rule D1. ``x`` is what rule I1 makes of the
-input. Of tokens that are zero, which norm separation decodes to zero, E1 to E4 say nothing.
+**direction** here is ``x / norm`` as a real number, where ``norm`` is the float32 of rule N1 or N3
+(1 without norm separation), so that ``x = norm * direction`` holds exactly. Balanced norms (N3) are
+no lengths: their directions are at most of length 1, and may be much shorter. ``y`` is the
+dequantized direction and ``x_hat`` the decoded token, both of rule D1. ``x`` is what rule I1 makes
+of the input. Of tokens that are zero, which norm separation decodes to zero, E1 to E4 say nothing.
 
 Keys that were coded with feedback (F1) have codes of something else than their directions: E1 to
 E9, and all three ways in, are of keys and values without it. E10 is of those.

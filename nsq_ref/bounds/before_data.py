@@ -39,7 +39,7 @@ class APriori:
     chord : float
         Bound of ``norm(x / norm(x) - x_hat / norm(x_hat))`` (E3); 2 where none is known.
     relative : float
-        Bound of ``norm(x - x_hat) / norm(x)`` (E4).
+        Bound of ``norm(x - x_hat) / norm(x)`` (E4); infinite where none is known.
 
     Examples
     --------
@@ -59,8 +59,11 @@ def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     """Bound the error of any token before any data is seen (E1 to E4).
 
     Assumes a conforming encoder without feedback (F1), whose search, if any, is that of rule S4,
-    and with norm separation that norms are 0 or at least 2**-126: below, float32 norms are too
-    coarse for unit vectors. What is said of a whole token (`APriori.chord`, `APriori.relative`, and
+    and with norm separation that tokens are 0 or of a length of at least 2**-126: below, float32
+    norms are too coarse for unit vectors. Of balanced norms (N3) E1 and E2 are as of plain ones, as
+    their directions are not longer, but they may be shorter: the angle is known to be at most a
+    right one if symmetric, and the relative error at most 1 with ``lsq``; with ``gain`` it is
+    infinite. What is said of a whole token (`APriori.chord`, `APriori.relative`, and
     without norm separation `APriori.direction_error`) is of tokens that are not zero, and whose
     stored factor, or scale without norm separation, is at least the smallest normal number of its
     dtype; and, without norm separation, of blocks without a value beyond 2**126.
@@ -105,7 +108,16 @@ def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
     to_y = min(float(chord(error, length=length)), angle_limit)
     if not scheme.separate_norm:
         return APriori(math.inf, math.inf, error, to_y, error)
+    element = max(worst.rounded, worst.clamped)
+    if scheme.outlier_channels:
+        element = max(element, PRECISIONS["float16"].unit)
+    element = min(element, error)
     decoding = (4 + 2 * math.sqrt(head_dim)) * UNIT
+    if scheme.norm_rule == "balanced":
+        # A direction may be next to nothing beside what its scales make of it.
+        chords = min(math.sqrt(2) + decoding, 2) if scheme.symmetric else 2.0
+        least_squares = 1 + decoding if scheme.magnitude == "lsq" else math.inf
+        return APriori(worst.scale, element, error, chords, least_squares)
     off = (0 if scheme.norm_dtype == "float32" else PRECISIONS[scheme.norm_dtype].unit) + decoding
     if error >= 1 and scheme.scale_dtype != "float16":
         off = 1.0 + decoding  # y may be so small that the rounding of its norm doubles it
@@ -114,10 +126,7 @@ def a_priori(scheme: Scheme | str, head_dim: int) -> APriori:
         relative = relative_error(to_y, factor, magnitude="lsq") + decoding
     else:
         relative = relative_error(to_x_hat, factor)
-    element = max(worst.rounded, worst.clamped)
-    if scheme.outlier_channels:
-        element = max(element, PRECISIONS["float16"].unit)
-    return APriori(worst.scale, min(element, error), error, to_x_hat, float(relative))
+    return APriori(worst.scale, element, error, to_x_hat, float(relative))
 
 
 class _Terms(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nsq_ref import codec, packing, rounding, spec
+from nsq_ref import codec, packing, spec
 from nsq_ref.arrays import as_float_array, not_finite
 from nsq_ref.bounds.attention import estimate_logit_rms, logit_error
 from nsq_ref.bounds.before_data import a_priori
@@ -59,7 +59,7 @@ class Bounds:
     direction : Interval of [..., T, D]
         Encloses ``x / norm`` (E1).
     norm : Interval of [..., T]
-        Encloses the norm of rule N1 (E9); 1 without norm separation.
+        Encloses the norm of rule N1 or N3 (E9); 1 without norm separation.
     direction_element : float64 array, [..., T, D]
         Bound of ``abs(direction - y)`` (E1).
     direction_error : float64 array, [..., T]
@@ -173,7 +173,8 @@ class Bounds:
     def estimate_logit_rms(self, query: Any) -> Float64:
         """Estimate, not bound, the size of ``query . (x - x_hat)``, [..., Q, T].
 
-        As the function `estimate_logit_rms`, with the widths of `direction` in place of scales.
+        As the function `estimate_logit_rms`, with the widths of `direction` in place of scales and
+        the middle of what is known of each norm.
 
         Examples
         --------
@@ -183,7 +184,8 @@ class Bounds:
         array([[0.16, 0.08],
                [0.18, 0.18]])
         """
-        return estimate_logit_rms(query, self.direction.high - self.direction.low, self.norm.high)
+        norm = (self.norm.low + self.norm.high) / 2
+        return estimate_logit_rms(query, self.direction.high - self.direction.low, norm)
 
 
 @in_default_environment
@@ -216,19 +218,17 @@ def certificate(quantized: Quantized) -> Bounds:
     """
     stored = _stored(quantized)
     direction, limit = _direction(stored), np.array(np.inf)
-    norm = norm_interval(stored.factor, stored.y, direction, scheme=stored.scheme)
+    norm, near = _norm(stored, direction), _length_near(direction, stored.y)
     if stored.scheme.separate_norm:
-        length = direction_length(norm.low)
+        length = direction_length(norm.low, stored.scheme)
+        if stored.scheme.norm_rule == "balanced":
+            length = Interval(np.maximum(length.low, near.low), np.minimum(length.high, near.high))
         # What is known before any data needs unit vectors, and subnormal norms make none.
         unit = (norm.low >= SMALLEST_NORMAL) | (norm.high == 0)
         known = a_priori(stored.scheme, quantized.shape[-1]).direction_error
         limit = np.where(unit.all(axis=-1, keepdims=True), known, np.inf)
     else:
-        size, error = euclidean(stored.y), direction_error(farthest(direction, stored.y))
-        nearest = euclidean(np.maximum(0, np.maximum(direction.low, -direction.high)))
-        length = Interval(
-            np.maximum((size.low - error) * DOWN, nearest.low), (size.high + error) * UP
-        )
+        length = near
     return _bounds(quantized, stored, direction, norm, length, limit)
 
 
@@ -277,8 +277,9 @@ def encoder_bounds(x: Any, quantized: Quantized) -> Bounds:
         raise not_finite("x", given)
     tokens = tokens.reshape(-1, *given.shape[-2:])[:, stored.scheme.sink_tokens :]
     norm = np.ones(tokens.shape[:-1])
-    if stored.scheme.separate_norm:
-        norm = rounding.norm(tokens).astype(np.float64)
+    with np.errstate(all="ignore"):  # what overflows is not finite, and refused or not chosen
+        for rows in _slices(stored.scheme, tokens.shape[-2]):
+            norm[:, rows] = spec.norms_and_sizes(tokens[:, rows], stored.scheme)[0]
     exact = tokens / np.where(norm == 0, np.inf, norm)[..., None]
     direction, unlimited = _direction(stored, exact), np.array(np.inf)
     return _bounds(quantized, stored, direction, Interval(norm, norm), euclidean(exact), unlimited)
@@ -323,6 +324,28 @@ def _stored(quantized: Quantized) -> _Stored:
         index,
         block.outliers.astype(np.float64),
     )
+
+
+def _slices(scheme: Scheme, tokens: int) -> list[slice]:
+    """Cut the tokens into those whose norms depend on each other (N3)."""
+    return spec.block_slices(tokens, scheme) if scheme.norm_rule == "balanced" else [slice(None)]
+
+
+def _norm(stored: _Stored, direction: Interval) -> Interval:
+    """Enclose the norms by the stored factors (E9)."""
+    ends = np.ones((2, *stored.y.shape[:-1]))
+    for rows in _slices(stored.scheme, stored.y.shape[-2]):
+        factor = None if stored.factor is None else stored.factor[:, rows]
+        part = Interval(direction.low[:, rows], direction.high[:, rows])
+        ends[..., rows] = norm_interval(factor, stored.y[:, rows], part, scheme=stored.scheme)
+    return Interval(*ends)
+
+
+def _length_near(direction: Interval, y: Float64) -> Interval:
+    """Enclose the Euclidean norm of the direction by where its elements are (E3)."""
+    size, error = euclidean(y), direction_error(farthest(direction, y))
+    nearest = euclidean(np.maximum(0, np.maximum(direction.low, -direction.high)))
+    return Interval(np.maximum((size.low - error) * DOWN, nearest.low), (size.high + error) * UP)
 
 
 def _direction(stored: _Stored, known: Float64 | None = None) -> Interval:

@@ -1,4 +1,4 @@
-"""Intervals of real numbers, and what roundings leave open ("Words and small facts": L1, L4).
+"""Intervals of real numbers, and what roundings leave open ("Words and small facts": L1, L4, L5).
 
 Every function of this package rounds in float64 as well. A result is moved outwards by `OUTWARD` of
 the terms it is made of, which covers a hundred roundings, and by `TERM` more for each term of a
@@ -13,6 +13,7 @@ import numpy as np
 
 from nsq_ref.dtypes import Float64
 from nsq_ref.scheme import Scheme
+from nsq_ref.spec import LEAST_SIZE
 
 OUTWARD, TERM = 2.0**-46, 2.0**-52
 UP, DOWN = 1 + OUTWARD, 1 - OUTWARD  # for numbers that are not negative
@@ -113,11 +114,17 @@ def _rounding(value: Any) -> Float64:
     return np.asarray(np.maximum(UNIT * UP * np.abs(value), TINY))
 
 
-def direction_length(norm: Float64) -> Interval:
-    """Enclose the Euclidean norm of ``x / norm``, from a lower bound of the norm of N1 (L4).
+def rounding_of_norm(norm: Float64) -> Float64:
+    """Bound the relative error of the root of rule N1, from a lower bound of what it made (L4).
 
-    Only the rounding of that norm keeps it from 1. No token but zero has a norm below 2**-149.
+    No token but zero has a norm below 2**-149.
     """
     small = TINY / np.maximum(norm, 2 * TINY)
-    off = np.where(norm < SMALLEST_NORMAL, small, UNIT) + TERM
-    return Interval(1 - off, 1 + off)
+    return np.asarray(np.where(norm < SMALLEST_NORMAL, small, UNIT) + TERM)
+
+
+def direction_length(norm: Float64, scheme: Scheme) -> Interval:
+    """Enclose the Euclidean norm of ``x / norm``, from a lower bound of the norm (L4, L5)."""
+    off = rounding_of_norm(norm)
+    least = float(LEAST_SIZE) if scheme.norm_rule == "balanced" else 1.0
+    return Interval((1 - off) * least, 1 + off)

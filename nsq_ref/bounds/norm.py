@@ -8,6 +8,7 @@ import numpy as np
 
 from nsq_ref import rounding
 from nsq_ref.bounds import arguments
+from nsq_ref.bounds.balanced import sized_length
 from nsq_ref.bounds.intervals import (
     DOWN,
     OUTWARD,
@@ -104,16 +105,17 @@ def factor_error(factor: Any, dtype: FloatName) -> Interval:
 
 @in_default_environment
 def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | str) -> Interval:
-    """Enclose the norm of rule N1, from the factor that is stored in its place (E9).
+    """Enclose the norm of rule N1 or N3, from the factor that is stored in its place (E9).
 
     Parameters
     ----------
     factor : array, [..., T], or None
         Stored norms (rule M1) or gains (M2, M3); None without norm separation.
     y : array, [..., T, D]
-        Dequantized directions.
+        Dequantized directions. Of balanced norms (N3) T are tokens of one block, or some of them:
+        what each tells of the channels' sizes holds for all.
     direction : Interval of [..., T, D]
-        Of `direction_interval`; only ``lsq`` looks at it.
+        Of `direction_interval`; only ``lsq`` and balanced norms look at it.
     scheme : Scheme or str
 
     Returns
@@ -139,22 +141,29 @@ def norm_interval(factor: Any, y: Any, direction: Interval, *, scheme: Scheme | 
         return Interval(ones, ones)
     values = arguments.finite("factor", factor)
     arguments.one_a_vector("factor", values, "y", dequantized)
+    if scheme.norm_rule == "balanced" and dequantized.ndim < 2:
+        shape = list(dequantized.shape)
+        raise ValueError(f"y has shape {shape}; give [..., tokens, D] of one block")
     narrowed = narrowing_interval(values, scheme.norm_dtype)
     if scheme.magnitude == "norm":
         return Interval(np.maximum(narrowed.low, 0), narrowed.high)
     ratio = before_rounding(narrowed)
     if scheme.magnitude == "gain":
         # The divisor of rule M2 is itself a float32.
-        divisor = rounding.norm(dequantized.astype(np.float32)).astype(np.float64)
-        low = np.maximum(ratio.low, 0) * divisor * DOWN
-        high = ratio.high * divisor * UP
-        return Interval(low, np.where(divisor == 0, np.inf, high))
+        plain = rounding.norm(dequantized.astype(np.float32)).astype(np.float64)
+        divisor, ratio_low = Interval(plain, plain), np.maximum(ratio.low, 0)
+        if scheme.norm_rule == "balanced":
+            inside = arguments.interval("direction", direction)
+            sized = sized_length(values, dequantized, inside, ratio_low * plain * DOWN)
+            divisor = Interval(np.maximum(plain, sized.low), sized.high)
+        low, high = ratio_low * divisor.low * DOWN, ratio.high * divisor.high * UP
+        return Interval(low, np.where(plain == 0, np.inf, high))
     direction = arguments.interval("direction", direction)
     size, projection = euclidean(dequantized), inner_product(direction, dequantized)
     error = euclidean(farthest(direction, dequantized)).high
     low = np.zeros(values.shape)
     for _ in range(2):  # how long the direction may be depends on how small the norm may be
-        length = direction_length(low)
+        length = direction_length(low, scheme)
         most = np.minimum(projection.high, length.high * size.high * UP)
         low = divide(np.maximum(ratio.low, 0) * np.square(size.low), most, 0) * DOWN
     squares = np.square(length.low), np.square(size.low), np.square(error)

@@ -36,7 +36,8 @@ def chord(error: Any, y: Any = None, *, length: Interval = NORMAL_LENGTH) -> Flo
         The dequantized directions, which a decoder knows. Without them, the worst ones are taken.
     length : Interval of [...], optional
         Encloses the Euclidean norm of the direction; 1 up to one rounding of float32 by default,
-        which holds with norm separation for norms of at least 2**-126.
+        which holds with norm separation for plain norms (N1) of at least 2**-126. A direction of
+        balanced norms (N3) may be as short as 2**-12.
 
     Returns
     -------
@@ -106,7 +107,9 @@ def relative_error(
     chord : array
         Bounds of the distance of the unit vectors, of `chord`.
     factor_error : Interval, optional
-        Encloses the relative error of the factor, of `factor_error`; none by default.
+        Encloses the relative error of the factor, of `factor_error`; none by default. With ``norm``
+        and ``gain`` it is ``norm(x_hat) / norm(x) - 1``, which gains of balanced norms (N3) do not
+        keep near 0: there it must be given.
     magnitude : {"norm", "gain", "lsq"}
         As in `Scheme`: ``norm`` and ``gain`` restore the norm of ``x``, up to `factor_error`;
         ``lsq`` makes the error least, up to `factor_error`.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nsq_ref import KeyValueSchemes, Scheme, scheme_names
 from nsq_ref.audit import audit
-from nsq_ref.policy import Policy, policy_json, scheme_text
+from nsq_ref.policy import Policy, changed_fields, policy_json, scheme_text
 from onnx_export.evaluation.methods import Method
 from onnx_export.rewrite import rewrite
 from tests.support.exports import EXPORTS
@@ -115,3 +115,5 @@ def test_names_of_schemes() -> None:
     assert scheme_text(streaming4) == "streaming4"
     assert scheme_text(replace(streaming4, block_size=64)) == "streaming4 block_size=64"
     assert scheme_text(Scheme.named("nsep+pchan4")) == "nsep+pchan4"
+    balanced = replace(streaming4, **changed_fields(["norm_rule=balanced", "magnitude=gain"]))
+    assert scheme_text(balanced) == "streaming4 norm_rule=balanced magnitude=gain"

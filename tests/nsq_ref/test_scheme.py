@@ -191,6 +191,19 @@ def test_unknown_schemes() -> None:
             r"magnitude='lsq' has no effect with separate",
         ),
         ({"separate_norm": False, "norm_dtype": "float32"}, r"norm_dtype='float32' has no effect"),
+        ({"norm_rule": "even"}, r"norm_rule='even' is not supported; choose one of 'plain', 'bal"),
+        (
+            {"separate_norm": False, "norm_rule": "balanced"},
+            r"norm_rule='balanced' has no effect .* leave norm_rule out or set separate_norm=True",
+        ),
+        (
+            {"norm_rule": "balanced", "axis": "token", "magnitude": "gain"},
+            r"norm_rule='balanced' .*; set axis='channel' or norm_rule='plain'",
+        ),
+        (
+            {"norm_rule": "balanced", "magnitude": "norm"},
+            r"norm_rule='balanced' .*; set magnitude='gain' or 'lsq', or norm_rule='plain'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Scheme(**fields)  # type: ignore[arg-type]

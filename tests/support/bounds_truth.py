@@ -21,6 +21,7 @@ from nsq_ref import (
     dequantize,
     quantize,
     rounding,
+    spec,
 )
 from nsq_ref.bounds import Bounds
 from nsq_ref.strategies import inputs
@@ -51,6 +52,32 @@ def wide(draw: st.DrawFn) -> Array:
         for t in range(x.shape[-2] - 1):
             changed[..., t, rng.integers(head_dim)] = rng.choice([1.0, -2.0])
     return changed.astype(x.dtype)
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> Array:
+    """Tensors whose channels are of sizes of their own, so that norms may be balanced (N3)."""
+    heads, tokens = draw(st.integers(1, 2)), draw(st.integers(2, 40))
+    head_dim = draw(st.one_of(st.sampled_from([2, 3, 8, 64]), st.integers(2, 130)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (heads, tokens, head_dim)
+    if draw(st.booleans()):
+        x = rng.standard_normal(shape)
+    else:
+        x = np.clip(rng.standard_t(1.5, shape), -1e3, 1e3)
+    sizes = np.ones(head_dim)
+    few = rng.permutation(head_dim)[: draw(st.sampled_from([1, 2, max(head_dim // 2, 1)]))]
+    sizes[few] = draw(st.sampled_from([1.0, 20.0, 50.0, 3e3, 1e5]))
+    offset = rng.standard_normal(head_dim) * draw(st.sampled_from([0.0, 0.0, 1.0, 30.0]))
+    x = (x + offset) * sizes
+    x = x * 10.0 ** rng.uniform(-1, 1, (heads, tokens, 1)) ** draw(st.sampled_from([0, 1, 8]))
+    x[:, rng.random(tokens) < draw(st.sampled_from([0.0, 0.2]))] = 0
+    x[..., rng.random(head_dim) < draw(st.sampled_from([0.0, 0.2]))] = 0
+    largest = max(float(np.abs(x).max()), 1e-30)
+    exponent = draw(st.sampled_from([0, 0, 0, 1, 2]))
+    if exponent:  # norms and quotients that are subnormal, or beyond float32
+        x = x / largest * 2.0 ** draw(st.integers(-148, -115) if exponent == 1 else st.just(124))
+    return x.astype(np.float32)
 
 
 def quantized_or_none(x: Array, scheme: Scheme) -> Quantized | None:
@@ -104,11 +131,14 @@ def dequantized(quantized: Quantized) -> tuple[Float32, Float32]:
 
 
 def coded_tokens(x: Array, quantized: Quantized) -> tuple[Float32, Float32]:
-    """Return the tokens after the sinks as rule I1 takes them, and their norms of rule N1."""
-    tokens = x.astype(np.float32)[..., quantized.scheme.sink_tokens :, :]
-    if quantized.scheme.separate_norm:
-        return tokens, rounding.norm(tokens)
-    return tokens, np.ones(tokens.shape[:-1], np.float32)
+    """Return the tokens after the sinks as rule I1 takes them, and their norms (N1, N3)."""
+    scheme = quantized.scheme
+    tokens = x.astype(np.float32)[..., scheme.sink_tokens :, :]
+    norm = np.ones(tokens.shape[:-1], np.float32)
+    with np.errstate(all="ignore"):
+        for rows in spec.block_slices(tokens.shape[-2], scheme):
+            norm[..., rows] = spec.norms_and_sizes(tokens[..., rows, :], scheme)[0]
+    return tokens, norm
 
 
 def chord_at_most(x: Array, x_hat: Array, chord: float) -> bool:
@@ -239,7 +269,8 @@ def check_a_priori(x: Array, quantized: Quantized) -> None:
     scheme, head_dim = quantized.scheme, x.shape[-1]
     known = bounds.a_priori(scheme, head_dim)
     tokens, norm = coded_tokens(x, quantized)
-    small = (norm > 0) & (norm < 2.0**-126)
+    plain = rounding.norm(tokens) if scheme.separate_norm else norm
+    small = (plain > 0) & (plain < 2.0**-126)
     if small.any() if scheme.separate_norm else np.abs(tokens).max(initial=0) > 2.0**126:
         return  # it says nothing of such blocks
     y, scale = dequantized(quantized)
@@ -251,7 +282,7 @@ def check_a_priori(x: Array, quantized: Quantized) -> None:
         stored = (
             np.broadcast_to(quantized.scale[..., 0], norm.shape) if scheme.axis == "token" else 1
         )
-    normal = (size > 0) & (norm >= 2.0**-126)
+    normal = (size > 0) & (plain >= 2.0**-126)
     normal &= np.abs(np.asarray(stored, np.float64)) >= SMALLEST_NORMAL[dtype]
     if scheme.separate_norm:
         some = norm > 0

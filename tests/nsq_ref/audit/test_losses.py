@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,6 +58,21 @@ def test_predicted_is_near_what_is_measured(name: str, kind: str) -> None:
     np.testing.assert_allclose(loss.predicted, loss.measured, rtol=0.15)
     value = Losses(Layer(0, keys, keys, queries), "value").of(Scheme.named(name))
     np.testing.assert_allclose(value.predicted, value.measured, rtol=0.15)
+
+
+@pytest.mark.parametrize("magnitude", ["gain", "lsq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_predicted_is_near_what_is_measured_of_balanced_norms(
+    magnitude: Any, symmetric: bool
+) -> None:
+    """N3: the norm is no length, and a gain mends what is along a token over its sizes (M2)."""
+    keys, queries = normal(1, 1, 2, 700, 32), normal(2, 1, 4, 700, 32)
+    keys[..., [3, 7]] *= 30
+    scheme = Scheme(symmetric=symmetric, magnitude=magnitude, block_size=128, norm_rule="balanced")
+    loss = Losses(Layer(0, keys, keys, queries), "key").of(scheme)
+    plain = Losses(Layer(0, keys, keys, queries), "key").of(replace(scheme, norm_rule="plain"))
+    assert (loss.measured != plain.measured).all()
+    np.testing.assert_allclose(loss.predicted, loss.measured, rtol=0.15)
 
 
 def test_queries_weigh_what_they_meet() -> None:

@@ -54,14 +54,14 @@ def test_bounds_of_an_encoder_hold(x: Array, scheme: Scheme) -> None:
 def recoded(x: Float32, frozen: Quantized) -> Quantized | None:
     """Code tokens with the scales of others, as the rules have it but for where scales are from."""
     scheme = frozen.scheme
-    norm = rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], np.float32)
     zero = np.zeros_like(frozen.scale) if frozen.zero is None else frozen.zero
     with np.errstate(all="ignore"):
+        norm, size = spec.norms_and_sizes(x, scheme)
         direction = x / np.where(norm == 0, np.inf, norm).astype(np.float32)[..., None]
         codes = spec.code(direction, frozen.scale, zero, scheme)
         codes = np.where(norm[..., None] != 0, codes, 0).astype(np.int16)
         y = spec.dequantize(codes, frozen.scale, zero)
-        factor = spec.factor(x, y, norm, scheme)
+        factor = spec.factor(x, y, norm, scheme, size=size)
         stored = rounding.narrow(factor, FLOAT_DTYPES[scheme.norm_dtype])
     result = replace(
         frozen,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, reject, settings
 
-from nsq_ref import Feedback, Quantized, RangeError, Scheme, bounds, quantize, rounding, spec
+from nsq_ref import Feedback, Quantized, RangeError, Scheme, bounds, quantize, spec
 from nsq_ref.feedback import HeadFeedback, second_moment
 from nsq_ref.strategies import feedbacks, schemes, tensors
 from tests.support.bounds_truth import dot, fractions
@@ -26,7 +26,7 @@ class Coded:
 
     def __init__(self, x: Array, scheme: Scheme, feedback: HeadFeedback) -> None:
         block = spec.encode(x, scheme, feedback)
-        norm = rounding.norm(x) if scheme.separate_norm else np.ones(len(x), np.float32)
+        norm = spec.norms_and_sizes(x, scheme)[0]
         direction = spec.direction_of(x, norm)
         coded = ~spec.mark(block.outlier_index, x.shape[1])
         self.fed = spec.fed_back(direction, coded, norm, feedback, scheme)
@@ -50,7 +50,13 @@ class Coded:
         )
         given_to = scales, None if scheme.symmetric else zeros
         coded, w = np.broadcast_to(coded, x.shape)[real], self.fed.w[real].astype(float)
-        plain = replace(scheme, separate_norm=False, magnitude="norm", norm_dtype="float16")
+        plain = replace(
+            scheme,
+            separate_norm=False,
+            norm_rule="plain",
+            magnitude="norm",
+            norm_dtype="float16",
+        )
         steps, stored = (
             bounds.element_error(*given_to, scheme=plain, direction=known) for known in (w, None)
         )
@@ -150,7 +156,7 @@ def test_the_gain_keeps_the_length_that_queries_see(
     stored = quantized_or_assume(x, scheme, head).norm.astype(float)
     coded = Coded(x, scheme, head)
     assume(coded.finite and len(coded.direction))
-    norm, stored = rounding.norm(x)[coded.real], stored[coded.real]
+    norm, stored = spec.norms_and_sizes(x, scheme)[0][coded.real], stored[coded.real]
     y = data.draw(st.sampled_from([None, np.array(coded.y, float)]))
     gain = bounds.feedback_gain_error(coded.direction, coded.steps, head, y)
     narrowed = bounds.factor_error(stored, scheme.norm_dtype)

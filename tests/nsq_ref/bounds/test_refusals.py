@@ -83,6 +83,12 @@ UNIT_INTERVAL = Interval(ONE, ONE)
             "shapes do not fit together: factor",
         ),
         (
+            lambda: bounds.norm_interval(
+                1.0, ONE[0], UNIT_INTERVAL, scheme=Scheme(magnitude="gain", norm_rule="balanced")
+            ),
+            r"y has shape \[2\]; give \[..., tokens, D\] of one block",
+        ),
+        (
             lambda: bounds.logit_error(
                 np.ones(2), UNIT_INTERVAL, Interval(ONE[:, 0], ONE[:, 0]), ONE
             ),

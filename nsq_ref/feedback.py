@@ -25,7 +25,6 @@ from nsq_ref.environment import in_default_environment
 __all__ = ["Feedback", "HeadFeedback", "Moments", "second_moment"]
 
 DAMPING = 0.03
-FAINTEST = 1e-3  # of the mean of a moment's diagonal: channels of less are damped as if they had it
 ASYMMETRY = 1e-6  # of the largest element: more is no rounding
 
 
@@ -127,9 +126,8 @@ class Feedback:
         moment : array, shape [kv_heads, D, D]
             As `second_moment` returns it; those of several texts may be added.
         damping : float
-            By this much of itself its diagonal grows, an element below a thousandth of their mean
-            by this much of that. Feedback from one text serves another the better for it. As every
-            channel is damped by its own, feedback hardly depends on how channels are scaled.
+            This much of the mean of its diagonal is added to the diagonal. Feedback from one text
+            serves another the better for it.
 
         Returns
         -------
@@ -384,8 +382,7 @@ def _order_and_factor(
         )
     order = np.argsort(-diagonal, kind="stable").astype(np.int32)
     half = moment / mean / 2
-    metric = (half + half.T)[np.ix_(order, order)]
-    metric += np.diag(damping * np.maximum(np.diag(metric), FAINTEST))
+    metric = (half + half.T)[np.ix_(order, order)] + damping * np.eye(len(order))
     try:
         # H = R R^T, R upper, so that the inverse of H is U^T U with U the inverse of R, upper too.
         lower = np.linalg.cholesky(metric[::-1, ::-1])

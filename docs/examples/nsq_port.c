@@ -104,7 +104,7 @@ static float norm(const float *row, int64_t head_dim)
 static int is_supported(const nsq_scheme *s)
 {
     return s->bits == 4 && s->separate_norm && s->axis == 0 && s->symmetric && s->scale_rule == 0
-           && s->magnitude == 0 && s->block_size >= 0 && s->sink_tokens == 0
+           && s->norm_rule == 0 && s->magnitude == 0 && s->block_size >= 0 && s->sink_tokens == 0
            && s->outlier_channels == 0 && s->scale_dtype == NSQ_FLOAT16
            && s->norm_dtype == NSQ_FLOAT16;
 }

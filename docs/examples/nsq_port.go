@@ -256,6 +256,7 @@ const (
 type scheme struct {
 	bits                                      int
 	separateNorm, perToken, symmetric, search bool
+	balanced                                  bool
 	magnitude, blockSize, sinkTokens, outlier int
 	scaleType, normType                       int
 }
@@ -263,7 +264,8 @@ type scheme struct {
 func readScheme(a array) scheme {
 	n := a.ints()
 	return scheme{
-		n[0], n[1] == 1, n[2] == 1, n[3] == 1, n[4] == 1, n[5], n[6], n[7], n[8], n[9], n[10],
+		n[0], n[1] == 1, n[2] == 1, n[3] == 1, n[4] == 1, n[5] == 1,
+		n[6], n[7], n[8], n[9], n[10], n[11],
 	}
 }
 
@@ -384,22 +386,95 @@ func (f *fedBack) lengthKept(t, d int) float32 {
 	return before / orInfinity(after)
 }
 
+// normsAndSizes returns the norm of each token (N1), and the size by which each channel counts in it (N3).
+func (s scheme) normsAndSizes(x []float32, d int) ([]float32, []float32) {
+	plain, ones := slices.Repeat([]float32{1}, len(x)/d), slices.Repeat([]float32{1}, d)
+	if !s.separateNorm {
+		return plain, ones
+	}
+	plain = rowNorms(x, d)
+	if !s.balanced {
+		return plain, ones
+	}
+	sizes := make([]float32, d)
+	for i, v := range x {
+		sizes[i%d] = max(sizes[i%d], abs(v))
+	}
+	most := orInfinity(slices.Max(sizes))
+	for j, peak := range sizes {
+		sizes[j] = max(peak/most, 0x1p-12)
+	}
+	balanced := rowNorms(divided(x, sizes), d)
+	if spread(x, balanced) < spread(x, plain) { // never so where a balanced norm is infinite
+		return balanced, sizes
+	}
+	return plain, ones
+}
+
+// rowNorms returns the norm of each row of d values.
+func rowNorms(x []float32, d int) []float32 {
+	var norms []float32
+	for row := range slices.Chunk(x, d) {
+		norms = append(norms, norm(row))
+	}
+	return norms
+}
+
+// divided returns rows of which each value is divided by the size of its channel.
+func divided(x, sizes []float32) []float32 {
+	values := slices.Clone(x)
+	for i := range values {
+		values[i] /= sizes[i%len(sizes)]
+	}
+	return values
+}
+
+// directions returns tokens over their norms (N2).
+func directions(x, norms []float32) []float32 {
+	values, d := slices.Clone(x), len(x)/len(norms)
+	for i := range values {
+		values[i] /= orInfinity(norms[i/d])
+	}
+	return values
+}
+
+// spread is by how much norms spread the directions of a block (N3).
+func spread(x, norms []float32) float64 {
+	d := len(x) / len(norms)
+	before, after := ranges(x, d), ranges(directions(x, norms), d)
+	squares, growths := 0.0, 0.0
+	for _, v := range norms {
+		squares += float64(v) * float64(v)
+	}
+	for j, v := range after {
+		if v != 0 {
+			growth := float64(v / before[j])
+			growths += growth * growth
+		}
+	}
+	return squares * growths
+}
+
+// ranges returns the largest less the least value of each channel.
+func ranges(x []float32, d int) []float32 {
+	low, high := slices.Clone(x[:d]), slices.Clone(x[:d])
+	for i, v := range x {
+		low[i%d], high[i%d] = min(low[i%d], v), max(high[i%d], v)
+	}
+	for j := range high {
+		high[j] -= low[j]
+	}
+	return high
+}
+
 func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) {
 	tokens := len(x) / d
 	b := &block{d: d, codes: make([]int, len(x))}
-	direction, norms := slices.Clone(x), make([]float32, tokens)
-	for t := range norms {
-		norms[t] = 1
-		if s.separateNorm {
-			norms[t] = norm(x[t*d : t*d+d])
-		}
-		if !isFinite(norms[t]) {
-			return nil, errors.New("N1: a norm is beyond float32")
-		}
-		for j := t * d; j < t*d+d; j++ {
-			direction[j] /= orInfinity(norms[t]) // N2
-		}
+	norms, sizes := s.normsAndSizes(x, d)
+	if slices.ContainsFunc(norms, isInfinite) {
+		return nil, errors.New("N1: a norm is beyond float32")
 	}
+	direction := directions(x, norms)
 	isOutlier := b.chooseOutliers(direction, s.outlier)
 	groups := make([][]float32, s.scales(tokens, d)) // the directions that share a scale
 	for i, v := range direction {
@@ -436,7 +511,7 @@ func (s scheme) encodeBlock(x []float32, d int, head *feedback) (*block, error) 
 			case s.magnitude == gainMagnitude && fed != nil:
 				factor *= fed.lengthKept(t, d) // M2
 			case s.magnitude == gainMagnitude:
-				factor /= orInfinity(norm(yt)) // M2
+				factor /= orInfinity(norm(divided(yt, sizes))) // M2
 			case s.magnitude == lsqMagnitude:
 				factor = leastSquares(x[t*d:t*d+d], yt)
 			}

@@ -172,14 +172,15 @@ function exactQuotient(a, b) {
 // --- schemes -------------------------------------------------------------------------------------
 
 class Scheme {
-  /** The eleven numbers are those of the protocol. */
+  /** The twelve numbers are those of the protocol. */
   constructor(numbers) {
-    const [bits, separate, axis, symmetric, search, magnitude, block, sinks, outliers, scale, factor] = numbers;
+    const [bits, separate, axis, symmetric, search, balanced, magnitude, block, sinks, outliers, scale, factor] = numbers;
     this.bits = bits;
     this.separateNorm = separate === 1;
     this.perToken = axis === 1;
     this.symmetric = symmetric === 1;
     this.search = search === 1;
+    this.balanced = balanced === 1;
     this.magnitude = ["norm", "gain", "lsq"][magnitude];
     this.blockSize = block || Infinity;
     this.sinkTokens = sinks;
@@ -290,14 +291,46 @@ function lengthKept({ before, after }, from, to) {
   return length === Infinity ? length : fround(norm(before.subarray(from, to)) / orInfinity(length));
 }
 
+/** Rows of D values, each divided by the size of its channel. */
+const divided = (x, sizes) => Float32Array.from(x, (v, i) => v / sizes[i % sizes.length]);
+
+/** Tokens over their norms (N2). */
+const directions = (x, norms, D) => Float32Array.from(x, (v, i) => v / orInfinity(norms[(i - i % D) / D]));
+
+const rowNorms = (x, D) => Float32Array.from({ length: x.length / D }, (_, t) => norm(x.subarray(t * D, t * D + D)));
+
+/** The largest less the least value of each channel. */
+function ranges(x, D) {
+  const low = x.slice(0, D), high = x.slice(0, D);
+  x.forEach((v, i) => ([low[i % D], high[i % D]] = [min(low[i % D], v), max(high[i % D], v)]));
+  return high.map((v, j) => v - low[j]);
+}
+
+/** By how much norms spread the directions of a block (N3). */
+function spread(x, norms, D) {
+  const before = ranges(x, D), growths = ranges(directions(x, norms, D), D).map((v, j) => v && v / before[j]);
+  const [one, other] = [norms, growths].map((values) => values.reduce((sum, v) => sum + v * v, 0));
+  return one * other;
+}
+
+/** The norm of each token (N1), and the size by which each channel counts in it (N3). */
+function normsAndSizes(s, x, D) {
+  const ones = new Float32Array(D).fill(1), sizes = new Float32Array(D);
+  if (!s.separateNorm) return [new Float32Array(x.length / D).fill(1), ones];
+  const plain = rowNorms(x, D);
+  if (!s.balanced) return [plain, ones];
+  x.forEach((v, i) => (sizes[i % D] = max(sizes[i % D], abs(v))));
+  const most = orInfinity(sizes.reduce((a, b) => max(a, b)));
+  sizes.forEach((peak, j) => (sizes[j] = max(peak / most, 2 ** -12)));
+  const balanced = rowNorms(divided(x, sizes), D);
+  const gains = spread(x, balanced, D) < spread(x, plain, D); // never so where a balanced norm is infinite
+  return gains ? [balanced, sizes] : [plain, ones];
+}
+
 /** The parts of one block x [tokens, D] (K1 aside), before codes are packed; floats as stored. */
 function encodeBlock(s, x, D, head) {
-  const tokens = x.length / D, direction = Float32Array.from(x), norms = new Float32Array(tokens).fill(1);
-  for (let t = 0; t < tokens && s.separateNorm; t++) {
-    norms[t] = norm(x.subarray(t * D, t * D + D));
-    if (!isFinite(norms[t])) throw new Refusal("N1: a norm is beyond float32");
-    for (let i = t * D; i < t * D + D; i++) direction[i] /= orInfinity(norms[t]); // N2
-  }
+  const tokens = x.length / D, [norms, sizes] = normsAndSizes(s, x, D), direction = directions(x, norms, D);
+  if (!norms.every(isFinite)) throw new Refusal("N1: a norm is beyond float32");
   const index = chooseOutliers(direction, D, s.outlierChannels), isOutlier = new Uint8Array(D);
   for (const j of index) isOutlier[j] = 1;
   const block = { D, index, codes: new Int32Array(x.length), outliers: [], factor: [] };
@@ -320,7 +353,7 @@ function encodeBlock(s, x, D, head) {
     const from = t * D, to = from + D, part = y.subarray(from, to);
     let factor = norms[t]; // M1
     if (s.magnitude === "gain" && head) factor = fround(factor * lengthKept(fed, from, to)); // M2
-    else if (s.magnitude === "gain") factor = fround(factor / orInfinity(norm(part)));
+    else if (s.magnitude === "gain") factor = fround(factor / orInfinity(norm(divided(part, sizes))));
     else if (s.magnitude === "lsq") factor = leastSquares(x.subarray(from, to), part);
     block.factor.push(stored(factor, s.normType));
   }
@@ -539,12 +572,12 @@ function serve() {
   }
 }
 
-/** The eleven numbers of a scheme whose fields have names, as files of vectors have them. */
+/** The twelve numbers of a scheme whose fields have names, as files of vectors have them. */
 function numbersOf(scheme) {
   return intArray([
     scheme.bits, +scheme.separate_norm, +(scheme.axis === "token"), +scheme.symmetric, +(scheme.scale_rule === "search"),
-    ["norm", "gain", "lsq"].indexOf(scheme.magnitude), scheme.block_size ?? 0, scheme.sink_tokens, scheme.outlier_channels,
-    DTYPES.indexOf(scheme.scale_dtype), DTYPES.indexOf(scheme.norm_dtype),
+    +(scheme.norm_rule === "balanced"), ["norm", "gain", "lsq"].indexOf(scheme.magnitude), scheme.block_size ?? 0,
+    scheme.sink_tokens, scheme.outlier_channels, DTYPES.indexOf(scheme.scale_dtype), DTYPES.indexOf(scheme.norm_dtype),
   ]);
 }
 

@@ -280,6 +280,7 @@ struct Scheme {
     per_token: bool,
     symmetric: bool,
     search: bool,
+    balanced: bool,
     magnitude: Magnitude,
     block_size: usize,
     sink_tokens: usize,
@@ -289,7 +290,7 @@ struct Scheme {
 }
 
 impl Scheme {
-    /// The eleven numbers are those of the protocol.
+    /// The twelve numbers are those of the protocol.
     fn new(array: &Array) -> Scheme {
         let n = array.ints();
         Scheme {
@@ -298,13 +299,14 @@ impl Scheme {
             per_token: n[2] == 1,
             symmetric: n[3] == 1,
             search: n[4] == 1,
+            balanced: n[5] == 1,
             magnitude: [Magnitude::Norm, Magnitude::Gain, Magnitude::LeastSquares]
-                .into_iter().nth(n[5] as usize).expect("a magnitude"),
-            block_size: if n[6] == 0 { usize::MAX } else { n[6] as usize },
-            sink_tokens: n[7] as usize,
-            outlier_channels: n[8] as usize,
-            scale_type: n[9] as u32,
-            norm_type: n[10] as u32,
+                .into_iter().nth(n[6] as usize).expect("a magnitude"),
+            block_size: if n[7] == 0 { usize::MAX } else { n[7] as usize },
+            sink_tokens: n[8] as usize,
+            outlier_channels: n[9] as usize,
+            scale_type: n[10] as u32,
+            norm_type: n[11] as u32,
         }
     }
 
@@ -488,19 +490,61 @@ fn feed_back(
     FedBack { w, before, after }
 }
 
+/// Rows of which each value is divided by the size of its channel.
+fn divided(x: &[f32], sizes: &[f32]) -> Vec<f32> {
+    x.iter().zip(sizes.iter().cycle()).map(|(v, size)| v / size).collect()
+}
+
+/// Tokens over their norms (N2).
+fn directions(x: &[f32], norms: &[f32], d: usize) -> Vec<f32> {
+    x.iter().enumerate().map(|(i, v)| v / or_infinity(norms[i / d])).collect()
+}
+
+/// The largest less the least value of each channel.
+fn ranges(x: &[f32], d: usize) -> Vec<f32> {
+    let (mut low, mut high) = (x[..d].to_vec(), x[..d].to_vec());
+    for (i, &v) in x.iter().enumerate() {
+        (low[i % d], high[i % d]) = (low[i % d].min(v), high[i % d].max(v));
+    }
+    high.iter().zip(low).map(|(high, low)| high - low).collect()
+}
+
+/// By how much norms spread the directions of a block (N3).
+fn spread(x: &[f32], norms: &[f32], d: usize) -> f64 {
+    let (before, after) = (ranges(x, d), ranges(&directions(x, norms, d), d));
+    let growth = |(&after, before): (&f32, f32)| if after == 0.0 { 0.0 } else { after / before };
+    let growths: Vec<f32> = after.iter().zip(before).map(growth).collect();
+    let squares = |values: &[f32]| values.iter().fold(0.0, |sum, &v| sum + v as f64 * v as f64);
+    squares(norms) * squares(&growths)
+}
+
+/// The norm of each token (N1), and the size by which each channel counts in it (N3).
+fn norms_and_sizes(s: &Scheme, x: &[f32], d: usize) -> (Vec<f32>, Vec<f32>) {
+    let ones = vec![1f32; d];
+    if !s.separate_norm {
+        return (vec![1f32; x.len() / d], ones);
+    }
+    let norms = |x: &[f32]| x.chunks_exact(d).map(norm).collect::<Vec<f32>>();
+    let plain = norms(x);
+    if !s.balanced {
+        return (plain, ones);
+    }
+    let peak = |j: usize| x[j..].iter().step_by(d).fold(0f32, |most, v| most.max(v.abs()));
+    let peaks: Vec<f32> = (0..d).map(peak).collect();
+    let most = or_infinity(peaks.iter().copied().fold(0.0, f32::max));
+    let sizes: Vec<f32> = peaks.iter().map(|peak| (peak / most).max(2f32.powi(-12))).collect();
+    let balanced = norms(&divided(x, &sizes));
+    let gains = spread(x, &balanced, d) < spread(x, &plain, d); // never so where a balanced norm is infinite
+    if gains { (balanced, sizes) } else { (plain, ones) }
+}
+
 fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<Block, Refusal> {
     let tokens = x.len() / d;
-    let mut norms = vec![1f32; tokens];
-    let mut direction = x.to_vec();
-    if s.separate_norm {
-        for (t, row) in direction.chunks_exact_mut(d).enumerate() {
-            norms[t] = norm(row);
-            if norms[t].is_infinite() {
-                return Err("N1: a norm is beyond float32".into());
-            }
-            row.iter_mut().for_each(|v| *v /= or_infinity(norms[t])); // N2
-        }
+    let (norms, sizes) = norms_and_sizes(s, x, d);
+    if norms.iter().any(|v| v.is_infinite()) {
+        return Err("N1: a norm is beyond float32".into());
     }
+    let direction = directions(x, &norms, d);
     let index = choose_outliers(&direction, d, s.outlier_channels);
     let is_outlier: Vec<bool> = (0..d).map(|j| index.contains(&(j as i32))).collect();
     let mut block = Block { d, index, codes: vec![0; x.len()], ..Block::default() };
@@ -530,7 +574,7 @@ fn encode_block(s: &Scheme, x: &[f32], d: usize, head: Option<&Head>) -> Result<
         for (t, (x, y)) in x.chunks_exact(d).zip(y.chunks_exact(d)).enumerate() {
             let factor = match (&s.magnitude, &fed) {
                 (Magnitude::Norm, _) => norms[t], // M1
-                (Magnitude::Gain, None) => norms[t] / or_infinity(norm(y)), // M2
+                (Magnitude::Gain, None) => norms[t] / or_infinity(norm(&divided(y, &sizes))), // M2
                 (Magnitude::Gain, Some(fed)) => norms[t] * fed.length_kept(t, d),
                 (Magnitude::LeastSquares, _) => least_squares(x, y),
             };

@@ -1,4 +1,4 @@
-"""The paper's scheme nsep+pchan4 in PyTorch, with blocks, the gain of rule M2, and key feedback.
+"""The paper's nsep+pchan4 in PyTorch, with blocks, gains (M2), balanced norms, and key feedback.
 
 nsq check nsq_port_torch:encode --decode nsq_port_torch:decode --feedback nsq_port_torch:encode
 """
@@ -37,12 +37,12 @@ def encode_block(
     x: Tensor, scheme: Scheme, feedback: Feedback | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return packed codes, scales and factors of one block of tokens, float32."""
-    length = norm(x)
+    length, size = norms_and_sizes(x, scheme)
     direction = x / or_infinity(length)[..., None]  # N2
     if feedback is None:
         scale = scale_of(direction)
         codes = code(direction, scale)
-        gain = length / or_infinity(norm(codes * scale.float()))  # M2
+        gain = length / or_infinity(norm(codes * scale.float() / size))  # M2
     else:
         w, scale, kept = fed_back(direction, feedback)
         codes, gain = code(w, scale), length * kept  # M2
@@ -52,6 +52,29 @@ def encode_block(
     padding = x.shape[-1] % 2
     nibbles = torch.nn.functional.pad(codes + 8, (0, padding), value=8).byte()  # P1
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, scale, stored
+
+
+def norms_and_sizes(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return the norm of each token (N1), and the size by which each channel counts (N3)."""
+    plain, ones = norm(x), torch.ones_like(x[..., :1, :])
+    if scheme.norm_rule == "plain":
+        return plain, ones
+    peak = x.abs().amax(dim=-2, keepdim=True)
+    size = (peak / or_infinity(peak.amax(dim=-1, keepdim=True))).clamp(min=2.0**-12)
+    balanced = norm(x / size)
+    gains = spread(x, balanced) < spread(x, plain)  # never so where a balanced norm is infinite
+    balanced = torch.where(gains[..., None], balanced, plain)
+    return balanced, torch.where(gains[..., None, None], size, ones)
+
+
+def spread(x: Tensor, length: Tensor) -> Tensor:
+    """Return by how much these norms spread the directions of a block (N3)."""
+    direction = x / or_infinity(length)[..., None]
+    after, before = (v.amax(dim=-2) - v.amin(dim=-2) for v in (direction, x))
+    growth = (after / before).masked_fill(after == 0, 0)
+    # Not torch.sum: N3 names the order.
+    sums = [sum(v.double().square().unbind(dim=-1)) for v in (length, growth)]
+    return sums[0] * sums[1]
 
 
 def scale_of(direction: Tensor) -> Tensor:
@@ -132,5 +155,6 @@ def or_infinity(divisor: Tensor) -> Tensor:
 def require_supported(scheme: Scheme) -> None:
     """Raise for schemes that this example leaves out."""
     paper = Scheme()
-    if scheme.magnitude == "lsq" or paper != replace(scheme, block_size=None, magnitude="norm"):
+    changed = replace(scheme, block_size=None, norm_rule="plain", magnitude="norm")
+    if scheme.magnitude == "lsq" or paper != changed:
         raise NotImplementedError(f"{scheme} is not in this example")

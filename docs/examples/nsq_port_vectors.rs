@@ -155,7 +155,7 @@ fn arrays_of(objects: &Json) -> Frame {
     objects.object().iter().map(|(name, one)| (name.clone(), array_of(one))).collect()
 }
 
-/// The eleven numbers of a scheme whose fields have names.
+/// The twelve numbers of a scheme whose fields have names.
 fn numbers_of(scheme: &Json) -> Array {
     let place = |field: &str, names: &[&str]| {
         let name = scheme.get(field).text();
@@ -165,11 +165,11 @@ fn numbers_of(scheme: &Json) -> Array {
     let dtypes = ["float32", "float16", "bfloat16"];
     let numbers = [
         number("bits"), number("separate_norm"), place("axis", &["channel", "token"]), number("symmetric"),
-        place("scale_rule", &["range", "search"]), place("magnitude", &["norm", "gain", "lsq"]),
-        number("block_size"), number("sink_tokens"), number("outlier_channels"),
+        place("scale_rule", &["range", "search"]), place("norm_rule", &["plain", "balanced"]),
+        place("magnitude", &["norm", "gain", "lsq"]), number("block_size"), number("sink_tokens"), number("outlier_channels"),
         place("scale_dtype", &dtypes), place("norm_dtype", &dtypes),
     ];
-    Array::of_ints(&numbers, &[11])
+    Array::of_ints(&numbers, &[12])
 }
 
 /// Whether what is returned has these bytes; attention may be off by its tolerance (A3).

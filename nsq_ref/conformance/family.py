@@ -16,7 +16,11 @@ VARIANTS = {
     "search": Scheme(scale_rule="search"),
     "outliers": Scheme(outlier_channels=4),
     "blocks": Scheme(block_size=16, sink_tokens=2),
-}
+    "balanced": Scheme(norm_rule="balanced", magnitude="gain"),
+    "balanced-blocks": Scheme(
+        symmetric=False, norm_rule="balanced", magnitude="lsq", block_size=16, sink_tokens=2
+    ),
+}  # fmt: skip
 
 FAMILY: dict[str, Scheme] = {name: Scheme.named(name) for name in scheme_names()} | {
     f"nsep+pchan4-{name}": scheme for name, scheme in VARIANTS.items()

@@ -75,6 +75,25 @@ def blocks_with_feedback(x: Float32, scheme: Scheme, order: Array, factor: Array
     return spec.Block(*(with_heads(arrays, axis) for axis, arrays in parts))
 
 
+def norms_and_sizes(x: Float32, scheme: Scheme) -> tuple[Float32, Float32]:
+    """Return what `spec.norms_and_sizes` does of each block (rule B1), sizes as ``[..., T, D]``.
+
+    Examples
+    --------
+    >>> x = np.float32([[1, 64], [-1, 32], [3, 4], [3, 4]])
+    >>> scheme = Scheme(norm_rule="balanced", magnitude="gain", block_size=2)
+    >>> norms_and_sizes(x, scheme)[1][:, 0].tolist()
+    [0.015625, 0.015625, 1.0, 1.0]
+    """
+    found = [
+        spec.norms_and_sizes(x[..., rows, :], scheme)
+        for rows in spec.block_slices(x.shape[-2], scheme)
+    ]
+    norm = np.concatenate([norm for norm, _ in found], axis=-1)
+    sizes = [np.repeat(size, norm.shape[-1], axis=-2) for norm, size in found]
+    return norm, np.concatenate(sizes, axis=-2)
+
+
 def heads_of(order: Array, factor: Array) -> list[HeadFeedback]:
     """Return the feedback of each key/value head (rule F1)."""
     return [HeadFeedback(*one) for one in zip(order, factor, strict=True)]

@@ -21,6 +21,7 @@ typedef struct {
     int32_t axis;             /* 0 channel, 1 token */
     int32_t symmetric;        /* 0, 1 */
     int32_t scale_rule;       /* 0 range, 1 search */
+    int32_t norm_rule;        /* 0 plain, 1 balanced */
     int32_t magnitude;        /* 0 norm, 1 gain, 2 lsq */
     int32_t block_size;       /* 0 for one block of all tokens */
     int32_t sink_tokens;

@@ -167,6 +167,7 @@ _WORDS: dict[str, tuple[Any, ...]] = {
     "axis": ("channel", "token"),
     "symmetric": (False, True),
     "scale_rule": ("range", "search"),
+    "norm_rule": ("plain", "balanced"),
     "magnitude": ("norm", "gain", "lsq"),
     "block_size": (),
     "sink_tokens": (),
@@ -177,12 +178,12 @@ _WORDS: dict[str, tuple[Any, ...]] = {
 
 
 def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
-    """Return a scheme as the eleven numbers that frames and ``nsq.h`` carry, which are int32.
+    """Return a scheme as the twelve numbers that frames and ``nsq.h`` carry, which are int32.
 
     Examples
     --------
     >>> scheme_array(Scheme(bits=3, magnitude="lsq", block_size=128)).tolist()
-    [3, 1, 0, 1, 0, 2, 128, 0, 0, 1, 1]
+    [3, 1, 0, 1, 0, 0, 2, 128, 0, 0, 1, 1]
     """
     numbers = []
     for name, value in scheme.to_dict().items():
@@ -198,7 +199,7 @@ def scheme_array(scheme: Scheme) -> npt.NDArray[np.int32]:
 
 
 def scheme_of(numbers: Array) -> Scheme:
-    """Return the scheme of eleven numbers; the inverse of `scheme_array`.
+    """Return the scheme of twelve numbers; the inverse of `scheme_array`.
 
     Examples
     --------

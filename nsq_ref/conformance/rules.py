@@ -35,6 +35,9 @@ RULES: dict[str, Rule] = {
         "float32."),
     "N2": Rule("Direction", "norm-and-direction",
         "direction_tj = x_tj / norm_t, one float32 division."),
+    "N3": Rule("Balanced norm", "norm-and-direction",
+        "the norms of a block are made with the sizes of its channels, where that keeps directions "
+        "closer together."),
     "O1": Rule("Outlier channels", "norm-and-direction",
         "the min(k, D) channels with the largest max_t |direction_tj| over the block, of equals "
         "the lower index, are kept"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsq_ref.extras import extra
-from nsq_ref.spec import SHRINK
+from nsq_ref.spec import LEAST_SIZE, SHRINK
 from onnx_export.operators import rounding
 from onnx_export.operators.feedback import fed_back
 from onnx_export.operators.nodes import Nodes, built_once, make_function
@@ -50,27 +50,33 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     all_tokens = add("Shape", x, start=-2, end=-1)
     sinks = add("Min", all_tokens, fields.sink_tokens)
     tokens = add("Sub", all_tokens, sinks)
-    size = _tokens_per_block(add, tokens, fields)
-    blocks = add("Div", add("Sub", add("Add", tokens, size), 1), size)
+    of_block = _tokens_per_block(add, tokens, fields)
+    blocks = add("Div", add("Sub", add("Add", tokens, of_block), 1), of_block)
     stored_blocks = blocks
     # Where all tokens are sinks one is coded in vain, as runtimes differ in reducing nothing.
     blocks = add("Max", blocks, 1)
 
     # A last block that is short is filled with its last token, which changes no extent.
-    places = _range(add, add("Mul", blocks, size))
+    places = _range(add, add("Mul", blocks, of_block))
     source = add("Min", add("Add", places, sinks), add("Sub", all_tokens, 1))
-    cut = add("Concat", lead, blocks, size, channels, axis=0)
+    cut = add("Concat", lead, blocks, of_block, channels, axis=0)
     x_blocks = _reshape(add, add("Gather", x, source, axis=-2), cut)
+    present = add("Less", places, tokens)
+    present = _reshape(add, present, add("Concat", blocks, of_block, [1], axis=0))
 
-    norm = add.choose(
+    plain = add.choose(
         fields.separate_norm,
         lambda add: rounding.norm(add, x_blocks),  # N1
         lambda add: add("Expand", np.float32(1), add("Shape", x_blocks, end=-1)),
     )
-    direction = add("Div", x_blocks, _a_token(add, where_zero(add, norm, INFINITY)))  # N2
+    norm, size = add.choose_several(
+        fields.balanced,
+        lambda add: _balanced(add, x_blocks, plain, present),  # N3
+        lambda add: [plain, add.constant(np.float32(1))],
+        ["float32", "float32"],
+    )
+    direction = _direction(add, x_blocks, norm)  # N2
     index, coded = _outlier_channels(add, direction, fields)  # O1
-    present = add("Less", places, tokens)
-    present = _reshape(add, present, add("Concat", blocks, size, [1], axis=0))
     scale, zero = _scale_and_zero(add, direction, coded, present, fields)  # S1 S2 S3 S4
 
     w, scale, zero, length = fed_back(  # F1
@@ -83,7 +89,7 @@ def quantize(opset: int = OPSET) -> onnx.FunctionProto:
     has_code = add("And", coded, _a_token(add, add.cast(norm, "bool")))
     codes = add("Where", has_code, codes, np.float32(0))  # N2 O1
     stored = codes, scale, zero, index, outliers
-    factor = _factor(add, x_blocks, norm, length, stored, fields)
+    factor = _factor(add, x_blocks, norm, size, length, stored, fields)
 
     def joined(array: str, end: str, **name: str) -> str:
         """Join ``[..., blocks, n, m]`` to ``[..., blocks * n, m]``, without what was filled in."""
@@ -191,6 +197,7 @@ class _Fields(NamedTuple):
     symmetric: str
     channel: str  # one scale a channel of a block, not a token
     search: str
+    balanced: str  # norms, where that gains
     stores_norm: str  # with norm separation: not a gain
     gain: str
     least_squares: str
@@ -212,13 +219,15 @@ def _fields(add: Nodes) -> _Fields:
     )
     channel, _ = add.is_one_of("axis", ["channel", "token"])
     _, search = add.is_one_of("scale_rule", ["range", "search"])
+    _, balanced = add.is_one_of("norm_rule", ["plain", "balanced"])
     stores_norm, gain, least_squares = add.is_one_of("magnitude", ["norm", "gain", "lsq"])
     half = add("Gather", POWERS, add("Sub", numbers["bits"], 1))
     full = add("Add", half, half)
     above = add("Where", symmetric, half, full)
     return _Fields(
         **numbers, separate_norm=separate_norm, symmetric=symmetric, channel=channel,
-        search=search, stores_norm=stores_norm, gain=gain, least_squares=least_squares,
+        search=search, balanced=balanced, stores_norm=stores_norm, gain=gain,
+        least_squares=least_squares,
         has_outliers=add("Greater", numbers["outlier_channels"], 0),
         least=add("Where", symmetric, add("Sub", np.float32(1), half), np.float32(0)),
         greatest=add("Sub", above, np.float32(1)),
@@ -246,6 +255,45 @@ def _a_token(add: Nodes, values: str) -> str:
 
 
 # --- encode -------------------------------------------------------------------------------------
+
+
+def _direction(add: Nodes, x: str, norm: str) -> str:
+    """N2."""
+    return add("Div", x, _a_token(add, where_zero(add, norm, INFINITY)))
+
+
+def _balanced(add: Nodes, x: str, plain: str, present: str) -> list[str]:
+    """N3: norms [..., blocks, n] and sizes of channels [..., blocks, 1, D], of plain norms."""
+    low, high = _ends(add, x)
+    extent = add("Sub", high, low)
+    peak = add("Max", high, add("Neg", low))
+    largest = add("ReduceMax", peak, [-1], keepdims=1)
+    share = add("Div", peak, where_zero(add, largest, INFINITY))
+    size = add("Max", share, LEAST_SIZE)
+    # Infinite or NaN where an element or the norm is infinite: then so is the spread, which is not
+    # less than another.
+    balanced = rounding.norm(add, add("Div", x, add("Unsqueeze", size, [-2])))
+    counted = add("Squeeze", present, [-1])
+
+    def spread(norm: str) -> str:
+        low, high = _ends(add, _direction(add, x, norm))
+        range_of_direction = add("Sub", high, low)
+        growth = add("Div", range_of_direction, extent)
+        growth = add("Where", add.cast(range_of_direction, "bool"), growth, np.float32(0))
+        growth, wide = add.cast(growth, "float64"), add.cast(norm, "float64")
+        squares = add("Where", counted, add("Mul", wide, wide), np.float64(0))
+        sums = (_last_sum(add, terms, -1) for terms in (squares, add("Mul", growth, growth)))
+        return add("Mul", *sums)
+
+    gains = add("Less", spread(balanced), spread(plain))
+    size = add("Where", gains, size, np.float32(1))
+    return [add("Where", gains, balanced, plain), add("Unsqueeze", size, [-2])]
+
+
+def _ends(add: Nodes, values: str) -> tuple[str, str]:
+    """Return the least and the greatest of each channel of a block."""
+    low, high = (add(kind, values, [-2], keepdims=0) for kind in ("ReduceMin", "ReduceMax"))
+    return low, high
 
 
 def _outlier_channels(add: Nodes, direction: str, fields: _Fields) -> list[str]:
@@ -421,7 +469,7 @@ def _dequantized(add: Nodes, codes: str, scale: str, zero: str) -> str:
 
 
 def _factor(
-    add: Nodes, x: str, norm: str, length: str, coded: Sequence[str], fields: _Fields
+    add: Nodes, x: str, norm: str, size: str, length: str, coded: Sequence[str], fields: _Fields
 ) -> str:
     """M1 M2 M3: the narrowed factor of each token; ``length`` is said by `fed_back`."""
 
@@ -434,10 +482,13 @@ def _factor(
             return add("ScatterElements", y, of_token, outliers, axis=-1)
 
         y = add.choose(fields.has_outliers, with_outliers, lambda _: y)
+        # Not in the branch of gains: ONNX Runtime does not inline one that is so deep.
+        counts = add("And", fields.balanced, fields.gain)
+        sized = add.choose(counts, lambda add: add("Div", y, size), lambda _: y)
         return add.choose(
             fields.least_squares,
             lambda add: rounding.least_squares_gain(add, x, y),
-            lambda add: add("Div", norm, where_zero(add, rounding.norm(add, y), INFINITY)),
+            lambda add: add("Div", norm, where_zero(add, rounding.norm(add, sized), INFINITY)),
         )
 
     def of_gain(add: Nodes) -> str:

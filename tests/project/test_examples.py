@@ -244,6 +244,7 @@ def test_the_example_refuses(port: Port, dtype: Any) -> None:
         {"symmetric": False},
         {"scale_rule": "search"},
         {"magnitude": "gain"},
+        {"norm_rule": "balanced", "magnitude": "gain"},
         {"sink_tokens": 1},
         {"outlier_channels": 1},
         {"scale_dtype": "bfloat16"},

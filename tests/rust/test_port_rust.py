@@ -42,7 +42,7 @@ def test_it_conforms(port: Path) -> None:
 
 @pytest.mark.parametrize("fields", programs.OTHER_FIELDS)
 def test_it_conforms_to_schemes_without_a_name(fields: str, port: Path) -> None:
-    """O1 S1 S4 S5 M1 M2 D1 Q1 F1."""
+    """O1 N3 S1 S4 S5 M1 M2 D1 Q1 F1."""
     report = programs.conforms(port, "--quick", *programs.set_options(fields))
     assert " CONFORMS SO FAR to " in report
 

@@ -21,13 +21,17 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
     separate_norm = draw(st.booleans())
+    axis = draw(st.sampled_from(["channel", "token"]))
+    magnitude = draw(st.sampled_from(["norm", "gain", "lsq"])) if separate_norm else "norm"
+    may_balance = separate_norm and axis == "channel" and magnitude != "norm"
     return Scheme(
         bits=draw(st.sampled_from([2, 3, 4, 8])),
         separate_norm=separate_norm,
-        axis=draw(st.sampled_from(["channel", "token"])),
+        axis=axis,
         symmetric=draw(st.booleans()),
         scale_rule=draw(st.sampled_from(["range", "search"])),
-        magnitude=draw(st.sampled_from(["norm", "gain", "lsq"])) if separate_norm else "norm",
+        norm_rule=draw(st.sampled_from(["plain", "balanced"])) if may_balance else "plain",
+        magnitude=magnitude,
         block_size=draw(st.sampled_from([None, 1, 3])),
         sink_tokens=draw(st.sampled_from([0, 1, 9])),
         outlier_channels=draw(st.sampled_from([0, 1, 9])),

@@ -38,7 +38,7 @@ Arrays = Mapping[str, Array]
 
 SCHEMES = {
     "norm": Scheme(),
-    "3 bits, gain": Scheme(bits=3, magnitude="gain", outlier_channels=2),
+    "3 bits, balanced": Scheme(bits=3, norm_rule="balanced", magnitude="gain", outlier_channels=2),
     "2 bits, search": Scheme(bits=2, scale_rule="search", separate_norm=False),
     "8 bits": Scheme(bits=8, norm_dtype="bfloat16", scale_dtype="float32"),
     "token": Scheme(axis="token", symmetric=False, norm_dtype="float32", outlier_channels=1),

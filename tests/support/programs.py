@@ -13,10 +13,11 @@ from tests.support.command import said
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 # Together they go through every branch of a codec that the named schemes leave out: a search,
-# float32 scales, where a fused multiply-add shows, bfloat16.
+# balanced norms, float32 scales, where a fused multiply-add shows, bfloat16.
 OTHER_FIELDS = [
     "bits=3 axis=token symmetric=false scale_rule=search outlier_channels=2 norm_dtype=float32",
-    "bits=2 symmetric=false magnitude=gain block_size=16 sink_tokens=2 scale_dtype=float32",
+    "bits=2 symmetric=false norm_rule=balanced magnitude=gain block_size=16 sink_tokens=2 "
+    "scale_dtype=float32",
     "bits=8 magnitude=lsq block_size=16 outlier_channels=1 scale_dtype=bfloat16",
 ]
 # Mistakes: the rule that is named first, and what is said. Each language has lines of its own.

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from typing import Literal
 
 import numpy as np
 
@@ -104,7 +105,8 @@ def _attended(scheme: Scheme, draw: Draw) -> Iterator[_Attended]:
 def _of_like_parts(scheme: Scheme) -> Scheme:
     """Return a scheme whose parts a reader can take for those of the given one."""
     if scheme.separate_norm:
-        return replace(scheme, magnitude="gain" if scheme.magnitude == "norm" else "norm")
+        magnitude: Literal["gain", "norm"] = "gain" if scheme.magnitude == "norm" else "norm"
+        return replace(scheme, norm_rule="plain", magnitude=magnitude)
     return replace(scheme, symmetric=not scheme.symmetric)
 
 

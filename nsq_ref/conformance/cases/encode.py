@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
 import numpy as np
 
 from nsq_ref import rounding, spec
+from nsq_ref.conformance.cases.balanced import balanced, held_plain
 from nsq_ref.conformance.cases.families import FAMILIES, Also, with_sinks
 from nsq_ref.conformance.cases.halves import narrow_ties
 from nsq_ref.conformance.cases.pools import Draw
@@ -31,6 +33,8 @@ _LOOKED_FOR = (
     "reciprocal-of-norm", "norm-epsilon", "norm-before-narrowing", "norm-accumulation",
     "factor-narrowing", "norm-midpoint", "factor-midpoint", "narrow-range", "range-precision",
 )  # fmt: skip
+# What lies on ties, or next to them, with plain norms.
+_HELD = (*_LOOKED_FOR, "exact-tie", "scale-range", "search")
 # Families whose inputs are asked in narrow dtypes too.
 _TWINS = (
     "zero-token", "zero-channel", "negative-zero", "block-boundary", "sinks", "padding",
@@ -50,15 +54,23 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
     Case(encode ordinary/0)
     """
     twins: list[Case] = []
+    plain = replace(scheme, norm_rule="plain")
+
+    def case_of(name: str, flags: tuple[str, ...], x: Array) -> Case:
+        if flags[0] in _HELD:
+            x = held_plain(x, scheme)
+        return Case(name, "encode", scheme, flags, {"x": x}, refusal(x, scheme))
+
     for flag, family in FAMILIES.items():
         if quick and flag in _LOOKED_FOR:
             continue
-        for number, made in enumerate(family(scheme, Draw(seed, flag))):
+        for number, made in enumerate(family(plain, Draw(seed, flag))):
             x, flags = (made.x, (flag, made.flag)) if isinstance(made, Also) else (made, (flag,))
             x = x.astype(np.float32) if x.dtype == np.float64 else x
             x = x if flag in _WITH_OWN_SINKS else with_sinks(x, scheme)
-            case = Case(f"{flag}/{number}", "encode", scheme, flags, {"x": x}, refusal(x, scheme))
-            twins += [case] if flag in _TWINS and x.dtype == np.float32 else []
+            case = case_of(f"{flag}/{number}", flags, x)
+            if flag in _TWINS and x.dtype == np.float32:
+                twins.append(replace(case, inputs={"x": x}))
             yield case
     for flag, recipes in (("tile-edge", tile_edges), ("channel-tile", channel_tiles)):
         for number, recipe in enumerate(recipes(scheme, Draw(seed, flag))):
@@ -70,24 +82,24 @@ def encode_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[Cas
         for first, dtype in zip(FIRST.values(), CASE_DTYPES, strict=True):
             inputs, name = {"x": recipe.make(dtype)}, f"long-sequence/{first}"
             yield Case(name, "encode", scheme, ("long-sequence",), inputs, None, recipe)
+    for dtype, first in FIRST.items():
+        numbers: dict[str, Iterator[int]] = defaultdict(partial(count, first))
+        draw = Draw(seed, f"balanced norms in {dtype}")
+        for flag, coded in balanced(scheme, draw, dtype, quick):
+            yield case_of(f"{flag}/{next(numbers[flag])}", (flag,), with_sinks(coded, scheme))
     for dtype in () if quick else NARROW:
-        numbers: dict[str, Iterator[int]] = defaultdict(partial(count, FIRST[dtype]))
-        for flag, coded in narrow_ties(scheme, seed, dtype):
-            x = with_sinks(coded, scheme)
-            name = f"{flag}/{next(numbers[flag])}"
-            yield Case(name, "encode", scheme, (flag,), {"x": x}, refusal(x, scheme))
+        numbers = defaultdict(partial(count, FIRST[dtype]))
+        for flag, coded in narrow_ties(plain, seed, dtype):
+            yield case_of(f"{flag}/{next(numbers[flag])}", (flag,), with_sinks(coded, scheme))
         for case in twins:
             for x in _narrowed(case, dtype):
-                name = f"{case.flags[0]}/{next(numbers[case.flags[0]])}"
-                yield Case(name, "encode", scheme, case.flags, {"x": x}, refusal(x, scheme))
+                yield case_of(f"{case.flags[0]}/{next(numbers[case.flags[0]])}", case.flags, x)
         draw = Draw(seed, f"gain midpoints in {dtype}")
-        looked_for = [("factor-midpoint", x) for x in gain_midpoints(scheme, draw, dtype)]
+        looked_for = [("factor-midpoint", x) for x in gain_midpoints(plain, draw, dtype)]
         if dtype == "float16":
-            looked_for += [("norm-epsilon", x) for x in tiny_ties(scheme)]
+            looked_for += [("norm-epsilon", x) for x in tiny_ties(plain)]
         for flag, coded in looked_for:
-            x = with_sinks(coded, scheme)
-            name = f"{flag}/{next(numbers[flag])}"
-            yield Case(name, "encode", scheme, (flag,), {"x": x}, refusal(x, scheme))
+            yield case_of(f"{flag}/{next(numbers[flag])}", (flag,), with_sinks(coded, scheme))
 
 
 def _narrowed(case: Case, dtype: str) -> Iterator[Array]:

@@ -238,7 +238,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, made: Made, factor: Float32, scheme: Scheme) -> _Block:
         x = made.x[: scheme.tokens_per_block(len(made.x))].astype(np.float32)
-        norm = rounding.norm(x) if scheme.separate_norm else np.ones(len(x), np.float32)
+        norm, _ = spec.norms_and_sizes(x, scheme)
         direction = spec.direction_of(x, norm)
         coded = ~spec.mark(spec.outlier_channels(direction, scheme), x.shape[-1])
         feedback = HeadFeedback(made.order[0], factor)

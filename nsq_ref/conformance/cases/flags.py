@@ -214,6 +214,30 @@ FLAGS: dict[str, Flag] = {
         "Gains under feedback: lengths of what is seen, weighed, on ties of their dtype."),
     "feedback-search": Flag("F1", "Search",
         "Blocks of which fourth powers of errors, in float64, choose another range than squares."),
+    "outlier-pair": Flag("N3", "Norm",
+        "A pair of channels far larger than the others, on whose noise plain norms depend: "
+        "balanced norms spread directions less, and are taken."),
+    "offset-channel": Flag("N3", "Norm",
+        "Channels of large offsets and small ranges, which plain norms keep together: balanced "
+        "ones spread directions more, and are not taken."),
+    "balanced-choice": Flag("N3", "Norm",
+        "Heads, and blocks of one sequence, of which some have balanced norms and some plain."),
+    "near-choice": Flag("N3", "Precision",
+        "Blocks whose two spreads are nearly equal, on either side, and quite equal."),
+    "size-bound": Flag("N3", "Range",
+        "Channels smaller than 2^-12 of the largest, by a little and by far: their size is 2^-12."),
+    "balanced-zero": Flag("N3", "SpecialValue",
+        "Zero channels and zero tokens, of which ranges and sizes are 0."),
+    "constant-channel": Flag("N3", "SpecialValue",
+        "Channels that are constant in x: their growth is infinite, or 0 where their direction is "
+        "constant too."),
+    "balanced-range": Flag("N3", "Range",
+        "Balanced norms beyond float32, where plain ones are taken, and beyond norm_dtype."),
+    "balanced-sizes": Flag("N3", "Arithmetic",
+        "Blocks on which another size of channels, another spread, an epsilon or another order "
+        "of operations gives other bytes."),
+    "balanced-feedback": Flag("N3", "Feedback",
+        "Keys with balanced norms under feedback: w, scales and gains are of these."),
     "largest-half": Flag("M4", "Range",
         "The largest float16 and its neighbours, in tokens whose norm or scale is just held."),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import numpy as np
 
 from nsq_ref import spec
 from nsq_ref.conformance import model
+from nsq_ref.conformance.cases.balanced import held_plain
 from nsq_ref.conformance.cases.encode import refusal
 from nsq_ref.conformance.cases.pools import Draw
 from nsq_ref.conformance.operations import Case
@@ -199,7 +200,7 @@ def _looked_for_beyond_float16(scheme: Scheme, size: int) -> Array | None:
     x = np.zeros((len(least), min(size, 25), 3))
     x[:, 0, 0], x[:, 1::3, 0], x[:, 3::3, 1] = 65504, 512, 512
     x[:, 2::3, 0], x[:, 2::3, 2] = -512 * least[:, None], 512 * np.sqrt(1 - least**2)[:, None]
-    pool = x.astype(FLOAT16)
+    pool = held_plain(x.astype(FLOAT16), replace(scheme, sink_tokens=0))
     block = spec.encode(pool.astype(np.float32), scheme)
     largest = block.scale * np.float32(scheme.code_range[1]) + block.zero
     second = np.arange(6000, 30000, 16)
@@ -207,7 +208,7 @@ def _looked_for_beyond_float16(scheme: Scheme, size: int) -> Array | None:
     pool[:, 0, 1] = second
     decoded = spec.decode(spec.encode(pool.astype(np.float32), scheme), scheme)
     for few in pool[decoded[:, 0, 0] >= 65520]:
-        whole = np.concatenate([few[:1], np.resize(few[1:], (size - 1, 3))])
+        whole = np.concatenate([few[:1], np.resize(few[1:], (size - 1, few.shape[-1]))])
         if refusal(whole, replace(scheme, sink_tokens=0)) is None:
             return np.asarray(whole)
     return None

@@ -13,6 +13,7 @@ import numpy as np
 
 from nsq_ref import rounding
 from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.mistakes.balanced import BALANCED
 from nsq_ref.conformance.mistakes.caches import CACHES
 from nsq_ref.conformance.mistakes.factors import FACTORS
 from nsq_ref.conformance.mistakes.feedback import GAINS_SEEN, SEARCHING
@@ -60,6 +61,7 @@ _OF_LENGTHS = [
     and name != "gain renormalised"
 ]  # fmt: skip
 _TILES = _names(TILES)
+_SIZED_GAINS = [one.name for one in BALANCED if one.rule == "M2"]
 
 
 def _factor(magnitude: str) -> list[str]:
@@ -113,6 +115,20 @@ REASONS: tuple[Reason, ...] = (
          *(name for name in _TILES if name.endswith("out of the norm")), "gain renormalised",
          "epsilon 1e-12 added to the norm", "epsilon 1e-10 added to the norm",
          "epsilon 1e-08 added to the norm"]),
+    _reason("plain norms", "Norms are plain: rule N3 is not asked for.",
+        lambda scheme, dtype: scheme.norm_rule == "plain", _names(BALANCED)),
+    _reason("magnitude", "Another factor is stored than the one that is wrong (M1, M2, M3).",
+        lambda scheme, dtype: scheme.magnitude != "gain", _SIZED_GAINS),
+    _reason("no outliers", "There are no outlier channels (O1).",
+        lambda scheme, dtype: scheme.outlier_channels == 0,
+        ["sizes without outlier channels", "outlier channels without growth"]),
+    _reason("one block", "A sequence is one block (B1).",
+        lambda scheme, dtype: scheme.block_size is None, ["sizes of the whole sequence"]),
+    _reason("one token",
+        "Of one token all ranges are 0, and both spreads: the norm is plain (N3).",
+        lambda scheme, dtype: scheme.block_size == 1,
+        [one.name for one in BALANCED
+         if one.name not in ("always balanced", "balanced at equal spreads")]),
     _reason("symmetric", "A symmetric scheme has no zero, and 0 in a range changes no maximum.",
         lambda scheme, dtype: scheme.symmetric,
         [name for name, one in MISTAKES.items() if one.rule == "S2"] + [

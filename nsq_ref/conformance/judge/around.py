@@ -20,10 +20,10 @@ class Around:
     """The values around the right ones of one array of tokens."""
 
     def __init__(
-        self, reference: Reference, scheme: Scheme, steps: Steps, x: Array, norm: Array
+        self, reference: Reference, scheme: Scheme, steps: Steps, x: Array, norm: Array, size: Array
     ) -> None:
         self._reference, self._scheme, self._steps = reference, scheme, steps
-        self._x, self._norm = x, norm
+        self._x, self._norm, self._size = x, norm, size
         self.directions: list[Array] = []
         if steps.norm or steps.direction:  # the ends are enough: what follows is monotone
             for end in dict.fromkeys((-steps.norm, steps.norm)):
@@ -74,7 +74,7 @@ class Around:
             return {}
         moves = _moves(2 * steps.norm + 1)  # ||y|| is off like the norm, and the quotient rounds
         narrow, dtype = self._reference.rounding.narrow, FLOAT_DTYPES[scheme.norm_dtype]
-        factor = spec.factor(self._x, y, self._norm, scheme)
+        factor = spec.factor(self._x, y, self._norm, scheme, None, self._size)
         return among(got, [narrow(moved(factor, step), dtype) for step in moves])
 
 

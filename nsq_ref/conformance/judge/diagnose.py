@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from nsq_ref.conformance import model
 from nsq_ref.conformance.findings import Diagnosis, Finding
 from nsq_ref.conformance.judge import STAGES, Latitudes, default_rule
 from nsq_ref.conformance.judge.candidates import (
@@ -21,6 +24,7 @@ from nsq_ref.conformance.judge.candidates import (
 )
 from nsq_ref.conformance.judge.stages import ON_TIES
 from nsq_ref.conformance.mistakes import MISTAKES
+from nsq_ref.conformance.mistakes.changes import READ
 from nsq_ref.conformance.mistakes.reference import Mistake
 from nsq_ref.conformance.operations import OPERATIONS, Case, Operation
 from nsq_ref.conformance.rules import RULES
@@ -268,6 +272,15 @@ class _Diagnosing:
         several = [one.case for one in self.answers if _blocks(one.case) > 1]
         return all(_blocks(f.case) > 1 for f in findings) and (len(wrong) >= len(several) / 2)
 
+    def _needs_balanced(self, findings: Sequence[Finding]) -> bool:
+        """Whether half of what has balanced norms is wrong, and all that has none right: N3."""
+        if self.answers[0].case.scheme.norm_rule == "plain" or self.operation in READ:
+            return False
+        wrong = {id(f.case) for f in findings}
+        cases = [one.case for one in self.answers if one.case.refused_by is None]
+        some = {id(case) for case in cases if _takes_balanced(case)}
+        return wrong <= some and len(wrong) >= len(some) / 2
+
     def _unexplained(self, stage: str, findings: Iterable[Finding]) -> None:
         """Record what no known mistake explains, one entry a rule."""
         here = [f for f in findings if f.stage == stage]
@@ -285,7 +298,11 @@ class _Diagnosing:
             rule, count = Counter(plain or rules).most_common(1)[0]
             if self.operation == "encode" and count < LEAST_SHARE * len(plain or rules):
                 rule = default_rule(stage, here[0].case.scheme)  # the flags disagree
-            rules = ["B1" if self._needs_blocks(here) else rule] * len(here)
+            if self._needs_blocks(here):
+                rule = "B1"
+            elif self._needs_balanced(here):
+                rule = "N3"
+            rules = [rule] * len(here)
         for rule in dict.fromkeys(rules):
             of_rule = [f for f, r in zip(here, rules, strict=True) if r == rule]
             name = f"{self.operation} {stage} {rule}"
@@ -375,6 +392,16 @@ def _blocks(case: Case) -> int:
     shape = case.inputs["x"].shape if case.operation == "encode" else case.inputs["shape"]
     coded = max(int(shape[-2]) - case.scheme.sink_tokens, 0)
     return -(-coded // (case.scheme.block_size or max(coded, 1)))
+
+
+def _takes_balanced(case: Case) -> bool:
+    """Whether a block of a case has balanced norms (rule N3); of a cache as if nothing was cut."""
+    x, scheme = case.inputs["x"], case.scheme
+    if x.shape[-2] <= scheme.sink_tokens or not x.size:
+        return False
+    with np.errstate(all="ignore"):
+        _, size = model.norms_and_sizes(x[..., scheme.sink_tokens :, :].astype(np.float32), scheme)
+    return bool((size != 1).any())
 
 
 def _amount(findings: Sequence[Finding]) -> str:

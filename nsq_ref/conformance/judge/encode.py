@@ -32,6 +32,7 @@ class JudgingEncode(Judging):
     rows: list[slice]  # the tokens of each block
     own: spec.Block  # the port's
     norm: Array
+    size: Array  # of the channel of each element (N3)
     direction: Array
     w: Array  # what is coded: the directions, or what feedback makes of them (F1)
     length: Array | None = None  # of directions, by that of what is coded, under feedback (M2)
@@ -55,17 +56,16 @@ class JudgingEncode(Judging):
         self.x = x
         self.rows = reference.spec.block_slices(x.shape[-2], scheme)
         self.own = own = reference.model.block_of(parts, scheme, x.shape[-1])
-        self.norm = np.ones(x.shape[:-1], "f4")
-        if scheme.separate_norm:
-            self.norm = reference.rounding.norm(x)
+        self.norm, self.size = reference.model.norms_and_sizes(x, scheme)
         used = self.norm
         if scheme.separate_norm and scheme.magnitude == "norm":
             if self._is_asked("norm"):
                 self._judge_norm()
             if scheme.norm_dtype == "float32" and np.isfinite(own.norm).all():
                 used = own.norm
-        self.direction = reference.spec.direction_of(x, used)
-        self.around = Around(reference, scheme, self.latitudes.supposed, x, used)
+        norms = [used[..., one] for one in self.rows]
+        self.direction = _each(reference.spec.direction_of, self._of_tokens(x), norms)
+        self.around = Around(reference, scheme, self.latitudes.supposed, x, used, self.size)
         self.coded = np.ones((*x.shape[:-2], len(self.rows), x.shape[-1]), bool)
         if scheme.outlier_channels:
             self._judge_outliers()
@@ -186,8 +186,8 @@ class JudgingEncode(Judging):
             spec.dequantized_direction, self._of_tokens(own.codes), *self._of_scales(),
             self._of_blocks(own.outlier_index), self._of_tokens(own.outliers),
         )  # fmt: skip
-        gain = spec.factor(x, y, norm, scheme, self.length)
-        expected = spec.stored_factor(x, y, norm, scheme, self.length)
+        gain = spec.factor(x, y, norm, scheme, self.length, self.size)
+        expected = spec.stored_factor(x, y, norm, scheme, self.length, self.size)
         self._compare(
             "gain", own.norm, expected,
             {**self._near_norm(own.norm, gain, self.latitudes.supposed.gain),
@@ -200,7 +200,9 @@ class JudgingEncode(Judging):
     ) -> Iterator[tuple[str, str]]:
         yield "norm", text_of(norm[at])
         if self.length is None or self.scheme.magnitude != "gain":
-            yield "||y||", text_of(self.reference.rounding.norm(y)[at])
+            sized = self.scheme.norm_rule == "balanced" and self.scheme.magnitude == "gain"
+            length = self.reference.spec.length_if_finite(y / self.size if sized else y)
+            yield "||y / size||" if sized else "||y||", text_of(length[at])
         else:
             yield "a / b", text_of(np.float32(self.length[at].real))
         yield "gain", text_of(np.float32(gain[at]))

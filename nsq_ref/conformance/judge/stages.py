@@ -44,18 +44,20 @@ ON_TIES = "by one, and on ties only"  # what is wrong with codes that another ro
 # that a case's chief flag may point to.
 _RULES: dict[str, tuple[str, ...]] = {
     "sinks": ("K1", "I1"),
-    "outlier_index": ("O1", "N1", "N2", "I1"),
+    "outlier_index": ("O1", "N1", "N2", "N3", "I1"),
     "norm": ("N1", "M1", "M4", "Z1", "I1"),
-    "outliers": ("O1", "N2", "Z1", "I1", "F1"),
-    "zero": ("S2", "S3", "Z1", "N1", "N2", "B1", "B2", "K1", "O1", "I1", "F1"),
-    "scale": ("S1", "S2", "S3", "S5", "Z1", "N1", "N2", "B1", "B2", "K1", "O1", "I1", "F1"),
-    "codes": ("Q1", "Q2", "N1", "N2", "S3", "O1", "B1", "B2", "K1", "I1", "F1"),
+    "outliers": ("O1", "N2", "N3", "Z1", "I1", "F1"),
+    "zero": ("S2", "S3", "Z1", "N1", "N2", "N3", "B1", "B2", "K1", "O1", "I1", "F1"),
+    "scale": (
+        "S1", "S2", "S3", "S5", "Z1", "N1", "N2", "N3", "B1", "B2", "K1", "O1", "I1", "F1",
+    ),
+    "codes": ("Q1", "Q2", "N1", "N2", "N3", "S3", "O1", "B1", "B2", "K1", "I1", "F1"),
     "packed": ("P1",),
-    "gain": ("M2", "M3", "M4", "Z1", "N1", "I1"),
+    "gain": ("M2", "M3", "M4", "Z1", "N1", "N3", "I1"),
     "tail": ("B1", "C1", "K1", "B2", "I1"),
     "x_hat": ("D1", "D2", "K1", "O1", "P1", "B1", "N1", "N2"),
     "output": ("A1", "A2"),
-}
+}  # fmt: skip
 _PART_RULES = {
     "packed": "P1", "norm": "M1", "scale": "S1", "zero": "S2", "outlier_index": "O1",
     "outliers": "O1", "sinks": "K1", "tail": "B1", "x_hat": "D1", "output": "A1",
@@ -143,7 +145,7 @@ class Judging:
         rule = self.case.refused_by
         if rule is None and self._collapses():
             rule = "D2"
-        rule = rule or self._flag_rule(("I1", "I2", "M4", "S5", "D3", "N1", "O1"))
+        rule = rule or self._flag_rule(("I1", "I2", "M4", "S5", "D3", "N1", "N3", "O1"))
         self._wrong("refusal", what, rule=rule, got="refused" if refused else "an answer",
                     expected="an answer" if refused else "a refusal")  # fmt: skip
         raise MeaninglessError

@@ -6,6 +6,7 @@ kit make ports of them. A mistake that an entry cannot express is a missing func
 """
 
 from nsq_ref.conformance.mistakes.attending import ATTENTION
+from nsq_ref.conformance.mistakes.balanced import BALANCED
 from nsq_ref.conformance.mistakes.caches import BLOCKS, CACHES
 from nsq_ref.conformance.mistakes.codes import CODES
 from nsq_ref.conformance.mistakes.decoding import DECODING
@@ -23,7 +24,7 @@ __all__ = ["MISTAKES", "Mistake", "Reference"]
 
 # In the order of computation: of mistakes that explain equally much, a diagnosis names the first.
 _ALL = (
-    *NORMS, *DIRECTIONS, *RANGES, *NARROWING, *SEARCHING, *CODES, *FED_BACK, *PACKED, *FACTORS,
-    *GAINS_SEEN, *OUTLIERS, *BLOCKS, *CACHES, *FED_CACHES, *DECODING, *ATTENTION, *TILES,
+    *NORMS, *BALANCED, *DIRECTIONS, *RANGES, *NARROWING, *SEARCHING, *CODES, *FED_BACK, *PACKED,
+    *FACTORS, *GAINS_SEEN, *OUTLIERS, *BLOCKS, *CACHES, *FED_CACHES, *DECODING, *ATTENTION, *TILES,
 )  # fmt: skip
 MISTAKES = {mistake.name: mistake for mistake in _ALL}

@@ -107,11 +107,11 @@ def _recoded(
 ) -> Any:
     """Return the block of ``x`` with other scales."""
     spec = reference.spec
-    norm = reference.rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], F32)
+    norm, size = spec.norms_and_sizes(x, scheme)
     codes = spec.code(spec.direction_of(x, norm), scale, zero, scheme)
     codes = spec.without_codes(codes, ~spec.mark(block.outlier_index, x.shape[-1]), norm)
     y = spec.dequantized_direction(codes, scale, zero, block.outlier_index, block.outliers)
-    factor = spec.stored_factor(x, y, norm, scheme)
+    factor = spec.stored_factor(x, y, norm, scheme, None, size)
     return block._replace(codes=codes, scale=scale, zero=zero, norm=factor)
 
 

@@ -36,9 +36,10 @@ def _narrowed(name: str, says: str, function: Function) -> Mistake:
     """Narrow factors otherwise, and nothing else."""
 
     def stored_factor(
-        reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None
-    ) -> Any:
-        wide = reference.spec.factor(x, y, norm, scheme, length)
+        reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None,
+        size: Any = 1,
+    ) -> Any:  # fmt: skip
+        wide = reference.spec.factor(x, y, norm, scheme, length, size)
         dtype = FLOAT_DTYPES[scheme.norm_dtype]
         return function(reference.rounding.narrow(wide, dtype), wide, dtype)
 
@@ -46,33 +47,40 @@ def _narrowed(name: str, says: str, function: Function) -> Mistake:
     return Mistake(name, "M1", says, ENCODE, change, FACTOR_RULES)
 
 
-def _where_stored(magnitude: str, function: Function, fed: bool = False) -> Change:
+def _where_stored(
+    magnitude: str, function: Function, fed: bool = False, sized: bool = True
+) -> Change:
     """Call ``function(reference, x, y, norm, scheme)`` where the scheme has this magnitude.
 
-    But, unless `fed`, not for gains under feedback, which are none of ``||y||``.
+    But, unless `fed`, not for gains under feedback, which are none of ``||y||``. If `sized`, x and
+    y are over the channels' sizes where gains are of these (N3).
     """
 
     def factor(
         original: Function, reference: Reference, x: Any, y: Any, norm: Any, scheme: Scheme,
-        length: Any = None,
+        length: Any = None, size: Any = 1,
     ) -> Any:  # fmt: skip
         other = magnitude == "gain" and length is not None and not fed
         if not scheme.separate_norm or scheme.magnitude != magnitude or other:
-            return original(x, y, norm, scheme, length)
+            return original(x, y, norm, scheme, length, size)
+        if magnitude == "gain" and sized:
+            x, y = x / size, y / size
         return function(reference, x, y, norm, scheme)
 
     return knowing_both(factor)
 
 
-def _factor(magnitude: str, name: str, says: str, function: Function, fed: bool = False) -> Mistake:
+def _factor(
+    magnitude: str, name: str, says: str, function: Function, fed: bool = False, sized: bool = True
+) -> Mistake:
     """Give another float32 factor ``function(reference, x, y, norm)`` for this magnitude."""
     change = _where_stored(
         magnitude,
         lambda reference, x, y, norm, scheme: np.where(
             np.isinf(norm), norm, function(reference, x, y, norm)
         ),
-        fed,
-    )
+        fed, sized,
+    )  # fmt: skip
     return Mistake(name, FACTOR_RULES[magnitude], says, ENCODE, {"spec.factor": change})
 
 
@@ -101,7 +109,7 @@ FACTORS = [
         "the stored gain is the norm itself; divide by ||y||", lambda ref, x, y, norm: norm, True),
     _factor("gain", "reciprocal of the length in a gain",
         "gains are norm * (1 / ||y||), which rounds twice",
-        lambda ref, x, y, norm: norm * (F32(1) / divisor(ref.rounding.norm(y)))),
+        lambda ref, x, y, norm: norm * (F32(1) / divisor(ref.spec.length_if_finite(y)))),
     _factor("gain", "gain from a float32 length",
         "gains agree with ||y|| from a sequential float32 sum",
         lambda ref, x, y, norm: norm / divisor(np.sqrt(in_order(y, y)))),
@@ -110,7 +118,7 @@ FACTORS = [
         "norm, ||y|| and quotient each round to float32",
         _at_once("gain", lambda x, y: length_in_float64(x) / divisor(length_in_float64(y))), "M2"),
     _factor("gain", "least squares for a gain", "stored gains are those of least squares (M3)",
-        lambda ref, x, y, norm: ref.rounding.least_squares_gain(x, y), True),
+        lambda ref, x, y, norm: ref.rounding.least_squares_gain(x, y), True, False),
     _factor("lsq", "least squares in float32", "gains agree with sequential float32 dot products",
         lambda ref, x, y, norm: in_order(x, y) / divisor(in_order(y, y))),
     _stored("least squares in float64 alone",

@@ -192,9 +192,10 @@ def _not_moved(
 
 
 def _plain_factor(
-    original: Function, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None
-) -> Any:
-    return original(x, y, norm, scheme)
+    original: Function, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None,
+    size: Any = 1,
+) -> Any:  # fmt: skip
+    return original(x, y, norm, scheme, None, size)
 
 
 def _from_direction(reference: Reference, channel: _Channel) -> Any:
@@ -358,10 +359,12 @@ def _fourth_powers_in_float32(error: Any, fourth_powers: bool) -> Any:
 # --- gains --------------------------------------------------------------------------------------
 
 
-def _lengths(reference: Reference, fed: Any, feedback: HeadFeedback) -> tuple[Any, Any]:
+def _lengths(
+    reference: Reference, fed: Any, feedback: HeadFeedback, length: Function | None = None
+) -> tuple[Any, Any]:
     """The a and the b of M2."""
     weights = _weights(feedback)
-    length = reference.spec.length_if_finite
+    length = length or reference.spec.length_if_finite
     return length(weights * fed.seen), length(weights * (fed.seen - fed.error))
 
 
@@ -371,11 +374,11 @@ def _weights(feedback: HeadFeedback) -> Any:
     return weights
 
 
-def _kept_by(ratio: Function) -> Change:
-    """Give ``ratio(a, b)`` for the length that is kept."""
+def _kept_by(ratio: Function, length: Function | None = None) -> Change:
+    """Give ``ratio(a, b)`` for the length that is kept, a and b by another length if given."""
 
     def length_kept(reference: Reference, fed: Any, feedback: HeadFeedback) -> Any:
-        before, then = _lengths(reference, fed, feedback)
+        before, then = _lengths(reference, fed, feedback, length)
         beyond = np.isinf(before) | np.isinf(then)
         return np.where(beyond, F32(np.inf), ratio(before, divisor(then)))
 
@@ -403,10 +406,11 @@ def _both_lengths(reference: Reference, fed: Any, feedback: HeadFeedback) -> Any
 
 
 def _product_first(
-    original: Function, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None
-) -> Any:
+    original: Function, x: Any, y: Any, norm: Any, scheme: Scheme, length: Any = None,
+    size: Any = 1,
+) -> Any:  # fmt: skip
     if length is None or not scheme.separate_norm or scheme.magnitude != "gain":
-        return original(x, y, norm, scheme)
+        return original(x, y, norm, scheme, None, size)
     before, then = length.real.astype(F32), length.imag.astype(F32)
     return np.where(np.isinf(norm), norm, norm * before / divisor(then))
 
@@ -517,9 +521,10 @@ GAINS_SEEN = [
     _kept_length("reciprocal of the length that is kept",
         "gains are norm * (a * (1 / b)), which rounds twice",
         _kept_by(lambda before, then: before * (F32(1) / then))),
-    place("spec.length_if_finite", "M2", FEEDBACK)("lengths that are kept in float32",
+    _kept_length("lengths that are kept in float32",
         "gains agree with a and b from sequential float32 sums",
-        instead(lambda values: np.sqrt(in_order(values, values)))),
+        _kept_by(lambda before, then: before / then,
+                 lambda values: np.sqrt(in_order(values, values)))),
     Mistake("product before the quotient in a gain", "M2",
         "gains are (norm * a) / b; they are norm * (a / b)",
         FEEDBACK, {"spec.length_kept": knowing(_both_lengths),

@@ -50,7 +50,7 @@ def _moved(reference: Reference, sequence: Any, tokens: Any) -> Any:
     """Return tokens as feedback moves them, with the scales of all of them."""
     spec, scheme = reference.spec, sequence.scheme
     x = np.stack(tokens).astype(F32)
-    norm = reference.rounding.norm(x) if scheme.separate_norm else np.ones(x.shape[:-1], F32)
+    norm, _ = spec.norms_and_sizes(x, scheme)
     direction = spec.direction_of(x, norm)
     coded = ~spec.mark(spec.outlier_channels(direction, scheme), x.shape[-1])
     w = spec.fed_back(direction, coded, norm, sequence.feedback, scheme).w

@@ -58,6 +58,8 @@ class Reference:
     model: Any
     sinks: Any  # what mistakes remember
     coded: Any
+    whole: Any
+    sizes: Any
 
     def __init__(self, mistakes: Sequence[Mistake] = ()) -> None:
         self.mistakes = tuple(mistakes)

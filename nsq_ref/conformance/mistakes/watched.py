@@ -37,7 +37,7 @@ class WatchedReference(Reference):
     >>> reference = WatchedReference()
     >>> parts = reference.model.encode(np.ones((2, 4), np.float32), Scheme())
     >>> [call.function for call in reference.calls][:3]
-    ['model.split_sinks', 'rounding.norm', 'spec.direction_of']
+    ['model.split_sinks', 'rounding.norm', 'spec.norms_and_sizes']
     """
 
     def __init__(self, mistakes: Sequence[Mistake] = ()) -> None:

@@ -98,13 +98,31 @@ def encoded(case: Case) -> Exact:
             **intermediates,
             "y": gathered(stages, "y", each, SINGLE),
         }
+        if scheme.norm_rule == "balanced":
+            size = sizes(rows, scheme).reshape(*lead, -1, head_dim)
+            intermediates = {"size": size, **intermediates}
         if scheme.magnitude != "lsq":
-            intermediates["length"] = lengths(intermediates["y"])
+            y = intermediates["y"]
+            if scheme.norm_rule == "balanced":
+                y = y / np.repeat(size, scheme.tokens_per_block(coded), axis=-2)[..., :coded, :]
+            intermediates["length"] = lengths(y)
         if scheme.magnitude != "norm":
             intermediates["factor"] = gathered(stages, "factor", token, SINGLE)
     x_hat = gathered(stages, "x_hat", each, SINGLE)
     intermediates["x_hat"] = np.concatenate([x[..., :sinks, :].astype(SINGLE), x_hat], axis=-2)
     return Exact((), expected, intermediates)
+
+
+def sizes(rows: Array, scheme: Scheme) -> Array:
+    """Return by what channels count in each block of each sequence (N3)."""
+    tokens = rows.shape[1]
+    starts = range(0, tokens, scheme.tokens_per_block(tokens))
+    found = [
+        oracle.norms_and_sizes(row[at : at + starts.step].tolist(), scheme)[1]
+        for row in rows
+        for at in starts
+    ]
+    return np.array(found, SINGLE)
 
 
 def feedback_of(case: Case, sequences: int) -> list[tuple[Array, Array] | None]:

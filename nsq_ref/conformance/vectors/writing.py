@@ -33,7 +33,7 @@ SCHEMES: dict[str, Scheme] = {
         "nsep+pchan4", "nsep+pchan3", "nsep+pchan2", "nsep+pchan8", "naive4", "nsep4", "pchan4",
         "outlier4", "nsep+out4", "streaming4", "streaming3", "streaming2", "nsep+pchan4-gain",
         "nsep+pchan4-lsq", "nsep+pchan4-bfloat16", "nsep+pchan4-float32", "nsep+pchan4-asymmetric",
-        "nsep+pchan4-search",
+        "nsep+pchan4-search", "nsep+pchan4-balanced",
     )
 }  # fmt: skip
 # A decoder that is right on these is right on the others, which take no other way through it.
@@ -46,7 +46,7 @@ CHOSEN: dict[Operation, tuple[str, ...]] = {
     "decode": DECODED,
     "attend": ("nsep+pchan4", "nsep+out4", "streaming4"),
     "stream": ("streaming4",),
-    "feedback": ("nsep+pchan4", "nsep+out4", "streaming4"),
+    "feedback": ("nsep+pchan4", "nsep+out4", "streaming4", "nsep+pchan4-balanced"),
 }
 # Kinds that came later, and of which small cases are written only.
 ADDED = (

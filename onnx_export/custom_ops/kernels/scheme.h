@@ -23,6 +23,7 @@ struct Scheme {
   bool per_token = false;  // axis "token"
   bool symmetric = true;
   bool search = false;  // scale_rule "search"
+  bool balanced = false;  // norm_rule "balanced"
   Magnitude magnitude = Magnitude::norm;
   int64_t block_size = 0;  // 0: one block of all tokens
   int64_t sink_tokens = 0;

@@ -44,6 +44,11 @@ SCHEMES = {
     "outliers in blocks": Scheme(outlier_channels=2, block_size=4),
     "cache": CACHE,
     "plain cache": Scheme(block_size=4, sink_tokens=1),
+    "balanced": Scheme(norm_rule="balanced", magnitude="gain"),
+    "balanced blocks": Scheme(
+        norm_rule="balanced", magnitude="lsq", symmetric=False, block_size=4, sink_tokens=1,
+        outlier_channels=1, norm_dtype="bfloat16",
+    ),
     "search": Scheme(scale_rule="search"),
     "asymmetric search": Scheme(scale_rule="search", symmetric=False, axis="token"),
     "vectors bfloat16": Scheme(separate_norm=False, scale_dtype="bfloat16"),
@@ -75,7 +80,7 @@ def diagnoses(report: Report) -> Sequence[Diagnosis]:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_port_from_the_text_alone_conforms(name: str) -> None:
-    """I1 I2 K1 B1 N1 N2 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3."""
+    """I1 I2 K1 B1 N1 N2 N3 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3."""
     report = report_on(RIGHT, SCHEMES[name], ("encode", "decode"))
     assert report.conforms, [(d.rule, d.says) for d in diagnoses(report)]
     assert not report.schemes[0].explained
@@ -93,7 +98,9 @@ def test_a_port_from_the_text_alone_conforms_on_large_cases(
     assert report_on(RIGHT, SCHEMES[name], ("encode",), ("float32",)).conforms
 
 
-@pytest.mark.parametrize("name", ["cache", "plain cache", "everything", "streaming4", "streaming2"])
+@pytest.mark.parametrize(
+    "name", ["cache", "plain cache", "balanced blocks", "everything", "streaming4", "streaming2"]
+)
 def test_a_cache_from_the_text_alone_conforms(name: str) -> None:
     """B1 B2 C1 K1."""
     report = report_on(RIGHT, SCHEMES[name], ("stream",))
@@ -199,6 +206,20 @@ MUTANTS = [
     encoding("N2", "asymmetric", zero_token_coded=True),
     encoding("N2", "asymmetric", zero_token_skipped=True),
     encoding("N1 N2 M1", least_valid_norm=2.0**-20),
+    # Balanced norms
+    encoding("N3", "balanced", choice="never"),
+    encoding("N3", "balanced", choice="always"),
+    encoding("N3", "balanced blocks", choice="or equal"),
+    encoding("N3", "balanced", peak="mean square"),
+    encoding("N3", "balanced blocks", peak="signed"),
+    encoding("N3", "balanced", least_size=0.0),
+    encoding("N3", "balanced blocks", size_of="sequence"),
+    encoding("N3", "balanced", over_size="reciprocal"),
+    encoding("N3", "balanced", growth="plain"),
+    encoding("N3", "balanced", zero_tokens_out=True),
+    encoding("N3", "balanced", sized_direction=True),
+    encoding("M2", "balanced", sized_gain=False),
+    encoding("N3", "balanced blocks", balanced_overflow="refuse"),
     # Outlier channels
     encoding("O1", "nsep+out4", rank="mean"),
     encoding("O1", "outlier4", rank="square"),
@@ -409,6 +430,7 @@ UNKNOWN = [
     encoding("M1 N1", stored_norm="gain"),
     encoding("M2", "gain", gain="inverse"),
     encoding("M2", "gain", gain="mean ratio"),
+    encoding("N3", "balanced", peak="median"),
     encoding("O1", "nsep+out4", rank="median"),
     decoding("D1", decode="float16"),
     decoding("D1", decode="renormalised twice"),
@@ -445,7 +467,7 @@ def report_of(mutant: Mutant) -> Report:
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *UNKNOWN], ids=named)
 def test_the_rule_that_a_port_breaks_is_named_first(mutant: Mutant) -> None:
-    """A1 A2 B1 B2 C1 D1 D2 D3 I1 I2 K1 M1 M2 M3 M4 N1 N2 O1 P1 Q1 Q2 S1 S2 S3 S5 Z1."""
+    """A1 A2 B1 B2 C1 D1 D2 D3 I1 I2 K1 M1 M2 M3 M4 N1 N2 N3 O1 P1 Q1 Q2 S1 S2 S3 S5 Z1."""
     report = report_of(mutant)
     assert not report.conforms
     found = diagnoses(report)
@@ -454,7 +476,7 @@ def test_the_rule_that_a_port_breaks_is_named_first(mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("mutant", UNKNOWN, ids=named)
 def test_what_is_not_known_is_not_taken_for_something_known(mutant: Mutant) -> None:
-    """B1 D1 M1 M2 N1 O1 P1 Q1 S1."""
+    """B1 D1 M1 M2 N1 N3 O1 P1 Q1 S1."""
     assert diagnoses(report_of(mutant))[0].mistake == ""
 
 

@@ -56,7 +56,7 @@ def test_it_conforms_to_every_named_scheme(port: Path) -> None:
 
 @pytest.mark.parametrize("fields", programs.OTHER_FIELDS)
 def test_it_conforms_to_schemes_without_a_name(fields: str, port: Path) -> None:
-    """S4 M2 D1 Q1: a search, float32 scales, where a fused multiply-add shows, and bfloat16."""
+    """N3 S4 M2 D1 Q1: also float32 scales, where a fused multiply-add shows, and bfloat16."""
     assert " CONFORMS SO FAR to " in programs.conforms(
         port, "--quick", *programs.set_options(fields)
     )

@@ -128,7 +128,7 @@ def assert_agrees(native: Native, scheme: Scheme, x: Array) -> None:
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_scheme(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    """N1 N2 S1 S2 S3 S4 S5 O1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3 Z1 I1 K1 B1: equal bytes or refused."""
+    """N1 N2 N3 S1 S2 S3 S4 S5 O1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3 Z1 I1 K1 B1: equal bytes or refused."""
     dtypes = ("float32", "float16", "bfloat16")
     x = data.draw(strategies.tensors(max_tokens=9, max_head_dim=70, dtypes=dtypes))
     scheme = data.draw(strategies.schemes())

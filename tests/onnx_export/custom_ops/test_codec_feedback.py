@@ -37,7 +37,7 @@ def sessions_of(
             yield cpu, Session(model, threads)
 
 
-def assert_agrees(scheme: Scheme, x: Array, feedback: Feedback, threads: int = 1) -> None:
+def assert_agrees(scheme: Scheme, x: Array, feedback: Feedback | None, threads: int = 1) -> None:
     """Both quantize `x` to the same bytes on every instruction set, or both refuse it."""
     try:
         expected = nsq.quantize(x, scheme, feedback=feedback).parts

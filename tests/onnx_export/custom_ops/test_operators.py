@@ -143,7 +143,16 @@ BAD_ATTRIBUTES: dict[str, dict[str, Any]] = {
     "separate_norm=2": {"separate_norm": 2},
     "symmetric=-1": {"symmetric": -1},
     "scale_rule='best'": {"scale_rule": "best"},
+    "norm_rule='balance'": {"norm_rule": "balance", "magnitude": "gain"},
+    "norm_rule must be a string": {"norm_rule": 1},
     "magnitude='length'": {"magnitude": "length"},
+    "norm_rule has no effect": {
+        "separate_norm": 0, "norm_rule": "balanced", "magnitude": "gain", "axis": "token",
+    },
+    "norm_rule='balanced' is of channels": {
+        "norm_rule": "balanced", "axis": "token", "magnitude": "gain",
+    },
+    "norm_rule='balanced' makes norms that are no lengths": {"norm_rule": "balanced"},
     "magnitude has no effect": {"separate_norm": 0, "magnitude": "gain"},
     "norm_dtype has no effect": {"separate_norm": 0, "norm_dtype": 16},
     "block_size=-1": {"block_size": -1},
@@ -151,7 +160,7 @@ BAD_ATTRIBUTES: dict[str, dict[str, Any]] = {
     "outlier_channels=-4": {"outlier_channels": -4},
     "scale_dtype=11": {"scale_dtype": 11},
     "norm_dtype=0": {"norm_dtype": 0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [quantize, dequantize])

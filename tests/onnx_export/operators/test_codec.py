@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +23,12 @@ from onnx_export.operators import (
     functions,
     quantize_model,
     scheme_attributes,
+)
+from tests.support.balance import (
+    are_balanced,
+    keys_of_two_kinds,
+    order_of_tokens,
+    without_balance,
 )
 from tests.support.onnx_runners import RUNNERS, Run, model_of, without_optimization
 from tests.support.rows import norm_order, norm_ties
@@ -125,6 +132,45 @@ def test_stored_norms_at_ties(runner: Callable[[onnx.ModelProto], Run]) -> None:
     for magnitude in ("norm", "gain", "lsq"):
         scheme = Scheme(norm_dtype="float32", scale_dtype="float32", magnitude=magnitude)
         assert_agrees(runner, x, scheme)
+
+
+BALANCED = Scheme(
+    norm_rule="balanced", magnitude="gain", scale_dtype="float32", norm_dtype="float32"
+)
+
+
+@pytest.mark.parametrize("magnitude", ["gain", "lsq"])
+def test_balanced_norms(
+    runner: Callable[[onnx.ModelProto], Run], magnitude: Literal["gain", "lsq"]
+) -> None:
+    """N3 M2 M3. Blocks with them and without, after sinks, and a short one that is filled up."""
+    x = keys_of_two_kinds(tokens=14, channels=12)
+    scheme = replace(BALANCED, magnitude=magnitude, block_size=5, sink_tokens=1)
+    assert are_balanced(x, scheme).tolist() == [[True] * 3, [False] * 3]
+    assert_agrees(runner, x, scheme)
+    searched = replace(scheme, bits=2, symmetric=False, scale_rule="search", outlier_channels=1)
+    assert_agrees(runner, x, searched)
+
+
+def test_where_plain_norms_stay(runner: Callable[[onnx.ModelProto], Run]) -> None:
+    """N3. No range that grows, and norms that are infinite, are no gain."""
+    for x in without_balance().values():
+        assert not are_balanced(x, BALANCED).any()
+        assert_agrees(runner, x, BALANCED)
+
+
+def test_spreads_are_summed_in_the_order_of_the_tokens(
+    runner: Callable[[onnx.ModelProto], Run],
+) -> None:
+    """N3. Where both are nearly equal, the order of the sum decides, and what fills up a block."""
+    x = order_of_tokens()
+    for tokens, balanced in ((x, True), (x[:, ::-1], False)):
+        assert are_balanced(tokens, BALANCED).item() == balanced
+        assert_agrees(runner, tokens, BALANCED)
+    longer = np.concatenate([x[:, :1], x, x], axis=1)  # its last block is short by one token
+    scheme = replace(BALANCED, block_size=x.shape[1] + 1)
+    assert are_balanced(longer, scheme).all()
+    assert_agrees(runner, longer, scheme)
 
 
 def test_attributes_default_to_the_default_scheme() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 import nsq_ref as nsq
 from nsq_ref import Feedback, Scheme, strategies
 from onnx_export.operators import quantize_model
+from tests.support.balance import are_balanced, keys_of_two_kinds
 from tests.support.onnx_runners import RUNNERS, Run
 
 Array = npt.NDArray[Any]
@@ -82,6 +83,20 @@ def test_heads_and_short_blocks(runner: Callable[[onnx.ModelProto], Run], name: 
     feedback = Feedback.from_queries(queries, heads)
     assert (np.diagonal(feedback.factor, axis1=1, axis2=2) < 0.9).any()
     assert_agrees(runner, x.astype(np.float32), FORMS[name], feedback)
+
+
+@pytest.mark.parametrize("magnitude", ["gain", "lsq"])
+def test_balanced_norms(
+    runner: Callable[[onnx.ModelProto], Run], magnitude: Literal["gain", "lsq"]
+) -> None:
+    """N3 F1 M2 M3. Errors that move are those of directions by the norms that are taken."""
+    x = keys_of_two_kinds(tokens=14, channels=12)
+    scheme = replace(
+        FORMS["gain"], norm_rule="balanced", magnitude=magnitude, block_size=5, outlier_channels=1
+    )
+    assert set(are_balanced(x, scheme).ravel().tolist()) == {True, False}
+    queries = np.random.default_rng(2).standard_normal((2, 40, 12))
+    assert_agrees(runner, x, scheme, Feedback.from_queries(queries, kv_heads=2))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (2, 1, 3, 2, 5), (3, 40)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -25,6 +24,7 @@ from onnx_export.operators import (
 )
 from onnx_export.operators.nodes import Nodes
 from onnx_export.operators.schema import ATTENTION
+from tests.support.balance import are_balanced, keys_of_two_kinds
 from tests.support.onnx_runners import model_of, without_optimization
 
 SCHEME = Scheme(block_size=4)
@@ -34,8 +34,11 @@ FLOAT = TensorProto.FLOAT
 @pytest.mark.parametrize("opset", [21, 22, 24])
 def test_later_opsets(opset: int) -> None:
     """The functions run in models of later opsets, whose own functions they then are."""
-    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
-    scheme = Scheme(bits=3, scale_rule="search", outlier_channels=1, magnitude="lsq")
+    x = keys_of_two_kinds(tokens=5, channels=6)
+    scheme = Scheme(
+        bits=3, scale_rule="search", norm_rule="balanced", outlier_channels=1, magnitude="lsq"
+    )
+    assert are_balanced(x, scheme).ravel().tolist() == [True, False]
     outputs = ["packed", *[""] * (len(PARTS) - 1)]
     attributes = scheme_attributes(scheme)
     node = helper.make_node("Quantize", ["x"], outputs, domain=DOMAIN, **attributes)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nsq_ref import Scheme
 from nsq_ref.dtypes import FLOAT_DTYPES
+from tests.support.wrong_ports.balanced import sizes_of
 from tests.support.wrong_ports.codes import codes_of
 from tests.support.wrong_ports.decoding import decode_block, dequantized, rebuilt
 from tests.support.wrong_ports.exact import F16, F32, Array, Parts, nothing
@@ -24,10 +25,15 @@ from tests.support.wrong_ports.scales import extents, scale_and_zero
 
 
 def encode_block(
-    x: Array, scheme: Scheme, knobs: Knobs, other: Array | None = None, old: Any = None
-) -> Parts:
-    """Return the parts of one block ``x[T, D]``; `other` is what wrongly enters its scales too."""
-    norm, direction = normed(x, scheme, knobs)
+    x: Array, scheme: Scheme, knobs: Knobs, other: Array | None = None, old: Any = None,
+    whole: Array | None = None,
+) -> Parts:  # fmt: skip
+    """Return the parts of one block ``x[T, D]``.
+
+    `other` is what wrongly enters its scales too, and `whole` the sequence that it is of.
+    """
+    size = sizes_of(x, scheme, knobs, whole)
+    norm, direction = normed(x, scheme, knobs, size)
     x = x.astype(F32)
     head_dim = x.shape[1]
     kept = min(scheme.outlier_channels, head_dim)
@@ -79,7 +85,7 @@ def encode_block(
     y[:, index] = outliers
     parts: Parts = {"packed": packed_rows(codes, scheme, knobs)}
     if scheme.separate_norm:
-        parts["norm"] = factors(x, y, norm, scheme, knobs)
+        parts["norm"] = factors(x, y, norm, scheme, knobs, size)
     parts["scale"] = scale
     if not scheme.symmetric:
         parts["zero"] = zero
@@ -143,7 +149,7 @@ def encode_sequence(x: Array, scheme: Scheme, knobs: Knobs, shared: Array | None
         other = sinks
     if knobs.blocks == "one" and len(spans) > 1:
         other = rest
-    blocks = [encode_block(rest[a:b], scheme, knobs, other) for a, b in spans]
+    blocks = [encode_block(rest[a:b], scheme, knobs, other, whole=rest) for a, b in spans]
     parts = joined(blocks) if blocks else no_tokens(scheme, x.shape[1])
     if knobs.scale_shape == "per token" and scheme.axis == "channel":
         parts["scale"] = np.resize(parts["scale"], (len(rest), 1))

@@ -14,7 +14,7 @@ from tests.support.wrong_ports.narrowing import narrowed, overflowing, positive_
 from tests.support.wrong_ports.norms import norms_of, one_by_one
 
 
-def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Array:
+def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs, size: Array) -> Array:
     dtype = FLOAT_DTYPES[scheme.norm_dtype]
     how = "saturate" if knobs.factor_overflow == "saturate" else knobs.factor_narrowing
     x64, y64 = x.astype(F64), y.astype(F64)
@@ -27,6 +27,7 @@ def factors(x: Array, y: Array, norm: Array, scheme: Scheme, knobs: Knobs) -> Ar
         elif knobs.stored_norm == "float16 first":
             wide = norm.astype(F16).astype(F32)
     elif scheme.magnitude == "gain":
+        y = y / size if knobs.sized_gain else y
         length = nothing(norms_of(y, RIGHT))
         ways: dict[str, Callable[[], Array]] = {
             "right": lambda: norm / length,

@@ -30,6 +30,19 @@ class Knobs:
     zero_token_coded: bool = False
     zero_token_skipped: bool = False
     least_valid_norm: float = 0.0  # tokens of smaller norm are coded as zero tokens
+    # N3
+    choice: str = "less"
+    peak: str = "largest"
+    peak_share: str = "of the largest"
+    least_size: float = 2.0**-12
+    size_of: str = "block"  # or "sequence"
+    over_size: str = "divide"
+    growth: str = "squares"
+    spread: str = "product"
+    zero_tokens_out: bool = False
+    sized_direction: bool = False
+    sized_gain: bool = True
+    balanced_overflow: str = "plain"  # or "refuse"
     # O1
     rank: str = "peak"
     equals: str = "lower"

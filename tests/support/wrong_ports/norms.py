@@ -11,6 +11,7 @@ import numpy as np
 
 from nsq_ref import Scheme
 from nsq_ref.dtypes import FLOAT_DTYPES
+from tests.support.wrong_ports.balanced import norms_over
 from tests.support.wrong_ports.exact import F16, F32, F64, Array, exact_length, integers, nothing
 from tests.support.wrong_ports.knobs import Knobs
 from tests.support.wrong_ports.narrowing import narrowed
@@ -94,8 +95,10 @@ def norms_of(x: Array, knobs: Knobs, how: str = "") -> Array:
     return np.array([function(row) for row in x], F32).reshape(len(x))
 
 
-def normed(x: Array, scheme: Scheme, knobs: Knobs) -> tuple[Array, Array]:
-    """Return norms and directions."""
+def normed(
+    x: Array, scheme: Scheme, knobs: Knobs, size: Array | None = None
+) -> tuple[Array, Array]:
+    """Return norms, of elements over the sizes of channels if these count, and directions."""
     if not scheme.separate_norm:
         return np.ones(len(x), F32), x.astype(F32)
     if knobs.compute == "input" and x.dtype != F32:
@@ -103,6 +106,9 @@ def normed(x: Array, scheme: Scheme, knobs: Knobs) -> tuple[Array, Array]:
         return norm.astype(F32), (x / nothing(norm)[:, None]).astype(F32)
     wide = x.astype(F32)
     norm = norms_of(wide, knobs)
+    if size is not None and (size != 1).any():
+        norm = norms_over(wide, size, knobs)
+        wide = wide / size if knobs.sized_direction else wide
     if np.isinf(norm).any() and knobs.factor_overflow == "refuse":
         raise OverflowError("a norm is beyond float32")
     if (norm > F32(knobs.most_norm)).any():

@@ -36,7 +36,7 @@ def cases_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_no_cell_without_a_case_or_a_proof(name: str) -> None:
-    """N1 N2 S1 S2 S3 Q1 Q2 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2 I2 M4 S5 D3 F1."""
+    """N1 N2 N3 S1 S2 S3 Q1 Q2 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2 I2 M4 S5 D3 F1."""
     cells = coverage(name)
     assert not [(cell.mistake, cell.dtype) for cell in cells if cell.is_hole]
     assert len(cells) == (len(MISTAKES) + len(REFUSALS)) * len(CASE_DTYPES)

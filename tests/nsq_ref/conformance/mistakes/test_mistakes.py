@@ -52,6 +52,7 @@ SCHEMES = [
     replace(PLAIN, scale_dtype="float32"),
     replace(PAPER, block_size=5, scale_dtype="bfloat16", norm_dtype="bfloat16"),
     replace(PAPER, bits=2, scale_rule="search", block_size=24),
+    Scheme(norm_rule="balanced", magnitude="gain", block_size=5, outlier_channels=1),
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def first_difference(mistake: Mistake) -> tuple[Case, Answer] | None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_caught_and_explained(name: str) -> None:
-    """N1 N2 S1 S2 S3 Q1 Q2 F1 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2."""
+    """N1 N2 N3 S1 S2 S3 Q1 Q2 F1 P1 M1 M2 M3 O1 B1 B2 C1 D1 Z1 A1 A2."""
     mistake = MISTAKES[name]
     found = first_difference(mistake)
     assert found, f"no case of any scheme shows {name!r}"

@@ -50,7 +50,7 @@ def of_operation(operation: str) -> list[str]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", of_operation("encode") + of_operation("feedback"))
 def test_backends_encode_the_vectors(name: str, backend: Backend) -> None:
-    """I1 I2 K1 B1 N1 N2 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3 F1."""
+    """I1 I2 K1 B1 N1 N2 N3 O1 S1 S2 S3 S4 S5 Z1 Q1 Q2 P1 M1 M2 M3 M4 D1 D3 F1."""
     for vector in vectors.load(name):
         x, scheme = vector.case.inputs["x"], vector.case.scheme
         given = [one for name, one in vector.case.inputs.items() if name in ("order", "factor")]
@@ -69,13 +69,17 @@ def test_backends_encode_the_vectors(name: str, backend: Backend) -> None:
         assert same_bytes(dequantize(q, backend=backend), stages["x_hat"]), vector.case
         coded = x[..., min(scheme.sink_tokens, x.shape[-2]) :, :].astype(np.float32)
         if scheme.separate_norm:
-            norm = rounding.norm(coded)
+            norm, size = model.norms_and_sizes(coded, scheme)
+            if "size" in stages:
+                of_tokens = np.repeat(stages["size"], scheme.block_size or coded.shape[-2], axis=-2)
+                assert same_bytes(size, of_tokens[..., : coded.shape[-2], :]), vector.case
             divisor = np.where(norm == 0, np.float32(np.inf), norm)[..., None]
             assert same_bytes(norm, stages["norm"]), vector.case
             # By value: the sign of a zero token's direction has no effect, and no rule gives it.
             assert np.array_equal(coded / divisor, stages["direction"]), vector.case
         if "length" in stages:
-            assert same_bytes(rounding.norm(stages["y"]), stages["length"]), vector.case
+            sized = stages["y"] / size if "size" in stages else stages["y"]
+            assert same_bytes(rounding.norm(sized), stages["length"]), vector.case
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -46,7 +46,7 @@ def huge() -> Float32:
     x = normals(9, 6)
     x[0] = 4
     x[:, 1] *= 30
-    return np.float32(1.3 * 2.0**120) * x
+    return np.asarray(np.float32(1.3 * 2.0**120) * x)
 
 
 def is_balanced(x: Float32, scheme: Scheme) -> bool:
@@ -103,7 +103,7 @@ def test_blocks_of_several_chunks() -> None:
 
 def test_lengths_over_sizes_that_sums_do_not_decide() -> None:
     """N3 N1 M2: rows that the kernels come back to are those over the sizes."""
-    size = np.float32([0.5, 1, 1, 1, *[2.0**-5] * 4])
+    size = np.array([0.5, 1, 1, 1, *[2.0**-5] * 4], np.float32)
     x = np.clip(normals(2, 2600, 8), -3.9, 3.9)
     x[:, 7] = 4
     x[:, [1500, 2590]] = [1, 2.0**-12, 2.0**-12, 2.0**-24, 0, 0, 0, 0]  # half way

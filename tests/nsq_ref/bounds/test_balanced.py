@@ -92,6 +92,7 @@ def test_a_block_tells_its_norms(bits: Any, apart: float) -> None:
     assert np.median((known.high - known.low)[some] / norm[some]) < apart
     y, direction = dequantized(quantized)[0], bounds.certificate(quantized).direction
     one = slice(9, 10)
+    assert quantized.norm is not None
     alone = bounds.norm_interval(
         quantized.norm[one],
         y[one],

@@ -94,12 +94,27 @@ def test_blocks_of_several_chunks() -> None:
     """N3: extremes of a channel, and what a block's spread is made of, lie in different tasks."""
     x = np.concatenate([outlier(2, 2600, 8), offset(2, 2600, 8), outlier(2, 1300, 8)], axis=1)
     x[:, 2599, 3] = 50  # the largest of its channel, in the last chunk of its block
-    x[:, 2590] = [1, 2.0**-12, 2.0**-12, 2.0**-24, 2.0**-30, 0, 0, 0]  # undecided by sums (N1)
     for name, way in WAYS.items():
         scheme = replace(way, block_size=2600)
         numba, numpy = (quantize(x, scheme, backend) for backend in BACKENDS[:2])
         for part, array in numpy.parts.items():
             assert numba.parts[part].tobytes() == array.tobytes(), (name, part)
+
+
+def test_lengths_over_sizes_that_sums_do_not_decide() -> None:
+    """N3 N1 M2: rows that the kernels come back to are those over the sizes."""
+    size = np.float32([0.5, 1, 1, 1, *[2.0**-5] * 4])
+    x = np.clip(normals(2, 2600, 8), -3.9, 3.9)
+    x[:, 7] = 4
+    x[:, [1500, 2590]] = [1, 2.0**-12, 2.0**-12, 2.0**-24, 0, 0, 0, 0]  # half way
+    x *= size
+    scheme = replace(BALANCED, outlier_channels=4, norm_dtype="float32")
+    assert (spec.norms_and_sizes(x, scheme)[1] == size).all()
+    numba, numpy = (quantize(x, scheme, backend) for backend in BACKENDS[:2])
+    for part, array in numpy.parts.items():
+        assert numba.parts[part].tobytes() == array.tobytes(), part
+    assert numpy.norm is not None
+    assert (numpy.norm[:, [1500, 2590]] == 1).all()
 
 
 @pytest.mark.parametrize("with_feedback", [False, True])

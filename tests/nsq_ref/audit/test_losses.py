@@ -66,13 +66,14 @@ def test_predicted_is_near_what_is_measured_of_balanced_norms(
     magnitude: Any, symmetric: bool
 ) -> None:
     """N3: the norm is no length, and a gain mends what is along a token over its sizes (M2)."""
-    keys, queries = normal(1, 1, 2, 700, 32), normal(2, 1, 4, 700, 32)
-    keys[..., [3, 7]] *= 30
+    keys, queries = normal(1, 1, 2, 700, 4), normal(2, 1, 4, 700, 4)
+    keys[..., 1] *= 30
+    queries[..., 1] /= 30
     scheme = Scheme(symmetric=symmetric, magnitude=magnitude, block_size=128, norm_rule="balanced")
     loss = Losses(Layer(0, keys, keys, queries), "key").of(scheme)
     plain = Losses(Layer(0, keys, keys, queries), "key").of(replace(scheme, norm_rule="plain"))
     assert (loss.measured != plain.measured).all()
-    np.testing.assert_allclose(loss.predicted, loss.measured, rtol=0.15)
+    np.testing.assert_allclose(loss.predicted, loss.measured, rtol=0.06)
 
 
 def test_queries_weigh_what_they_meet() -> None:

@@ -320,7 +320,7 @@ def _pool(kind: str, scheme: Scheme, draw: Draw, dtype: str, count: int) -> Arra
     sizes *= np.array([0, 2.0**-13, 1, 1, 1, 1, 1, 1])[draw.integers(0, 8, *sizes.shape)]
     x *= np.repeat(sizes, size, axis=-2)[..., : shape[-2], :]
     x += 0.5 * sizes.max() ** 0.5 * (draw.integers(0, 6, *x.shape[:-2], 1, width) == 0)
-    x[::4, ..., 1, :] = 0
+    x[::4, ..., min(1, shape[-2] - 1), :] = 0
     x *= 2.0**-20 if kind == "tiny" else 1
     pool = x.astype(FLOAT_DTYPES[dtype])
     return pool if kind in ("any", "tiny") else list(pool)

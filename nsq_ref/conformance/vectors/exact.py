@@ -98,13 +98,12 @@ def encoded(case: Case) -> Exact:
             **intermediates,
             "y": gathered(stages, "y", each, SINGLE),
         }
-        if scheme.norm_rule == "balanced":
-            size = sizes(rows, scheme).reshape(*lead, -1, head_dim)
+        y = intermediates["y"]
+        if scheme.norm_rule == "balanced" and coded:
+            size = sizes(rows, scheme, lead)
             intermediates = {"size": size, **intermediates}
+            y = y / np.repeat(size, scheme.tokens_per_block(coded), axis=-2)[..., :coded, :]
         if scheme.magnitude != "lsq":
-            y = intermediates["y"]
-            if scheme.norm_rule == "balanced":
-                y = y / np.repeat(size, scheme.tokens_per_block(coded), axis=-2)[..., :coded, :]
             intermediates["length"] = lengths(y)
         if scheme.magnitude != "norm":
             intermediates["factor"] = gathered(stages, "factor", token, SINGLE)
@@ -113,16 +112,16 @@ def encoded(case: Case) -> Exact:
     return Exact((), expected, intermediates)
 
 
-def sizes(rows: Array, scheme: Scheme) -> Array:
-    """Return by what channels count in each block of each sequence (N3)."""
-    tokens = rows.shape[1]
+def sizes(rows: Array, scheme: Scheme, lead: tuple[int, ...]) -> Array:
+    """Return by what channels count in each block of each sequence (N3), ``[..., blocks, D]``."""
+    _, tokens, head_dim = rows.shape
     starts = range(0, tokens, scheme.tokens_per_block(tokens))
     found = [
         oracle.norms_and_sizes(row[at : at + starts.step].tolist(), scheme)[1]
         for row in rows
         for at in starts
     ]
-    return np.array(found, SINGLE)
+    return np.array(found, SINGLE).reshape(*lead, len(starts), head_dim)
 
 
 def feedback_of(case: Case, sequences: int) -> list[tuple[Array, Array] | None]:

@@ -49,14 +49,16 @@ def held_plain(x: Array, scheme: Scheme) -> Array:
 
 def takes_balanced(x: Array, scheme: Scheme) -> bool:
     """Return whether any block of these tokens, without sinks, has balanced norms."""
-    return scheme.norm_rule == "balanced" and any(taken.any() for taken in _taken(x, scheme))
+    return scheme.norm_rule == "balanced" and True in _choices(x, scheme)
 
 
-def _taken(x: Array, scheme: Scheme) -> Iterator[Array]:
-    wide = x.astype(np.float32)
+def _choices(x: Array, scheme: Scheme) -> set[bool]:
+    """Return whether blocks have balanced norms: none, all, or some."""
+    wide, found = x.astype(np.float32), set()
     for rows in spec.block_slices(x.shape[-2], scheme):
         _, size = spec.norms_and_sizes(wide[..., rows, :], scheme)
-        yield np.any(size != 1, axis=(-2, -1))
+        found.update(np.any(size != 1, axis=(-2, -1)).ravel().tolist())
+    return found
 
 
 def balanced(scheme: Scheme, draw: Draw, dtype: str, quick: bool = False) -> Iterator[Made]:
@@ -91,7 +93,11 @@ def computed(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[Made]:
     for offset in (6.0, 100.0):
         for x in chosen(_offsets, offset, wanted=False):
             yield "offset-channel", x
-    yield from (("balanced-choice", x.astype(kind)) for x in _mixed(scheme, draw, width))
+    for make in _mixed(scheme, draw, width):
+        several = (make().astype(kind) for _ in range(ATTEMPTS))
+        found = next((x for x in several if len(_choices(x, scheme)) == 2), None)
+        if found is not None:
+            yield "balanced-choice", found
     for exponent in (-11, -12, -13, -16, -30):
         for x in chosen(_small_channel, exponent):
             yield "size-bound", x
@@ -130,20 +136,23 @@ def _offsets(draw: Draw, tokens: int, width: int, offset: float) -> Float64:
     return x
 
 
-def _mixed(scheme: Scheme, draw: Draw, width: int) -> Iterator[Float64]:
-    """Yield heads, and blocks of a sequence, that choose differently."""
+def _mixed(scheme: Scheme, draw: Draw, width: int) -> Iterator[Callable[[], Float64]]:
+    """Yield what makes heads, and blocks of a sequence, that choose differently."""
     size = scheme.block_size or TOKENS
     tokens = min(size, TOKENS)
-    kinds = [
-        lambda count: _outlier_pair(draw, count, width, 40.0),
-        lambda count: _offsets(draw, count, width, 100.0),
-    ]
-    yield np.stack([kinds[n % 2](tokens) for n in range(4)])
-    yield np.stack([8 * kinds[1](tokens), kinds[0](tokens) / 8])[:, None]
+
+    def paired(count: int) -> Float64:
+        return _outlier_pair(draw, count, width, 40.0)
+
+    def offset(count: int) -> Float64:
+        return _offsets(draw, count, width, 100.0)
+
+    yield lambda: np.stack([paired(tokens), offset(tokens), paired(tokens), offset(tokens)])
+    yield lambda: np.stack([8 * offset(tokens), paired(tokens) / 8])[:, None]
     if scheme.block_size is not None:
-        blocks = [kinds[n % 2](size) * 4.0**n for n in range(4)]
-        yield np.concatenate([*blocks, kinds[0](size)[: (size + 1) // 2]])
-        yield np.concatenate([kinds[1](size), kinds[0](size)])
+        short = (size + 1) // 2
+        yield lambda: np.concatenate([paired(size), 4 * offset(size), 64 * paired(short)])
+        yield lambda: np.concatenate([offset(size), paired(size)])
 
 
 def _small_channel(draw: Draw, tokens: int, width: int, exponent: int) -> Float64:

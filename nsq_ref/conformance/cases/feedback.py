@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from nsq_ref import rounding, spec
 from nsq_ref.conformance import model
+from nsq_ref.conformance.cases.balanced import computed
 from nsq_ref.conformance.cases.encode import FIRST, refusal
 from nsq_ref.conformance.cases.families import with_sinks
 from nsq_ref.conformance.cases.pools import FORMATS, Draw
@@ -140,7 +141,8 @@ def feedback_cases(scheme: Scheme, seed: int, quick: bool = False) -> Iterator[C
     for dtype, first in FIRST.items():
         numbers: dict[str, Iterator[int]] = defaultdict(functools.partial(count, first))
         draw = Draw(seed, f"feedback in {dtype}")
-        for flag, made in _made(scheme, draw, dtype, quick):
+        balanced = _balanced(scheme, Draw(seed, f"balanced norms under feedback in {dtype}"), dtype)
+        for flag, made in itertools.chain(_made(scheme, draw, dtype, quick), balanced):
             given = made._replace(x=with_sinks(made.x, scheme))
             name, rule = f"{flag}/{next(numbers[flag])}", _refusal(given, scheme)
             yield Case(name, "feedback", scheme, (flag,), given._asdict(), rule)
@@ -190,6 +192,14 @@ def _made(scheme: Scheme, draw: Draw, dtype: str, quick: bool) -> Iterator[tuple
         yield "feedback-overflow", _enlarged(made, 2**40)
     if not quick:
         yield from _looked_for(scheme, draw, dtype)
+
+
+def _balanced(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Made]]:
+    """Yield keys with balanced norms, with plain ones, and with both (N3)."""
+    if scheme.norm_rule == "balanced":
+        for flag, x in computed(scheme, draw, dtype):
+            if flag in ("outlier-pair", "offset-channel", "balanced-choice", "balanced-zero"):
+                yield "balanced-feedback", drawn(draw, scheme, x.shape, dtype)._replace(x=x)
 
 
 def _looked_for(scheme: Scheme, draw: Draw, dtype: str) -> Iterator[tuple[str, Made]]:

@@ -38,6 +38,9 @@ VARIANTS: dict[str, Scheme] = {
     "blocks of 5": Scheme(block_size=5, sink_tokens=3, magnitude="gain"),
     "blocks of 5, plain": Scheme(block_size=5, sink_tokens=1, separate_norm=False),
     "blocks of 2 a token": Scheme(block_size=2, sink_tokens=1, axis="token", symmetric=False),
+    "balanced": Scheme(
+        norm_rule="balanced", magnitude="gain", block_size=5, sink_tokens=1, norm_dtype="bfloat16"
+    ),
     "search": Scheme(scale_rule="search"),
     "search a token": Scheme(scale_rule="search", axis="token", symmetric=False, bits=2),
     "one outlier": Scheme(outlier_channels=1, symmetric=False),
@@ -106,7 +109,7 @@ def test_flags_cite_rules() -> None:
     rules = set(re.findall(r"^\*\*([A-Z][0-9])\.", SPEC, re.MULTILINE))
     assert {flag.rule for flag in FLAGS.values()} <= rules
     used = {flag for name in SCHEMES for case in built(name) for flag in case.flags}
-    for name in ("one outlier", "streaming4", "gain"):
+    for name in ("one outlier", "streaming4", "gain", "balanced"):
         used |= {flag for case in cases_of(SCHEMES[name], OPTIONAL) for flag in case.flags}
     searched = replace(SCHEMES["search"], bits=2, block_size=24)
     used |= {flag for case in cases_of(searched, ["stream_feedback"]) for flag in case.flags}
@@ -135,9 +138,11 @@ def test_decoded_overflow() -> None:
     assert {case.refused_by for case in some if case.flags[0] == "decoded-overflow"} == {None, "D3"}
 
 
-@pytest.mark.parametrize("name", ["nsep+pchan4", "streaming4", "outlier3", "bfloat16", "search"])
+@pytest.mark.parametrize(
+    "name", ["nsep+pchan4", "streaming4", "outlier3", "bfloat16", "search", "balanced"]
+)
 def test_backends_agree(name: str) -> None:
-    """N1 Q1 D1. The oracle and the kernels give the bytes of the specification."""
+    """N1 N3 Q1 D1. The oracle and the kernels give the bytes of the specification."""
     accepted = [case for case in built(name) if case.operation == "encode" and not case.refused_by]
     small = [case for case in accepted if 0 < case.inputs["x"].size <= 150]
     for case in small[::9]:
@@ -169,12 +174,13 @@ def test_deterministic() -> None:
 @pytest.mark.parametrize(
     ("name", "pinned"),
     [
-        ("nsep+pchan4", "195959862005a274"),
-        ("streaming4", "d3e237bcf4b78d13"),
-        ("nsep+out4", "8b1ccfcbd3239b0c"),
-        ("naive2", "e7e6fa2bc0093ec9"),
-        ("bfloat16", "15c5f6bb29581447"),
-        ("search", "e5f5f9fb6c790d10"),
+        ("nsep+pchan4", "059000a058e77e10"),
+        ("streaming4", "b31b26668a6af6af"),
+        ("nsep+out4", "2f0c05cb4471517c"),
+        ("naive2", "2706017c5d12be1a"),
+        ("bfloat16", "2768cba613978e08"),
+        ("balanced", "8eee0218aaac45a9"),
+        ("search", "393a05bf7aca38d5"),
     ],
 )
 def test_pinned(name: str, pinned: str) -> None:
@@ -224,6 +230,44 @@ def test_exact_ties(name: str) -> None:
     assert max(ties) == high - 0.5
     if scheme.bits < 8:
         assert {tie for tie in ties if low <= tie <= high} == {k + 0.5 for k in range(low, high)}
+
+
+# --- balanced norms -----------------------------------------------------------------------------
+
+
+def choices(x: Any, scheme: Scheme) -> set[bool]:
+    """Whether blocks of this input have balanced norms: some, none, or both."""
+    wide = x[..., scheme.sink_tokens :, :].astype(np.float32)
+    found = [
+        spec.norms_and_sizes(wide[..., rows, :], scheme)[1] != 1
+        for rows in spec.block_slices(wide.shape[-2], scheme)
+    ]
+    return {bool(one) for taken in found for one in np.any(taken, axis=(-2, -1)).reshape(-1)}
+
+
+def test_balanced_cases() -> None:
+    """N3. The choice is what the flag says, in every dtype; near-ties of other rules are plain."""
+    scheme = SCHEMES["balanced"]
+    some = [c for c in built("balanced") if c.operation == "encode" and c.refused_by is None]
+    by_flag: dict[str, list[set[bool]]] = {}
+    for case in some:
+        if case.inputs["x"].shape[-2] > scheme.sink_tokens and case.inputs["x"].size < 10_000:
+            by_flag.setdefault(case.flags[0], []).append(choices(case.inputs["x"], scheme))
+    for flag in ("outlier-pair", "size-bound"):
+        assert len(by_flag[flag]) >= 9, flag
+        assert all(taken == {True} for taken in by_flag[flag]), flag
+    for flag in ("offset-channel", "half-even", "reciprocal-of-norm", "norm-epsilon"):
+        assert all(taken == {False} for taken in by_flag[flag]), flag
+    assert all(taken == {True, False} for taken in by_flag["balanced-choice"])
+    near = [taken for taken in by_flag["near-choice"] if taken == {True}]
+    assert len(near) == 6  # one of each two that lie next to each other
+    beyond = [c.inputs["x"] for c in some if c.flags[0] == "balanced-range"]
+    assert any(
+        np.isinf(
+            spec.length_if_finite(x[1:] / spec.channel_sizes(np.abs(x[1:]).max(0))[None])
+        ).any()
+        for x in (one.astype(np.float32) for one in beyond)
+    )
 
 
 # --- wrong arithmetic ---------------------------------------------------------------------------

@@ -80,10 +80,11 @@ def norms_and_sizes(x: Float32, scheme: Scheme) -> tuple[Float32, Float32]:
 
     Examples
     --------
-    >>> x = np.float32([[1, 64], [-1, 32], [3, 4], [3, 4]])
-    >>> scheme = Scheme(norm_rule="balanced", magnitude="gain", block_size=2)
-    >>> norms_and_sizes(x, scheme)[1][:, 0].tolist()
-    [0.015625, 0.015625, 1.0, 1.0]
+    >>> x = np.float32([[3, 64], [-4, 32], [2, -64]])
+    >>> scheme = Scheme(norm_rule="balanced", magnitude="gain", block_size=3)
+    >>> both = np.concatenate([x, x + np.float32([0, 1024])])
+    >>> norms_and_sizes(both, scheme)[1][:, 0].tolist()
+    [0.0625, 0.0625, 0.0625, 1.0, 1.0, 1.0]
     """
     found = [
         spec.norms_and_sizes(x[..., rows, :], scheme)

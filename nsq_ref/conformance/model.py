@@ -90,9 +90,12 @@ def norms_and_sizes(x: Float32, scheme: Scheme) -> tuple[Float32, Float32]:
         spec.norms_and_sizes(x[..., rows, :], scheme)
         for rows in spec.block_slices(x.shape[-2], scheme)
     ]
-    norm = np.concatenate([norm for norm, _ in found], axis=-1)
+    none = x[..., :0, :]  # of no tokens there are no blocks
     sizes = [np.repeat(size, norm.shape[-1], axis=-2) for norm, size in found]
-    return norm, np.concatenate(sizes, axis=-2)
+    return (
+        np.concatenate([none[..., 0], *(norm for norm, _ in found)], axis=-1),
+        np.concatenate([none, *sizes], axis=-2),
+    )
 
 
 def heads_of(order: Array, factor: Array) -> list[HeadFeedback]:

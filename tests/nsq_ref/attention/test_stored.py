@@ -101,9 +101,12 @@ def check(
     assert np.isfinite(output).all()
     assert np.isfinite(weights).all()
     used = []
+    # A3 assumes that products are normal; one that is not may lose half of the smallest subnormal.
+    underflow = k.shape[-2] * 2.0**-150
     for got, right, most in zip((output, weights), exact, bound, strict=True):
         error = np.abs(got - right[0])
-        assert (error <= most[0]).all(), float(np.max(error - most[0]))
+        excess = error - most[0]
+        assert (excess <= underflow).all(), float(np.max(excess))
         some = most[0] > 0
         used.append(float(np.max(error[some] / most[0][some], initial=0)))
     return used[0], used[1]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from nsq_ref import Scheme, spec
+from tests.support.onnx_attention import Config, Expected, Runner, check, make_inputs
 
-__all__ = ["are_balanced", "keys_of_two_kinds", "order_of_tokens", "without_balance"]
+__all__ = [
+    "are_balanced", "check_keys_of_two_kinds", "keys_of_two_kinds", "order_of_tokens",
+    "without_balance",
+]  # fmt: skip
 
 Float32 = npt.NDArray[np.float32]
 
@@ -36,6 +43,20 @@ def are_balanced(x: Float32, scheme: Scheme) -> npt.NDArray[np.bool_]:
     with np.errstate(all="ignore"):
         sizes = [spec.norms_and_sizes(block, scheme)[1] for block in blocks]
     return np.stack([(one != 1).any(axis=(-2, -1)) for one in sizes], axis=1)
+
+
+def check_keys_of_two_kinds(config: Config, **options: Any) -> None:
+    """Append keys of which one head has balanced norms, in some steps, and compare the caches."""
+    scheme = replace(config.key, norm_rule="balanced")
+    config = replace(config, key=scheme)
+    keys = keys_of_two_kinds(tokens=22, channels=config.head_dim)
+    assert are_balanced(keys, scheme).any(axis=1).tolist() == [True, False]
+    runner, expected = Runner(config, 1, **options), Expected(config, 1)
+    rng = np.random.default_rng(1)
+    for new in np.split(keys, [1, 8, 19], axis=1):
+        inputs = make_inputs(config, rng, runner.lengths, new.shape[1])
+        inputs["key"] = new.swapaxes(0, 1).reshape(inputs["key"].shape)
+        check(runner, expected, inputs)
 
 
 def without_balance() -> dict[str, Float32]:

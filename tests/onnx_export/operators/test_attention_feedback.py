@@ -14,7 +14,7 @@ import pytest
 
 from nsq_ref import Feedback, Scheme
 from onnx_export.custom_ops import library_path
-from tests.support.balance import are_balanced, keys_of_two_kinds
+from tests.support.balance import check_keys_of_two_kinds
 from tests.support.buffer_attention import BufferRunner, filled
 from tests.support.onnx_attention import Config, Expected, Runner, check, check_cache, make_inputs
 from tests.support.processors import CPUS
@@ -58,25 +58,15 @@ def test_cache_and_output(form: str, name: str, monkeypatch: pytest.MonkeyPatch)
         check(runner, expected, make_inputs(config, rng, runner.lengths, tokens, counts))
 
 
-@pytest.mark.parametrize("form", ["opset 24", *FORMS])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fed", [False, True], ids=["plain", "with feedback"])
 def test_keys_with_balanced_norms(form: str, fed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """N3: blocks that have them and blocks that have not, sealed in whatever steps."""
     if form in CPUS:
         monkeypatch.setenv("NSQ_CPU", form)
         monkeypatch.setenv("NSQ_EXACT", "1")
-    options: dict[str, Any] = FORMS.get(form, {"opset": 24})
     config = config_of("gain")
-    scheme = replace(config.key, norm_rule="balanced")
-    config = replace(config, key=scheme, feedback=config.feedback if fed else None)
-    keys = keys_of_two_kinds(tokens=22, channels=16)
-    assert are_balanced(keys, scheme).any(axis=1).tolist() == [True, False]
-    runner, expected = Runner(config, 1, **options), Expected(config, 1)
-    rng = np.random.default_rng(1)
-    for new in np.split(keys, [1, 8, 19], axis=1):
-        inputs = make_inputs(config, rng, runner.lengths, new.shape[1])
-        inputs["key"] = new.swapaxes(0, 1).reshape(inputs["key"].shape)
-        check(runner, expected, inputs)
+    check_keys_of_two_kinds(config if fed else replace(config, feedback=None), **FORMS[form])
 
 
 def test_buffers_have_the_same_bytes() -> None:

@@ -22,6 +22,7 @@ from onnx_export.operators import attention_model, cache_fields, functions
 from onnx_export.operators.nodes import all_nodes
 from tests.onnx_export.operators.test_attention import follow, runs
 from tests.onnx_export.operators.test_attention_feedback import KEYS, STEPS, config_of
+from tests.support.balance import check_keys_of_two_kinds
 from tests.support.onnx_attention import Config, Expected, Runner, check, check_output, make_inputs
 
 IN_PLACE: dict[str, Any] = {"opset": 24, "in_place": True}
@@ -48,6 +49,14 @@ def test_keys_with_feedback(name: str) -> None:
     rng = np.random.default_rng(1)
     for tokens, counts in STEPS:
         check(runner, expected, make_inputs(config, rng, runner.lengths, tokens, counts))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("fed", [False, True], ids=["plain", "with feedback"])
+def test_keys_with_balanced_norms(how: str, fed: bool) -> None:
+    """N3."""
+    config = config_of("gain")
+    check_keys_of_two_kinds(config if fed else replace(config, feedback=None), **HOW[how])
 
 
 def behind(runner: Runner) -> Iterator[tuple[str, npt.NDArray[Any]]]:

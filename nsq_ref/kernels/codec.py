@@ -174,9 +174,8 @@ def squared_errors(
 def encode_rows(
     first: int, last: int, x: Array, sinks: int, block_size: int, norm: Array, size: Array,
     moved: Array, length: Array, magnitude: int, scale: Array, zero: Array, low: np.float32,
-    high: np.float32,
-    per_channel: bool, offset: np.float32, bits: int, outlier_index: Array, outliers: Array,
-    packed: Array, factor: Array, collapsed: Array,
+    high: np.float32, per_channel: bool, offset: np.float32, bits: int, outlier_index: Array,
+    outliers: Array, packed: Array, factor: Array, collapsed: Array,
 ) -> None:  # fmt: skip
     """Codes (Q1, Q2), bytes (P1), and the factor to store before it is narrowed (M1, M2, M3).
 
@@ -429,23 +428,21 @@ def balanced(
     none = np.empty((len(x), 0, x.shape[2]), np.float32)
     _, least, greatest = measured(x, sinks, scheme, False, True, none)
     size = spec.channel_sizes(np.maximum(greatest, -least))
-    other = measured(x, sinks, scheme, True, True, size)
+    other_norm, other_low, other_high = measured(x, sinks, scheme, True, True, size)
     block_size = scheme.tokens_per_block(norm.shape[1])
     token_block = np.arange(norm.shape[1]) // block_size
-
-    def by_block(norms: Array) -> Array:
+    spreads = []
+    for norms, extent in ((norm, high - low), (other_norm, other_high - other_low)):
         whole = np.zeros((len(x), size.shape[1] * block_size), np.float32)
         whole[:, : norms.shape[1]] = norms
-        return whole.reshape(len(x), -1, block_size)
-
-    spread = spec.spread_of(high - low, greatest - least, by_block(norm))
-    other_spread = spec.spread_of(other[2] - other[1], greatest - least, by_block(other[0]))
-    chosen = np.isfinite(by_block(other[0])).all(axis=-1) & (other_spread < spread)
+        by_block = whole.reshape(len(x), -1, block_size)
+        spreads.append(spec.spread_of(extent, greatest - least, by_block))
+    chosen = np.isfinite(by_block).all(axis=-1) & (spreads[1] < spreads[0])
     by_channel = chosen[..., None]
     return (
-        np.where(chosen[:, token_block], other[0], norm),
-        np.where(by_channel, other[1], low),
-        np.where(by_channel, other[2], high),
+        np.where(chosen[:, token_block], other_norm, norm),
+        np.where(by_channel, other_low, low),
+        np.where(by_channel, other_high, high),
         np.where(by_channel, size, np.float32(1)),
     )
 

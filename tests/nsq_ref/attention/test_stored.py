@@ -101,12 +101,9 @@ def check(
     assert np.isfinite(output).all()
     assert np.isfinite(weights).all()
     used = []
-    # A3 assumes that products are normal; one that is not may lose half of the smallest subnormal.
-    underflow = k.shape[-2] * 2.0**-150
     for got, right, most in zip((output, weights), exact, bound, strict=True):
         error = np.abs(got - right[0])
-        excess = error - most[0]
-        assert (excess <= underflow).all(), float(np.max(excess))
+        assert (error <= most[0]).all(), float(np.max(error - most[0]))
         some = most[0] > 0
         used.append(float(np.max(error[some] / most[0][some], initial=0)))
     return used[0], used[1]
@@ -171,7 +168,9 @@ def test_wild_magnitudes(
     query = (rng.standard_normal((x.shape[0] * rows, 1, x.shape[2])) * magnitude).astype(np.float32)
     sides = [pieces_of(x, scheme, rng, np.float32, cut=2) for _ in range(2)]
     scores = np.abs(query.astype(np.float64)).max() * np.abs(x.astype(np.float64)).sum(-1).max()
-    assume(scores < 1e37)  # A3 holds for what float32 holds; see the next test
+    # A3 holds for what float32 holds: for scores see the next test; sums of subnormals lose bits.
+    largest = np.abs(x).max(axis=-2)
+    assume(scores < 1e37 and ((largest == 0) | (largest > 2.0**-120)).all())
     check(query, *sides, scheme, scheme, softcap=softcap)
 
 
